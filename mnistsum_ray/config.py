@@ -172,7 +172,7 @@ class ScoreConfig(JobConfig):
     number_column: str = Field(default="number", min_length=1)
     """column of the numbers, integers from 0"""
     label_column: str | None = Field(default=None, min_length=1)
-    """column of the true digits, to measure accuracy; any other value counts as unknown, and is counted unless null [none]"""
+    """column of the true digits, to measure accuracy; any other value counts as unknown [none]"""
     probabilities: bool = False
     """add the probabilities of all digits and of all sums: digit_probs and sum_probs, lists of 10 and of 19"""
     strict: bool = False

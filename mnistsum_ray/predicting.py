@@ -1,6 +1,7 @@
 """Python API of a model: load it, and predict a picture, arrays, or the rows of a table."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,7 +23,7 @@ from mnistsum_ray.data.images import (
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
+from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.storage.uri import empty_output, locate_existing, refused
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -55,10 +56,11 @@ def save_model(model: "Network", folder: str | Path) -> None:
     """
     from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
 
-    place = empty_output(str(folder))
+    output = empty_output(str(folder))
     weights = copy_weights(model)
+    description = describe_model(weights, epoch=0, metrics={}, background=model.background)
     with refused("--output"):
-        write_model(place, weights, describe_model(weights, epoch=0, metrics={}, background=model.background))
+        write_model(output, weights, description)
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,8 @@ def predict_rows(
 
     Returns:
         A Ray Dataset for one, else an Arrow table, with all rows in their order and the columns
-        that scoring adds: PREDICTION_FIELDS, with `probabilities` PROBABILITY_FIELDS, and `reason`,
-        which says why a row cannot be scored; the others are null there.
+        that scoring adds, with `probabilities` those of all classes too. `reason` says why a row
+        cannot be scored; the others are null there.
 
     Raises:
         TypeError: `rows` is something else.
@@ -178,24 +180,16 @@ def predict_rows(
     from mnistsum_ray.model.inference import predict_pairs
 
     table = pa.table(rows)
-    added = {*PREDICTION_FIELDS.names, "reason"}
-    if probabilities:
-        added.update(PROBABILITY_FIELDS.names)
-    for name in table.column_names:
-        if name.lower() in added:
-            raise ValueError(f"column {name!r} would be added; rename it")
+    taken = added_column(table.column_names, probabilities)
+    if taken:
+        raise ValueError(f"column {taken!r} would be added; rename it")
     images, bad_images = decode_images(_column(table, image_column, image_type_error))
     numbers, bad_numbers = decode_numbers(_column(table, number_column, number_type_error))
-    bad_rows = join_reasons(bad_images, bad_numbers)
-    reasons = pa.array([bad_rows.get(row) for row in range(len(numbers))], pa.string())
     predictions = predict_pairs(model, images, numbers, batch_size, probabilities)
-    bad = reasons.is_valid().to_numpy(zero_copy_only=False)
-    for name, values in predictions.to_arrow(numbers, bad).items():
-        table = table.append_column(name, values)
-    return table.append_column("reason", reasons)
+    return predictions.append_to(table, numbers, join_reasons(bad_images, bad_numbers))
 
 
-def _column(table: pa.Table, name: str, type_error: Any) -> pa.Array:
+def _column(table: pa.Table, name: str, type_error: Callable[[Any], str | None]) -> pa.Array:
     """A column as one array; `type_error` says of its type why it cannot be read."""
     if table.column_names.count(name) != 1:
         present = ", ".join(map(repr, table.column_names))

@@ -32,7 +32,7 @@ _TOLERANCE: Final = 1e-3
 
 
 class ExportableModel(nn.Module):
-    """From images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS, int64[n] and float32[n] in turn."""
+    """From images uint8[n, 28, 28] and numbers int64[n] to OUTPUTS, int64[n] and float32[n]."""
 
     def __init__(self, model: Network) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class ExportableModel(nn.Module):
         return tuple(outputs)
 
 
-def export_onnx(model: Network, card: dict[str, Any]) -> bytes:
-    """An ONNX file of ExportableModel, whose metadata are the entries of `card`, model.json."""
+def export_onnx(model: Network, description: dict[str, Any]) -> bytes:
+    """An ONNX file of ExportableModel; its metadata are the entries of model.json."""
     rows = torch.export.Dim("rows")
     with quiet_logger("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
@@ -62,7 +62,7 @@ def export_onnx(model: Network, card: dict[str, Any]) -> bytes:
         )
     assert converted
     proto = converted.model_proto
-    for key, value in ({"version": __version__} | card).items():
+    for key, value in ({"version": __version__} | description).items():
         text = value if isinstance(value, str) else json.dumps(value)
         proto.metadata_props.add(key=key, value=text)
     return bytes(proto.SerializeToString())
@@ -78,9 +78,9 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     import onnxruntime  # of the extra onnx
 
     output = empty_output(config.output)
-    model, card = load_model(locate_existing(config.model, "--model"))
+    model, description = load_model(locate_existing(config.model, "--model"))
     say("exporting")
-    data = export_onnx(model, card)
+    data = export_onnx(model, description)
     source = open_source("sample")  # its test images, each with every number
     block = next(source.groups[0].blocks())  # all of it
     images = block.images[source.test].repeat(NUMBERS, axis=0)
@@ -91,7 +91,8 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     columns = zip(OUTPUTS, found, strict=True)
     difference = float(np.abs([values - expected[name] for name, values in columns]).max())
     if not difference <= _TOLERANCE:  # `not <=` also catches NaN
-        raise RunError(f"{_NAME}: its answers differ from the model's by up to {difference:.2g}; nothing was written")
+        problem = f"its answers differ from the model's by up to {difference:.2g}"
+        raise RunError(f"{_NAME}: {problem}; nothing was written")
     with refused("--output"):
         (output / _NAME).write(data)
     say(f"{_NAME}: {len(data):,} bytes, the model's answers on {len(numbers):,} pairs")

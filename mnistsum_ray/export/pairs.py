@@ -1,4 +1,4 @@
-"""Export example input for scoring: images of a split of MNIST, each paired with a number, as Parquet files."""
+"""Export example input for scoring: images of MNIST, each with a number, as Parquet files."""
 
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -16,8 +16,14 @@ from mnistsum_ray.errors import RunError, RunInterrupted, StorageError
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import empty_output, refused
 
-SCHEMA: Final = pa.schema({"row_id": pa.int64(), "image": IMAGE_TYPE, "number": integer_type(NUMBERS), "digit": pa.int8()})
-"""`row_id` is the position of the image in its source; `digit` is the true digit, for measuring accuracy."""
+SCHEMA: Final = pa.schema(
+    {
+        "row_id": pa.int64(),  # position of the image in its source
+        "image": IMAGE_TYPE,
+        "number": integer_type(NUMBERS),
+        "digit": pa.int8(),  # the true one, to measure the accuracy
+    }
+)
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
@@ -35,7 +41,8 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         pairs = _pairs(source, getattr(source, config.split), config.seed)
         waiting = SCHEMA.empty_table()
         for index in range(config.files):
-            start, end = config.rows * index // config.files, config.rows * (index + 1) // config.files
+            start = config.rows * index // config.files
+            end = config.rows * (index + 1) // config.files
             tables = [waiting]
             while sum(table.num_rows for table in tables) < end - start:
                 tables.append(next(pairs))
@@ -48,7 +55,8 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
     except StorageError as error:
         raise RunError(f"--data {error}") from None
     except KeyboardInterrupt:
-        raise RunInterrupted("some files are written; empty the folder, then the same command starts again") from None
+        begins = "empty the folder, then the same command starts again"
+        raise RunInterrupted(f"some files are written; {begins}") from None
     return output, source
 
 
@@ -61,7 +69,7 @@ def _pairs(source: Source, split: RowIds, seed: int) -> Iterator[pa.Table]:
             # No file is read for other splits.
             blocks = group.blocks() if np.any((split >= first) & (split < end)) else ()
             for block in blocks:
-                bad = {first + row: place for row, place in block.bad.items()}
+                bad = {first + row: where for row, where in block.bad.items()}
                 source.without(bad, skip=False)  # refuses them
                 ids = split[(split >= first) & (split < first + len(block.digits))]
                 digits = block.digits[ids - first]

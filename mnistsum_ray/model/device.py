@@ -38,10 +38,10 @@ def disable_tf32() -> None:
 
 
 def enable_determinism() -> None:
-    """Make this process compute the same bits each time; an operation that cannot do so raises RuntimeError."""
+    """Make this process compute the same bits each time; what cannot do so raises RuntimeError."""
     # `use_deterministic_algorithms` has the same effect, but imports a compiler, in a second.
     torch.set_deterministic_debug_mode("error")
-    # Filling new tensors only helps to find reads of uninitialized memory, and costs a fifth of a training step.
+    # Filling new tensors only helps to find bugs, and costs a fifth of a training step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -62,7 +62,8 @@ def cpu_faster_with_bf16() -> bool:
     """
     cpu = describe_cpu()
     flags = cpu.get("flags", "").split()
-    return "amx_bf16" in flags or ("avx512_bf16" in flags and cpu.get("vendor_id") != "GenuineIntel")
+    is_intel = cpu.get("vendor_id") == "GenuineIntel"
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and not is_intel)
 
 
 def faster_with_bf16(device: torch.device) -> bool:
@@ -76,7 +77,7 @@ def faster_with_bf16(device: torch.device) -> bool:
 
 
 def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor: on CPUs without a copy, if it may be written; to GPUs without waiting."""
+    """An array as a tensor: on CPUs without a copy where it can be, on GPUs without waiting."""
     if device.type == "cpu" and values.flags.writeable:
         return torch.from_numpy(values)
     dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype

@@ -21,7 +21,7 @@ class Head:
     """As in `pred_<name>`, `<name>_prob`, `<name>_accuracy`."""
     classes: int
     target: Callable[[Any, Any], Any]
-    """True class, in 0..classes-1, of digits and numbers: arrays or tensors that can be broadcast."""
+    """True class, in 0..classes-1, of digits and numbers, which are arrays or tensors."""
 
     @property
     def type(self) -> pa.DataType:
@@ -52,3 +52,14 @@ def probability_fields(heads: Sequence[Head]) -> pa.Schema:
 
 PREDICTION_FIELDS: Final = prediction_fields(HEADS)
 PROBABILITY_FIELDS: Final = probability_fields(HEADS)
+
+
+def added_column(names: Sequence[str], probabilities: bool) -> str | None:
+    """The first of a table's columns that has the name of one which is added; None: there is none.
+
+    Upper and lower case are one: DuckDB and Spark do not tell them apart.
+    """
+    added = [*PREDICTION_FIELDS.names, "reason"]
+    if probabilities:
+        added += PROBABILITY_FIELDS.names
+    return next((name for name in names if name.lower() in added), None)

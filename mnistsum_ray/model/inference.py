@@ -14,7 +14,7 @@ from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
-from mnistsum_ray.model.network import Network, Scores, make_network, prepare_images
+from mnistsum_ray.model.network import Network, Scores, make_network, undistorted_digit_scores
 
 CPU_BATCH: Final = 256
 """Rows of a forward pass on CPUs: 3 to 7 % faster than 64 on two cores, and as fast as more."""
@@ -28,8 +28,8 @@ class Predictions:
     """Predictions of n rows."""
 
     values: Mapping[str, npt.NDArray[Any]]
-    """[n] each, by name: `pred_<head>`, `<head>_prob` float32 and, where asked for, `<head>_probs`
-    float32[n, classes]: the most likely class, its probability, and those of all classes."""
+    """By name `pred_<head>`, the most likely class, and `<head>_prob`, its probability float32[n];
+    where asked for also `<head>_probs`, those of all classes, float32[n, classes]."""
 
     def __getattr__(self, name: str) -> npt.NDArray[Any]:
         """Arrays of `values` by name, and the most likely classes as `<head>` alone."""
@@ -39,23 +39,27 @@ class Predictions:
                 return values[key]  # type: ignore[no-any-return]
         raise AttributeError(f"predictions have no {name!r}")
 
-    def columns(self, numbers: Numbers) -> list[npt.NDArray[Any]]:
-        """Values of PREDICTION_FIELDS, [n] each; `numbers` are those of the rows."""
-        consistent = self.sum == SUM.target(self.digit, numbers)
-        return [*(self.values[name] for name in PREDICTION_FIELDS.names[:-1]), consistent]
+    def append_to(self, table: pa.Table, numbers: Numbers, bad: Mapping[int, str]) -> pa.Table:
+        """The table of these rows, and after its columns those that scoring adds.
 
-    def to_arrow(self, numbers: Numbers, missing: npt.NDArray[np.bool_] | None = None) -> dict[str, pa.Array]:
-        """Columns by name, with probabilities where they were asked for; null in `missing` rows."""
-        columns = zip(PREDICTION_FIELDS, self.columns(numbers), strict=True)
-        arrays = {field.name: pa.array(values, field.type, mask=missing) for field, values in columns}
-        null = None if missing is None else pa.array(missing)
+        `numbers` are the rows' own; `bad` says by row why it cannot be scored: predictions are null
+        there.
+        """
+        reasons = pa.array([bad.get(row) for row in range(table.num_rows)], pa.string())
+        is_bad = reasons.is_valid()
+        mask = is_bad.to_numpy(zero_copy_only=False)
+        columns = {"consistent": self.sum == SUM.target(self.digit, numbers), **self.values}
+        for field in PREDICTION_FIELDS:
+            column = pa.array(columns[field.name], field.type, mask=mask)
+            table = table.append_column(field.name, column)
         for field in PROBABILITY_FIELDS:
-            if field.name in self.values:
-                rows, classes = self.values[field.name].shape
+            if field.name in columns:
+                rows, classes = columns[field.name].shape
                 offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * classes)
-                flat = pa.array(self.values[field.name].reshape(-1))
-                arrays[field.name] = pa.ListArray.from_arrays(offsets, flat, type=field.type, mask=null)
-        return arrays
+                flat = pa.array(columns[field.name].reshape(-1))
+                lists = pa.ListArray.from_arrays(offsets, flat, type=field.type, mask=is_bad)
+                table = table.append_column(field.name, lists)
+        return table.append_column("reason", reasons)
 
     def slice(self, start: int, end: int) -> "Predictions":
         """Predictions of rows start..end-1."""
@@ -65,7 +69,13 @@ class Predictions:
 class Predictor:
     """The network on one device; a process has one, which changes settings of PyTorch for all."""
 
-    def __init__(self, weights: dict[str, Tensor], device: torch.device, precision: str, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        device: torch.device,
+        precision: str,
+        batch_size: int | None,
+    ) -> None:
         if device.type == "cpu":
             tune_malloc()
             # One process a core is faster than several threads, which wait for each other.
@@ -87,12 +97,18 @@ class Predictor:
 
 @torch.inference_mode()
 def predict_pairs(
-    model: Network, images: Pixels, numbers: Numbers, batch_size: int, probs: bool = False, bf16: bool = False
+    model: Network,
+    images: Pixels,
+    numbers: Numbers,
+    batch_size: int,
+    probs: bool = False,
+    bf16: bool = False,
 ) -> Predictions:
-    """Predict uint8[n, 28, 28] with numbers int64[n] on the model's device; with `probs` of all classes.
+    """Predict uint8[n, 28, 28] with numbers int64[n] on the model's device.
 
-    The last batch is filled up with zeros: kernels are chosen by the size of a batch, and a row has
-    the same bits whatever rows are scored with it.
+    With `probs` the probabilities of all classes come too. The last batch is filled up with zeros:
+    kernels are chosen by the size of a batch, and a row has the same bits whatever rows are scored
+    with it.
     """
     device = next(model.parameters()).device
     scores: list[Scores] = []
@@ -103,8 +119,7 @@ def predict_pairs(
         if missing:
             zeros = [values.new_zeros(missing, *values.shape[1:]) for values in batch]
             batch = [torch.cat(parts) for parts in zip(batch, zeros, strict=True)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            digit_scores = model.digit_scores(prepare_images(batch[0]))
+        digit_scores = undistorted_digit_scores(model, batch[0], bf16=bf16)
         # The other heads, a thousandth of the work, run in float32, as in the evaluation.
         scores.append(model.scores(digit_scores.float(), batch[1]))
     found: dict[str, npt.NDArray[Any]] = {}
@@ -116,5 +131,5 @@ def predict_pairs(
         if probs:
             found[f"{head.name}_probs"] = probabilities.cpu().numpy()
         if not np.isfinite(found[f"{head.name}_prob"]).all():
-            raise RunError("the model's scores are infinite or NaN for some image: its weights are too large; train again")
+            raise RunError("the model's scores are infinite or NaN for some image; train again")
     return Predictions(found)

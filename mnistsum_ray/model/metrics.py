@@ -10,6 +10,7 @@ scores (logits) of a head are divided by its temperature before softmax.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Final
 
 import numpy as np
@@ -40,8 +41,9 @@ LabelledRows = dict[str, Tensor]
 """Rows on the model's device: `image` uint8[n, 28, 28], `digit` and `row_id` int64[n]."""
 
 Metrics = dict[str, float]
-"""`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats), `<head>_accuracy`,
-and `consistency` (share of the pairs whose predicted sum is the predicted digit + the number)."""
+"""`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats),
+`<head>_accuracy`, and `consistency`: share of the pairs whose predicted sum is the predicted digit
+plus the number."""
 
 ScoredRows = Iterable[tuple[LabelledRows, Scores]]
 """Batches with scores by head: float32[n, k, classes]; k is NUMBERS, or 1 of digits."""
@@ -84,7 +86,7 @@ class Reliability:
 
 @torch.no_grad()
 def score_rows(model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]) -> Iterator[tuple[LabelledRows, Scores]]:
-    """Batches with the scores of all heads, of batches with digit scores [n, 10] in any precision."""
+    """Batches with the scores of all heads, of batches with digit scores [n, 10] in any dtype."""
     for batch, digit_scores in rows:
         # The other heads, a thousandth of the work, run in float32.
         yield batch, model.scores_of_all_numbers(digit_scores.float())
@@ -93,12 +95,15 @@ def score_rows(model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]) -> I
 def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
     """True classes by head, int64[n, k], of digits int64[n] with scores as in `ScoredRows`."""
     numbers = torch.arange(NUMBERS, device=digits.device)
-    targets = [head.target(digits[:, None], numbers) for head in HEADS]
-    return [target.broadcast_to(logits.shape[:2]) for target, logits in zip(targets, scores, strict=True)]
+    classes = []
+    for head, logits in zip(HEADS, scores, strict=True):
+        target: Tensor = head.target(digits[:, None], numbers)
+        classes.append(target.broadcast_to(logits.shape[:2]))
+    return classes
 
 
 class AnswerCounts:
-    """Right answers and losses, summed on the device; workers exchange the sums once, in `metrics`."""
+    """Right answers and losses, summed on the device, and by `metrics` over the workers."""
 
     def __init__(self, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -116,10 +121,12 @@ class AnswerCounts:
     def add(self, batch: LabelledRows, scores: Scores) -> None:
         """Count one batch with its scores, as `score_rows` yields them."""
         digits = batch["digit"]
-        answers = {head.name: logits.argmax(2) for head, logits in zip(HEADS, scores, strict=True)}
+        answers = {}
         truths = true_classes(digits, scores)
-        for index, (logits, answer, truth) in enumerate(zip(scores, answers.values(), truths, strict=True)):
-            self.right[index] += (answer == truth).expand(-1, NUMBERS).sum()
+        for index, head in enumerate(HEADS):
+            logits, truth = scores[index], truths[index]
+            answers[head.name] = logits.argmax(2)
+            self.right[index] += (answers[head.name] == truth).expand(-1, NUMBERS).sum()
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
             self._losses[index] += loss / truth.size(1)
         cells = digits * DIGITS + answers["digit"].squeeze(1)
@@ -129,19 +136,21 @@ class AnswerCounts:
         self._id_sum += mix_ids(batch["row_id"]).sum()
 
     def shares(self) -> Metrics:
-        """`<head>_accuracy` and `consistency` over the rows of this process."""
+        """`<head>_accuracy` and `consistency` over the rows that were added."""
         pairs = NUMBERS * int(self.confusion.sum())
-        right = zip(HEADS, self.right.tolist(), strict=True)
-        accuracies = {f"{head.name}_accuracy": count / pairs for head, count in right}
-        return accuracies | {"consistency": int(self.consistent) / pairs}
+        shares = {}
+        for head, right in zip(HEADS, self.right.tolist(), strict=True):
+            shares[f"{head.name}_accuracy"] = right / pairs
+        return shares | {"consistency": int(self.consistent) / pairs}
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
-        """Sum over the workers and divide; a RowCountError if a row was not counted exactly once."""
+        """Sum over the workers and divide. RowCountError: a row was not counted exactly once."""
         for counted in (self.confusion, self.right, self.consistent, self._id_sum, self._losses):
             counted.copy_(all_reduce_sum(counted))
         rows = int(self.confusion.sum())
         check_row_counts(rows, int(self._id_sum), expected_rows, expected_id_sum, "evaluation")
-        return {"rows": rows, "pairs": rows * NUMBERS, "loss": self._losses.mean().item() / rows} | self.shares()
+        loss = self._losses.mean().item() / rows
+        return {"rows": rows, "pairs": rows * NUMBERS, "loss": loss} | self.shares()
 
 
 def analyse_errors(
@@ -149,8 +158,8 @@ def analyse_errors(
 ) -> dict[str, Any]:
     """The entry `error_analysis` of manifest.json: errors on rows, which are on the device.
 
-    `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the most confident
-    first. `consistent`: see Metrics. `probabilities`: `Reliability.as_json` by head.
+    `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
+    `consistent`: see Metrics. `probabilities`: `Reliability.as_json` by head.
     """
     counts = AnswerCounts(device)
     reliability = {head.name: Reliability() for head in HEADS}
@@ -166,51 +175,50 @@ def analyse_errors(
         on_progress(len(batch["digit"]))
     return {
         "confusion": counts.confusion.tolist(),
-        "mistakes": sorted(mistakes, key=confidence, reverse=True)[:MAX_MISTAKES],
+        "mistakes": sorted(mistakes, key=itemgetter("confidence"), reverse=True)[:MAX_MISTAKES],
         "consistent": counts.shares()["consistency"],
         "probabilities": {name: of_head.as_json() for name, of_head in reliability.items()},
     }
 
 
-def confidence(mistake: dict[str, Any]) -> float:
-    """Probability of the wrong answer: that of the first head that is wrong, in the order of HEADS."""
-    digit, number = mistake["digit"], mistake["number"]
-    wrong = (head.name for head in HEADS if mistake[f"pred_{head.name}"] != head.target(digit, number))
-    return float(mistake[f"{next(wrong)}_prob"])
-
-
 def _mistakes(batch: LabelledRows, scores: Scores) -> Iterator[dict[str, Any]]:
-    """The images with a wrong answer, each with the number whose wrong answer is the most confident."""
-    digits, row_ids = batch["digit"].tolist(), batch["row_id"].tolist()
-    answers: dict[str, npt.NDArray[Any]] = {}
-    wrong = np.zeros((len(HEADS), len(digits), NUMBERS))  # probabilities of wrong answers
-    for index, (head, logits, truth) in enumerate(zip(HEADS, scores, true_classes(batch["digit"], scores), strict=True)):
-        probability, answer = (values.expand(-1, NUMBERS).cpu().numpy() for values in logits.softmax(2).max(2))
-        answers[f"pred_{head.name}"] = answer.astype(head.type.to_pandas_dtype())
-        answers[f"{head.name}_prob"] = probability.astype(np.float64).round(6)
-        wrong[index] = np.where(answer == truth.cpu().numpy(), 0, probability)
-    numbers = wrong[1:].max(0).argmax(1)  # the first head, the digit's, answers alike with every number
-    for row in np.flatnonzero(wrong.any((0, 2))):
+    """The images with a wrong answer, each with the number whose wrong answer is the surest.
+
+    `confidence` is the probability of that answer.
+    """
+    answers: dict[str, Tensor] = {}
+    wrong = torch.zeros(len(batch["digit"]), NUMBERS)
+    truths = true_classes(batch["digit"], scores)
+    for head, logits, truth in zip(HEADS, scores, truths, strict=True):
+        probability, answer = logits.softmax(2).max(2)
+        answers[f"pred_{head.name}"] = answer.expand(-1, NUMBERS).cpu()
+        answers[f"{head.name}_prob"] = probability.expand(-1, NUMBERS).cpu()
+        of_head = (probability * (answer != truth)).expand(-1, NUMBERS).cpu()
+        wrong = torch.maximum(wrong, of_head)
+    confidence, numbers = wrong.max(1)
+    for row in confidence.nonzero().flatten().tolist():
         number = int(numbers[row])
-        given = {name: values[row, number].item() for name, values in answers.items()}
-        yield {"row_id": row_ids[row], "digit": digits[row], "number": number, **given}
+        mistake = {name: batch[name][row].item() for name in ("row_id", "digit")}
+        mistake |= {"number": number, "confidence": confidence[row].item()}
+        yield mistake | {name: values[row, number].item() for name, values in answers.items()}
 
 
 def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
     """Fit the temperature of each head, by its name, on rows that the model was not trained on."""
-    batches, classes = zip(*((scores, true_classes(batch["digit"], scores)) for batch, scores in scored), strict=True)
+    batches = [(scores, true_classes(batch["digit"], scores)) for batch, scores in scored]
     temperatures = {}
     for index, head in enumerate(HEADS):
-        logits = torch.cat([scores[index].flatten(0, 1) for scores in batches]).cpu()
-        truth = torch.cat([of_batch[index].flatten() for of_batch in classes]).cpu()
-        temperatures[head.name] = fit_temperature(logits, truth)
+        logits = torch.cat([scores[index].flatten(0, 1) for scores, _ in batches])
+        truth = torch.cat([classes[index].flatten() for _, classes in batches])
+        temperatures[head.name] = fit_temperature(logits.cpu(), truth.cpu())
     return temperatures
 
 
 def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredRows:
-    """The rows with the scores of each head divided by its temperature, as `fold_temperatures` makes them."""
+    """The rows with each head's scores divided by its temperature, as `fold_temperatures` does."""
     for batch, scores in scored:
-        yield batch, tuple(logits / temperatures[head.name] for head, logits in zip(HEADS, scores, strict=True))
+        by_head = zip(HEADS, scores, strict=True)
+        yield batch, tuple(logits / temperatures[head.name] for head, logits in by_head)
 
 
 def fit_temperature(scores: Tensor, classes: Tensor) -> float:

@@ -1,9 +1,9 @@
-"""What a network is, the two-head network, the preparation and distortion of its input, its loss, and dropout.
+"""What a network is, the two-head network, its input, its loss, and dropout.
 
 conv1 1->32  conv2 32->64  max-pool      28 -> 14     3x3, padding 1
 conv3 64->64 conv4 64->64  max-pool      14 -> 7      3x3, padding 1
 conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit scores
-fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: nineteen sum scores
+fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: sum scores
 """
 
 from abc import ABC, abstractmethod
@@ -49,11 +49,11 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
     rows = len(images)
     if not rows:
         return images
-    # The place (x, y, 1) of each pixel, x and y from -1 to 1. `F.affine_grid` adds in another order.
+    # (x, y, 1) of each pixel, x and y from -1 to 1. `F.affine_grid` adds in another order.
     middles = (torch.arange(SIDE, device=images.device) + 0.5) * (2 / SIDE) - 1
     x, y = middles.repeat(SIDE), middles.repeat_interleave(SIDE)
-    places = torch.stack([x, y, torch.ones_like(x)])
-    grid = torch.mm(matrices.view(2 * rows, 3), places).view(rows, 2, SIDE, SIDE)
+    pixels = torch.stack([x, y, torch.ones_like(x)])
+    grid = torch.mm(matrices.view(2 * rows, 3), pixels).view(rows, 2, SIDE, SIDE)
     grid = grid.permute(0, 2, 3, 1)
     # Zeros would be grey in a prepared image: "border" fills what moves in with background.
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
@@ -84,11 +84,11 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """Scores of all heads with numbers int64[n]; the first are the digit scores [n, 10] as given."""
+        """Scores of all heads with numbers int64[n]; the first are the digit scores as given."""
 
     @abstractmethod
     def hidden_weights(self) -> list[Tensor]:
-        """Weights of the layers between the first and the last, which Muon trains; AdamW the rest."""
+        """Weights of the layers between the first and the last, which Muon trains."""
 
     @abstractmethod
     def head_parameters(self) -> list[nn.Parameter]:
@@ -96,7 +96,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        """Divide the scores of each head by its temperature; other heads read the digit's undivided."""
+        """Divide each head's scores by its temperature; other heads read the digit's undivided."""
 
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
         """Scores of all heads."""
@@ -137,7 +137,8 @@ class TwoHeadCNN(Network):
     def _initialize(self) -> None:
         """He et al. 2015 before a ReLU, Glorot and Bengio 2010 elsewhere; biases are 0.
 
-        With PyTorch's smaller ones the sum head is at 34 % after three epochs on the sample, not 47.
+        With PyTorch's smaller ones the sum head is at 34 % after three epochs on the sample, and
+        not at 47.
         """
         for weight in (*(convolution.weight for convolution in self.convolutions), self.fc1.weight):
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
@@ -194,9 +195,9 @@ def make_network() -> Network:
 
 
 def dropout_factors(rows: int, shape: Sequence[int], probability: float, generator: torch.Generator) -> Tensor:
-    """Dropout factors (Srivastava et al. 2014), 0 or 1 / (1 - probability), on the generator's device.
+    """Dropout factors (Srivastava et al. 2014), 0 or 1 / (1 - probability).
 
-    float32[rows, *shape], channels last.
+    float32[rows, *shape], channels last, on the generator's device.
     """
     draws = torch.rand(rows, *shape[1:], shape[0], generator=generator, device=generator.device)
     return ((draws >= probability) / (1 - probability)).movedim(-1, 1)

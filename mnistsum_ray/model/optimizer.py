@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule: Muon for the hidden layers, AdamW for all other parameters."""
+"""Optimizer and learning-rate schedule: Muon for the hidden layers, AdamW for the rest."""
 
 import math
 from typing import Final
@@ -15,7 +15,7 @@ _MOMENTUM: Final = 0.6
 
 _ADAMW_FACTOR: Final = 0.15
 _SUM_HEAD_FACTOR: Final = 0.75
-"""Learning rates of AdamW as shares of Muon's; the heads that read the digit scores lag behind them."""
+"""Learning rates of AdamW as shares of Muon's; heads that read the digit scores lag behind."""
 
 # Muon's, as in Jordan's implementation, and in `torch.optim.Muon`.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -83,7 +83,7 @@ class MuonAdamW:
             momentum.lerp_(weight.grad, 1 - _MOMENTUM)
             update = weight.grad.lerp(momentum, _MOMENTUM).movedim(1, -1)
             matrix = orthogonalize(update.flatten(1).to(self._dtype))
-            # Steps of tall matrices are larger, so that an element moves as far as one of a wide one.
+            # Steps of tall matrices are larger: an element moves as far as one of a wide one.
             rate = self._learning_rate * math.sqrt(max(1.0, len(matrix) / matrix.shape[1]))
             weight.mul_(1 - self._learning_rate * self._weight_decay)
             weight.sub_((rate * matrix.float()).reshape(update.shape).movedim(-1, 1))
@@ -92,10 +92,10 @@ class MuonAdamW:
     def load_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """Take over the state of a parameter, from any device and in any memory format."""
         for name, value in state.items():
-            held = value.to(parameter.device)
-            if held.shape == parameter.shape:  # AdamW's kernel takes momenta that lie as it does
-                held = torch.empty_like(parameter.detach()).copy_(held)
-            self.state[parameter][name] = held
+            value = value.to(parameter.device)
+            if value.shape == parameter.shape:  # AdamW's kernel takes momenta that lie as it does
+                value = torch.empty_like(parameter.detach()).copy_(value)
+            self.state[parameter][name] = value
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

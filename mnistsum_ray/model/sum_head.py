@@ -28,7 +28,11 @@ _LEARNING_RATE: Final = 0.02
 
 
 def finetune_sum_head(
-    model: Network, digit_scores: Tensor, steps: int, seed: int, on_progress: Callable[[int], None] = lambda _: None
+    model: Network,
+    digit_scores: Tensor,
+    steps: int,
+    seed: int,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Train all heads but the digit's on the distribution of their answer, as of digit + number.
 
@@ -38,8 +42,9 @@ def finetune_sum_head(
     """
     device = digit_scores.device
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.head_parameters(), lr=_LEARNING_RATE, weight_decay=0, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
+    parameters = model.head_parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end_factor=0.0, total_iters=steps)
     for _ in range(steps):
         rows = torch.randint(len(digit_scores), (_BATCH,), generator=generator, device=device)
         scores = mix_scores(digit_scores[rows], generator)
@@ -56,10 +61,12 @@ def finetune_sum_head(
 
 
 def class_distribution(head: Head, digit_scores: Tensor, numbers: Tensor) -> Tensor:
-    """Distribution of a head's answer, [n, classes], of digit scores [n, 10] and numbers int64[n]."""
+    """Distribution [n, classes] of a head's answer, of digit scores [n, 10], numbers int64[n]."""
     probabilities = digit_scores.softmax(1)
-    classes = head.target(torch.arange(DIGITS, device=numbers.device), numbers[:, None]).expand(probabilities.shape)
-    return probabilities.new_zeros(len(numbers), head.classes).scatter_add(1, classes, probabilities)
+    digits = torch.arange(DIGITS, device=numbers.device)
+    classes = head.target(digits, numbers[:, None]).expand(probabilities.shape)
+    zeros = probabilities.new_zeros(len(numbers), head.classes)
+    return zeros.scatter_add(1, classes, probabilities)
 
 
 def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
@@ -70,7 +77,8 @@ def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
     predicted digit + number as with all rows mixed with other digits.
     """
     half = len(digit_scores) // 2
-    near_ties = mix_with_permutation(mix_with_swap(digit_scores[:half], (0.35, 0.65), generator), generator)
+    ties = mix_with_swap(digit_scores[:half], (0.35, 0.65), generator)
+    near_ties = mix_with_permutation(ties, generator)
     return torch.cat([near_ties, mix_with_swap(digit_scores[half:], (0.0, 1.0), generator)])
 
 
@@ -81,10 +89,13 @@ def mix_with_swap(digit_scores: Tensor, weights: tuple[float, float], generator:
     """
     rows, device = len(digit_scores), digit_scores.device
     digits = digit_scores.argmax(1, keepdim=True)
-    others = (digits + torch.randint(1, DIGITS, (rows, 1), generator=generator, device=device)) % DIGITS
-    swapped = digit_scores.scatter(1, digits, digit_scores.gather(1, others)).scatter(1, others, digit_scores.gather(1, digits))
+    distance = torch.randint(1, DIGITS, (rows, 1), generator=generator, device=device)
+    others = (digits + distance) % DIGITS
+    swapped = digit_scores.scatter(1, digits, digit_scores.gather(1, others))
+    swapped = swapped.scatter(1, others, digit_scores.gather(1, digits))
     low, high = weights
-    return torch.lerp(swapped, digit_scores, low + (high - low) * torch.rand(rows, 1, generator=generator, device=device))
+    share = low + (high - low) * torch.rand(rows, 1, generator=generator, device=device)
+    return torch.lerp(swapped, digit_scores, share)
 
 
 def mix_with_permutation(digit_scores: Tensor, generator: torch.Generator) -> Tensor:

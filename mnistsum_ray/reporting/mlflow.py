@@ -19,35 +19,41 @@ from mnistsum_ray.storage.store import Location
 @default_environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"})
 @quiet_logger("mlflow", "alembic")
 def log_run(
-    manifest: dict[str, Any], history: list[dict[str, Any]], card: dict[str, Any], folder: Location, files: list[str]
+    manifest: dict[str, Any],
+    history: list[dict[str, Any]],
+    description: dict[str, Any],
+    folder: Location,
+    files: list[str],
 ) -> str:
     """Log a finished run, with `files` of its folder as artifacts; return its id in MLflow."""
-    config, data, uri = manifest["config"], manifest["data"], manifest["config"]["mlflow"]
+    config = manifest["config"]
     # A client alone: the caller's own tracking URI and active run stay as they are.
-    client = mlflow.MlflowClient(uri)
+    client = mlflow.MlflowClient(config["mlflow"])
     experiment = client.get_experiment_by_name(config["mlflow_experiment"])
-    if experiment is None:
-        # MLflow's own choice is in the working folder, which Ray deletes after a submitted job.
-        local = uri.startswith("sqlite:///")
-        artifacts = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri() if local else None
-        experiment = client.get_experiment(client.create_experiment(config["mlflow_experiment"], artifacts))
-    run = client.create_run(experiment.experiment_id, run_name=config["name"])
+    if experiment:
+        experiment_id = experiment.experiment_id
+    else:
+        artifacts = _artifacts_of(config["mlflow"])
+        experiment_id = client.create_experiment(config["mlflow_experiment"], artifacts)
+    run = client.create_run(experiment_id, run_name=config["name"])
     run_id = str(run.info.run_id)
-    tags = {f"data.{key}": data[key] for key in ("source", "location", "sha256")} | manifest["versions"]
     params = [Param(key, str(value)) for key, value in config.items()]
-    client.log_batch(run_id, params=params, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+    said = {f"data.{key}": manifest["data"][key] for key in ("source", "location", "sha256")}
+    said |= manifest["versions"]
+    tags = [RunTag(key, str(value)) for key, value in said.items()]
+    client.log_batch(run_id, params=params, tags=tags)
     logged = [(epoch_scalars(entry), entry) for entry in history]
-    logged.append((scores(card, "final"), history[-1]))
+    logged.append((scores(description, "final"), history[-1]))
     for scalars, entry in logged:
-        milliseconds = int(1000 * epoch_end(entry))
-        metrics = [Metric(key, value, milliseconds, entry["epoch"]) for key, value in scalars.items()]
+        time, epoch = int(1000 * epoch_end(entry)), entry["epoch"]
+        metrics = [Metric(key, value, time, epoch) for key, value in scalars.items()]
         client.log_batch(run_id, metrics)
     with tempfile.TemporaryDirectory() as copy:
         for name in files:
             Path(copy, name).parent.mkdir(exist_ok=True)
             Path(copy, name).write_bytes((folder / name).read_bytes())
         # ONNX holds no pickle. MLflow would find the requirements by running the model.
-        model = onnx.load_from_string(export_onnx(load_model(folder)[0], card))
+        model = onnx.load_from_string(export_onnx(load_model(folder)[0], description))
         packages = mlflow.onnx.get_default_pip_requirements()
         mlflow.onnx.save_model(model, f"{copy}/onnx", pip_requirements=packages, save_as_external_data=False)
         client.log_artifacts(run_id, copy)
@@ -57,3 +63,13 @@ def log_run(
     client.create_model_version(name, f"{run.info.artifact_uri}/onnx", run_id)
     client.set_terminated(run_id)
     return run_id
+
+
+def _artifacts_of(uri: str) -> str | None:
+    """Where artifacts of a new experiment go: for SQLite beside its file, else as MLflow chooses.
+
+    Its own choice would be the working folder, which Ray deletes after a submitted job.
+    """
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()

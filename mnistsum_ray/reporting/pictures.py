@@ -46,27 +46,27 @@ def png(draw: Callable[..., Figure], *arguments: Any) -> bytes:
     return file.getvalue()
 
 
-def draw_history(history: list[dict[str, Any]], card: dict[str, Any]) -> Figure:
+def draw_history(history: list[dict[str, Any]], description: dict[str, Any]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch."""
     figure = Figure(figsize=(9, 4))
     losses, errors = figure.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
-    steps = [
-        (entry["epoch"] - 1 + step / entry["step_losses"][-1][0], loss)
-        for entry in history
-        for step, loss in entry["step_losses"]
-    ]
-    losses.plot(*zip(*steps, strict=True), color=_GREY, linewidth=1, label="training")
-    for split, line, face in (("validation", ":", "white"), ("test", "-", None)):
+    times, means = [], []
+    for entry in history:
+        steps = entry["step_losses"][-1][0]
+        times += [entry["epoch"] - 1 + step / steps for step, _ in entry["step_losses"]]
+        means += [loss for _, loss in entry["step_losses"]]
+    losses.plot(times, means, color=_GREY, linewidth=1, label="training")
+    for split, dashes, face in (("validation", ":", "white"), ("test", "-", None)):
         means = [entry[split]["loss"] for entry in history]
-        losses.plot(epochs, means, f"D{line}", color="black", markerfacecolor=face, label=split)
+        losses.plot(epochs, means, f"D{dashes}", color="black", markerfacecolor=face, label=split)
         for head, (color, marker) in zip(HEADS, _STYLES, strict=False):
             wrong = [_error(entry[split], head) for entry in history]
             form = {"color": color, "markerfacecolor": face, "label": f"{head.name}, {split}"}
-            errors.plot(epochs, wrong, marker + line, **form)
+            errors.plot(epochs, wrong, marker + dashes, **form)
     for head, (color, _) in zip(HEADS, _STYLES, strict=False):
         star = {"markersize": 12, "color": color, "markeredgecolor": "black"}
-        errors.plot(card["epoch"], _error(card["test"], head), "*", **star)
+        errors.plot(description["epoch"], _error(description["test"], head), "*", **star)
     losses.set(title="loss, nats (mean of the heads)", yscale="log")
     errors.set(title="error, % (stars: finished model)")
     errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all
@@ -100,17 +100,10 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
         color = "white" if shades[true, predicted] > 0.6 else "black"
         text = f"{count:,}" if count else ""
         axes.text(predicted, true, text, ha="center", va="center", fontsize=9, color=color)
-    hits, classes = np.diag(counts), range(len(counts))
-    axes.set(
-        title=f"digits: {hits.sum() / max(1, counts.sum()):.2%} of {counts.sum():,} rows correct",
-        xlabel="predicted digit, and precision",
-        ylabel="true digit, and recall",
-    )
-    precision, recall = (hits / np.maximum(1, counts.sum(axis)) for axis in (0, 1))
-    across = [f"{digit}\n{share:.1%}" for digit, share in enumerate(precision)]
-    axes.set_xticks(classes, across, fontsize=8)
-    down = [f"{share:.1%}  {digit}" for digit, share in enumerate(recall)]
-    axes.set_yticks(classes, down, fontsize=8)
+    share = np.trace(counts) / max(1, counts.sum())
+    axes.set_title(f"digits: {share:.2%} of {counts.sum():,} rows correct")
+    axes.set(xlabel="predicted digit", ylabel="true digit")
+    axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
     return figure
 
 
@@ -136,25 +129,22 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
 
 
 def draw_reliability(heads: dict[str, Any]) -> Figure:
-    """Reliability diagram of each head: accuracy and rows by predicted probability, in equal bins.
+    """Reliability diagram of each head: accuracy by predicted probability, in equal bins.
 
     `heads` has the `ece` (expected calibration error) of each, and in `reliability` by bin the
     number of `rows`, of `right` ones, and the sum of their `probability`.
     """
-    figure = Figure(figsize=(4.5 * len(heads), 5))
-    panels = figure.subplots(2, len(heads), sharex="col", squeeze=False, height_ratios=(3, 1))
-    for name, (color, marker), above, below in zip(heads, _STYLES, *panels, strict=False):
-        bins, ece = heads[name]["reliability"], heads[name]["ece"]
-        rows, right, probability = (np.array(bins[key]) for key in ("rows", "right", "probability"))
-        used, edges = rows > 0, np.linspace(0, 1, len(rows) + 1)
-        shares = probability[used] / rows[used], right[used] / rows[used]
-        above.plot([0, 1], [0, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
-        above.plot(*shares, marker, color=color, label="accuracy")
-        above.set(title=f"{name}: expected calibration error {ece:.4f}", ylabel="accuracy")
-        above.legend(loc="lower right")
-        below.bar(edges[:-1], rows, np.diff(edges), align="edge", color=color, edgecolor="white")
-        below.set_yscale("symlog", linthresh=1)  # nearly all rows are in the last bin
-        below.set(xlabel="predicted probability", ylabel="rows")
-        for axes in (above, below):
-            axes.grid()
+    figure = Figure(figsize=(4.5 * len(heads), 4))
+    panels = figure.subplots(1, len(heads), squeeze=False).ravel()
+    for name, (color, marker), axes in zip(heads, _STYLES, panels, strict=False):
+        bins = {key: np.array(counts) for key, counts in heads[name]["reliability"].items()}
+        used = bins["rows"] > 0
+        probability = bins["probability"][used] / bins["rows"][used]
+        accuracy = bins["right"][used] / bins["rows"][used]
+        axes.plot([0, 1], [0, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
+        axes.plot(probability, accuracy, marker, color=color, label="accuracy")
+        axes.set_title(f"{name}: expected calibration error {heads[name]['ece']:.4f}")
+        axes.set(xlabel="predicted probability", ylabel="accuracy")
+        axes.legend(loc="lower right")
+        axes.grid()
     return figure

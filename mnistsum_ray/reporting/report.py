@@ -1,6 +1,6 @@
 """Readable records of a run: report.html, the versions of the software, the names of metrics.
 
-Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `card` that of
+Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `description` that of
 model.json, `history` are the lines of history.jsonl, and `pictures` are PNG files by their names.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Final
 import jinja2
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.images import Pixels, ReasonCounts
 from mnistsum_ray.errors import one_line, percent, printable
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import accuracies
@@ -89,12 +89,12 @@ def draw_pictures(wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]
 def report_page(
     name: str,
     manifest: dict[str, Any],
-    card: dict[str, Any],
+    description: dict[str, Any],
     history: list[dict[str, Any]],
     pictures: dict[str, bytes],
 ) -> str:
     """Render the HTML page of a finished training: accuracies, pictures, epochs, configuration."""
-    data, test = manifest["data"], card["test"]
+    data, test = manifest["data"], description["test"]
     figures = [(percent(test[f"{head.name}_accuracy"]), f"{head.name} correct") for head in HEADS]
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
     figures.append((f"{speed:,.0f}", "training images per second"))
@@ -102,7 +102,7 @@ def report_page(
     run = manifest["metrics"]["run"]
     lines = [
         data["notice"],
-        f"The model of epoch {card['epoch']}, on {test['rows']:,} test images with every number.",
+        f"The model of epoch {description['epoch']}, on {test['rows']:,} test images with every number.",
         f"To score: mnistsum score --model {run} --input PAIRS --output SCORED",
     ]
     names = [key.removeprefix("epoch/").replace("_", " ") for key in epoch_scalars(history[0])]
@@ -113,37 +113,26 @@ def report_page(
     tables = [
         _reasons("Rows left out", data["bad_rows"]),
         ("Epochs", ("epoch", *names), rows),
-        _settings(manifest, {key: card[key] for key in ("parameters", "sha256")}),
+        _settings(manifest, {key: description[key] for key in ("parameters", "sha256")}),
     ]
     return _render(f"{name}: {accuracies(test)}", lines, figures, pictures, tables)
 
 
-def scored_page(manifest: dict[str, Any], totals: Any, pictures: dict[str, bytes]) -> str:
-    """Render the HTML page of a scored output: counts, reasons, the least sure rows, configuration.
-
-    `totals` are `scoring.counts.RowCounts`.
-    """
-    line = manifest["totals"]
+def scored_page(manifest: dict[str, Any], bad: ReasonCounts, pictures: dict[str, bytes]) -> str:
+    """Render the HTML page of a scored output: counts, reasons, pictures, configuration."""
+    totals = manifest["totals"]
     figures = [
-        (f"{line['rejected_rows']:,}", "rows rejected"),
-        (f"{line['failed_files']:,}", f"files not usable, with {line['failed_rows']:,} rows"),
+        (f"{totals['rejected_rows']:,}", "rows rejected"),
+        (f"{totals['failed_files']:,}", f"files not usable, with {totals['failed_rows']:,} rows"),
     ]
     if manifest["labelled_rows"]:
         of = f"correct, of {manifest['labelled_rows']:,} labelled rows"
-        figures += [(percent(line[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS]
-    figures.append((f"{line['rows_per_second']:,.0f}", "rows per second"))
-    unsure = []
-    for probability, file, row, digit, number, label in totals.unsure:
-        label = "unknown" if label is None else label
-        unsure.append((digit, f"{probability:.3f}", label, number, f"{file}, row {row:,}"))
-    columns = ("predicted digit", "digit_prob", "label", "number", "input row")
-    tables = [
-        _reasons("Rejected rows", vars(totals)),
-        ("The least sure rows", columns, unsure),
-        _settings(manifest, manifest["model"]),
-    ]
-    title = f"{line['scored_rows']:,} of {line['input_rows']:,} rows scored"
-    return _render(title, [f"{line['output']}, from {line['files']:,} files"], figures, pictures, tables)
+        figures += [(percent(totals[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS]
+    figures.append((f"{totals['rows_per_second']:,.0f}", "rows per second"))
+    tables = [_reasons("Rejected rows", vars(bad)), _settings(manifest, manifest["model"])]
+    title = f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored"
+    where = f"{totals['output']}, from {totals['files']:,} files"
+    return _render(title, [where], figures, pictures, tables)
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:
@@ -163,8 +152,8 @@ def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
     # The manifest knows what the config has left open, as its precision.
     for key, value in (manifest["config"] | entries | {"weights": model}).items():
         if isinstance(value, dict):
-            shown = {name: entry for name, entry in value.items() if name != "bad_rows"}
-            value = ", ".join(f"{name} {entry}" for name, entry in shown.items() if entry is not None)
+            shown = [name for name in value if name != "bad_rows" and value[name] is not None]
+            value = ", ".join(f"{name} {value[name]}" for name in shown)
         if value is not None:
             rows.append((key.replace("_", "-"), value))
     return "Configuration", (), rows

@@ -1,21 +1,17 @@
 """Results of the jobs: `fit` and `score` return them, and the commands print them as JSON."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 
-class _Entries:
-    """Base of results that are entries of a mapping, which may hold others too."""
+class Result(BaseModel):
+    """Made of keywords; more of them than fields are no error."""
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        return cls(**{name: value for name, value in values.items() if name in names})
+    model_config = ConfigDict(frozen=True)
 
 
-@dataclass(frozen=True)
-class SplitRows(_Entries):
+class SplitRows(Result):
     """Rows of each split, and where they come from."""
 
     source: str
@@ -25,8 +21,7 @@ class SplitRows(_Entries):
     test_rows: int
 
 
-@dataclass(frozen=True)
-class HeldOutMetrics(_Entries):
+class HeldOutMetrics(Result):
     """Quality on the test rows, with every number for each image. Accuracies are in 0..1."""
 
     rows: int
@@ -38,8 +33,7 @@ class HeldOutMetrics(_Entries):
     sum_accuracy: float
 
 
-@dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Result):
     """Result of a finished training."""
 
     run: str
@@ -55,11 +49,10 @@ class TrainResult:
 
     def line(self) -> dict[str, Any]:
         """The command's JSON line."""
-        return asdict(self)
+        return self.model_dump()
 
 
-@dataclass(frozen=True)
-class ScoreResult(_Entries):
+class ScoreResult(Result):
     """Result of a finished scoring. input_rows = scored_rows + rejected_rows + failed_rows."""
 
     output: str
@@ -82,5 +75,5 @@ class ScoreResult(_Entries):
 
     def line(self, *, labels: bool) -> dict[str, Any]:
         """The command's JSON line; `labels`: with accuracies, since a label column was named."""
-        line = asdict(self)
-        return {name: line[name] for name in line if labels or not name.endswith("_accuracy")}
+        accuracies = {"digit_accuracy", "sum_accuracy"}
+        return self.model_dump(exclude=None if labels else accuracies)

@@ -49,8 +49,8 @@ def write_epochs(run: Location, history: list[dict[str, Any]]) -> None:
                 writer.add_scalar("train/step_loss", loss, in_run, walltime=trained)
 
 
-def write_final(run: Location, epoch: int, card: dict[str, Any]) -> None:
+def write_final(run: Location, epoch: int, description: dict[str, Any]) -> None:
     """Write the event file of the finished run: the model's metrics, shown under the last epoch."""
     with _event_file(run, _name(epoch, "final")) as writer:
-        for key, value in scores(card, "final").items():
+        for key, value in scores(description, "final").items():
             writer.add_scalar(key, value, epoch)

@@ -1,7 +1,7 @@
 """The output folder: the request that it holds, and the parts that are done.
 
 OUTPUT/run.json                      the request, created first, and only if there is none
-OUTPUT/predictions/                  the parts, each whole under its name, and nothing else: a reader of Parquet takes the folder
+OUTPUT/predictions/                  the parts, each whole under its name, and nothing else
 OUTPUT/files.parquet, report.html    about the whole run, written after all parts
 OUTPUT/manifest.json                 written last: while it exists, the output is finished
 """
@@ -10,12 +10,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.parquet import open_parquet, read_footer
-from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, RunError, UnusableFileError
+from mnistsum_ray.errors import (
+    ExistingFileError,
+    MissingFileError,
+    RequestError,
+    RunError,
+    UnusableFileError,
+)
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
 from mnistsum_ray.scoring.counts import RowCounts, columns_to_count, count_part
@@ -32,6 +37,8 @@ RUN_FORMAT: Final = f"{_PROGRAM}2"
 """Format of run.json and the manifest, of the stamps, and of how files are cut into parts."""
 
 _START_OVER: Final = "--overwrite deletes that output and scores everything again"
+_NOT_OURS: Final = "is not a file of this program"
+_AWAY: Final = "move it away, or choose another folder"
 
 
 def read_run(output: Location, *, any_version: bool = False) -> dict[str, Any] | None:
@@ -42,12 +49,14 @@ def read_run(output: Location, *, any_version: bool = False) -> dict[str, Any] |
     try:
         run = (output / RUN_FILE).read_json()
         found, version, request = run["format"], run["version"], run["request"]
-        if not found.startswith(_PROGRAM):
-            raise ValueError
+        is_ours = found.startswith(_PROGRAM)
     except MissingFileError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise _refusal(output, f"its {RUN_FILE} is not of this program; choose another folder") from None
+        is_ours = False
+    if not is_ours:
+        problem = f"its {RUN_FILE} is not of this program; choose another folder"
+        raise _refusal(output, problem)
     if found != RUN_FORMAT and not any_version:
         versions = f"was begun by version {version} of mnistsum_ray, and this is {__version__}"
         raise _refusal(output, f"{versions}; {_START_OVER}")
@@ -57,7 +66,8 @@ def read_run(output: Location, *, any_version: bool = False) -> dict[str, Any] |
 def begin(request: Request) -> None:
     """Create run.json, or check that the one that is there holds this request.
 
-    RequestError: another request was begun here, or files of other programs are. Nothing is changed then.
+    RequestError: another request was begun here, or files of other programs are. Nothing is changed
+    then.
     """
     output = request.output
     begun = read_run(output)
@@ -74,12 +84,10 @@ def begin(request: Request) -> None:
 
 
 def list_parts(output: Location) -> dict[str, Entry]:
-    """The parts in an output folder, by their names; a RequestError where it holds files of other programs.
+    """The parts in an output folder, by their names; hidden files do not count.
 
-    Hidden files do not count, of which a kill on a disk may leave some.
+    RequestError: it holds files of other programs.
     """
-    if output.is_local and Path(output.path, PREDICTIONS).is_symlink():
-        raise _refusal(output, f"{PREDICTIONS} is a link; name the folder that it leads to, or choose another")
     parts = {}
     listed = output.files()
     # Asked after the listing: run.json is older than any part in it.
@@ -89,15 +97,14 @@ def list_parts(output: Location) -> dict[str, Entry]:
         folder, _, below = name.partition("/")
         if is_hidden(name) or (is_begun and name in (RUN_FILE, FILES_TABLE, REPORT, MANIFEST)):
             continue
-        if is_begun and folder == PREDICTIONS and below:
-            parts[below] = entry
-        else:
-            raise _refusal(output, f"{name} is not a file of this program; move it away, or choose another folder")
+        if not (is_begun and folder == PREDICTIONS and below):
+            raise _refusal(output, f"{name} {_NOT_OURS}; {_AWAY}")
+        parts[below] = entry
     return parts
 
 
 def delete_output(output: Location, console: Console) -> None:
-    """Delete an earlier output. run.json goes last: until then all files are known to be of this program."""
+    """Delete an earlier output, run.json last: until then all files are known to be ours."""
     read_run(output, any_version=True)
     parts = list_parts(output)
     list(_read_stamps(output, parts, console))  # refuses what is not of this program
@@ -106,50 +113,48 @@ def delete_output(output: Location, console: Console) -> None:
     (output / RUN_FILE).delete()
 
 
-class Found(NamedTuple):
-    """What is in an output folder."""
-
-    done: set[str]
-    """Names of the planned parts that are there, whole and of this request."""
-    gone: int
-    """Number of parts whose input file is not there now."""
-
-
-def read_parts(request: Request, planned: Mapping[str, Part], console: Console) -> Found:
+def read_parts(request: Request, planned: Mapping[str, Part], console: Console) -> tuple[set[str], int]:
     """Read the footers of all parts in the output folder, and compare them with the plan.
 
-    RequestError: a part is of another request, its input has changed since or was renamed, or a file
-    is of another program.
+    Returns:
+        Names of the planned parts that are there, whole and of this request; and the number of
+        parts whose input file is not there now.
+
+    RequestError: a part is of another request, its input has changed since or was renamed, or a
+    file is of another program.
     """
     output = request.output
     e_tags = {file.name: file.e_tag for file in request.files}
     done: set[str] = set()
+    gone = 0
     begun: set[str] = set()  # input files
-    gone: list[dict[str, Any]] = []  # stamps
+    former: dict[str, str] = {}  # names of input files that are gone, by e_tag
     for name, stamp, rows in _read_stamps(output, list_parts(output), console):
         source = stamp["input"]
         part = planned.get(name)
+        expected = part and (part.name, part.first_row, part.rows)
         problem = None
         if stamp["request"] != request.digest:
             problem = "is of another request"
         elif source not in e_tags:
-            gone.append(stamp | {"rows": rows})
+            gone += 1
+            if rows:  # files without rows may be alike
+                former[stamp["e_tag"]] = source
             continue
         elif stamp["e_tag"] != e_tags[source]:
             problem = f"has rows of {source}, which has changed since"
-        elif part is None or (source, stamp["first_row"], rows) != (part.name, part.first_row, part.rows):
+        elif (source, stamp["first_row"], rows) != expected:
             problem = f"has other rows of {source} than it should have"
         if problem:
             raise _refusal(output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
         done.add(name)
         begun.add(source)
-    # Files without rows may be alike.
-    former = {stamp["e_tag"]: stamp["input"] for stamp in gone if stamp["rows"]}
     for file in request.files:
-        if file.name not in begun and file.e_tag in former:
-            was = f"holds the rows of {file.name}, which was {former[file.e_tag]} then, and would have them twice"
-            raise _refusal(output, f"{was}; name it as before, or {_START_OVER}")
-    return Found(done, len(gone))
+        if file.e_tag in former and file.name not in begun:
+            was = f"holds the rows of {file.name}, which was {former[file.e_tag]} then"
+            twice = "and would have them twice; name it as before"
+            raise _refusal(output, f"{was}, {twice}, or {_START_OVER}")
+    return done, gone
 
 
 def _read_stamps(output: Location, parts: Mapping[str, Entry], console: Console) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -159,13 +164,14 @@ def _read_stamps(output: Location, parts: Mapping[str, Entry], console: Console)
         try:
             footer = read_footer(output / PREDICTIONS / name, parts[name])
         except UnusableFileError as error:
-            raise _refusal(output, f"{PREDICTIONS}/{name} {error}; move it away, or choose another folder") from None
+            raise _refusal(output, f"{PREDICTIONS}/{name} {error}; {_AWAY}") from None
         stamp = (footer.metadata.metadata or {}).get(STAMP_KEY)
         if stamp is None:
-            raise _refusal(output, f"{PREDICTIONS}/{name} is not a file of this program; move it away, or choose another folder")
+            raise _refusal(output, f"{PREDICTIONS}/{name} {_NOT_OURS}; {_AWAY}")
         return name, json.loads(stamp), footer.metadata.num_rows
 
-    return in_threads(read, list(parts), output.is_local, Progress(console.progress, "output files read", len(parts)))
+    progress = Progress(console.progress, "output files read", len(parts))
+    return in_threads(read, list(parts), output.is_local, progress)
 
 
 def _refusal(output: Location, problem: str) -> RequestError:
@@ -174,12 +180,13 @@ def _refusal(output: Location, problem: str) -> RequestError:
 
 def count_part_file(request: Request, part: Part) -> RowCounts:
     """Count the rows of a part that is in the output folder. RunError: it is damaged."""
-    place = request.output / PREDICTIONS / part.output
+    file = request.output / PREDICTIONS / part.output
     try:
-        with open_parquet(place) as file:
-            table = file.read(columns_to_count(request.config))
+        with open_parquet(file) as parquet:
+            table = parquet.read(columns_to_count(request.config))
     except UnusableFileError as error:
-        raise RunError(f"--output {place.display} {error}; delete it, and the same command scores it again") from None
+        again = "delete it, and the same command scores it again"
+        raise RunError(f"--output {file.display} {error}; {again}") from None
     return count_part(table, part, request.config)
 
 
@@ -187,6 +194,7 @@ def count_parts(request: Request, parts: Sequence[Part], console: Console) -> Ro
     """Count the rows of parts that are in the output folder."""
     counts = RowCounts()
     progress = Progress(console.progress, "output files counted", len(parts))
-    for of_part in in_threads(partial(count_part_file, request), parts, request.output.is_local, progress):
+    count = partial(count_part_file, request)
+    for of_part in in_threads(count, parts, request.output.is_local, progress):
         counts.add(of_part)
     return counts

@@ -1,12 +1,14 @@
 """Parts: the consecutive rows of an input file that become one output file.
 
-The file name is the state. A part's name and rows follow from its input file and `--max-rows-per-file` alone, it is put whole,
-and only if there is none: a kill, a rerun and a second run at the same time change nothing.
+The file name is the state. A part's name and rows follow from its input file and
+`--max-rows-per-file` alone, it is put whole, and only if there is none: a kill, a rerun and a
+second run at the same time change nothing.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from pathlib import PurePosixPath
 from typing import Final, NamedTuple, TypeVar
 
@@ -20,23 +22,20 @@ STAMP_KEY: Final = b"mnistsum_ray.part"
 
 _LEAST_ROWS: Final = 8_192
 _MOST_ROWS: Final = 32_768
-"""Rows of a part, unless the user says otherwise: 32,768 rows are 10 s of a CPU core, which a kill costs."""
-
-_MAX_NAME_BYTES: Final = 255  # of a file on a disk
-_MAX_KEY_BYTES: Final = 900  # of 1,024 that an object store allows, without the output's own prefix
+"""Rows of a part by default: 32,768 rows are 10 s of a CPU core, which a kill costs."""
 
 CPU_TASK_ROWS: Final = 32_768
 GPU_TASK_ROWS: Final = 262_144
 """Rows of a task, some seconds of work: a task costs the driver 7 to 9 ms."""
 
 _MIN_TASK_ROWS: Final = 4_096
-"""Rows that a CPU core scores while a worker starts: with fewer rows a worker, fewer workers end sooner."""
+"""Rows that a CPU core scores while a worker starts: with fewer, fewer workers end sooner."""
 
 _TASKS_PER_WORKER: Final = 4
 """With several tasks per worker, none has to finish a long one alone at the end."""
 
 _MAX_TASKS: Final = 16_384
-"""With more rows the tasks get longer: Ray Data takes 0.5 ms a task before the first starts, and says nothing meanwhile."""
+"""Ray Data takes 0.5 ms a task before the first starts. Tasks of more rows get longer instead."""
 
 _FILE_ROWS: Final = 32
 """Rows that take as long as to open and to write the files of a part."""
@@ -76,16 +75,16 @@ class Part(NamedTuple):
     rows: int
 
     def stamp(self, request: str) -> dict[bytes, bytes]:
-        """What the footer of the output file says: the request, by its digest, and the input with its first row."""
-        stamp = {"request": request, "input": self.name, "e_tag": self.e_tag, "first_row": self.first_row}
-        return {STAMP_KEY: json.dumps(stamp).encode()}
+        """The entry of the output file's footer: the request's digest, the input, its first row."""
+        stamp = {"request": request, "input": self.name, "e_tag": self.e_tag}
+        return {STAMP_KEY: json.dumps(stamp | {"first_row": self.first_row}).encode()}
 
 
 def parts_of(file: InputFile, max_rows_per_file: int | None) -> list[Part]:
     """The parts of a file, of one size but for the last: one of no rows where it has none."""
     rows = file.rows or 0
-    size = max_rows_per_file or min(_MOST_ROWS, max(_LEAST_ROWS, _ceil_divide(rows, 4)))
-    count = max(1, _ceil_divide(rows, size))
+    size = max_rows_per_file or min(_MOST_ROWS, max(_LEAST_ROWS, ceil(rows / 4)))
+    count = max(1, ceil(rows / size))
     path = PurePosixPath(file.name)
     parts = []
     for index in range(count):
@@ -93,18 +92,22 @@ def parts_of(file: InputFile, max_rows_per_file: int | None) -> list[Part]:
         if count > 1:
             output = str(path.with_name(f"{path.stem}-{index:05d}-of-{count:05d}{path.suffix}"))
         first_row = index * size
-        parts.append(Part(output, file.name, file.size, file.e_tag, first_row, min(size, rows - first_row)))
+        part_rows = min(size, rows - first_row)
+        parts.append(Part(output, file.name, file.size, file.e_tag, first_row, part_rows))
     return parts
 
 
 def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) -> tuple[list[Part], dict[str, str]]:
-    """The parts of all files that can be used, in their order; and the other files: name and reason."""
+    """The parts of all files that can be used; and of the other files the name and the reason."""
     parts: list[Part] = []
     failures: dict[str, str] = {}
     taken: dict[str, str] = {}  # input file by output file
     for file in files:
-        of_file = [] if file.error else parts_of(file, max_rows_per_file)
-        errors = [file.error, *(_name_error(part.output, taken) for part in of_file)]
+        if file.error:
+            failures[file.name] = file.error
+            continue
+        of_file = parts_of(file, max_rows_per_file)
+        errors = [_name_error(part.output, taken) for part in of_file]
         error = next(filter(None, errors), None)
         if error:
             failures[file.name] = error
@@ -117,20 +120,18 @@ def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) 
 def _name_error(output: str, taken: dict[str, str]) -> str | None:
     """Why an output file cannot have this name; None if it can."""
     if is_hidden(output):
-        return "would be written to a name that readers of Parquet skip, as all names with . or _ in front; rename it"
-    longest = max(len(component.encode()) for component in output.split("/"))
-    if longest > _MAX_NAME_BYTES or len(output.encode()) > _MAX_KEY_BYTES:
-        return "has a name that is too long for its output file; rename it"
+        skipped = "readers of Parquet skip, as all names with . or _ in front"
+        return f"would be written to a name that {skipped}; rename it"
     if output in taken:
         return f"would need the name {output} in the output, as does {taken[output]}; rename it"
     return None
 
 
 def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[Part]]:
-    """Group consecutive parts so that each worker gets several tasks of about `max_rows` or fewer."""
+    """Group consecutive parts: each worker gets several tasks of about `max_rows` or fewer."""
     total = sum(part.rows + _FILE_ROWS for part in parts)
-    task_rows = max(_MIN_TASK_ROWS, _ceil_divide(total, _TASKS_PER_WORKER * workers))
-    task_rows = max(min(task_rows, max_rows), _ceil_divide(total, _MAX_TASKS))
+    task_rows = max(_MIN_TASK_ROWS, ceil(total / (_TASKS_PER_WORKER * workers)))
+    task_rows = max(min(task_rows, max_rows), ceil(total / _MAX_TASKS))
     tasks: list[list[Part]] = []
     rows = task_rows
     for part in parts:
@@ -142,12 +143,11 @@ def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[
     return tasks
 
 
-def _ceil_divide(amount: int, count: int) -> int:
-    return -(-amount // count)
-
-
 def in_threads(
-    work: Callable[[Item], Answer], items: Sequence[Item], is_local: bool, on_progress: Callable[[int], None]
+    work: Callable[[Item], Answer],
+    items: Sequence[Item],
+    is_local: bool,
+    on_progress: Callable[[int], None],
 ) -> Iterator[Answer]:
     """Apply `work` to each item; yield the answers in order."""
     # An object store answers slowly but takes many requests at once. A local disk answers at once,

@@ -1,4 +1,4 @@
-"""The checked request of a scoring run: model, input files with their footers, and output folder."""
+"""The checked request of a scoring run: model, input files with their footers, output folder."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import Footer, column_error, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError
-from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
+from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import InputFile, in_threads
 from mnistsum_ray.storage.store import Location
@@ -31,7 +31,7 @@ class Request:
 
     config: ScoreConfig
     model: Location
-    card: dict[str, Any]
+    description: dict[str, Any]
     """Contents of the model's `model.json`."""
     weights: dict[str, npt.NDArray[Any]]
     root: Location
@@ -43,9 +43,9 @@ class Request:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What determines the predictions, by flag, as JSON has it. One output holds predictions of one request."""
+        """What determines the predictions, by flag, as JSON has it. An output is of one request."""
         return {
-            "--model with SHA-256": self.card["sha256"],
+            "--model with SHA-256": self.description["sha256"],
             "--precision": self.precision,
             "--image-column": self.config.image_column,
             "--number-column": self.config.number_column,
@@ -64,7 +64,8 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
     """Check everything that can be checked without a cluster.
 
     Raises:
-        RequestError: the model, the input or the output cannot be used; none of the files has one of the columns.
+        RequestError: the model, the input or the output cannot be used; none of the files has one
+            of the columns.
         RunError: the storage does not give an input file.
     """
     output = locate(config.output, "--output", output_base_folder())
@@ -76,10 +77,11 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
     inputs = list_inputs(config.input, output)
     report_skipped(inputs.skipped, console.say)
     model = locate_existing(config.model, "--model")
-    from mnistsum_ray.model.folder import copy_weights, load_model  # imports PyTorch, after the quick checks
+    # Imports PyTorch, after the quick checks.
+    from mnistsum_ray.model.folder import copy_weights, load_model
 
     try:
-        network, card = load_model(model)
+        network, description = load_model(model)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
     weights = {name: value.numpy() for name, value in copy_weights(network).items()}
@@ -87,7 +89,7 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
         files = read_footers(inputs, config, console)
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
-    return Request(config, model, card, weights, inputs.root, files, output, config.precision)
+    return Request(config, model, description, weights, inputs.root, files, output, config.precision)
 
 
 def say_failures(failures: Mapping[str, str], say: Callable[[str], None]) -> None:
@@ -111,8 +113,9 @@ def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[
     for flag, column in _columns(config).items():
         lack = f"has no column {column!r}"
         if readable and all((file.error or "").startswith(lack) for file in readable):
+            missing = f"{flag} {column}: no file of --input has such a column"
             error = str(readable[0].error).partition(";")[0]
-            raise RequestError(f"{flag} {column}: no file of --input has such a column; {readable[0].name} {error}")
+            raise RequestError(f"{missing}; {readable[0].name} {error}")
     recast = sorted({column for file in files for column in file.recast})
     if recast:
         names = ", ".join(recast)
@@ -139,7 +142,9 @@ def _read_footer(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
 def _columns(config: ScoreConfig) -> dict[str, str]:
     """The columns that scoring reads, by the flag that names each."""
     columns = {"--image-column": config.image_column, "--number-column": config.number_column}
-    return columns | ({"--label-column": config.label_column} if config.label_column else {})
+    if config.label_column:
+        columns["--label-column"] = config.label_column
+    return columns
 
 
 def _file_error(footer: Footer, config: ScoreConfig) -> str | None:
@@ -148,14 +153,11 @@ def _file_error(footer: Footer, config: ScoreConfig) -> str | None:
     type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
     for flag, name in _columns(config).items():
         if name not in names:
-            some = ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            return f"has no column {name!r} but {some}; {flag} names another"
+            some = ", ".join(map(repr, names[:10]))
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            return f"has no column {name!r} but {some}{more}; {flag} names another"
         error = column_error(footer.schema, name, type_errors.get(flag, lambda _: None))
         if error:
             return f"{error}, or {flag} names another"
-    # DuckDB and Spark do not tell upper case from lower case.
-    added = [*PREDICTION_FIELDS.names, "reason", *(PROBABILITY_FIELDS.names if config.probabilities else ())]
-    for name in names:
-        if name.lower() in added:
-            return f"has a column {name!r}, which scoring would add; rename it"
-    return None
+    taken = added_column(names, config.probabilities)
+    return f"has a column {taken!r}, which scoring would add; rename it" if taken else None

@@ -1,4 +1,4 @@
-"""Result of a scoring run: its line, the table of files, the report and the manifest."""
+"""Result of a scoring run: its totals, the table of files, the report and the manifest."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import RunError, counted, percent
 from mnistsum_ray.reporting.console import Console, accuracies
@@ -32,32 +31,30 @@ FILES_TABLE_SCHEMA: Final = pa.schema(
 )
 """`files.parquet`: one row per input file; rows == scored + rejected + failed."""
 
-_FILES_IN_ERROR: Final = 5
 
-
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
-    """What a run has found out."""
+    """What a run finds out."""
 
     request: Request
     failures: dict[str, str]
     """Input files that cannot be used: name and reason."""
     counts: RowCounts
-    """Over the rows of all other files."""
-    resumed_rows: int
-    """Rows of those that earlier runs had scored."""
-    seconds: float
-    """From the start of the first part to the end of the last one; 0 where none was scored."""
+    """Over the rows of all other files that are scored."""
     gone: int
     """Output files of input that is not there now."""
+    resumed_rows: int = 0
+    """Rows that earlier runs had scored."""
+    seconds: float = 0.0
+    """From the start of the first part to the end of the last one, on the workers' clocks."""
 
-    def line(self) -> dict[str, Any]:
+    def totals(self) -> dict[str, Any]:
         """The fields of the job's last line, but for `seconds`."""
         files = self.request.files
         failed = sum(file.rows or 0 for file in files if file.name in self.failures)
-        rejected = self.counts.total
+        rejected = self.counts.bad.total
         new_rows = self.counts.rows - self.resumed_rows
-        return {
+        totals = {
             "output": self.request.output.display,
             "input_rows": self.counts.rows + failed,
             "scored_rows": self.counts.rows - rejected,
@@ -67,7 +64,8 @@ class Outcome:
             "files": len(files),
             "failed_files": len(self.failures),
             "rows_per_second": round(new_rows / self.seconds, 1) if self.seconds else 0.0,
-        } | (self.counts.accuracies() if self.request.config.label_column else {})
+        }
+        return totals | (self.counts.accuracies() if self.request.config.label_column else {})
 
 
 def publish(outcome: Outcome, started: float, console: Console) -> ScoreResult:
@@ -76,79 +74,82 @@ def publish(outcome: Outcome, started: float, console: Console) -> ScoreResult:
     RunError: with `--strict` something cannot be used. There is no manifest then.
     """
     counts, output = outcome.counts, outcome.request.output
-    heads = {head: sums.as_json() for head, sums in counts.reliability.items()} if counts.labelled else None
-    wanted = {"confusion.png": (counts.confusion,), "reliability.png": (heads,)} if heads else {}
-    pictures = draw_pictures(wanted, console.say)
-    line = outcome.line() | {"seconds": round(time.monotonic() - started, 1)}
-    manifest = _manifest(outcome, line) | {"probabilities": heads}
+    heads = None
+    pictures = {}
+    if counts.labelled:
+        heads = {head: sums.as_json() for head, sums in counts.reliability.items()}
+        wanted = {"confusion.png": (counts.confusion,), "reliability.png": (heads,)}
+        pictures = draw_pictures(wanted, console.say)
+    totals = outcome.totals() | {"seconds": round(time.monotonic() - started, 1)}
+    manifest = _manifest(outcome, totals) | {"probabilities": heads}
     (output / FILES_TABLE).write(to_parquet(_files_table(outcome)))
-    (output / REPORT).write(scored_page(manifest, counts, pictures).encode())
-    if outcome.request.config.strict and (counts.total or outcome.failures):
+    (output / REPORT).write(scored_page(manifest, counts.bad, pictures).encode())
+    _say_result(outcome, totals, console.say)
+    if outcome.request.config.strict and (counts.bad.total or outcome.failures):
         (output / MANIFEST).delete()  # one of a run without --strict
-        raise RunError(_strict_error(outcome))
+        rows = counted(counts.bad.total, "row")
+        files = counted(len(outcome.failures), "file")
+        raise RunError(
+            f"--strict: {rows} and {files} cannot be used, so there is no {MANIFEST}; "
+            f"{REPORT} and {FILES_TABLE} say why, "
+            f"and the same command without --strict finishes at once"
+        )
     (output / MANIFEST).write(manifest)
-    _say_result(line, counts, console.say)
-    return ScoreResult.of(line)
-
-
-def _strict_error(outcome: Outcome) -> str:
-    reasons = [f"{name}: {reason}" for name, reason in outcome.failures.items()][:_FILES_IN_ERROR]
-    if outcome.counts.total:
-        reasons.append(outcome.counts.describe())
-    rows, files = counted(outcome.counts.total, "row"), counted(len(outcome.failures), "file")
-    return (
-        f"--strict: {rows} and {files} cannot be used, so there is no {MANIFEST}; "
-        f"the same command without --strict finishes at once: {' | '.join(reasons)}"
-    )
+    return ScoreResult(**totals)
 
 
 def _files_table(outcome: Outcome) -> pa.Table:
     rows = []
     for file in outcome.request.files:
-        reason = outcome.failures.get(file.name)
         rejected = outcome.counts.rejected[file.name]
-        if reason is None:
-            counts = {"scored": (file.rows or 0) - rejected, "rejected": rejected, "failed": 0, "status": "scored"}
+        row = {"file": file.name, "rows": file.rows, "rejected": rejected, "failed": 0}
+        if file.name in outcome.failures:
+            reason = outcome.failures[file.name]
+            row |= {"scored": 0, "failed": file.rows, "status": "failed", "reason": reason}
         else:
-            counts = {"scored": 0, "rejected": 0, "failed": file.rows, "status": "failed"}
-        rows.append({"file": file.name, "rows": file.rows, "reason": reason} | counts)
+            row |= {"scored": (file.rows or 0) - rejected, "status": "scored"}
+        rows.append(row)
     return pa.Table.from_pylist(rows, FILES_TABLE_SCHEMA)
 
 
-def _manifest(outcome: Outcome, line: dict[str, Any]) -> dict[str, Any]:
+def _manifest(outcome: Outcome, totals: dict[str, Any]) -> dict[str, Any]:
     counts, request = outcome.counts, outcome.request
-    located = {"model": request.model, "input": request.root, "output": request.output}
+    config = request.config.model_dump(mode="json")
+    locations = {"model": request.model, "input": request.root, "output": request.output}
+    config |= {name: location.display for name, location in locations.items()}
     return {
         "format": RUN_FORMAT,
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "totals": line,
+        "totals": totals,
         "consistent_rows": counts.consistent,
         "labelled_rows": counts.labelled if request.config.label_column else None,
-        "bad_labels": counts.bad_labels if request.config.label_column else None,
-        "rejected_by_reason": counts.reasons,
+        "rejected_by_reason": counts.bad.reasons,
         "confusion": counts.confusion if counts.labelled else None,
-        "config": request.config.model_dump(mode="json") | {name: place.display for name, place in located.items()},
-        "model": {key: request.card[key] for key in ("sha256", "epoch", "parameters")},
+        "config": config,
+        "model": {key: request.description[key] for key in ("sha256", "epoch", "parameters")},
         "precision": request.precision,
         "files_of_earlier_input": outcome.gone,
         "versions": versions(),
     }
 
 
-def _say_result(line: dict[str, Any], counts: RowCounts, say: Callable[[str], None]) -> None:
+def _say_result(outcome: Outcome, totals: dict[str, Any], say: Callable[[str], None]) -> None:
     """Say the result in words."""
-    rows, files = counted(line["input_rows"], "row"), counted(line["files"], "file")
-    say(f"scored {line['scored_rows']:,} of {rows} in {files}, each exactly once")
-    if line["failed_files"]:
-        failed, known = counted(line["failed_files"], "file"), counted(line["failed_rows"], "known row")
-        say(f"{failed} with {known} could not be used: {line['output']}/{FILES_TABLE} says why")
-    if line["rejected_rows"]:
-        say(f"{counted(line['rejected_rows'], 'row')} rejected, null in the output: {counts.describe()}")
-    if line["scored_rows"]:
-        say(f"sum = digit + number in {percent(counts.consistent / line['scored_rows'])} of the rows")
-    if counts.bad_labels:
-        say(f"{counted(counts.bad_labels, 'label')} outside 0..{DIGITS - 1}, counted as unknown")
+    counts = outcome.counts
+    rows, files = counted(totals["input_rows"], "row"), counted(totals["files"], "file")
+    say(f"scored {totals['scored_rows']:,} of {rows} in {files}, each exactly once")
+    if totals["failed_files"]:
+        failed = counted(totals["failed_files"], "file")
+        known = counted(totals["failed_rows"], "known row")
+        why = f"{totals['output']}/{FILES_TABLE} says why"
+        say(f"{failed} with {known} could not be used: {why}")
+    if totals["rejected_rows"]:
+        rejected = counted(totals["rejected_rows"], "row")
+        say(f"{rejected} rejected, null in the output: {counts.bad.describe()}")
+    if totals["scored_rows"]:
+        consistent = percent(counts.consistent / totals["scored_rows"])
+        say(f"sum = digit + number in {consistent} of the rows")
     if counts.labelled:
-        say(f"right: {accuracies(line)} ({counted(counts.labelled, 'labelled row')})")
-    say(f"predictions: {line['output']}/{PREDICTIONS}; report: {line['output']}/{REPORT}")
+        say(f"right: {accuracies(totals)} ({counted(counts.labelled, 'labelled row')})")
+    say(f"predictions: {totals['output']}/{PREDICTIONS}; report: {totals['output']}/{REPORT}")

@@ -1,12 +1,15 @@
-"""What a worker process does with a task: read its parts, predict, put each part, and report.
+"""What a worker does with a task: read its parts, predict, put each part, and report.
 
-Nothing records what is done: a part is done when its output file exists, no matter which process wrote it, or how often.
+Nothing records what is done: a part is done when its output file exists, no matter which process
+wrote it, or how often.
 """
 
 import itertools
+import pickle
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -16,10 +19,14 @@ import torch
 
 from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
-from mnistsum_ray.data.picture import background_of
-from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.errors import (
+    ExistingFileError,
+    RunError,
+    StorageError,
+    UnusableFileError,
+    one_line,
+)
 from mnistsum_ray.model.inference import Predictions, Predictor
-from mnistsum_ray.scoring.actor import Report
 from mnistsum_ray.scoring.counts import RowCounts, columns_to_count, count_part
 from mnistsum_ray.scoring.output import count_part_file
 from mnistsum_ray.scoring.parts import PREDICTIONS, Part
@@ -27,61 +34,28 @@ from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.storage.store import Entry
 
 _BATCH_ROWS: Final = 2048
-"""Small parts are predicted together, up to this number of rows or a larger batch: a forward pass on ten rows, filled up to a
-batch, wastes most of its time."""
-
-_LOOKED_AT: Final = 100
-"""Most images of a part whose background is looked at."""
+"""Small parts are predicted together, up to this number of rows or a larger batch: a forward pass
+on ten rows, filled up to a batch, wastes most of its time."""
 
 
-class Scorer:
-    """Scores tasks of parts in one process."""
+@dataclass(frozen=True)
+class Report:
+    """What a worker says about a task: at its beginning, after some parts, and at its end."""
 
-    def __init__(self, request: Request, device: str) -> None:
-        """`request.precision` is known; `device` is PyTorch's name of it."""
-        self._request = request
-        weights = {name: torch.tensor(value) for name, value in request.weights.items()}  # Ray's arrays cannot be written
-        self._predictor = Predictor(weights, torch.device(device), str(request.precision), request.config.batch_size)
-
-    def score(self, parts: Sequence[Part]) -> Iterator[Report]:
-        """Score the parts of a task, and report."""
-        started = time.time()
-        together = max(_BATCH_ROWS, self._request.config.batch_size or 0)
-        batch: list[DecodedPart] = []
-        try:
-            for part, decoded in read_parts(self._request, parts):
-                if isinstance(decoded, UnusableFileError):
-                    yield Report(unusable={part.name: str(decoded)})
-                else:
-                    batch.append(decoded)
-                if batch and (part is parts[-1] or sum(rows.part.rows for rows in batch) >= together):
-                    yield replace(self._predict_and_put(batch), started=started, ended=time.time())
-                    batch = []
-        except StorageError as error:
-            yield Report(failed=f"--input {error}")
-        except RunError as error:
-            yield Report(failed=str(error))
-        yield Report(ends=True)
-
-    def _predict_and_put(self, batch: "list[DecodedPart]") -> Report:
-        """Predict the rows of several parts together, and put each part."""
-        images = np.concatenate([rows.images for rows in batch])
-        numbers = np.concatenate([rows.numbers for rows in batch])
-        predictions = self._predictor.predict(images, numbers, self._request.config.probabilities)
-        counts = RowCounts()
-        unusable = {}
-        warning = None
-        end = 0
-        for rows in batch:
-            start, end = end, end + rows.part.rows
-            try:
-                counts.add(put_part(self._request, rows, predictions.slice(start, end)))
-            except pa.ArrowException as error:
-                if isinstance(error, MemoryError):
-                    raise
-                unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
-            warning = warning or background_warning(rows, self._request.card["input"]["background"])
-        return Report(counts=counts, unusable=unusable, warning=warning)
+    task: int = -1
+    """Number of the task."""
+    begins: Sequence[str] = ()
+    """At the beginning the input files of the task."""
+    ends: bool = False
+    counts: RowCounts | None = None
+    """Of the parts that were put."""
+    started: float = 0.0
+    ended: float = 0.0
+    """When they were begun and put, in seconds since 1970."""
+    unusable: dict[str, str] = field(default_factory=dict)
+    """Input files that cannot be used although their footers could be read: name and reason."""
+    failed: str | None = None
+    """Why the run cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -99,27 +73,83 @@ class DecodedPart:
     """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
 
 
-def read_parts(request: Request, parts: Sequence[Part]) -> Iterator[tuple[Part, DecodedPart | UnusableFileError]]:
-    """Read and decode parts in their order, those of one file in one pass. StorageError: the storage does not give a file.
+class Score:
+    """Scores tasks of parts in one process; an actor of Ray Data is one."""
 
-    Yields:
-        Each part, with its rows or with why they cannot be read although the footer of their file could.
-    """
-    for _, group in itertools.groupby(parts, lambda part: part.name):
-        of_file = list(group)
-        done = 0
+    def __init__(self, request: Request, device: str) -> None:
+        """`request.precision` is known; `device` is PyTorch's name of it."""
+        self._request = request
+        self._device = torch.device(device)
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        # Ray's arrays cannot be written, so the tensors are copies.
+        weights = {name: torch.tensor(value) for name, value in self._request.weights.items()}
+        batch_size = self._request.config.batch_size
+        return Predictor(weights, self._device, str(self._request.precision), batch_size)
+
+    def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
+        """Take a task, a row, and give its pickled reports, a row each."""
+        (row,) = task.to_pylist()
+        parts = [Part(**part) for part in row["parts"]]
+        for report in self.score(parts):
+            data = pickle.dumps(replace(report, task=row["task"]))
+            yield pa.table({"report": [data]})
+
+    def score(self, parts: Sequence[Part]) -> Iterator[Report]:
+        """Score the parts of a task, and report."""
+        yield Report(begins=sorted({part.name for part in parts}))
         try:
-            for decoded in _read_file(request, of_file):
-                yield decoded.part, decoded
-                done += 1
-        except UnusableFileError as error:
-            yield from ((part, error) for part in of_file[done:])
+            yield from self._score(parts)
+        except StorageError as error:
+            yield Report(failed=f"--input {error}")
+        except RunError as error:
+            yield Report(failed=str(error))
+        yield Report(ends=True)
+
+    def _score(self, parts: Sequence[Part]) -> Iterator[Report]:
+        predictor = self._predictor  # the first task loads it
+        started = time.time()
+        most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
+        batch: list[DecodedPart] = []
+        for name, group in itertools.groupby(parts, lambda part: part.name):
+            try:
+                for decoded in read_file(self._request, list(group)):
+                    batch.append(decoded)
+                    if sum(rows.part.rows for rows in batch) >= most_rows:
+                        yield self._predict_and_put(predictor, batch, started)
+                        batch = []
+            except UnusableFileError as error:
+                yield Report(unusable={name: str(error)})
+        if batch:
+            yield self._predict_and_put(predictor, batch, started)
+
+    def _predict_and_put(self, predictor: Predictor, batch: list[DecodedPart], started: float) -> Report:
+        """Predict the rows of several parts together, and put each part."""
+        images = np.concatenate([rows.images for rows in batch])
+        numbers = np.concatenate([rows.numbers for rows in batch])
+        predictions = predictor.predict(images, numbers, self._request.config.probabilities)
+        counts = RowCounts()
+        unusable = {}
+        start = 0
+        for rows in batch:
+            end = start + rows.part.rows
+            try:
+                counts.add(put_part(self._request, rows, predictions.slice(start, end)))
+            except pa.ArrowException as error:
+                if isinstance(error, MemoryError):
+                    raise
+                unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
+            start = end
+        return Report(counts=counts, unusable=unusable, started=started, ended=time.time())
 
 
-def _read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
-    """Read and decode parts of one file; only the rows of the current part are in memory.
+def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
+    """Read and decode parts of one file in one pass; only the rows of one are in memory.
 
-    Whatever a file makes the decoding raise is an UnusableFileError, as what its reading does.
+    Raises:
+        StorageError: the storage does not give the file.
+        UnusableFileError: it cannot be read, or decoded, although its footer could be read.
     """
     path = request.root / parts[0].name
     stop = parts[-1].first_row + parts[-1].rows
@@ -144,30 +174,13 @@ def _decode(request: Request, part: Part, table: pa.Table) -> DecodedPart:
     return DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
 
 
-def background_warning(rows: DecodedPart, trained: int) -> str | None:
-    """What to say where most images of a part have another background, 0 or 255, than those that the model was trained on."""
-    good = np.setdiff1d(np.arange(rows.part.rows), [*rows.reasons])
-    images = rows.images[good[:: 1 + len(good) // _LOOKED_AT]]
-    if not len(images) or background_of(images) == trained:
-        return None
-    here, there = ("dark on light", "light on dark") if trained == 0 else ("light on dark", "dark on light")
-    return (
-        f"warning: {rows.part.name}: its images are {here}, and the model was trained on {there}, so most answers are wrong; "
-        f"invert the images (255 - pixel), or train on such images"
-    )
-
-
 def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> RowCounts:
     """Put the output file of a part if there is none; return the counts of its rows.
 
     RunError: it cannot be written.
     """
-    reasons = pa.array([rows.reasons.get(row) for row in range(rows.part.rows)], pa.string())
-    rejected = reasons.is_valid().to_numpy(zero_copy_only=False)
     table = rows.table.drop_columns([request.config.image_column])
-    for name, values in predictions.to_arrow(rows.numbers, rejected).items():
-        table = table.append_column(name, values)
-    table = table.append_column("reason", reasons)
+    table = predictions.append_to(table, rows.numbers, rows.reasons)
     # Without the input's own metadata, beside which Spark would see no other columns than theirs.
     table = table.replace_schema_metadata(rows.part.stamp(request.digest))
     try:

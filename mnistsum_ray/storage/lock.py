@@ -15,7 +15,13 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Final
 
-from mnistsum_ray.errors import ExistingFileError, MissingFileError, RunError, StorageError, TryAgainError
+from mnistsum_ray.errors import (
+    ExistingFileError,
+    MissingFileError,
+    RunError,
+    StorageError,
+    TryAgainError,
+)
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import refused
 
@@ -51,7 +57,9 @@ class FolderLock:
 
     def put(self, last: Any) -> None:
         """Write the object if it is still as the store said at `last`; None: if there is none."""
-        mode = {name: last[name] for name in ("e_tag", "version") if last[name]} if last else "create"
+        mode: Any = "create"
+        if last:
+            mode = {name: last[name] for name in ("e_tag", "version") if last[name]}
         # Each record is another one, since an ETag may be that of the content.
         record = f"{self.holder} {secrets.token_hex(4)}".encode()
         with self.file.answers("written"):
@@ -65,9 +73,10 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     TryAgainError: another run holds it. RequestError: it, or its storage, cannot be used so.
     """
     lock = FolderLock(folder, flag)
-    with ExitStack() as held:
+    with ExitStack() as until_end:
         with refused(flag), lock.file.answers("written"):
-            held.enter_context(_hold_file(lock) if folder.is_local else _hold_object(lock, say))
+            held = _hold_file(lock) if folder.is_local else _hold_object(lock, say)
+            until_end.enter_context(held)
         yield lock
 
 
@@ -89,10 +98,10 @@ def _hold_file(lock: FolderLock) -> Iterator[None]:
 def _hold_object(lock: FolderLock, say: Callable[[str], None]) -> Iterator[None]:
     found = _metadata(lock.file)
     if found:
-        probe = lock.file.at(f"{lock.file.path}-{secrets.token_hex(4)}")
-        probe.write(b"")  # the store's clock
-        age = _metadata(probe)["last_modified"] - found["last_modified"]
-        probe.delete()
+        new = lock.file.at(f"{lock.file.path}-{secrets.token_hex(4)}")
+        new.write(b"")
+        age = _metadata(new)["last_modified"] - found["last_modified"]  # by the store's clock
+        new.delete()
         left = EXPIRED_SECONDS - age.total_seconds()
         if left > 0:
             raise lock.refusal(f"; if it was killed, this command takes over in {left:.0f} s")

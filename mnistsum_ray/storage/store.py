@@ -1,14 +1,13 @@
-"""Files on a disk, and objects in S3, Google Cloud Storage and Azure: read, write, list and delete them.
+"""Files on a disk, and objects in S3, Google Cloud Storage and Azure: read, write, list, delete.
 
-Each write puts a whole file: a reader sees the old content or the new one, whatever kills the writer.
-Object stores are reached through obstore, which retries. A disk needs no library.
+Each write puts a whole file: a reader sees the old content or the new one, whatever kills the
+writer. Object stores are reached through obstore, which retries. A disk needs no library.
 """
 
 import io
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,24 +17,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from urllib.parse import parse_qsl
 
-from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, StorageError, one_line, shortened
+from mnistsum_ray.errors import (
+    ExistingFileError,
+    MissingFileError,
+    RequestError,
+    StorageError,
+    one_line,
+    shortened,
+)
 
 if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wait for it
     import pyarrow as pa
 
 Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
-"""Content of a file; a dict is written as JSON, which lacks infinite numbers and NaN: ValueError."""
+"""Content of a file; a dict is written as JSON, which has no infinite numbers and no NaN."""
 
 _PARTIAL: Final = ".mnistsum-partial-"
-"""Beginning of the name of a file that is being written to a disk. A killed process leaves it."""
+"""Start of the name of a file that is being written to a disk; a killed process leaves it."""
 
 _RETRIES: Final[Any] = {
     "max_retries": 100,
     "retry_timeout": timedelta(seconds=50),
-    "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=5), "base": 2},
+    "backoff": {
+        "init_backoff": timedelta(seconds=1),
+        "max_backoff": timedelta(seconds=5),
+        "base": 2,
+    },
 }
-
-_MAX_DELETED: Final = 1000  # objects in one request to S3
 
 
 class Entry(NamedTuple):
@@ -45,7 +53,7 @@ class Entry(NamedTuple):
     size: int
     """Bytes."""
     e_tag: str
-    """Differs where the content does: an object's ETag; on a disk the inode, the time and the size."""
+    """Differs where the content does: an object's ETag; on a disk inode, time and size."""
 
     @property
     def name(self) -> str:
@@ -56,7 +64,7 @@ class Entry(NamedTuple):
 class Location:
     """A file or folder on a disk, or a key or prefix in a bucket.
 
-    All methods raise StorageError, and no other error, where the storage does not answer or refuses.
+    All methods raise StorageError where the storage does not answer or refuses.
     """
 
     path: str
@@ -75,10 +83,6 @@ class Location:
         return not self.bucket
 
     @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
-
-    @property
     def display(self) -> str:
         """The name in messages and files: an absolute path or a URI."""
         if self.is_local:
@@ -94,7 +98,8 @@ class Location:
         with self.answers("read"):
             try:
                 if self.is_local:
-                    return self._entry(Path(self.path).stat()) if Path(self.path).is_file() else None
+                    path = Path(self.path)
+                    return self._entry(path.stat()) if path.is_file() else None
                 # Asked for the key "", a store answers for the bucket.
                 return self._entry(self.store.head(self.path)) if self.path else None
             except FileNotFoundError:
@@ -112,16 +117,17 @@ class Location:
         return self.is_folder() or self.status() is not None
 
     def read_bytes(self) -> bytes:
-        """The whole file. To read a pipe would be to wait, a device may have no end."""
+        """The whole file."""
         with self.answers("read"):
             if not self.is_local:
                 return bytes(self.store.get(self.path).bytes())
-            if Path(self.path).exists() and not Path(self.path).is_file():
+            path = Path(self.path)
+            if path.exists() and not path.is_file():  # a pipe may give nothing, a device never end
                 raise OSError("it is a folder, a pipe or a device, and no file")
-            return Path(self.path).read_bytes()
+            return path.read_bytes()
 
     def read_json(self) -> Any:
-        """The JSON value of the file; a ValueError where it is not JSON, or is nested too deeply."""
+        """The JSON value of the file. ValueError: it is not JSON, or nested too deeply."""
         try:
             return json.loads(self.read_bytes())
         except RecursionError:
@@ -148,11 +154,16 @@ class Location:
             return file
 
     def files(self) -> list[Entry]:
-        """All files below a folder, sorted by path; none where the folder is missing. Links to folders are not followed."""
+        """All files below a folder, sorted by path; none where the folder is missing.
+
+        Links to folders are not followed.
+        """
         with self.answers("listed"):
             if self.is_local:
-                return sorted(self._files_on_disk())
-            entries = [self._entry(meta) for chunk in self.store.list(self.path) for meta in chunk]
+                found = (self.at(str(path)).status() for path in Path(self.path).rglob("*"))
+                # None are folders, pipes, devices and links that lead nowhere.
+                return sorted(entry for entry in found if entry and is_utf8(entry.path))
+            entries = [self._entry(meta) for page in self.store.list(self.path) for meta in page]
             # Consoles mark a folder by an empty object of its name.
             folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
             return sorted(entry for entry in entries if entry.size or entry.path not in folders)
@@ -164,7 +175,7 @@ class Location:
     def create(self, data: Data) -> None:
         """Write the whole file, but only if there is none; else raise ExistingFileError.
 
-        It may be this process that has written it: where an answer is lost, the request is repeated.
+        It may be this process that has written it: where an answer is lost, obstore asks again.
         """
         self._put(_encoded(data), "create")
 
@@ -175,27 +186,18 @@ class Location:
                 for name in names:
                     Path(self.path, name).unlink(missing_ok=True)
                 return
-            for start in range(0, len(names), _MAX_DELETED):
-                paths = [(self / name).path for name in names[start : start + _MAX_DELETED]]
-                try:
-                    self.store.delete(paths)
-                except FileNotFoundError:  # from all but S3; it may have ended the deletion
-                    for path in paths:
-                        with suppress(FileNotFoundError):
-                            self.store.delete(path)
+            paths = [(self / name).path for name in names]
+            try:
+                self.store.delete(paths)
+            except FileNotFoundError:  # from all but S3; it may have ended the deletion
+                for path in paths:
+                    with suppress(FileNotFoundError):
+                        self.store.delete(path)
 
     def delete(self) -> None:
         """Delete this file; a missing one is no error."""
-        self.at(self.path.rpartition("/")[0]).delete_files([self.name])
-
-    def delete_folder(self) -> None:
-        """Delete this folder with its files; a missing one is no error."""
-        if self.is_local:
-            with self.answers("deleted"):
-                if Path(self.path).exists():
-                    shutil.rmtree(self.path)
-        else:
-            self.delete_files([file.path.removeprefix(self.path).lstrip("/") for file in self.files()])
+        folder, _, name = self.path.rpartition("/")
+        self.at(folder).delete_files([name])
 
     @property
     def store(self) -> Any:
@@ -208,17 +210,6 @@ class Location:
         # Azure leaves the quotes out where it lists.
         return Entry(found["path"], found["size"], e_tag if e_tag.endswith('"') else f'"{e_tag}"')
 
-    def _files_on_disk(self) -> Iterator[Entry]:
-        def fail(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError):
-                raise error
-
-        for folder, _, names in os.walk(self.path, onerror=fail):  # which leaves out what cannot be read
-            for name in names:
-                file = self.at(f"{folder.rstrip('/')}/{name}").status()
-                if file and is_utf8(file.path):  # a link that leads nowhere, a pipe and a device are no files
-                    yield file
-
     def _put(self, data: "bytes | pa.Buffer", mode: str) -> None:
         with self.answers("written"):
             if self.is_local:
@@ -228,8 +219,8 @@ class Location:
 
     @contextmanager
     def answers(self, what: str) -> Iterator[None]:
-        """Raise errors of the storage in the block as StorageError: this place cannot be `what`."""
-        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError  # noqa: TID251
+        """Raise errors of the storage in the block as StorageError: this cannot be `what`."""
+        from obstore import exceptions  # noqa: TID251
 
         try:
             yield
@@ -238,11 +229,12 @@ class Location:
         except FileNotFoundError as error:
             if what == "written":  # a folder that cannot be made, as in /proc
                 raise self.error(error, what) from error
-            advice = ", or not on this node; a local path must be on storage that all nodes share"
-            raise MissingFileError(f"{self.display}: is not there{advice if self.is_local else ''}") from None
-        except (AlreadyExistsError, PreconditionError, FileExistsError):
+            shared = ", or not on this node; a local path must be on storage that all nodes share"
+            missing = f"{self.display}: is not there{shared if self.is_local else ''}"
+            raise MissingFileError(missing) from None
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
             raise ExistingFileError(f"{self.display}: was written by another") from None
-        except (BaseError, OSError) as error:
+        except (exceptions.BaseError, OSError) as error:
             raise self.error(error, what) from error
 
     def error(self, error: Exception, what: str) -> StorageError:
@@ -250,19 +242,16 @@ class Location:
         # obstore adds pages for its developers.
         first = " ".join(str(error).partition("\n\nDebug source")[0].split())
         cause = getattr(error, "strerror", None) or shortened(first) or type(error).__name__
-        hints = {
-            "Received redirect without LOCATION": "; give its region as ?region=… or in AWS_REGION",
-            "object with invalid path": "; rename that object, or name the other files",
-        }
-        hint = next((hint for text, hint in hints.items() if text in cause), "")
-        return StorageError(f"{self.display}: cannot be {what}: {cause}{hint}")
+        if "Received redirect without LOCATION" in cause:
+            cause += "; give its region as ?region=… or in AWS_REGION"
+        return StorageError(f"{self.display}: cannot be {what}: {cause}")
 
 
 class _ObjectFile(io.RawIOBase):
-    """An object that is open for reading, by requests for ranges of the object that was listed."""
+    """An object that is open for reading, by requests for ranges of the one that was listed."""
 
-    def __init__(self, place: Location, listed: Entry) -> None:
-        self._place = place
+    def __init__(self, location: Location, listed: Entry) -> None:
+        self._location = location
         self._listed = listed
         self._position = 0
 
@@ -273,8 +262,8 @@ class _ObjectFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._listed.size}[whence]
-        self._position = start + offset
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._listed.size}
+        self._position = starts[whence] + offset
         return self._position
 
     def tell(self) -> int:
@@ -285,14 +274,15 @@ class _ObjectFile(io.RawIOBase):
         count = max(0, end - self._position)
         if count:
             options = {"range": (self._position, end), "if_match": self._listed.e_tag}
-            with self._place.answers("read"):
-                buffer[:count] = self._place.store.get(self._place.path, options=options).bytes()
+            with self._location.answers("read"):
+                found = self._location.store.get(self._location.path, options=options)
+                buffer[:count] = found.bytes()
         self._position += count
         return count
 
 
 def disk_e_tag(status: os.stat_result) -> str:
-    """What tells a file's content from an earlier one's: a file that is replaced has another inode."""
+    """What tells a file from an earlier one: one that is replaced has another inode."""
     return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
@@ -321,56 +311,34 @@ def _encoded(data: Data) -> "bytes | pa.Buffer":
 
 @cache
 def open_store(bucket: str, query: str) -> Any:
-    """The obstore store of a bucket. Keys come from the environment, or from a profile of ~/.aws through boto3.
+    """The obstore store of a bucket, which takes its keys from the environment.
 
     RequestError: the options name something that is not there.
     """
-    from obstore import store  # noqa: TID251
-    from obstore.exceptions import BaseError  # noqa: TID251
+    from obstore import exceptions, store  # noqa: TID251
 
     given = dict(parse_qsl(query))
-    scheme, _, name = bucket.partition("://")
     config: dict[str, Any] = {}
     if "region" in given:
         config["region"] = given["region"]
     endpoint = given.get("endpoint_override")
+    if endpoint and "://" not in endpoint:
+        endpoint = f"{given.get('scheme', 'https')}://{endpoint}"
     if endpoint:
-        address = endpoint if "://" in endpoint else f"{given.get('scheme', 'https')}://{endpoint}"
-        config["base_url" if scheme == "gs" else "endpoint"] = address
-    if name.startswith("anonymous@"):
-        name = name.removeprefix("anonymous@")
-        config["skip_signature"] = True
-    options: dict[str, Any] = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
-    provider = _profile_of_aws() if scheme == "s3" else None
-    if provider:
-        options["credential_provider"] = provider
+        config["base_url" if bucket.startswith("gs:") else "endpoint"] = endpoint
+    options: Any = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
+    from_url: Any = store.from_url  # its overloads name each option of each store
     try:
-        from_url: Any = store.from_url  # its overloads name each option of each store
-        return from_url(f"{scheme}://{name}", config=config, **options)
-    except (BaseError, ValueError) as error:
+        return from_url(bucket, config=config, **options)
+    except (exceptions.BaseError, ValueError) as error:
         raise RequestError(f"{bucket}: {one_line(error).partition(' Debug source')[0]}") from None
 
 
-def _profile_of_aws() -> Any:
-    """What gives the keys of a profile, which obstore does not read by itself; None where no profile is in use."""
-    has_profile = "AWS_PROFILE" in os.environ or Path("~/.aws/credentials").expanduser().exists()
-    if "AWS_ACCESS_KEY_ID" in os.environ or not has_profile:
-        return None
-    try:
-        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: TID251
-    except ImportError:
-        raise RequestError("a profile of ~/.aws needs boto3: pip install -e '.[cloud]'") from None
-    try:
-        return Boto3CredentialProvider()
-    except Exception as error:  # ValueError, or one of botocore
-        raise RequestError(f"AWS_PROFILE, ~/.aws/credentials: {one_line(error)}") from None
-
-
 def is_utf8(path: str) -> bool:
-    """Whether a path can be encoded as UTF-8, which Arrow needs; names on a disk may hold any bytes."""
+    """Whether a path can be encoded as UTF-8, which Arrow needs; on a disk it may be any bytes."""
     return path == path.encode(errors="replace").decode()
 
 
 def is_hidden(name: str) -> bool:
-    """Whether readers of Parquet skip a file of this name, since it, or a folder of it, begins with `.` or `_`."""
+    """Whether readers of Parquet skip this file: it, or a folder of it, begins with `.` or `_`."""
     return any(component.startswith((".", "_")) for component in name.split("/"))

@@ -1,4 +1,7 @@
-"""Paths and URIs as a user gives them, resolved to a Location. One that holds a key is refused, so that no key can come out."""
+"""Paths and URIs as a user gives them, resolved to a Location.
+
+One that holds a key is refused, so that no key can come out.
+"""
 
 import os
 import re
@@ -12,48 +15,59 @@ from mnistsum_ray.errors import RequestError, StorageError
 from mnistsum_ray.storage.store import Location, is_utf8, open_store
 
 KEYS_REFUSED: Final = (
-    "must have no user info, and no query but region, endpoint_override, scheme and allow_…; keys belong in the environment, "
-    "such as AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY or MLFLOW_TRACKING_TOKEN"
+    "must have no user info, and no query but region, endpoint_override, scheme and allow_…; "
+    "keys belong in the environment, such as AWS_SECRET_ACCESS_KEY, "
+    "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY or MLFLOW_TRACKING_TOKEN"
 )
 """Message on a text that `may_hold_keys`, which it must not quote."""
 
-_ADDRESS: Final = re.compile(r"(abfss?://)[a-z0-9-]+@|(gc?s://)anonymous@")
-"""User info that is no key: the container or account of Azure, the word that Google Cloud Storage is read without a key by."""
+_AZURE: Final = re.compile(r"abfss?://[a-z0-9-]+@")
+"""The container or account of Azure, which is no key."""
 
-_HOST: Final = re.compile(r"(\[[\da-fA-F:]+\]|[^:@\[\]]*)(:\d+)?")
 _PUBLIC_QUERY: Final = re.compile(r"region|endpoint_override|scheme|allow_\w+")
 
-
-_SCHEMES: Final = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfss"}
-"""Schemes of object stores, and what obstore and Arrow both call them."""
+_ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
+"""Other names of schemes, and what obstore and Arrow both call them."""
 
 
 def locate(text: str, flag: str, base: Path | None = None) -> Location:
-    """Resolve a path or URI, or raise RequestError; a relative path starts at `base` or at the working folder."""
+    """Resolve a path or URI, or raise RequestError.
+
+    A relative path starts at `base` or at the working folder.
+    """
     if may_hold_keys(text):
         raise RequestError(f"{flag}: {KEYS_REFUSED}")
     if not is_utf8(text) or not text.replace("\n", " ").isprintable():
-        raise RequestError(f"{flag} {text}: holds characters that no path can have; write it as UTF-8, without NUL")
+        problem = "holds characters that no path can have; write it as UTF-8, without NUL"
+        raise RequestError(f"{flag} {text}: {problem}")
     scheme, colon, rest = text.partition("://")
     if colon and scheme != "file":
-        if scheme not in _SCHEMES:
-            raise RequestError(f"{flag} {text}: there is no storage {scheme}://, but s3://, gs:// and abfs://")
-        address, _, query = rest.partition("?")
-        bucket, _, key = address.partition("/")
-        place = Location(key.strip("/"), f"{_SCHEMES[scheme]}://{bucket}", query)
-        try:
-            open_store(place.bucket, place.query)
-        except RequestError as error:
-            raise RequestError(f"{flag} {error}") from None
-        return place
+        return _locate_object(text, flag)
     try:
-        return Location(os.path.normpath((base or Path.cwd()) / Path(rest if colon else text).expanduser()))
+        path = Path(rest if colon else text).expanduser()
     except RuntimeError:
         raise RequestError(f"{flag} {text}: there is no home folder of that name") from None
+    return Location(os.path.normpath((base or Path.cwd()) / path))
+
+
+def _locate_object(uri: str, flag: str) -> Location:
+    scheme, _, rest = uri.partition("://")
+    scheme = _ALIASES.get(scheme, scheme)
+    if scheme not in ("s3", "gs", "abfs"):
+        problem = f"there is no storage {scheme}://, but s3://, gs:// and abfs://"
+        raise RequestError(f"{flag} {uri}: {problem}")
+    address, _, query = rest.partition("?")
+    bucket, _, key = address.partition("/")
+    location = Location(key.strip("/"), f"{scheme}://{bucket}", query)
+    try:
+        open_store(location.bucket, location.query)
+    except RequestError as error:
+        raise RequestError(f"{flag} {error}") from None
+    return location
 
 
 def locate_existing(text: str, flag: str) -> Location:
-    """Resolve a path to read from: relative to the working folder, else to where a submitted job writes."""
+    """Resolve a path to read from: in the working folder, else where a submitted job writes."""
     here = locate(text, flag)
     with refused(flag):
         return here if here.exists() else locate(text, flag, output_base_folder())
@@ -81,35 +95,42 @@ def output_base_folder() -> Path:
     """Folder that relative output paths start from: the working folder, or that of a job's user.
 
     `ray job submit --working-dir` runs the driver in a temporary copy of the working folder, in a
-    folder of this name, which Ray then deletes. tests/storage/test_uri.py fails when Ray changes it.
+    folder of this name, which Ray then deletes.
     """
     here = Path.cwd()
     return Path.home() if "working_dir_files" in here.parts else here
 
 
 def may_hold_keys(text: str) -> bool:
-    """Whether a path or URI, perhaps with a mistyped scheme, has user info, or a query that may be a key."""
+    """Whether a path or URI, perhaps mistyped, has user info, or a query that may be a key."""
     scheme = re.match(r"[A-Za-z][\w+.-]*:/+", text)
     if scheme is None:
         is_local = re.match(r"[.~]|/(?!/)", text) is not None
         return not is_local and re.search(r":\S*@", text) is not None
-    address = _ADDRESS.match(text)
-    place, _, query = text[(address or scheme).end() :].partition("?")
-    host, _, path = place.partition("/")
-    known = _HOST.fullmatch(host)
-    if known is None or (known[2] and "@" in path):  # the second: a key with a slash that begins with digits
+    begin = _AZURE.match(text) or scheme
+    address, _, query = text[begin.end() :].partition("?")
+    host, _, path = address.partition("/")
+    has_port = re.search(r":\d+$", host) is not None
+    if "@" in host or (":" in host and not has_port):
+        return True
+    if has_port and "@" in path:  # a key that begins with digits and a slash
         return True
     values = parse_qsl(query, keep_blank_values=True)
     return any("@" in value or not _PUBLIC_QUERY.fullmatch(name) for name, value in values)
 
 
 def split_glob(text: str) -> tuple[str, tuple[str, ...] | None]:
-    """The leading folders without wildcards, and the other components of a glob; None if there are no wildcards.
+    """The leading folders without wildcards, and the other components of a glob.
 
-    In a URI a question mark begins the query, which belongs to the folders, and is no wildcard.
+    None where there are no wildcards. In a URI a question mark begins the query, which belongs to
+    the folders, and is no wildcard.
     """
-    path, question, query = text.partition("?") if "://" in text else (text, "", "")
-    pattern = re.search(r"[^/]*[*\[].*" if "://" in text else r"[^/]*[*?\[].*", path, re.DOTALL)
+    wildcards = r"[^/]*[*?\[].*"
+    path, question, query = text, "", ""
+    if "://" in text:
+        wildcards = r"[^/]*[*\[].*"
+        path, question, query = text.partition("?")
+    pattern = re.search(wildcards, path, re.DOTALL)
     if pattern is None:
         return text, None
     folder = path[: pattern.start()] or "."

@@ -360,8 +360,8 @@ class _Driver:
             run=run.folder.display,
             model=(run.folder / "model").display,
             parameters=card["parameters"],
-            data=SplitRows.of(self.manifest["data"]),
-            test=HeldOutMetrics.of(card["test"]),
+            data=SplitRows(**self.manifest["data"]),
+            test=HeldOutMetrics(**card["test"]),
             images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
             seconds=round(time.monotonic() - self.started, 1),
         )

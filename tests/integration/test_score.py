@@ -68,7 +68,6 @@ def test_accuracies_and_probabilities_are_those_of_the_rows_with_a_label(finishe
     assert finished.line["digit_accuracy"] == pytest.approx(np.mean(labelled["pred_digit"].to_numpy() == digits))
     assert finished.line["sum_accuracy"] == pytest.approx(np.mean(labelled["pred_sum"].to_numpy() == sums))
     assert re.search(rf"right: digit [0-9.]+ %, sum [0-9.]+ % \({count:,} labelled rows\)", finished.said)
-    assert finished.manifest()["bad_labels"] == 2
     assert finished.manifest()["consistent_rows"] == sum(table["consistent"].to_pylist())
     # What else is in the manifest follows from the same counts; their definitions are tested in tests/model.
     counted = np.bincount(digits * 10 + labelled["pred_digit"].to_numpy(), minlength=100)

@@ -19,7 +19,6 @@ from mnistsum_ray.model.metrics import (
     Reliability,
     ScoredRows,
     analyse_errors,
-    confidence,
     fit_temperature,
     fit_temperatures,
     score_rows,
@@ -112,7 +111,7 @@ def test_most_confident_mistakes_come_first_one_an_image(model: TwoHeadCNN, rows
     with torch.no_grad():
         probability, answer = model.digit_scores(prepare_images(rows["image"])).softmax(1).max(1)
     wrong = (probability * (answer != rows["digit"])).sort(descending=True).values[:MAX_MISTAKES].tolist()
-    found = [confidence(mistake) for mistake in mistakes]
+    found = [mistake["confidence"] for mistake in mistakes]
     assert found == sorted(found, reverse=True)
     assert all(one >= other - 1e-4 for one, other in zip(found, wrong, strict=True))
     for mistake in mistakes:

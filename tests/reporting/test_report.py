@@ -4,9 +4,9 @@ import re
 from collections import Counter
 from typing import Any
 
+from mnistsum_ray.data.images import ReasonCounts
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.report import PICTURES, report_page, scored_page
-from mnistsum_ray.scoring.counts import RowCounts
 from tests.reporting.test_tensorboard import entry
 
 TEST = entry(1)["test"]
@@ -36,7 +36,6 @@ SCORED: dict[str, Any] = {
     "config": {"input": "/a/folder"},
     "model": {"sha256": "f" * 64},
 }  # fmt: skip
-UNSURE: list[tuple[Any, ...]] = [(0.1 * row, FILE, row, 4, 5, label) for row, label in enumerate((9, 4, None))]
 
 
 def cells(page: str, title: str) -> list[str]:
@@ -67,26 +66,20 @@ def test_the_page_of_a_training_shows_what_the_run_has() -> None:
     assert "Rows left out" not in plain
 
 
-def test_the_page_of_a_scoring_shows_reasons_and_the_least_sure_rows() -> None:
-    page = scored_page(SCORED, RowCounts(**BAD, unsure=UNSURE), {"confusion.png": b"png"})
+def test_the_page_of_a_scoring_shows_the_reasons() -> None:
+    page = scored_page(SCORED, ReasonCounts(**BAD), {"confusion.png": b"png"})
     assert "4 of 5 rows scored" in page
     assert "75.00 %" in page
     assert cells(page, "Rejected rows")[1:] == [f"1 {REASON} {FILE}, row 3"]
-    assert cells(page, "The least sure rows")[1:] == [
-        f"4 0.000 9 5 {FILE}, row 0",
-        f"4 0.100 4 5 {FILE}, row 1",
-        f"4 0.200 unknown 5 {FILE}, row 2",
-    ]
     totals = {name: value for name, value in SCORED["totals"].items() if "accuracy" not in name}
-    page = scored_page(SCORED | {"labelled_rows": None, "totals": totals}, RowCounts(), {})
+    page = scored_page(SCORED | {"labelled_rows": None, "totals": totals}, ReasonCounts(), {})
     assert "correct" not in page
 
 
 def test_control_characters_are_escaped() -> None:
     """A file name or a message of the storage may hold them, and a page is read in terminals too."""
     raw, shown, reason = "a\x1b]0;b\x07", r"a\x1b]0;b\x07", "is\x1b[2J"
-    unsure: list[tuple[Any, ...]] = [(0.1, raw, 0, 1, 2, None)]
-    counts = RowCounts(reasons=Counter({reason: 1}), examples=[(raw, 3, reason)], unsure=unsure)
+    counts = ReasonCounts(Counter({reason: 1}), [(raw, 3, reason)])
     page = scored_page(SCORED | {"config": SCORED["config"] | {"input": raw}}, counts, {})
     assert shown in page
     assert page.replace("\n", "").isprintable()

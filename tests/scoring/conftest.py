@@ -13,23 +13,22 @@ import pyarrow.parquet as pq
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring.actor import Report
 from mnistsum_ray.scoring.driver import run
 from mnistsum_ray.scoring.parts import Part, make_tasks
 from mnistsum_ray.scoring.request import Request, preflight
-from mnistsum_ray.scoring.worker import Scorer
+from mnistsum_ray.scoring.worker import Report, Score
 
 CONSOLE = Console(io.StringIO())
 
 
-_SCORERS: dict[str, Scorer] = {}
+_SCORERS: dict[str, Score] = {}
 """By model: to load one takes longer than to score a few rows."""
 
 
 def score_here(request: Request, parts: Sequence[Part]) -> Iterator[Report]:
     """Scores parts in tasks of a few, as workers do."""
     if request.config.model not in _SCORERS:
-        _SCORERS[request.config.model] = Scorer(request, "cpu")
+        _SCORERS[request.config.model] = Score(request, "cpu")
     worker = _SCORERS[request.config.model]
     worker._request = request
     for index, task in enumerate(make_tasks(parts, 1, 1)):

@@ -18,7 +18,7 @@ def test_a_path_or_uri_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     here = {"runs": tmp_path / "runs", "runs/../other": tmp_path / "other", "file:///a/b": "/a/b", "~": Path.home()}
     azure, query = "abfs://container@account.dfs.core.windows.net/a", "region=eu-west-1&scheme=http&endpoint_override=h:1"
-    there = {"s3a://b/c/": "s3://b/c", "gs://anonymous@b/c": "gs://anonymous@b/c", azure: azure}
+    there = {"s3a://b/c/": "s3://b/c", "gcs://b/c": "gs://b/c", azure: azure}
     for text, display in (here | there).items():
         assert locate(text, "--output").display == str(display)
     assert (locate(f"s3://b/c?{query}", "--output") / "d").display == f"s3://b/c/d?{query}"
@@ -65,11 +65,11 @@ s3://AKIA:topsecret@b/in s3:/AKIA:topsecret@b/in s3:AKIA:topsecret@b/in s3//AKIA
 s3://AKIA:1/topsecret@b/in s3://AKIA:topsecret%40b/in s3://AKIA:topsecret@[x/y
 s3://b/in?key=topsecret s3://b/in?region=x&topsecret s3://b/in?endpoint_override=http%3A%2F%2Fme%3Atopsecret%40h
 abfs://account:topsecret@container/in abfs://container@a.dfs.core.windows.net/in?sig=topsecret
-gs://topsecret@b/in https://me:topsecret@host
+gs://anonymous@b/in gs://topsecret@b/in https://me:topsecret@host
 """
 
 NO_KEYS = """
-s3://b/a@b:c/*?region=x&scheme=http&endpoint_override=h:1&allow_bucket_creation=true gs://anonymous@b/in
+s3://b/a@b:c/*?region=x&scheme=http&endpoint_override=h:1&allow_bucket_creation=true
 abfs://container@a.dfs.core.windows.net/in http://127.0.0.1:5000 http://[::1]:5000 sqlite:////tmp/store.db
 /tmp/10:30@home ./10:30@home days/what?now=*
 """
