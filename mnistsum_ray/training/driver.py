@@ -14,7 +14,6 @@ from ray.util.queue import Queue
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import check_shared_storage
 from mnistsum_ray.cluster.resources import inspect_cluster, reserve, shortage
-from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.cluster.workarounds import detached_data_actors, make_interruptible
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import TrainingOrder
@@ -289,9 +288,8 @@ class _Driver:
         seconds = time.monotonic() - self.started
         summary, manifest, files = write_results(run, self.manifest, finished, seconds, say)
         self.lock.check()
-        with defer_signals():  # a run that is finished is not stopped
-            (run.folder / MANIFEST).write(manifest)
-            self.manifest = manifest
+        self.manifest = manifest  # first: a signal does not make a finished run a stopped one
+        (run.folder / MANIFEST).write(manifest)
         if run.config.mlflow:
             log_to_mlflow(run, manifest, finished, files, say)
         return summary

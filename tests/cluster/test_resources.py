@@ -1,4 +1,4 @@
-"""The workers that a job reserves on clusters of different sizes, and requests that none can meet."""
+"""The workers that a job reserves on different clusters, and requests that none can meet."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from mnistsum_ray.cluster.resources import (
 from mnistsum_ray.errors import RequestError
 
 
-def cluster(cpus: float, gpus: float = 0, nodes: int = 1, *, grows: bool = False) -> ClusterResources:
+def cluster(cpus: float, gpus: float = 0, nodes: int = 1, grows: bool = False) -> ClusterResources:
     node = {"CPU": cpus / nodes} | ({"GPU": gpus / nodes} if gpus else {})
     return ClusterResources((node,) * nodes if cpus or gpus else (), grows)
 

@@ -41,7 +41,7 @@ def test_busy_cpus_are_waited_for_until_the_time_limit(tmp_path: Path, capsys: p
             fit(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
     finally:
         ray.kill(holder)
-    assert capsys.readouterr().err.startswith("waiting for 0.75 CPUs; free now: 0 CPUs")
+    assert "  waiting for 0.75 CPUs; free now: 0 CPUs" in capsys.readouterr().err
 
 
 class Holder:

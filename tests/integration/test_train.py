@@ -156,7 +156,7 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     unlogged = train_here(mlflow="http://127.0.0.1:9", **settings)
-    assert re.search(r"^--mlflow http://127.0.0.1:9: .*; the run is complete, and --resume logs it again$", unlogged.said, re.M)
+    assert re.search(r"  --mlflow http://127.0.0.1:9: .*; the run is complete, and --resume logs it again$", unlogged.said, re.M)
     resumed = train_here(mlflow=store, **settings)
     assert ": loss " not in resumed.said, "nothing is trained"
     assert (run / "report.html").exists()
@@ -164,7 +164,7 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     assert resumed.line["test"] == {name: card["test"][name] for name in resumed.line["test"]}
     seconds = sum(map(epoch_seconds, history_of(run)))
     assert stored["training_seconds"] == round(seconds, 1), "of the command that has trained"
-    client, (logged,) = MlflowClient(store), re.findall(rf"^MLflow: run (\w+) at {store}$", resumed.said, re.M)
+    client, (logged,) = MlflowClient(store), re.findall(rf"  MLflow: run (\w+) at {store}$", resumed.said, re.M)
     epochs = client.get_metric_history(logged, "epoch/test/loss")
     assert [metric.step for metric in epochs] == [1, 2], "epochs that were trained without MLflow are logged too"
     assert {*PICTURES, "report.html", "model"} <= {file.path for file in client.list_artifacts(logged)}
