@@ -11,11 +11,19 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import Any, Final, TextIO
 
 from mnistsum_ray import __version__
+from mnistsum_ray.arguments import parse
 from mnistsum_ray.cluster.connection import disconnect
 from mnistsum_ray.cluster.signals import StopOnSignals
+from mnistsum_ray.config import (
+    ExportModelConfig,
+    ExportPairsConfig,
+    PredictConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -28,15 +36,6 @@ from mnistsum_ray.errors import (
     shell_command,
 )
 from mnistsum_ray.storage.uri import may_hold_keys
-
-if TYPE_CHECKING:
-    from mnistsum_ray.config import (
-        ExportModelConfig,
-        ExportPairsConfig,
-        PredictConfig,
-        ScoreConfig,
-        TrainConfig,
-    )
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -60,7 +59,7 @@ Result = dict[str, Any]
 # neither NumPy, torch nor Ray.
 
 
-def train(config: "TrainConfig") -> Result:
+def train(config: TrainConfig) -> Result:
     """Train the two-head MNIST network: the digit of an image, and digit + number.
 
     mnistsum train --data sample                takes a minute on a laptop
@@ -72,7 +71,7 @@ def train(config: "TrainConfig") -> Result:
     return fit(config).line()
 
 
-def score(config: "ScoreConfig") -> Result:
+def score(config: ScoreConfig) -> Result:
     """Score Parquet files with a trained model, and account for every row.
 
     mnistsum score --model runs/mine --input pairs/ --output scored/
@@ -87,7 +86,7 @@ def score(config: "ScoreConfig") -> Result:
     return api.score(config).line(labels=config.label_column is not None)
 
 
-def export_pairs(config: "ExportPairsConfig") -> Result:
+def export_pairs(config: ExportPairsConfig) -> Result:
     """Write example input for scoring: images of MNIST, with numbers and digits.
 
     mnistsum export-pairs --output pairs/
@@ -103,7 +102,7 @@ def export_pairs(config: "ExportPairsConfig") -> Result:
     return written | {"split": config.split, "rows": config.rows, "files": config.files}
 
 
-def export_model(config: "ExportModelConfig") -> Result:
+def export_model(config: ExportModelConfig) -> Result:
     """Export a model to ONNX (model.onnx), for programs without this package.
 
     mnistsum export-model --model runs/mine --output exported/
@@ -125,7 +124,7 @@ def export_model(config: "ExportModelConfig") -> Result:
     return line
 
 
-def predict(config: "PredictConfig") -> Result:
+def predict(config: PredictConfig) -> Result:
     """Look at a picture of a digit: which is it, and what is digit + number?
 
     mnistsum predict seven.png --number 5 --model runs/mine
@@ -146,12 +145,12 @@ def predict(config: "PredictConfig") -> Result:
     return {"picture": config.picture} | {name: getattr(found, name) for name in shown}
 
 
-COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], str, str]]] = {
-    "train": (train, "TrainConfig", "train the network"),
-    "score": (score, "ScoreConfig", "score Parquet files with a trained model"),
-    "export-pairs": (export_pairs, "ExportPairsConfig", "write example input for scoring"),
-    "export-model": (export_model, "ExportModelConfig", "write a model for other programs"),
-    "predict": (predict, "PredictConfig", "answer for one picture and a number"),
+COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
+    "train": (train, TrainConfig, "train the network"),
+    "score": (score, ScoreConfig, "score Parquet files with a trained model"),
+    "export-pairs": (export_pairs, ExportPairsConfig, "write example input for scoring"),
+    "export-model": (export_model, ExportModelConfig, "write a model for other programs"),
+    "predict": (predict, PredictConfig, "answer for one picture and a number"),
 }
 """What a command runs, the class of its config, and its meaning."""
 
@@ -176,13 +175,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_command(name: str, argv: list[str]) -> Result:
-    from mnistsum_ray import config
-    from mnistsum_ray.arguments import parse
-
     command, kind, _ = COMMANDS[name]
     flags = [word for word in argv if word != "--json"]  # which is for `run`
     description = f"{inspect.getdoc(command)}\n{_HELP}"
-    return command(parse(getattr(config, kind), flags, description, shell_command(name)))
+    return command(parse(kind, flags, description, shell_command(name)))
 
 
 def run(job: Callable[[list[str]], Result], argv: list[str]) -> int:
@@ -194,7 +190,7 @@ def run(job: Callable[[list[str]], Result], argv: list[str]) -> int:
     with redirect_stdout(sys.stderr):  # what Ray's threads print at any time
         try:
             result = job(argv)
-            code = DONE
+            code = stop.exit_code = DONE  # once it is printed, a signal does not change the code
             if "--json" in argv or not stdout.isatty():
                 code = _write(json.dumps(result, allow_nan=False) + "\n", stdout)
         except TextAsked as asked:

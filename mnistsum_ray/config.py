@@ -82,13 +82,18 @@ class TrainConfig(JobConfig):
     epochs: int | None = _recipe("epochs", "passes over the training rows", ge=1, le=10_000)
     # The second convolution makes 50,176 values of a row, and kernels of GPUs count to 2^31.
     batch_size: int | None = _recipe("batch_size", "rows of a step of all workers", ge=1, le=32_768)
-    learning_rate: float | None = _recipe("learning_rate", "Muon's; AdamW: a share", gt=0, lt=1e6)
+    learning_rate: float | None = _recipe("learning_rate", "highest rate of Muon", gt=0, lt=1e6)
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     """decoupled weight decay"""
     distortion: float | None = _recipe("distortion", "strength of random distortions", ge=0, le=4)
     label_smoothing: float | None = _recipe("label_smoothing", "share of other labels", ge=0, lt=1)
     dropout: float | None = _recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)
-    sum_head_steps: int | None = _recipe("sum_head_steps", "sum head's last steps", ge=0, le=10**5)
+    sum_head_steps: int | None = _recipe(
+        "sum_head_steps",
+        "steps of the sum head alone, after the last epoch",
+        ge=0,
+        le=100_000,
+    )
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"""
     num_workers: int | tuple[int, int] | None = None

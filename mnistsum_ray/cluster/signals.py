@@ -16,7 +16,7 @@ class StopOnSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.exit_code: int | None = None
-        """The job is over: a signal now ends the process with this code."""
+        """Of a job that is over: no signal changes it any more."""
         self._received_at = 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # `nohup` ignores SIGHUP, and a script's `&` SIGINT.
@@ -24,11 +24,10 @@ class StopOnSignals:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.exit_code is not None:
-            os._exit(self.exit_code)
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
-            raise KeyboardInterrupt
-        if now - self._received_at > _REPEAT_SECONDS:
-            os._exit(128 + self.received)
+            if self.exit_code is None:
+                raise KeyboardInterrupt
+        elif now - self._received_at > _REPEAT_SECONDS:
+            os._exit(128 + self.received if self.exit_code is None else self.exit_code)
