@@ -52,7 +52,8 @@ def connect() -> str:
             # The dashboard takes seconds to start.
             _init("local", "Ray cannot be started here", include_dashboard=False)
             _started = ray.get_runtime_context().gcs_address
-            return "started Ray on this machine, for this job alone"
+            why = "" if asked or not address else f"; the last `ray start`, {address}, is gone"
+            return f"started Ray on this machine, for this job alone{why}"
         if address and not answers:
             raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {address}; {_GONE}")
         where = address or "this machine"
@@ -82,7 +83,7 @@ def _init(address: str, problem: str, **options: Any) -> None:
     finally:
         # Ray's own handler prints a stack of C++ and aborts.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     if stopped:
         signal.raise_signal(signal.SIGTERM)
 
