@@ -48,6 +48,8 @@ def test_a_mistake_is_one_line_with_a_hint(tmp_path: Path, capsys: Captured) -> 
 def test_a_reader_may_close_the_pipe_and_a_full_disk_is_said() -> None:
     done = run("bash", "-c", f"set -o pipefail; {MNISTSUM} train --help | true")
     assert (done.returncode, done.stderr) == (0, "")
+    done = run("bash", "-c", f"(sleep 1; {MNISTSUM} trian; echo $?) 2> >(true)")
+    assert (done.stdout, done.stderr) == ("2\n", "")
     done = run("bash", "-c", f"{MNISTSUM} train --help > /dev/full")
     message = "error: standard output cannot be written (No space left on device)\n"
     assert (done.returncode, done.stderr) == (1, message)

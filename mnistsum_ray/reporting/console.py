@@ -96,11 +96,12 @@ class Console:
             self.say(line)
 
     def _write(self, text: str) -> None:
-        begin = f"{time.strftime('%X')} {self.run}  " if self.run else ""
+        if self.run:
+            text = f"{time.strftime('%H:%M:%S')} {self.run}  {text}"
         with self._lock, suppress(OSError):  # its reader has closed it; the job goes on
             if self._bar is not None:
                 self._bar.clear()  # it is drawn again below the line
-            self._stream.write(f"{begin}{printable(text)}\n")
+            self._stream.write(f"{printable(text)}\n")
             self._stream.flush()
         self._line_time = time.monotonic()
 
