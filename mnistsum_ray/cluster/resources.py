@@ -122,7 +122,8 @@ def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
     if cluster.total("GPU") and request.use_gpu is not False:
         gpu = _ask_for_cuda(request, say)
     plan = plan_workers(request, cluster, gpu)
-    if cluster.workers_that_fit(plan.per_worker) < plan.workers > plan.needed and request.group:
+    elastic = request.group and cluster.can_grow and plan.workers > plan.needed
+    if elastic and cluster.workers_that_fit(plan.per_worker) < plan.workers:
         # Ray Train asks for all of them at once, and Ray's autoscaler v2 grants all or none.
         limit = f"only if the autoscaler's limits allow all {plan.workers} workers"
         say(f"more than {plan.needed} workers run as nodes come, {limit}")
