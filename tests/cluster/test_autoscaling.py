@@ -22,7 +22,7 @@ from tests.integration.conftest import no_job_is_left as no_job_is_left  # a fix
 pytestmark = pytest.mark.slow
 
 _NODE = {"CPU": 2, "object_store_memory": 200 * 2**20}
-_HEAD_ID = "f" * 51 + "00000"  # the fake provider's
+_HEAD_ID, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # the fake provider's
 _KINDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray")
 _LISTS = [f"{kind}_commands" for kind in (*_KINDS, "worker_start_ray")]
 _LISTS += ["cluster_synced_files", "rsync_exclude", "rsync_filter"]
@@ -50,7 +50,7 @@ def autoscaling_cluster(version: str, folder: Path) -> Iterator[str]:
     }
     head_type = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
     types = {
-        "head": head_type,
+        _HEAD_TYPE: head_type,
         "cpus": {"resources": _NODE, "node_config": {}, "max_workers": 3},
         "gpus": {"resources": _NODE | {"GPU": 1}, "node_config": {}, "max_workers": 2},
     }
@@ -60,7 +60,7 @@ def autoscaling_cluster(version: str, folder: Path) -> Iterator[str]:
         "idle_timeout_minutes": 1 / 6,
         "upscaling_speed": 10,
         "provider": provider,
-        "head_node_type": "head",
+        "head_node_type": _HEAD_TYPE,
         "available_node_types": types,
         **{key: {} for key in ("auth", "docker", "file_mounts")},
         **{key: [] for key in _LISTS},
