@@ -1,4 +1,4 @@
-"""Export a model for programs without this package; `--help` lists the flags. The same as `mnistsum export-model`.
+"""Export a model for programs without this package. The same as `mnistsum export-model`.
 
 python jobs/export_model.py --model runs/mine --output exported/
 """

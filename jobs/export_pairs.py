@@ -1,4 +1,4 @@
-"""Write example input for jobs/score.py; `--help` lists the flags. The same as `mnistsum export-pairs`.
+"""Write example input for jobs/score.py. The same as `mnistsum export-pairs`.
 
 python jobs/export_pairs.py --output pairs/
 """

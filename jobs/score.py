@@ -1,7 +1,7 @@
-"""Score Parquet files of image/number pairs with a trained model; `--help` lists the flags. The same as `mnistsum score`.
+"""Score Parquet files of image/number pairs with a trained model. The same as `mnistsum score`.
 
 python jobs/score.py --model runs/mine --input pairs/ --output scored/
-ray job submit --working-dir . -- python jobs/score.py --model runs/mine --input /data/pairs --output scored/
+ray job submit --working-dir . -- python jobs/score.py --model M --input I --output scored/
 """
 
 import sys

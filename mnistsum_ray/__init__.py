@@ -8,14 +8,14 @@ The Python API does what the jobs do from a shell:
     score(ScoreConfig(model=trained.run, input=("pairs/",), output="scored/"))
     answer = predict(trained.run, "seven.png", 5)  # a picture and a number
     predictions = predict(load_model(trained.run), images, numbers)  # uint8[n, 28, 28] and int64[n]
-    table = predict_rows(load_model(trained.run), frame)  # of pandas, Polars, DuckDB or Arrow; or a Ray Dataset
+    table = predict_rows(load_model(trained.run), frame)  # pandas, Polars, Arrow, a Ray Dataset
     pixels = prepare_picture("seven.png")  # uint8[28, 28], as training and scoring take images
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-# Not read from the installed package: a submitted job runs in a copy of the source, and its manifest must name that version.
+# Not read from the installed package: a submitted job runs in a copy of the source.
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:

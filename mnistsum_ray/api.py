@@ -1,11 +1,15 @@
 """Python API of the jobs: train and score on a cluster."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnistsum_ray.cluster.connection import connect
+from mnistsum_ray.cluster.connection import connect, head_answers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.errors import RunError, TryAgainError
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
@@ -17,30 +21,29 @@ if TYPE_CHECKING:
 def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainResult:
     """Train a model, as `mnistsum train` does.
 
-    Runs on the cluster that this process is connected to, else on the one that `connect` joins or starts; that connection stays
-    open. Progress goes to standard error.
+    Runs on the cluster that this process is connected to, else on the one that `connect` joins or
+    starts; that connection stays open. Progress goes to standard error.
 
-    `callbacks` are `ray.train.UserCallback`s, which Ray Train calls in a process of its own. Each report, after an epoch, has the
-    metrics `epoch`, `train_loss`, `validation` and `test`. What a callback raises counts as a failure.
+    `callbacks` are `ray.train.UserCallback`s, which Ray Train calls in a process of its own. Each
+    report, after an epoch, has the metrics `epoch`, `train_loss`, `validation` and `test`. What a
+    callback raises counts as a failure.
 
     Raises:
-        RequestError: the request is invalid; the message names the flag, which is the field, and says what to do.
+        RequestError: the request is invalid; the message names the field and says what to do.
         RunError: the run has begun and failed.
     """
     from mnistsum_ray.training.preflight import preflight
 
     with Console() as console:
         run = preflight(config, partial(Progress, console.progress))
-        connect()
+        with _on_cluster(console, str(run.config.name)):
+            from mnistsum_ray.training import driver
 
-        from mnistsum_ray.training import driver
-
-        with quiet_logger("ray", "ray.data"):  # the console reports progress; after the import of Ray Data, which sets its level
             return driver.fit(run, console, callbacks)
 
 
 def score(config: ScoreConfig) -> ScoreResult:
-    """Score Parquet files, as `mnistsum score` does. The cluster, the progress and the errors are those of `fit`.
+    """Score Parquet files, as `mnistsum score` does. Cluster, progress and errors are as in `fit`.
 
     With `strict` a RunError also says that some input cannot be used.
     """
@@ -48,9 +51,22 @@ def score(config: ScoreConfig) -> ScoreResult:
 
     with Console() as console:
         run = preflight(config, console)
-        connect()
+        with _on_cluster(console, Path(run.output.path).name):
+            from mnistsum_ray.scoring import driver
 
-        from mnistsum_ray.scoring import driver
-
-        with quiet_logger("ray", "ray.data"):
             return driver.score(run, console)
+
+
+@contextmanager
+def _on_cluster(console: Console, run: str) -> Iterator[None]:
+    """Join a cluster or start one, whose advice the block hides: the console reports progress."""
+    console.run = run
+    console.say(connect())
+    import_module("ray.data")  # sets the level of its logger
+    with quiet_logger("ray", "ray.data"):
+        try:
+            yield
+        except RunError as error:
+            if head_answers():
+                raise
+            raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error

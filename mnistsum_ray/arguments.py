@@ -4,7 +4,7 @@ import re
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import make_dataclass
 from inspect import formatannotation
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -40,11 +40,10 @@ def parse(kind: type[Config], argv: list[str], description: str, command: str = 
     """
     config = FieldInfo(annotation=str, default=None, description=_CONFIG_HELP)
     fields = kind.model_fields | {"config": config}
-    members = [_tyro_field(name, field) for name, field in fields.items()]
-    flags_class: Any = make_dataclass("Flags", members)
+    words: Any = make_dataclass("Words", [_flag_of(name, field) for name, field in fields.items()])
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as box:
         try:
-            parsed, unknown = tyro.cli(flags_class, prog=command, args=argv, return_unknown_args=True)
+            parsed, unknown = tyro.cli(words, prog=command, args=argv, return_unknown_args=True)
         except SystemExit as end:
             if end.code:
                 text = re.sub("[╭╮╰╯│─]|-{4,}", " ", box.getvalue())
@@ -61,12 +60,12 @@ def parse(kind: type[Config], argv: list[str], description: str, command: str = 
         flags["input"] = sum(flags["input"], ())  # one tuple for each time that the flag is given
     file = flags.pop("config", None)
     try:
-        return kind(**(_read_yaml(Path(file)) if file else {}) | flags)
+        return kind(**(_read_yaml(file) if file else {}) | flags)
     except ValidationError as error:
         raise RequestError(_message(error.errors(), kind, flags)) from None
 
 
-def _tyro_field(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
+def _flag_of(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
     """A flag, for `make_dataclass`. Its value stays text, which pydantic converts and checks."""
     pattern = r"'\w+'|tuple\[int, int\]|\b(?:bool|int|float|str)\b"
     types = re.findall(pattern, formatannotation(field.annotation))
@@ -102,36 +101,22 @@ def _flag(field: str) -> str:
     return "PICTURE" if field == "picture" else f"--{field.replace('_', '-')}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: str) -> dict[str, Any]:
     """Values of the config file by field name, as text: YAML 1.1 would read 010 as 8."""
-    if may_hold_keys(str(path)):
+    if may_hold_keys(path):
         raise RequestError(f"--config: {KEYS_REFUSED}")
-    flag = f"--config {path}"
-    if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
-        raise RequestError(f"{flag}: is not a regular file")
     try:
-        text = path.read_bytes()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(BytesIO(text))):
-            raise yaml.YAMLError("aliases are not taken; write the value again")
-        # Errors quote a text, and with it keys, but no stream.
-        node = yaml.compose(BytesIO(text), yaml.SafeLoader)
+        with Path(path).open("rb") as file:  # errors quote a text, and with it keys, but no stream
+            values = yaml.load(file, yaml.BaseLoader)
     except OSError as error:
-        raise RequestError(f"{flag}: cannot be read: {error.strerror}") from None
+        raise RequestError(f"--config {path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: it is not UTF-8
-        raise RequestError(f"{flag}: is not YAML: {shortened(one_line(error))}") from None
-    if node is not None and not isinstance(node, yaml.MappingNode):
-        raise RequestError(f"{flag}: must hold `key: value` lines, keys as flags without dashes")
-    values: dict[str, Any] = {}
-    for key, value in node.value if node else ():
-        name = str(key.value).replace("-", "_")
-        if name in values:
-            raise RequestError(f"{flag}: the key {name!r} is there twice")
-        values[name] = value.value
-        if isinstance(value, yaml.SequenceNode):
-            values[name] = [item.value for item in value.value]
-        elif value.tag.endswith(":null"):
-            values[name] = None
-    return values
+        problem = shortened(one_line(error))
+        raise RequestError(f"--config {path}: is not YAML: {problem}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RequestError(f"--config {path}: must hold `key: value` lines, keys as flags")
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    return {name: None if value in ("", "~", "null") else value for name, value in named.items()}
 
 
 def _message(errors: list[Any], kind: type[JobConfig], flags: dict[str, Any]) -> str:

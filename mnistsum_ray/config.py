@@ -15,8 +15,12 @@ from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
 class JobConfig(BaseModel):
     """Base of all configs."""
 
-    # Pydantic's own messages would quote the values, and so keys.
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # messages would quote the values, and so keys
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -39,8 +43,11 @@ RECIPES: Final = {
     "dropout": ((0.0, 0.0, 0.25), (0.0, 0.0, 0.25)),
     "sum_head_steps": ((1_000, 2_000, 2_000), (1_000, 1_000, 2_000)),
 }
-"""Values of the recipes quick, short and long; then those for fewer than SMALL_ROWS training rows, where runs have smaller
-batches and more epochs: the sum head needs its number of steps. Few steps need a higher learning rate and label smoothing."""
+"""Values of the recipes quick, short and long; then those for fewer than SMALL_ROWS training rows.
+
+The sum head needs its number of steps: few rows need smaller batches and more epochs. Few steps
+need a higher learning rate and label smoothing.
+"""
 
 SMALL_ROWS: Final = 20_000
 
@@ -51,9 +58,10 @@ def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
     return {field: values[small][column] for field, values in RECIPES.items()}
 
 
-def _of_recipe(name: str, text: str, **limits: Any) -> Any:
-    """An optional field that the recipe sets: its help is the text, and in brackets the values of the recipes."""
-    large, small = (", ".join(map("{} {:g}".format, get_args(RecipeName), values)) for values in RECIPES[name])
+def _recipe(name: str, text: str, **limits: Any) -> Any:
+    """An optional field that the recipe sets: its help is the text, and the recipes' values."""
+    shown = "{} {:g}".format
+    large, small = (", ".join(map(shown, get_args(RecipeName), row)) for row in RECIPES[name])
     values = large if small == large else f"{large}; under {SMALL_ROWS:,} rows {small}"
     return Field(default=None, description=f"{text} [{values}]", **limits)
 
@@ -62,40 +70,45 @@ class TrainConfig(JobConfig):
     """Config of a training run. Unset fields follow from the data and the cluster."""
 
     data: str = "auto"
-    """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist (never the sample), or a
-    folder or URI of IDX files or Parquet"""
+    """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist
+    (never the sample), or a folder or URI of IDX files or Parquet"""
     skip_bad_rows: bool = False
     """train without the rows that cannot be used, and count them in manifest and report"""
     init_from: str | None = None
     """run or model folder (or URI) whose weights the training begins with [new weights]"""
     recipe: RecipeName = "short"
-    """quick: as accurate as the original, in less time; long: more epochs, with dropout and stronger distortion, for higher
-    accuracy"""
-    epochs: int | None = _of_recipe("epochs", "passes over the training rows", ge=1, le=10_000)
+    """quick: as accurate as the original, in less time; long: more epochs, with dropout and
+    stronger distortion, for higher accuracy"""
+    epochs: int | None = _recipe("epochs", "passes over the training rows", ge=1, le=10_000)
     # The second convolution makes 50,176 values of a row, and kernels of GPUs count to 2^31.
-    batch_size: int | None = _of_recipe("batch_size", "rows of a step, of all workers together", ge=1, le=32_768)
-    learning_rate: float | None = _of_recipe("learning_rate", "Muon's highest; AdamW has a fraction", gt=0, allow_inf_nan=False)
+    batch_size: int | None = _recipe("batch_size", "rows of a step of all workers", ge=1, le=32_768)
+    learning_rate: float | None = _recipe("learning_rate", "highest rate of Muon", gt=0, lt=1e6)
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     """decoupled weight decay"""
-    distortion: float | None = _of_recipe("distortion", "strength of random distortions of images", ge=0, le=4)
-    label_smoothing: float | None = _of_recipe("label_smoothing", "share of other labels in targets", ge=0, lt=1)
-    dropout: float | None = _of_recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)
-    sum_head_steps: int | None = _of_recipe(
-        "sum_head_steps", "steps of the sum head alone, after the last epoch", ge=0, le=100_000
+    distortion: float | None = _recipe("distortion", "strength of random distortions", ge=0, le=4)
+    label_smoothing: float | None = _recipe("label_smoothing", "share of other labels", ge=0, lt=1)
+    dropout: float | None = _recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)
+    sum_head_steps: int | None = _recipe(
+        "sum_head_steps",
+        "steps of the sum head alone, after the last epoch",
+        ge=0,
+        le=100_000,
     )
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"""
     num_workers: int | tuple[int, int] | None = None
-    """training workers: N, or MIN,MAX for elastic training [one per GPU, but at least 256 rows of a batch each; without GPUs,
-    one per node]"""
+    """training workers: N, or MIN,MAX for elastic training [one per GPU, but at least 256 rows of a
+    batch each; without GPUs, one per node]"""
     use_gpu: bool | None = None
     """train on GPUs [true if the cluster has GPUs]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads of a worker, which decide the last bits of the weights [all CPUs of its share of the smallest node]"""
+    """CPU threads of a worker, which decide the last bits of the weights [its share of the CPUs of
+    the smallest node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
-    """failures of workers and nodes to recover from in the whole run; nodes that announce their end do not count"""
+    """failures of workers and nodes to recover from in the whole run; nodes that announce their end
+    do not count"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
     storage_path: str = "runs"
@@ -105,8 +118,8 @@ class TrainConfig(JobConfig):
     resume: bool | Literal["auto"] = False
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
     mlflow: str | None = None
-    """MLflow tracking server (http://...) or store (sqlite:///...) that the finished run is logged to; needs the extra mlflow
-    [none]"""
+    """MLflow server (http://...) or store (sqlite:///...) that the finished run is logged to; needs
+    the extra mlflow [none]"""
     mlflow_experiment: str = Field(default="mnistsum", min_length=1)
     """MLflow experiment of the run"""
     mlflow_model: str = Field(default="mnistsum", pattern=r"^[^/:]*[^/:\s][^/:]*$")
@@ -129,7 +142,8 @@ class TrainConfig(JobConfig):
             raise ValueError("`num_workers`: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
         if self.resume and self.name is None:
             raise ValueError("`resume`: needs `name`, the run to continue")
-        if self.mlflow is not None and not re.fullmatch(r"https?://[^@?#\s]+|sqlite:///[^@?#]+", self.mlflow):
+        places = r"https?://[^@?#\s]+|sqlite:///[^@?#]+"
+        if self.mlflow is not None and not re.fullmatch(places, self.mlflow):
             raise ValueError("`mlflow`: must be http(s)://HOST:PORT or sqlite:///FILE")
         return self
 
@@ -143,7 +157,7 @@ class TrainConfig(JobConfig):
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Settings that the trained weights depend on, besides the data; the fields of the same names in TrainConfig."""
+    """Settings of TrainConfig that the trained weights depend on, besides the data."""
 
     epochs: int
     batch_size: int
@@ -174,16 +188,18 @@ class ScoreConfig(JobConfig):
     label_column: str | None = Field(default=None, min_length=1)
     """column of the true digits, to measure accuracy; any other value counts as unknown [none]"""
     probabilities: bool = False
-    """add the probabilities of all digits and of all sums: digit_probs and sum_probs, lists of 10 and of 19"""
+    """add the probabilities of all digits and sums: lists digit_probs and sum_probs"""
     strict: bool = False
     """write no manifest, and exit with 1, if any file or row cannot be scored"""
     overwrite: bool = False
     """delete an earlier output first, and score everything again"""
-    max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)  # of 784 bytes each, Arrow's limit is 2.7 million
-    """maximum rows in an output file, and what a worker loses in a kill [a quarter of the input file, but 8192 to 32768]"""
+    # Of 784 bytes each, Arrow's limit is 2.7 million.
+    max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
+    """maximum rows in an output file, and what a worker loses in a kill [a quarter of the input
+    file, but 8192 to 32768]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
-    # conv2 computes 50,176 values a row, and kernels of GPUs that index with 32 bits take 42,799 rows at most.
+    # conv2 computes 50,176 values a row: GPU kernels with indices of 32 bits take 42,799 rows.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
     num_workers: int | None = Field(default=None, ge=1)
@@ -201,7 +217,8 @@ class ScoreConfig(JobConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.image_column == self.number_column:
-            raise ValueError(f"`image_column`, `number_column`: {self.image_column!r} cannot be both")
+            columns = "`image_column`, `number_column`"
+            raise ValueError(f"{columns}: {self.image_column!r} cannot be both")
         if self.label_column == self.image_column:
             raise ValueError(f"`label_column`: {self.image_column!r} is the image column")
         return self

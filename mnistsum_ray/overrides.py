@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_logger(*names: str) -> Iterator[None]:
-    """Hide the messages below ERROR of the named loggers: advice of a library that the user of the app cannot follow."""
+    """Hide the messages below ERROR of loggers: advice of a library that a user cannot follow."""
     before = {name: logging.getLogger(name).level for name in names}
     for name, level in before.items():
         logging.getLogger(name).setLevel(max(level, logging.ERROR))
@@ -21,7 +21,7 @@ def quiet_logger(*names: str) -> Iterator[None]:
 
 @contextmanager
 def default_environment(defaults: dict[str, str]) -> Iterator[None]:
-    """Set environment variables, for libraries without another option; variables of the user stay."""
+    """Set environment variables, for libraries without another option; those of the user stay."""
     missing = defaults.keys() - os.environ.keys()
     os.environ.update({name: defaults[name] for name in missing})
     try:

@@ -84,7 +84,9 @@ class PicturePrediction:
     """Probabilities of all sums, float32[19]."""
 
 
-def predict(model: Model, images: Any, numbers: Any, batch_size: int = 64, *, probabilities: bool = False) -> Any:
+def predict(
+    model: Model, images: Any, numbers: Any, batch_size: int = 64, *, probabilities: bool = False
+) -> Any:
     """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
 
         predict("runs/mine", "seven.png", 5)  # prepared by `prepare_picture`

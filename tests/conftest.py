@@ -22,7 +22,9 @@ from mnistsum_ray.storage.uri import locate
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the tests that need a GPU where PyTorch has none."""
     if not torch.cuda.is_available():
-        reason = pytest.mark.skip(reason=f"needs a GPU, and PyTorch {torch.__version__} has no CUDA here")
+        reason = pytest.mark.skip(
+            reason=f"needs a GPU, and PyTorch {torch.__version__} has no CUDA here"
+        )
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(reason)
@@ -32,7 +34,10 @@ def fail_instead_of_skipping(report: Any) -> None:
     """In the gate (.ci/run) a test or module that is skipped fails with its reason: what it needs is missing there."""
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("MNISTSUM_NO_SKIPS"):
         _, _, reason = report.longrepr
-        report.outcome, report.longrepr = "failed", f"{report.nodeid}: the gate skips nothing; {reason}"
+        report.outcome, report.longrepr = (
+            "failed",
+            f"{report.nodeid}: the gate skips nothing; {reason}",
+        )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -77,7 +82,9 @@ def write_rows(tmp_path: Path, sample: pa.Table) -> Callable[[int], Path]:
 
     def write(rows: int) -> Path:
         path = tmp_path / f"rows{rows}.parquet"
-        pq.write_table(sample.take(pa.array(range(0, 5000, 5000 // rows))[:rows]), path, row_group_size=200)
+        pq.write_table(
+            sample.take(pa.array(range(0, 5000, 5000 // rows))[:rows]), path, row_group_size=200
+        )
         return path
 
     return write
@@ -99,7 +106,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "model", 0)
 
 
-def plain_predictions(model: Path, images: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
+def plain_predictions(
+    model: Path, images: np.ndarray, numbers: np.ndarray
+) -> dict[str, np.ndarray]:
     """Predictions of plain PyTorch for uint8[n, 28, 28] and int64[n], with a model of `write_model`."""
     network, _ = load_model(locate(str(model), "--model"))
     with torch.inference_mode():

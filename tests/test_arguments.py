@@ -1,6 +1,5 @@
 """Command lines and config files: what they set, and the one-line errors for what is invalid."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ def config(*argv: str) -> TrainConfig:
     return parse(TrainConfig, list(argv), "a description")
 
 
-def check_error(config_class: type[JobConfig], argv: list[str], message: str) -> None:
-    """Assert that a command line is refused in one line, which does not quote all of a long value."""
+def check_error(kind: type[JobConfig], argv: list[str], message: str) -> None:
+    """Assert that a command line is refused in one line, which quotes no long value whole."""
     with pytest.raises(RequestError) as error:
-        parse(config_class, argv, "")
+        parse(kind, argv, "")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 700
@@ -30,12 +29,14 @@ def check_error(config_class: type[JobConfig], argv: list[str], message: str) ->
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--epochs", "3", "--use-gpu", "false", "--precision=bf16"], {"epochs": 3, "use_gpu": False, "precision": "bf16"}),
+        (["--epochs", "3", "--precision=bf16"], {"epochs": 3, "precision": "bf16"}),
+        (["--use-gpu", "false"], {"use_gpu": False}),
         (["--num-workers", "1,4"], {"num_workers": (1, 4)}),
         (["--skip-bad-rows", "--epochs", "2"], {"skip_bad_rows": True, "epochs": 2}),
         (["--skip-bad-rows", "--skip-bad-rows", "false"], {"skip_bad_rows": False}),
         (["--resume", "--name", "a"], {"resume": True, "name": "a"}),
-        (["--data", "None", "--storage-path", "données/ü [1]"], {"data": "None", "storage_path": "données/ü [1]"}),
+        (["--data", "None", "--name", "a"], {"data": "None", "name": "a"}),
+        (["--storage-path", "données/ü [1]"], {"storage_path": "données/ü [1]"}),
     ],
 )
 def test_flags(argv: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,69 +65,66 @@ def test_a_list_flag_takes_several_words_and_may_come_again(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("config_class", "argv", "message"),
+    ("kind", "argv", "message"),
     [
-        (TrainConfig, ["--epohs=3"], "--epohs: there is no such flag; did you mean --epochs? (--help lists them)"),
-        (TrainConfig, ["--epochs", "0"], "--epochs: input should be greater than or equal to 1, got '0'"),
-        (TrainConfig, ["--recipe", "shrt"], "--recipe: input should be 'quick', 'short' or 'long', got 'shrt'"),
-        (TrainConfig, ["--num-workers", "4,2"], "--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX"),
+        (TrainConfig, ["--epohs=3"], "--epohs: there is no such flag; did you mean --epochs?"),
+        (TrainConfig, ["--epochs", "0"], "--epochs: input should be greater than or equal to 1"),
+        (TrainConfig, ["--recipe", "a"], "--recipe: input should be 'quick', 'short' or 'long'"),
+        (TrainConfig, ["--num-workers", "4,2"], "--num-workers: must be N >= 1, or MIN,MAX with 1"),
         (TrainConfig, ["--num-workers", "a"], "--num-workers: must be N or MIN,MAX"),
         (TrainConfig, ["--resume"], "--resume: needs --name, the run to continue"),
-        (TrainConfig, ["--resume", "a", "--name", "b"], "--resume: input should be a valid boolean"),
-        (TrainConfig, ["--config", "nowhere.yaml"], "--config nowhere.yaml: cannot be read: No such file"),
+        (TrainConfig, ["--resume", "a"], "--resume: input should be a valid boolean"),
+        (TrainConfig, ["--config", "no.yaml"], "--config no.yaml: cannot be read: No such file"),
         (TrainConfig, ["--seed"], "Missing value for argument '--seed'"),
         (TrainConfig, ["--data", "a", LONG], "xxx…"),
         (PredictConfig, ["--number", "5", "--model", "m"], "PICTURE: required"),
-        (ScoreConfig, [], "--model, --input, --output: required, on the command line or in the config file"),
+        (ScoreConfig, [], "--model, --input, --output: required, on the command line or in the"),
         (ScoreConfig, [*SCORE[2:], "--input"], "--input: tuple should have at least 1 item"),
         (ScoreConfig, [*SCORE, "--number-column", "image"], "'image' cannot be both"),
     ],
 )
-def test_an_error_is_one_short_line_that_names_the_flag(config_class: type[JobConfig], argv: list[str], message: str) -> None:
-    check_error(config_class, argv, message)
+def test_an_error_is_one_short_line(kind: type[JobConfig], argv: list[str], message: str) -> None:
+    """It names the flag."""
+    check_error(kind, argv, message)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epohs: 3\n", "'epohs' of the config file: there is no such setting; did you mean epochs?"),
-        ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to 1, got '0'"),
+        ("epohs: 3\n", "'epohs' of the config file: there is no such setting; did you mean epo"),
+        ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to"),
         ("- epochs\n", "must hold `key: value` lines"),
-        ("batch-size: 64\nbatch_size: 128\n", "the key 'batch_size' is there twice"),
         (f"seed: {'[' * 1000}", "is not YAML"),
         (f"name: {LONG}", "key 'name' of the config file"),
         ("name: caf\xe9", "is not YAML: unacceptable character #x00e9"),
-        ("name: &a b\ndata: *a\n", "aliases are not taken; write the value again"),
     ],
     ids=lambda text: str(text)[:20],
 )
-def test_so_is_one_that_names_the_key_of_the_config_file(tmp_path: Path, text: str, message: str) -> None:
+def test_so_is_one_of_the_config_file(tmp_path: Path, text: str, message: str) -> None:
+    """It names the key."""
     (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
     check_error(TrainConfig, ["--config", str(tmp_path / "run.yaml")], message)
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    check_error(TrainConfig, ["--config", str(tmp_path / "pipe")], "is not a regular file")
-
-
 def test_what_yaml_1_1_reads_otherwise_than_it_looks(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("seed: 010\nname: 2024-01-01\nprecision: null\nlearning_rate: 1e-2\nuse_gpu: yes\n")
-    made = config("--config", str(tmp_path / "run.yaml"))
-    assert (made.seed, made.name, made.precision, made.learning_rate, made.use_gpu) == (10, "2024-01-01", None, 0.01, True)
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 010\nname: 2024-01-01\nprecision: null\ndropout: 1e-2\nuse_gpu: yes\n")
+    made = config("--config", str(file)).model_dump(exclude_unset=True)
+    values = {"seed": 10, "name": "2024-01-01", "precision": None, "dropout": 0.01, "use_gpu": True}
+    assert made == values
 
 
 def test_every_flag_says_what_it_means() -> None:
     for config_class in (TrainConfig, ScoreConfig, PredictConfig):
         for name, field in config_class.model_fields.items():
             assert field.description
-            assert field.default is not None or "[" in field.description, f"--{name} does not give its unset value"
+            assert field.default is not None or "[" in field.description, name
 
 
 def test_in_python_the_fields_are_those_of_the_flags() -> None:
-    """mypy checks these lines without pydantic's plugin, and would call the `ignore` unused if it did not know the fields."""
+    """mypy knows them, or it would call the `ignore` unused."""
     assert TrainConfig(data="sample", epochs=2, num_workers=(1, 4)).worker_range == (1, 4)
-    assert ScoreConfig(model="runs/mine", input=("pairs/",), output="scored/").input == ("pairs/",)
+    assert ScoreConfig(model="runs/mine", input=("pairs/",), output="scored/").strict is False
     with pytest.raises(ValueError, match="`resume`: needs `name`, the run to continue"):
         TrainConfig(resume=True)
     with pytest.raises(ValueError, match="epohs"):

@@ -5,7 +5,14 @@ import shlex
 from pathlib import Path
 
 from mnistsum_ray.arguments import parse
-from mnistsum_ray.config import ExportModelConfig, ExportPairsConfig, JobConfig, PredictConfig, ScoreConfig, TrainConfig
+from mnistsum_ray.config import (
+    ExportModelConfig,
+    ExportPairsConfig,
+    JobConfig,
+    PredictConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mnistsum_ray"
@@ -17,13 +24,17 @@ CONFIGS: dict[str, type[JobConfig]] = {
     "export_model": ExportModelConfig,
     "predict": PredictConfig,
 }
-SHOWN = re.compile(r"(?:python (?=jobs/)|mnistsum (?=(?:train|score|export-[a-z]+) --|predict ))([a-z_/-]+(?:\.py)?[^\n`#]*)")
+SHOWN = re.compile(
+    r"(?:python (?=jobs/)|mnistsum (?=(?:train|score|export-[a-z]+) --|predict ))([a-z_/-]+(?:\.py)?[^\n`#]*)"
+)
 
 
 def test_a_command_that_is_shown_parses() -> None:
     texts = [README, (ROOT / "cluster.yaml").read_text(), (PACKAGE / "cli.py").read_text()]
     texts += [path.read_text() for path in (*ROOT.glob(".deploy/*"), *ROOT.glob("jobs/*.py"))]
-    commands = {command for text in texts for command in SHOWN.findall(re.sub(r"\\\n#?", " ", text))}
+    commands = {
+        command for text in texts for command in SHOWN.findall(re.sub(r"\\\n#?", " ", text))
+    }
     assert len(commands) > 20
     for command in commands:
         job, *flags = shlex.split(re.split(r"\s{3,}|&&|\|\||>", command)[0])
@@ -34,7 +45,11 @@ def test_a_command_that_is_shown_parses() -> None:
 
 
 def test_every_relative_link_leads_somewhere() -> None:
-    for document in (ROOT / "README.md", *ROOT.glob(".readme/*.md"), *ROOT.glob("[mt]*/**/README.md")):
+    for document in (
+        ROOT / "README.md",
+        *ROOT.glob(".readme/*.md"),
+        *ROOT.glob("[mt]*/**/README.md"),
+    ):
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / link).exists(), (document, link)
 

@@ -34,17 +34,23 @@ def network(model: Path) -> TwoHeadCNN:
 @pytest.fixture(scope="module")
 def table() -> pa.Table:
     """Rows 3 and 5 are bad. As floats, 256 neighbours of the ids would be one."""
-    images = [bytes(image) for image in pixels_view(one_chunk(pq.read_table(SAMPLE)["image"]))[:ROWS]]
+    images = [
+        bytes(image) for image in pixels_view(one_chunk(pq.read_table(SAMPLE)["image"]))[:ROWS]
+    ]
     images[3] = b"no image"
     numbers = [None if row == 5 else row % 10 for row in range(ROWS)]
     ids = [None, *range(2**60, 2**60 + ROWS - 1)]
-    return pa.table({"id": ids, "image": pa.array(images, pa.binary()), "number": pa.array(numbers, pa.int8())})
+    return pa.table(
+        {"id": ids, "image": pa.array(images, pa.binary()), "number": pa.array(numbers, pa.int8())}
+    )
 
 
 FRAMES: dict[str, Callable[[pa.Table], Any]] = {
     "Arrow": lambda table: table,
     "batches of Arrow": lambda table: table.to_reader(max_chunksize=7),
-    "pandas": lambda table: table.to_pandas(types_mapper={pa.int8(): pd.Int8Dtype(), pa.int64(): pd.Int64Dtype()}.get),
+    "pandas": lambda table: table.to_pandas(
+        types_mapper={pa.int8(): pd.Int8Dtype(), pa.int64(): pd.Int64Dtype()}.get
+    ),
     "Polars": pl.from_arrow,
     "DuckDB": duckdb.from_arrow,
 }
@@ -53,17 +59,33 @@ FRAMES: dict[str, Callable[[pa.Table], Any]] = {
 @pytest.mark.parametrize("frame", FRAMES)
 def test_rows_come_back_with_predictions(network: TwoHeadCNN, table: pa.Table, frame: str) -> None:
     done = predict_rows(network, FRAMES[frame](table), probabilities=True)
-    assert done.column_names == [*table.column_names, *PREDICTION_FIELDS.names, "digit_probs", "sum_probs", "reason"]
+    assert done.column_names == [
+        *table.column_names,
+        *PREDICTION_FIELDS.names,
+        "digit_probs",
+        "sum_probs",
+        "reason",
+    ]
     assert done.select(table.column_names).to_pylist() == table.to_pylist()
     reasons = done["reason"].to_pylist()
     assert "8 bytes" in reasons[3]
     assert reasons[5] == "the number is null; fill it in or drop the row"
     good = [row for row in range(ROWS) if row not in (3, 5)]
     assert not any(reasons[row] for row in good)
-    images = np.stack([np.frombuffer(image, np.uint8).reshape(28, 28) for image in table["image"].take(good).to_pylist()])
-    expected = predict(network, images, np.array(table["number"].take(good).to_pylist()), probabilities=True)
+    images = np.stack(
+        [
+            np.frombuffer(image, np.uint8).reshape(28, 28)
+            for image in table["image"].take(good).to_pylist()
+        ]
+    )
+    expected = predict(
+        network, images, np.array(table["number"].take(good).to_pylist()), probabilities=True
+    )
     for name in (*PREDICTION_FIELDS.names, "digit_probs", "sum_probs"):
-        assert [row for row, value in enumerate(done[name].to_pylist()) if value is None] == [3, 5], name
+        assert [row for row, value in enumerate(done[name].to_pylist()) if value is None] == [
+            3,
+            5,
+        ], name
         if name != "consistent":
             found = np.array(done[name].take(good).to_pylist(), np.float32)
             assert np.array_equal(found, expected.values[name].astype(np.float32)), name
@@ -79,7 +101,9 @@ def test_one_picture(network: TwoHeadCNN, model: Path, table: pa.Table, tmp_path
     expected = predict(network, found.pixels[None], np.array([5]))
     assert (found.digit, found.sum) == (expected.digit[0], expected.sum[0])
     assert [found.digit, found.sum] == [found.digit_probs.argmax(), found.sum_probs.argmax()]
-    assert (found.digit_prob, found.sum_prob) == pytest.approx((expected.digit_prob[0], expected.sum_prob[0]), abs=1e-5)
+    assert (found.digit_prob, found.sum_prob) == pytest.approx(
+        (expected.digit_prob[0], expected.sum_prob[0]), abs=1e-5
+    )
     assert (found.number, found.consistent, found.unsure) == (5, found.sum == found.digit + 5, True)
     for number in (10, -1, 2.5, None):
         with pytest.raises(RequestError, match=f"the number is {number}, not one of 0..9"):
@@ -107,11 +131,16 @@ def test_views_with_negative_strides_are_predicted(network: TwoHeadCNN) -> None:
     images = pixels_view(one_chunk(pq.read_table(SAMPLE)["image"]))[:ROWS]
     numbers = np.arange(ROWS) % 10
     mirrored = predict(network, images[::-1, :, ::-1], numbers[::-1])
-    assert mirrored.digit.tolist() == predict(network, images[::-1, :, ::-1].copy(), numbers[::-1].copy()).digit.tolist()
+    assert (
+        mirrored.digit.tolist()
+        == predict(network, images[::-1, :, ::-1].copy(), numbers[::-1].copy()).digit.tolist()
+    )
 
 
 def test_columns_that_do_not_fit_are_errors(network: TwoHeadCNN, table: pa.Table) -> None:
-    with pytest.raises(ValueError, match="there must be one column 'picture'; there are 'id', 'image', 'number'"):
+    with pytest.raises(
+        ValueError, match="there must be one column 'picture'; there are 'id', 'image', 'number'"
+    ):
         predict_rows(network, table, image_column="picture")
     with pytest.raises(ValueError, match="column 'image'"):
         predict_rows(network, table.set_column(1, "image", pa.array([0.5] * ROWS)))

@@ -6,20 +6,21 @@ functions import it.
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from typing import Any, Final
 
-from mnistsum_ray.cluster.stop import defer_signals
 from mnistsum_ray.errors import RequestError, TryAgainError, one_line, root_cause, shortened
 
 _TIMEOUT_SECONDS: Final = 3.0
 
 _GONE: Final = "correct it, or `ray stop` if it has crashed; RAY_ADDRESS=local starts one here"
-_TEMPORARY: Final = "RAY_TMPDIR names another temporary folder, such as /tmp"
+_TOKEN: Final = "RAY_AUTH_MODE=token sends the token of RAY_AUTH_TOKEN or ~/.ray/auth_token"
 _ADVICE: Final = {
     "Version mismatch": "install the versions of the cluster here",
-    "uthentication": "RAY_AUTH_MODE=token sends the token of RAY_AUTH_TOKEN or ~/.ray/auth_token, which must be the cluster's",
+    "uthentication": f"{_TOKEN}, which must be the cluster's",
 }
 """What to do, by what Ray says."""
 
@@ -27,42 +28,50 @@ _started: str | None = None
 """Address of the cluster that this process has started."""
 
 
-def connect() -> None:
+def connect() -> str:
     """Join the cluster of RAY_ADDRESS, or of this machine; without one, start one. Idempotent.
+
+    Returns:
+        The console line that says which.
 
     Raises:
         TryAgainError: no cluster answers, or Ray does not start in time.
-        RequestError: RAY_ADDRESS is no address, the cluster has another token or other versions, or
-            Ray cannot write its files here.
+        RequestError: RAY_ADDRESS is no address, or the cluster has another token or other versions.
     """
     global _started
     import ray
 
     from mnistsum_ray.cluster.workarounds import last_cluster_address
 
-    if ray.is_initialized():
-        return
     asked = os.environ.get("RAY_ADDRESS", "")
-    address = last_cluster_address() if asked in ("", "auto") else asked
-    # `ray.init` tries for minutes to reach a cluster that is gone.
-    answers = address not in (None, "local") and _answers(str(address))
-    if asked == "local" or not (asked or answers):
-        # The dashboard takes seconds to start.
-        _init("local", "Ray cannot be started here", include_dashboard=False)
-        _started = ray.get_runtime_context().gcs_address
-        return
-    if address and not answers:
-        raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {address}; {_GONE}")
-    _init(address or "auto", f"the Ray cluster at {address or 'this machine'} cannot be joined")
+    if not ray.is_initialized():
+        address = last_cluster_address() if asked in ("", "auto") else asked
+        # `ray.init` tries for minutes to reach a cluster that is gone.
+        answers = address not in (None, "local") and _answers(str(address))
+        if asked == "local" or not (asked or answers):
+            # The dashboard takes seconds to start.
+            _init("local", "Ray cannot be started here", include_dashboard=False)
+            _started = ray.get_runtime_context().gcs_address
+            why = "" if asked or not address else f"; the last `ray start`, {address}, is gone"
+            return f"started Ray on this machine, for this job alone{why}"
+        if address and not answers:
+            raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {address}; {_GONE}")
+        where = address or "this machine"
+        _init(address or "auto", f"the Ray cluster at {where} cannot be joined")
+    return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
 
 
 def _init(address: str, problem: str, **options: Any) -> None:
     import ray
 
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = False
     try:
-        with defer_signals():
-            # The jobs report their progress themselves.
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        # The jobs report their progress themselves.
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except SystemExit:  # of the handler of SIGTERM that `ray.init` sets
+        signal.alarm(0)  # with which Ray's C++ would abort the process in 3 s
+        stopped = True
     except Exception as error:  # also plain ones, of a start that takes too long
         inner = error.__cause__ or error  # of "Failed to connect"; its text may be a traceback
         cause = root_cause(inner) if "Traceback" in str(inner) else one_line(inner)
@@ -70,10 +79,13 @@ def _init(address: str, problem: str, **options: Any) -> None:
         for said, advice in _ADVICE.items():
             if said in cause:
                 raise RequestError(f"{problem}; {advice}") from error
-        # The temporary folder cannot be written, or is too long for the path of a socket.
-        if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
-            raise RequestError(f"{problem}; {_TEMPORARY}") from error
         raise TryAgainError(problem) from error
+    finally:
+        # Ray's own handler prints a stack of C++ and aborts.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    if stopped:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def started_cluster() -> bool:
@@ -83,6 +95,13 @@ def started_cluster() -> bool:
     return _started is not None and _started == ray.get_runtime_context().gcs_address
 
 
+def head_answers() -> bool:
+    """Whether the head of the cluster that this process is connected to is still there."""
+    import ray
+
+    return _answers(ray.get_runtime_context().gcs_address)
+
+
 def disconnect() -> None:
     """Disconnect from the cluster. One that this process has started ends with its processes."""
     if "ray" in sys.modules:
@@ -90,19 +109,15 @@ def disconnect() -> None:
 
 
 def _answers(address: str) -> bool:
+    """Whether a server accepts TCP connections at this address."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65_536:
         raise RequestError(
             f"RAY_ADDRESS={address}: must be HOST:PORT, as `ray start` prints it; the dashboard's "
             "is for `ray job submit`, and Ray Client (ray://) is not supported"
         )
-    return can_connect(host.strip("[]"), int(port))
-
-
-def can_connect(host: str, port: int) -> bool:
-    """Whether a server accepts TCP connections at this host and port."""
     try:
-        socket.create_connection((host, port), timeout=_TIMEOUT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_SECONDS).close()
     except OSError:
         return False
     return True

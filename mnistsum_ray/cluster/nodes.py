@@ -17,8 +17,6 @@ Resources = dict[str, float]
 _LOOK_SECONDS: Final = 60.0
 """Longest wait for a node that looks at local paths."""
 
-_COMPARED_BYTES: Final = 4096
-
 
 def this_node() -> Resources:
     """Total resources of the node of this process."""
@@ -27,7 +25,7 @@ def this_node() -> Resources:
 
 
 def on_node(node: str | None = None) -> dict[str, Any]:
-    """Options of a task or actor that reserves nothing, on the node of this id, or of this process."""
+    """Options of a task or actor that reserves nothing, on this node or the one of this id."""
     node = node or ray.get_runtime_context().get_node_id()
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     return {"num_cpus": 0, "scheduling_strategy": strategy}
@@ -40,7 +38,7 @@ def usable_nodes() -> list[dict[str, Any]]:
 
 
 def check_shared_storage(files: Mapping[str, Location], say: Callable[[str], None]) -> None:
-    """Compare what other nodes see of local files with what this one sees: they might write there.
+    """Check that other nodes see the same local files as this one: they might write there.
 
     There is one for each flag: a file that the job reads, or that it has written to its output.
 
@@ -50,13 +48,12 @@ def check_shared_storage(files: Mapping[str, Location], say: Callable[[str], Non
     paths = {flag: file.path for flag, file in files.items() if file.is_local}
     if not paths:
         return
-    here = ray.get_runtime_context().get_node_id()
-    others = [node for node in usable_nodes() if node["NodeID"] != here]
+    here, expected = ray.get_runtime_context().get_node_id(), _first_bytes(paths)
+    nodes = [node for node in usable_nodes() if node["NodeID"] != here]
     # Neither retried nor placed elsewhere: an answer of another node says nothing about this one.
-    look = ray.remote(max_retries=0)(_look)
-    answers = [look.options(**on_node(node["NodeID"])).remote(paths) for node in others]
-    expected = _look(paths)
-    for node, answer in zip(others, answers, strict=True):
+    look = ray.remote(max_retries=0)(_first_bytes)
+    answers = [look.options(**on_node(node["NodeID"])).remote(paths) for node in nodes]
+    for node, answer in zip(nodes, answers, strict=True):
         address = node["NodeManagerAddress"]
         try:
             seen = ray.get(answer, timeout=_LOOK_SECONDS)
@@ -71,13 +68,13 @@ def check_shared_storage(files: Mapping[str, Location], say: Callable[[str], Non
                 )
 
 
-def _look(files: dict[str, str]) -> dict[str, tuple[int, bytes] | None]:
-    """Size and first bytes of each file; None where this node cannot read it."""
-    seen: dict[str, tuple[int, bytes] | None] = {}
+def _first_bytes(files: dict[str, str]) -> dict[str, bytes | None]:
+    """First bytes of each file; None where this node cannot read it."""
+    seen: dict[str, bytes | None] = {}
     for flag, path in files.items():
         try:
             with Path(path).open("rb") as file:
-                seen[flag] = Path(path).stat().st_size, file.read(_COMPARED_BYTES)
+                seen[flag] = file.read(4096)
         except OSError:
             seen[flag] = None
     return seen

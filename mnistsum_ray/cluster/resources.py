@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 import ray
-import ray.exceptions
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import Resources, on_node, usable_nodes
-from mnistsum_ray.errors import RequestError, TryAgainError, counted, root_cause
+from mnistsum_ray.errors import RequestError, TryAgainError, counted
 
-_GROUP_CPUS: Final = 0.75
-"""CPUs that a worker of a group reserves: the rest is for the tasks that feed it."""
+_TRAINING_CPUS: Final = 0.75
+"""CPUs that a training worker reserves: the rest is for the tasks that feed it."""
 
 _ASSUMED_LIMIT: Final = {"GPU": 16, "CPU": 128}
 """What a cluster is assumed to grow to: its autoscaler's limits are not known."""
@@ -77,10 +76,9 @@ class WorkerRequest:
     """None: on GPUs if the cluster has any that PyTorch can use."""
     wait_seconds: float
     group: bool = False
-    """Workers that train together, one a GPU or else one a node; the minimum starts at once.
-    Otherwise a pool: several a GPU or else one a core, one is enough, and later nodes get some."""
+    """They train together, and the minimum starts at once. Else they score, and one is enough."""
     useful_gpus: int = 1
-    """Number of GPUs above which a group is not faster."""
+    """Number of GPUs above which a training is not faster."""
 
 
 @dataclass(frozen=True)
@@ -124,41 +122,49 @@ def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
     if cluster.total("GPU") and request.use_gpu is not False:
         gpu = _ask_for_cuda(request, say)
     plan = plan_workers(request, cluster, gpu)
-    wait_until_free(plan, request.wait_seconds, say)
+    elastic = request.group and cluster.can_grow and plan.workers > plan.needed
+    if elastic and cluster.workers_that_fit(plan.per_worker) < plan.workers:
+        # Ray Train asks for all of them at once, and Ray's autoscaler v2 grants all or none.
+        limit = f"only if the autoscaler's limits allow all {plan.workers} workers"
+        say(f"more than {plan.needed} workers run as nodes come, {limit}")
+    _wait_until_free(plan, request.wait_seconds, say)
     if plan.use_gpu and gpu is None:  # an autoscaler has started the nodes with GPUs meanwhile
         return reserve(request, say)
     return plan
 
 
-def plan_workers(request: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None = None) -> WorkerPlan:
+def plan_workers(ask: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None) -> WorkerPlan:
     """Choose workers and devices: as requested, else by what the cluster has.
 
     `gpu` is None if there is none yet that PyTorch can use. Errors are those of `reserve`.
     """
-    use_gpu = gpu is not None if request.use_gpu is None else request.use_gpu
+    use_gpu = gpu is not None if ask.use_gpu is None else ask.use_gpu
     kind = "GPU" if use_gpu else "CPU"
     present = int(cluster.total(kind))
     if use_gpu and not present and not cluster.can_grow:
         raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
-    sharing = 1
-    if request.group:
-        default = max(1, min(present, request.useful_gpus) if use_gpu else len(cluster.nodes))
+    if ask.group:
+        default = min(present, ask.useful_gpus) if use_gpu else len(cluster.nodes)
+        low, high = ask.workers or (max(1, default), max(1, default))
+        plan = WorkerPlan((low, high), low, {kind: 1.0 if use_gpu else _TRAINING_CPUS}, gpu)
     else:
-        default = max(present, _ASSUMED_LIMIT[kind] if cluster.can_grow else 1)
-        if gpu and use_gpu:
-            cores = int(cluster.total("CPU") / cluster.total("GPU"))
-            in_memory = gpu.memory_bytes // _WORKER_GPU_BYTES
-            sharing = max(1, min(_MAX_WORKERS_PER_GPU, cores, in_memory))
-            default *= sharing
-    low, high = request.workers or (default, default)
-    sharing = min(sharing, math.ceil(high / max(1, present)))
-    cpus = _GROUP_CPUS if request.group else 1.0
-    per_worker = {"GPU": 1 / sharing} if use_gpu else {"CPU": cpus}
-    fitting = cluster.workers_that_fit(per_worker)
-    if request.workers and low > fitting and not cluster.can_grow:
-        fit = f"only {fitting} of them, with {_format(per_worker)} each, fit on the nodes"
+        sharing = _workers_per_gpu(cluster, gpu) if use_gpu and gpu else 1
+        default = sharing * max(present, _ASSUMED_LIMIT[kind] if cluster.can_grow else 1)
+        low, high = ask.workers or (default, default)
+        sharing = min(sharing, math.ceil(high / max(1, present)))
+        plan = WorkerPlan((low, high), 1, {kind: 1 / sharing}, gpu)
+    fitting = cluster.workers_that_fit(plan.per_worker)
+    if ask.workers and low > fitting and not cluster.can_grow:
+        fit = f"only {fitting} of them, with {_format(plan.per_worker)} each, fit on the nodes"
         raise RequestError(f"--num-workers {low}: {fit} ({cluster})")
-    return WorkerPlan((low, high), low if request.group else 1, per_worker, gpu)
+    return plan
+
+
+def _workers_per_gpu(cluster: ClusterResources, gpu: Gpu) -> int:
+    """How many scoring workers share a GPU: as its memory and the cores beside it allow."""
+    cores = int(cluster.total("CPU") / cluster.total("GPU"))
+    in_memory = gpu.memory_bytes // _WORKER_GPU_BYTES
+    return max(1, min(_MAX_WORKERS_PER_GPU, cores, in_memory))
 
 
 def inspect_cluster() -> ClusterResources:
@@ -173,7 +179,7 @@ def explain_worker_silence() -> str:
     return f"{why}; the cluster has {inspect_cluster()}, free: {_free()}"
 
 
-def wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None]) -> None:
+def _wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None]) -> None:
     """Wait until the workers fit on what is free; Ray would wait without limit or message.
 
     A placement group asks for them, which also makes an autoscaler add nodes. After these seconds
@@ -190,23 +196,34 @@ def wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None]
                 raise TryAgainError(shortage(plan, waited))
             if waited >= next_report:
                 next_report += _REPORT_SECONDS
-                left = f"giving up in {seconds - waited:.0f} s; `ray status` tells why"
-                say(f"waiting for {_needed(plan)}; free now: {_free()} ({inspect_cluster()}); {left}")
+                free = f"free now: {_free()} ({inspect_cluster()})"
+                say(f"waiting for {_needed(plan)}; {free}; giving up in {seconds - waited:.0f} s")
     finally:
         remove_placement_group(group)
 
 
 def shortage(plan: WorkerPlan, waited: float) -> str:
-    """Message that the workers could not be had after so many seconds: what is there and what is missing."""
-    return (
-        f"needs {_needed(plan)}, but after {waited:.0f} s only {_free()} are free ({inspect_cluster()}): other "
-        "jobs hold the rest, or the cluster has not grown, and `ray status` tells why; ask for fewer "
-        "--num-workers or give more --wait-seconds"
-    )
+    """Message that the workers could not be had: what is there and what is missing."""
+    free = f"after {waited:.0f} s only {_free()} are free ({inspect_cluster()})"
+    why = "other jobs hold the rest, or the cluster has not grown, and `ray status` tells why"
+    advice = "ask for fewer --num-workers or give more --wait-seconds"
+    return f"needs {_needed(plan)}, but {free}: {why}; {advice}"
 
 
 def _needed(plan: WorkerPlan) -> str:
-    return ("" if plan.needed == 1 else f"{plan.needed} times ") + _format(plan.per_worker)
+    times = "" if plan.needed == 1 else f"{plan.needed} times "
+    return times + _format(plan.per_worker)
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
+
+
+def _format(resources: Resources) -> str:
+    """Amounts and kinds, such as `1 CPU and 0 GPUs`."""
+    amounts = (f"{n:g} {kind}{'' if n == 1 else 's'}" for kind, n in resources.items())
+    return " and ".join(amounts)
 
 
 def _ask_for_cuda(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | None:
@@ -226,29 +243,14 @@ def _ask_for_cuda(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | N
         return Gpu(faster_with_bf16(torch.device("cuda")), memory)
 
     node = next(node for node in usable_nodes() if node["Resources"].get("GPU"))
-    where = f"node {node['NodeManagerAddress']}"
     # Its process ends with the task, and gives back the memory of the GPU.
     answer = ray.remote(max_calls=1)(ask).options(**on_node(node["NodeID"])).remote()
-    try:
-        gpu: Gpu | None = ray.get(answer, timeout=_CUDA_SECONDS)
-    except ray.exceptions.RayError as error:
-        problem = f"{where} does not say whether PyTorch has CUDA there: {root_cause(error)}"
-        raise TryAgainError(f"{problem}; --use-gpu false runs on CPUs") from error
+    gpu: Gpu | None = ray.get(answer, timeout=_CUDA_SECONDS)
     if gpu is None:
+        where = f"node {node['NodeManagerAddress']}"
         problem = f"Ray counts GPUs on {where}, but PyTorch has no CUDA there"
         if request.use_gpu:
             advice = "install a CUDA build that fits its driver, or leave --use-gpu out"
             raise RequestError(f"--use-gpu true: {problem}; {advice}")
         say(f"running on CPUs: {problem}")
     return gpu
-
-
-def _free() -> str:
-    free = ray.available_resources()
-    return _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
-
-
-def _format(resources: Resources) -> str:
-    """Amounts and kinds, such as `1 CPU and 0 GPUs`."""
-    amounts = (f"{n:g} {kind}{'' if n == 1 else 's'}" for kind, n in resources.items())
-    return " and ".join(amounts)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Final
 
 _CONTEXT_LOCK: Final = threading.RLock()
-"""The current DataContext belongs to the process and not to a thread, and datasets are created in several threads."""
+"""The current DataContext is the process's, and datasets are created in several threads."""
 
 
 @contextmanager
@@ -17,8 +17,8 @@ def ray_data_options(
     """Set options for the datasets that are created in the block; those of the user keep theirs.
 
     A generator must not yield inside. No task is started, and the execution sleeps, while blocks of
-    `object_store_bytes` wait for the consumer; None: half of the store. What a task yields is passed
-    on once it has `block_bytes`.
+    `object_store_bytes` wait for the consumer; None: half of the store. What a task yields is
+    passed on once it has `block_bytes`.
     """
     from ray.data import DataContext
 
@@ -29,12 +29,12 @@ def ray_data_options(
         # The app reports progress itself; Ray's bars and plans would repeat it.
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.execution_options.preserve_order = preserve_order
+        options = context.execution_options
+        options.preserve_order = preserve_order
         if block_bytes is not None:
             context.target_max_block_size = block_bytes
         if object_store_bytes is not None:
             context.custom_execution_callback_classes += [PatientExecution]
-            options = context.execution_options
             limits = options.resource_limits.copy(object_store_memory=object_store_bytes)
             options.resource_limits = limits
         with DataContext.current(context), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What Ray 2.60.0 does wrong and costs a user data or minutes, worked around with its private names.
+"""What Ray 2.60.0 does wrong and costs a user data or minutes, worked around with private names.
 
 Each works without its name too: by a public way, or without a comfort. ruff refuses private names
 elsewhere; tests/cluster/test_workarounds.py runs each, and with its name taken away.
@@ -43,10 +43,10 @@ def last_cluster_address() -> str | None:
 
 
 def detached_data_actors() -> None:
-    """Create Ray Data's detached actors on this node, which is the driver's.
+    """Create Ray Data's five detached actors on this node, which is the driver's.
 
     The first process that runs a Dataset creates them on its node, and they stay for ever. In a
-    training that is a worker, whose node an autoscaler could then never remove.
+    training that is a worker: an autoscaler could never remove its node, a GPU that is paid for.
     """
     for module, name in _DATA_ACTORS.items():
         with suppress(*_GONE):
@@ -54,7 +54,7 @@ def detached_data_actors() -> None:
 
 
 def in_order(dataset: Any) -> Any:
-    """A Dataset whose rows come in their order, which by default is that of the fastest task.
+    """A Dataset whose rows come in their order; by default it is that of the fastest task.
 
     The given one keeps its options, unless Ray cannot copy it.
     """
@@ -101,12 +101,10 @@ class PatientExecution:
     def on_execution_step(self, executor: Any) -> None:
         """Called after each step; in an idle one no task was started or returned anything."""
         with suppress(*_GONE):
-            progress = []
-            for operator in executor._topology:
-                metrics = operator.metrics
-                progress.append((metrics.num_tasks_submitted, metrics.num_task_outputs_generated))
-            if progress != self._seen:
-                self._seen, self._pause = progress, _FIRST_PAUSE_SECONDS
+            metrics = [operator.metrics for operator in executor._topology]
+            done = [(one.num_tasks_submitted, one.num_task_outputs_generated) for one in metrics]
+            if done != self._seen:
+                self._seen, self._pause = done, _FIRST_PAUSE_SECONDS
                 return
             time.sleep(self._pause)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)

@@ -59,7 +59,9 @@ class Reliability:
     right: list[int] = field(default_factory=lambda: [0] * RELIABILITY_BINS)
 
     @classmethod
-    def of(cls, probability: npt.NDArray[np.floating[Any]], right: npt.NDArray[np.bool_]) -> "Reliability":
+    def of(
+        cls, probability: npt.NDArray[np.floating[Any]], right: npt.NDArray[np.bool_]
+    ) -> "Reliability":
         """Count n rows: the probability of the predicted class, and whether it is right."""
         bins = (probability * RELIABILITY_BINS).astype(np.int64).clip(max=RELIABILITY_BINS - 1)
         rows = np.bincount(bins, minlength=RELIABILITY_BINS)
@@ -85,7 +87,9 @@ class Reliability:
 
 
 @torch.no_grad()
-def score_rows(model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]) -> Iterator[tuple[LabelledRows, Scores]]:
+def score_rows(
+    model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]
+) -> Iterator[tuple[LabelledRows, Scores]]:
     """Batches with the scores of all heads, of batches with digit scores [n, 10] in any dtype."""
     for batch, digit_scores in rows:
         # The other heads, a thousandth of the work, run in float32.

@@ -194,7 +194,9 @@ def make_network() -> Network:
     return network
 
 
-def dropout_factors(rows: int, shape: Sequence[int], probability: float, generator: torch.Generator) -> Tensor:
+def dropout_factors(
+    rows: int, shape: Sequence[int], probability: float, generator: torch.Generator
+) -> Tensor:
     """Dropout factors (Srivastava et al. 2014), 0 or 1 / (1 - probability).
 
     float32[rows, *shape], channels last, on the generator's device.
@@ -212,7 +214,9 @@ class Objective(nn.Module):
         self.label_smoothing = label_smoothing
         self.bf16 = dtype == torch.bfloat16
 
-    def forward(self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The `joint_loss` of prepared images with numbers and digits int64[n], and dropout."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             scores = self.model(images, numbers, dropout)
@@ -226,7 +230,9 @@ def undistorted_digit_scores(model: Network, images: Tensor, *, bf16: bool) -> T
         return model.digit_scores(prepare_images(images))
 
 
-def joint_loss(scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+def joint_loss(
+    scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Mean of the heads' cross-entropies: with label smoothing, and without, which has no gradient.
 
     They are sums over the rows. Label smoothing (Szegedy et al., "Rethinking the Inception

@@ -82,7 +82,9 @@ def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([near_ties, mix_with_swap(digit_scores[half:], (0.0, 1.0), generator)])
 
 
-def mix_with_swap(digit_scores: Tensor, weights: tuple[float, float], generator: torch.Generator) -> Tensor:
+def mix_with_swap(
+    digit_scores: Tensor, weights: tuple[float, float], generator: torch.Generator
+) -> Tensor:
     """Mix each row with a copy in which its largest score and a random other are swapped.
 
     The weight of the row itself is drawn from `weights`; at 0.5 the two digits are tied.

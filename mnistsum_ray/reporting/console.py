@@ -18,10 +18,8 @@ with warnings.catch_warnings():
 
 UPDATE_SECONDS: Final = 2.0
 """Minimum time between two updates of progress."""
-
 LINE_SECONDS: Final = 30.0
 """Where there is no bar, progress is a line after so much time without a line."""
-
 SILENCE_SECONDS: Final = 60.0
 """Time without a line or progress after which a line says so."""
 
@@ -54,6 +52,8 @@ class Console:
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
+        self.run = ""
+        """Once it is set, each line begins with the time of day and this name."""
         self._stream = stream or sys.stderr
         in_notebook = self._stream is sys.stderr and hasattr(builtins, "__IPYTHON__")
         self._has_bars = self._stream.isatty() or in_notebook
@@ -90,40 +90,37 @@ class Console:
         self._heard = time.monotonic()
         self._write(text)
 
-    def _write(self, text: str) -> None:
-        line = f"{printable(text)}\n"
-        with self._lock, suppress(OSError):  # its reader has closed it; the job goes on
-            if self._bar is None:
-                self._stream.write(line)
-            else:
-                self._bar.write(line, file=self._stream, end="")
-            self._stream.flush()
-        self._line_time = time.monotonic()
-
     def say_lines(self, text: str) -> None:
         """Write several lines, e.g. an error of Ray with its traceback."""
         for line in text.splitlines():
             self.say(line)
 
+    def _write(self, text: str) -> None:
+        if self.run:
+            text = f"{time.strftime('%H:%M:%S')} {self.run}  {text}"
+        with self._lock, suppress(OSError):  # its reader has closed it; the job goes on
+            if self._bar is not None:
+                self._bar.clear()  # it is drawn again below the line
+            self._stream.write(f"{printable(text)}\n")
+            self._stream.flush()
+        self._line_time = time.monotonic()
+
     def show(self, event: dict[str, Any]) -> None:
-        """Show an event of the training loop: its `kind` is progress, epoch, counter, note or failure."""
-        fields = {key: value for key, value in event.items() if key != "kind"}
-        if event["kind"] in ("note", "failure"):
+        """Show an event of the training loop, by its `kind`; of other kinds nothing."""
+        kind = event["kind"]
+        if kind in ("note", "failure"):
             self.say(event["text"])
-        elif event["kind"] == "counter":
-            self.progress(**fields)
-        elif event["kind"] == "progress":
+        elif kind == "counter":
+            self.progress(**{key: value for key, value in event.items() if key != "kind"})
+        elif kind == "progress":
             epoch, epochs, epoch_rows = event["epoch"], event["epochs"], event["of_rows"]
             done = (epoch - 1) * epoch_rows + event["rows"]
             loss, rate = f"loss {event['loss']:.4f}", event["rows_per_second"]
             self.progress(f"epoch {epoch}/{epochs}, rows", done, epochs * epoch_rows, rate, loss)
-        elif event["kind"] == "epoch":
-            self._say_epoch(fields)
-
-    def _say_epoch(self, entry: dict[str, Any]) -> None:
-        epoch, loss = f"epoch {entry['epoch']}", f"loss {entry['train_loss']:.4f}"
-        rate = f"{entry['rows_per_second']:,.0f} rows/s"
-        self.say(f"{epoch}: {loss}, test {accuracies(entry['test'])}, {rate}")
+        elif kind == "epoch":
+            loss, test = f"loss {event['train_loss']:.4f}", f"test {accuracies(event['test'])}"
+            rate = f"{event['rows_per_second']:,.0f} rows/s"
+            self.say(f"epoch {event['epoch']}: {loss}, {test}, {rate}")
 
     def progress(self, what: str, done: int, total: int, rate: float, note: str = "") -> None:
         """Show how far some work is: by the bar, or in a log by a line now and then."""

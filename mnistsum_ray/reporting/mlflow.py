@@ -55,7 +55,9 @@ def log_run(
         # ONNX holds no pickle. MLflow would find the requirements by running the model.
         model = onnx.load_from_string(export_onnx(load_model(folder)[0], description))
         packages = mlflow.onnx.get_default_pip_requirements()
-        mlflow.onnx.save_model(model, f"{copy}/onnx", pip_requirements=packages, save_as_external_data=False)
+        mlflow.onnx.save_model(
+            model, f"{copy}/onnx", pip_requirements=packages, save_as_external_data=False
+        )
         client.log_artifacts(run_id, copy)
     name = config["mlflow_model"]
     if not client.search_registered_models(f"name = '{name}'"):

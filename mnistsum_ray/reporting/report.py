@@ -68,7 +68,9 @@ def scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     return {f"{prefix}/{split}/{name}": metrics[split][name] for split in splits for name in names}
 
 
-def draw_pictures(wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:
+def draw_pictures(
+    wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]
+) -> dict[str, bytes]:
     """Draw PNG files: for `{"history.png": arguments}` what `pictures.draw_history` draws of them.
 
     What cannot be drawn costs a console line and never the run.
@@ -127,7 +129,9 @@ def scored_page(manifest: dict[str, Any], bad: ReasonCounts, pictures: dict[str,
     ]
     if manifest["labelled_rows"]:
         of = f"correct, of {manifest['labelled_rows']:,} labelled rows"
-        figures += [(percent(totals[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS]
+        figures += [
+            (percent(totals[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS
+        ]
     figures.append((f"{totals['rows_per_second']:,.0f}", "rows per second"))
     tables = [_reasons("Rejected rows", vars(bad)), _settings(manifest, manifest["model"])]
     title = f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored"

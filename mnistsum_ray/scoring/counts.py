@@ -25,9 +25,13 @@ class RowCounts:
     """Rejected rows by input file."""
     consistent: int = 0
     """Scored rows whose predicted sum is the predicted digit + number."""
-    reliability: dict[str, Reliability] = field(default_factory=lambda: {head.name: Reliability() for head in HEADS})
+    reliability: dict[str, Reliability] = field(
+        default_factory=lambda: {head.name: Reliability() for head in HEADS}
+    )
     """By head, over the scored rows whose label is known."""
-    confusion: list[list[int]] = field(default_factory=lambda: [[0] * DIGITS for _ in range(DIGITS)])
+    confusion: list[list[int]] = field(
+        default_factory=lambda: [[0] * DIGITS for _ in range(DIGITS)]
+    )
     """Scored rows whose label is known, by label and predicted digit."""
 
     def add(self, other: "RowCounts") -> None:

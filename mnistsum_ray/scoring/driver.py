@@ -132,7 +132,9 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     return publish(outcome, started, console)
 
 
-def _check_complete(outcome: Outcome, planned: Mapping[str, Part], parts: Sequence[Part], console: Console) -> None:
+def _check_complete(
+    outcome: Outcome, planned: Mapping[str, Part], parts: Sequence[Part], console: Console
+) -> None:
     """Check that these parts are in the output, no other planned one, and their rows were counted.
 
     The name of a part says which rows of which file it has, so each row is there exactly once.
@@ -152,7 +154,9 @@ def _check_complete(outcome: Outcome, planned: Mapping[str, Part], parts: Sequen
         raise RowCountError(f"{difference}; {_KEPT}")
 
 
-def _score(outcome: Outcome, todo: Sequence[Part], execute: Execute, console: Console) -> dict[str, str]:
+def _score(
+    outcome: Outcome, todo: Sequence[Part], execute: Execute, console: Console
+) -> dict[str, str]:
     """Score parts, and add what the workers report to the outcome.
 
     Returns:
@@ -222,7 +226,9 @@ def _choose_precision(request: Request, plan: WorkerPlan) -> str:
     return "bf16" if bf16 else "fp32"
 
 
-def _on_ray(plan: WorkerPlan, console: Console, request: Request, parts: Sequence[Part]) -> Iterator[Report]:
+def _on_ray(
+    plan: WorkerPlan, console: Console, request: Request, parts: Sequence[Part]
+) -> Iterator[Report]:
     """Score parts with actors of Ray Data; their reports come at once, in any order."""
     first_files = {"--output": request.output / RUN_FILE, "--input": request.root / parts[0].name}
     check_shared_storage(first_files, console.say)

@@ -113,7 +113,9 @@ def delete_output(output: Location, console: Console) -> None:
     (output / RUN_FILE).delete()
 
 
-def read_parts(request: Request, planned: Mapping[str, Part], console: Console) -> tuple[set[str], int]:
+def read_parts(
+    request: Request, planned: Mapping[str, Part], console: Console
+) -> tuple[set[str], int]:
     """Read the footers of all parts in the output folder, and compare them with the plan.
 
     Returns:
@@ -157,7 +159,9 @@ def read_parts(request: Request, planned: Mapping[str, Part], console: Console) 
     return done, gone
 
 
-def _read_stamps(output: Location, parts: Mapping[str, Entry], console: Console) -> Iterator[tuple[str, dict[str, Any], int]]:
+def _read_stamps(
+    output: Location, parts: Mapping[str, Entry], console: Console
+) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Yield the name of each part, its stamp, and the rows in its file."""
 
     def read(name: str) -> tuple[str, dict[str, Any], int]:

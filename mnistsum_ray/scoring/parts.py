@@ -97,7 +97,9 @@ def parts_of(file: InputFile, max_rows_per_file: int | None) -> list[Part]:
     return parts
 
 
-def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) -> tuple[list[Part], dict[str, str]]:
+def split_into_parts(
+    files: Sequence[InputFile], max_rows_per_file: int | None
+) -> tuple[list[Part], dict[str, str]]:
     """The parts of all files that can be used; and of the other files the name and the reason."""
     parts: list[Part] = []
     failures: dict[str, str] = {}

@@ -89,7 +89,9 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
         files = read_footers(inputs, config, console)
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
-    return Request(config, model, description, weights, inputs.root, files, output, config.precision)
+    return Request(
+        config, model, description, weights, inputs.root, files, output, config.precision
+    )
 
 
 def say_failures(failures: Mapping[str, str], say: Callable[[str], None]) -> None:

@@ -124,7 +124,9 @@ class Score:
         if batch:
             yield self._predict_and_put(predictor, batch, started)
 
-    def _predict_and_put(self, predictor: Predictor, batch: list[DecodedPart], started: float) -> Report:
+    def _predict_and_put(
+        self, predictor: Predictor, batch: list[DecodedPart], started: float
+    ) -> Report:
         """Predict the rows of several parts together, and put each part."""
         images = np.concatenate([rows.images for rows in batch])
         numbers = np.concatenate([rows.numbers for rows in batch])

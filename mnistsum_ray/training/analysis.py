@@ -131,7 +131,9 @@ def finish_model(
     )
 
 
-def _finetune(parameters: Hyperparameters, model: Network, digit_scores: Tensor, worker: Worker) -> None:
+def _finetune(
+    parameters: Hyperparameters, model: Network, digit_scores: Tensor, worker: Worker
+) -> None:
     """Fine-tune the sum head, in place, on the digit scores of training rows."""
     steps = parameters.sum_head_steps
     worker.note(f"fine-tuning the sum head, {steps:,} steps")

@@ -44,7 +44,9 @@ class TrainerState:
     precision: str
 
 
-def save_checkpoint(folder: Path, state: TrainerState, model: Network, optimizer: MuonAdamW) -> None:
+def save_checkpoint(
+    folder: Path, state: TrainerState, model: Network, optimizer: MuonAdamW
+) -> None:
     """Write the state into a local folder: one file with tensors and figures, and its SHA-256."""
     tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
     for name, parameter in model.named_parameters():
@@ -98,7 +100,9 @@ def load_weights(tensors: Weights, model: Network) -> None:
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
 
 
-def newest_checkpoint(run: Location, say: Callable[[str], None]) -> tuple[Location, TrainerState] | None:
+def newest_checkpoint(
+    run: Location, say: Callable[[str], None]
+) -> tuple[Location, TrainerState] | None:
     """The newest whole checkpoint of a run, and its state; newer ones that are damaged get a line.
 
     RequestError: the newest whole one is of another version.

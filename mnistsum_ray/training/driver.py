@@ -58,7 +58,9 @@ _MIN_WAIT_SECONDS: Final = 60.0
 """Shortest wait for workers to report: a cluster takes a while to notice what it has lost."""
 
 
-def fit(run: TrainingRun, console: Console, callbacks: Sequence[ray.train.UserCallback] = ()) -> TrainResult:
+def fit(
+    run: TrainingRun, console: Console, callbacks: Sequence[ray.train.UserCallback] = ()
+) -> TrainResult:
     """Train on the cluster that this process is connected to.
 
     Raises:
@@ -111,7 +113,9 @@ class _Driver:
         try:
             with self._events() as events:
                 if len(self.history) < self.run.hyperparameters.epochs:
-                    loop = LoopConfig(self.run.hyperparameters, self.threads, self.data, events, start, weights)
+                    loop = LoopConfig(
+                        self.run.hyperparameters, self.threads, self.data, events, start, weights
+                    )
                     self._train(loop)
                 finished = self._finish(events)
             return self._publish(finished)
@@ -133,7 +137,9 @@ class _Driver:
                 f"from epoch {epoch}": epochs_from(epoch, parameters.epochs)
                 for epoch in range(len(self.history), parameters.epochs)
             },
-            dataset_config=StepsInOrder(self.data, parameters.epochs, parameters.distortion, readers=2 if use_gpu else 1),
+            dataset_config=StepsInOrder(
+                self.data, parameters.epochs, parameters.distortion, readers=2 if use_gpu else 1
+            ),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=low if low == high else (low, high),
                 use_gpu=use_gpu,
@@ -148,7 +154,9 @@ class _Driver:
                 name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}",  # see CHECKPOINTS
                 storage_path=run.ray_storage(CHECKPOINTS),
                 callbacks=[*self.callbacks, FailureLines(loop.events)],
-                failure_config=ray.train.FailureConfig(max_failures=run.config.max_failures, max_preemption_failures=-1),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=run.config.max_failures, max_preemption_failures=-1
+                ),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             ),
         )

@@ -206,7 +206,9 @@ class TrainingBatches:
     """The rows of one rank, in the order of the steps, from its dataset (pipeline.py)."""
 
     def __init__(self, shard: ray.data.DataIterator, device: torch.device) -> None:
-        self._tables = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        self._tables = iter(
+            shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        )
         self._device = device
         self._rows = _to_batch(_NO_ROWS, device)
         self._start = 0
@@ -308,7 +310,9 @@ class Trainer:
             self._objective.eval()  # so that no buffer changes
             self._objective(prepare_images(pixels), numbers, numbers, None)[0].backward()
 
-    def train_epoch(self, epoch: int, order: TrainingOrder, batches: TrainingBatches) -> dict[str, Any]:
+    def train_epoch(
+        self, epoch: int, order: TrainingOrder, batches: TrainingBatches
+    ) -> dict[str, Any]:
         """Train an epoch, counted from 0; return its figures for history.jsonl.
 
         `train_loss` is the mean a row, in nats; `step_losses` are pairs of a step and that of the
@@ -362,7 +366,9 @@ class Trainer:
             "learning_rate": rate,
         }
 
-    def _step(self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float) -> Tensor:
+    def _step(
+        self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float
+    ) -> Tensor:
         """Update the parameters with this worker's share of a global batch of so many rows.
 
         Returns the mean of all heads' losses, without label smoothing, summed over this worker's

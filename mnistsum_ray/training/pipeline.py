@@ -55,7 +55,9 @@ class StepsInOrder(DataConfig):
     Ray's own splits would drop up to one row a worker, and promise no order.
     """
 
-    def __init__(self, data: "ray.ObjectRef[TrainingData]", epochs: int, distortion: float, readers: int) -> None:
+    def __init__(
+        self, data: "ray.ObjectRef[TrainingData]", epochs: int, distortion: float, readers: int
+    ) -> None:
         super().__init__()
         self._data = data
         self._epochs = epochs
@@ -72,10 +74,14 @@ class StepsInOrder(DataConfig):
                 by_name[name] = self._steps(tasks(order, epochs, world_size), rank, world_size)
         return iterators
 
-    def _steps(self, items: list[dict[str, int]], rank: int, world_size: int) -> ray.data.DataIterator:
+    def _steps(
+        self, items: list[dict[str, int]], rank: int, world_size: int
+    ) -> ray.data.DataIterator:
         # Actors, since Ray ends the process of a task that has had no work for a second, and a
         # new one takes two.
-        actors = ActorPoolStrategy(size=min(self._readers, len(items)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT)
+        actors = ActorPoolStrategy(
+            size=min(self._readers, len(items)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT
+        )
         with ray_data_options(preserve_order=True, object_store_bytes=_AHEAD_BYTES):
             # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the
             # workers hold all CPUs.
@@ -113,7 +119,9 @@ class ReadSteps:
     Holds the window of rows that it serves: at most WINDOW_BLOCKS blocks, 0.8 GB.
     """
 
-    def __init__(self, data: "ray.ObjectRef[TrainingData]", distortion: float, rank: int, world_size: int) -> None:
+    def __init__(
+        self, data: "ray.ObjectRef[TrainingData]", distortion: float, rank: int, world_size: int
+    ) -> None:
         # Ray passes some arguments as references and resolves others.
         known: TrainingData = ray.get(data) if isinstance(data, ray.ObjectRef) else data
         self._blocks = known.blocks

@@ -1,4 +1,4 @@
-"""A cluster with Ray's real autoscaler, whose nodes are raylets on this machine: they come, work, and all go."""
+"""A cluster with Ray's real autoscaler, whose nodes are raylets here: they come, and all go."""
 
 import json
 import os
@@ -14,68 +14,72 @@ import pytest
 import ray
 from ray.util import get_node_ip_address
 
-from mnistsum_ray.cluster.connection import can_connect, connect
+from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.data.sources import SAMPLE
-from tests.integration.conftest import RAY, Job, kill_everything, no_job_is_left  # noqa: F401 (a fixture)
+from tests.integration.conftest import RAY, Job, kill_everything
+from tests.integration.conftest import no_job_is_left as no_job_is_left  # a fixture
 
 pytestmark = pytest.mark.slow
 
-_IDLE_SECONDS = 10
 _NODE = {"CPU": 2, "object_store_memory": 200 * 2**20}
-_HEAD_ID = "f" * 51 + "00000"  # the fake provider's
+_HEAD_ID, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # the fake provider's
+_KINDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray")
+_LISTS = [f"{kind}_commands" for kind in (*_KINDS, "worker_start_ray")]
+_LISTS += ["cluster_synced_files", "rsync_exclude", "rsync_filter"]
 
 
 @contextmanager
-def autoscaling_cluster(version: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A head without CPUs, to which the autoscaler adds up to 3 nodes with CPUs and 2 with a GPU; this process has joined it.
+def autoscaling_cluster(version: str, folder: Path) -> Iterator[str]:
+    """The address of a head without CPUs, to which up to 3 nodes with CPUs and 2 with a GPU come.
 
-    `ray.cluster_utils.AutoscalingCluster` is this with a `ray stop --force`, which would end other clusters of the machine.
+    `ray.cluster_utils.AutoscalingCluster` is this with a `ray stop --force`, which would end other
+    clusters of the machine.
     """
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     address = f"{get_node_ip_address()}:{port}"
-    lists = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"]
-    lists += ["head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"]
+    provider = {
+        "type": "external",  # by its type it needs a file that is not in the wheel
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "gcs_address": address,
+        "head_node_id": _HEAD_ID,
+        "launch_multiple": True,
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    }
+    head_type = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    types = {
+        _HEAD_TYPE: head_type,
+        "cpus": {"resources": _NODE, "node_config": {}, "max_workers": 3},
+        "gpus": {"resources": _NODE | {"GPU": 1}, "node_config": {}, "max_workers": 2},
+    }
     config = {
         "cluster_name": "fake",
         "max_workers": 5,
-        "idle_timeout_minutes": _IDLE_SECONDS / 60,
+        "idle_timeout_minutes": 1 / 6,
         "upscaling_speed": 10,
-        "provider": {
-            "type": "external",  # by its type it needs a file that is not in the wheel
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
-            "gcs_address": address,
-            "head_node_id": _HEAD_ID,
-            "launch_multiple": True,
-            "use_node_id_as_ip": True,
-            "disable_node_updaters": True,
-            "disable_launch_config_check": True,
-        },
-        "head_node_type": "ray.head.default",
-        "available_node_types": {
-            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            "cpus": {"resources": _NODE, "node_config": {}, "max_workers": 3},
-            "gpus": {"resources": _NODE | {"GPU": 1}, "node_config": {}, "max_workers": 2},
-        },
+        "provider": provider,
+        "head_node_type": _HEAD_TYPE,
+        "available_node_types": types,
         **{key: {} for key in ("auth", "docker", "file_mounts")},
-        **{key: [] for key in lists},
+        **{key: [] for key in _LISTS},
     }
-    (folder / "autoscaling.yaml").write_text(json.dumps(config))
-    environment = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "disabled"}
+    (folder / "scaling.yaml").write_text(json.dumps(config))
+    given = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    given |= {"RAY_AUTH_MODE": "disabled"}
     if version == "v2":
-        environment |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": _HEAD_ID}
-    command = [str(RAY), "start", "--head", "--block", "--num-cpus=0", f"--port={port}", "--include-dashboard=false"]
-    command += [f"--autoscaling-config={folder / 'autoscaling.yaml'}", f"--object-store-memory={200 * 2**20}"]
+        given |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": _HEAD_ID}
+    command = [str(RAY), "start", "--head", "--block", "--num-cpus=0", f"--port={port}"]
+    command += [f"--autoscaling-config={folder / 'scaling.yaml'}", "--include-dashboard=false"]
+    command += [f"--object-store-memory={200 * 2**20}"]
     with (folder / "ray.log").open("w") as log:
-        head = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
+        head = subprocess.Popen(command, env=os.environ | given, stdout=log, stderr=log)
     try:
-        while not can_connect(get_node_ip_address(), port):
+        while socket.socket().connect_ex((get_node_ip_address(), port)):
             assert head.poll() is None, (folder / "ray.log").read_text()
             time.sleep(0.2)
-        ray.shutdown()
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        connect()
-        yield
+        yield address
     finally:
         ray.shutdown()
         kill_everything(head.pid)
@@ -83,24 +87,36 @@ def autoscaling_cluster(version: str, folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def workers() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != _HEAD_ID]
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in alive if node["NodeID"] != _HEAD_ID]
 
 
 @pytest.mark.parametrize("version", ["v2", pytest.param("v1", marks=pytest.mark.nightly)])
-def test_nodes_come_work_and_all_go(version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a request without flags none comes with a GPU, and a training leaves no process that keeps its node up."""
-    pq.write_table(pq.read_table(SAMPLE)[::10], tmp_path / "rows.parquet")
-    train = ["--data", tmp_path / "rows.parquet", "--storage-path", tmp_path, "--name", "mine", "--epochs", 1]
-    score = ["--model", model, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out", "--number-column", "digit"]
-    with autoscaling_cluster(version, tmp_path, monkeypatch):
-        for job, flags in (("train", [*train, "--sum-head-steps", 5]), ("score", score)):
-            running, seen = Job(job, *flags, address=ray.get_runtime_context().gcs_address), list[dict[str, float]]()
+def test_nodes_come_work_and_all_go(
+    version: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None comes with a GPU, and a training leaves no process that keeps its node up."""
+    rows = tmp_path / "rows.parquet"
+    pq.write_table(pq.read_table(SAMPLE)[::10], rows)
+    train = ["--data", rows, "--storage-path", tmp_path, "--name", "mine", "--epochs", 1]
+    train += ["--sum-head-steps", 5, "--num-workers", 2]
+    score = ["--model", model, "--input", rows, "--output", tmp_path / "out"]
+    score += ["--number-column", "digit"]
+    ray.shutdown()
+    with autoscaling_cluster(version, tmp_path) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        connect()
+        for job, flags, nodes in (("train", train, 2), ("score", score, 1)):
+            running, seen = Job(job, *flags, address=address), list[list[dict[str, float]]]()
             while running.process.poll() is None:
-                seen += workers()
+                seen.append(workers())
                 time.sleep(0.5)
             assert running.wait().line
-            assert seen
-            assert not any(node.get("GPU") for node in seen)
+            assert max(map(len, seen)) >= nodes
+            assert not any(node.get("GPU") for there in seen for node in there)
             end = time.monotonic() + 60
             while left := workers():
                 assert time.monotonic() < end, (job, left)

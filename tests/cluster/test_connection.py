@@ -14,13 +14,6 @@ def not_connected() -> None:
     ray.shutdown()
 
 
-def refusal(kind: type[Exception]) -> str:
-    with pytest.raises(kind) as refused:
-        connect()
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
-
-
 @pytest.mark.parametrize(
     ("address", "kind", "said"),
     [
@@ -32,31 +25,25 @@ def refusal(kind: type[Exception]) -> str:
         ("127.0.0.1:99999", RequestError, "must be HOST:PORT"),
     ],
 )
-def test_addresses_where_no_cluster_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, kind: type[Exception], said: str
+def test_a_refusal(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    address: str,
+    kind: type[Exception],
+    said: str,
 ) -> None:
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:10")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert refusal(kind).startswith(f"RAY_ADDRESS={address}: {said}")
+    with pytest.raises(kind) as refused:
+        connect()
+    assert str(refused.value).startswith(f"RAY_ADDRESS={address}: {said}")
 
 
-def test_a_temporary_folder_that_ray_cannot_use_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ray_that_cannot_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    for folder in ("/proc/nowhere", str(tmp_path / ("x" * 100))):
-        monkeypatch.setenv("RAY_TMPDIR", folder)
-        said = refusal(RequestError)
-        assert said.startswith("Ray cannot be started here: ")
-        assert folder in said
-        assert said.endswith("; RAY_TMPDIR names another temporary folder, such as /tmp")
-
-
-def test_a_start_that_takes_too_long_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise Exception("The current node timed out during startup.")  # as Ray does
-
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    monkeypatch.setattr(ray, "init", fail)
-    said = "Ray cannot be started here: The current node timed out during startup."
-    assert refusal(TryAgainError) == said
+    too_long = tmp_path / ("x" * 100)  # for the path of a socket
+    monkeypatch.setenv("RAY_TMPDIR", str(too_long))
+    with pytest.raises(TryAgainError, match=r"^Ray cannot be started here: [^\n]*x{100}[^\n]*$"):
+        connect()

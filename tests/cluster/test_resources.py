@@ -1,4 +1,4 @@
-"""The workers that a job reserves on clusters of different sizes, and requests that none can meet."""
+"""The workers that a job reserves on different clusters, and requests that none can meet."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from mnistsum_ray.cluster.resources import (
 from mnistsum_ray.errors import RequestError
 
 
-def cluster(cpus: float, gpus: float = 0, nodes: int = 1, *, grows: bool = False) -> ClusterResources:
+def cluster(cpus: float, gpus: float = 0, nodes: int = 1, grows: bool = False) -> ClusterResources:
     node = {"CPU": cpus / nodes} | ({"GPU": gpus / nodes} if gpus else {})
     return ClusterResources((node,) * nodes if cpus or gpus else (), grows)
 
@@ -26,53 +26,43 @@ def plan(here: ClusterResources, gpu_gib: int = 16, **request: Any) -> WorkerPla
     return plan_workers(WorkerRequest(**given), here, gpu)
 
 
-@pytest.mark.parametrize(
-    ("here", "request_", "workers", "per_worker"),
-    [
-        (cluster(2), {}, (1, 1), {"CPU": 0.75}),  # a laptop
-        (cluster(16, 1), {}, (1, 1), {"GPU": 1}),  # one GPU box
-        (cluster(64, 8, nodes=2), {}, (8, 8), {"GPU": 1}),  # a GPU cluster
-        (cluster(64, 8), {"useful_gpus": 2}, (2, 2), {"GPU": 1}),  # with more than enough of them
-        (cluster(64, 8), {"useful_gpus": 2, "workers": (8, 8)}, (8, 8), {"GPU": 1}),
-        (cluster(32, nodes=4), {}, (4, 4), {"CPU": 0.75}),  # CPUs only: one worker per node
-        (cluster(0, grows=True), {}, (1, 1), {"CPU": 0.75}),  # nodes come for it
-        (cluster(2, grows=True), {"workers": (2, 4), "use_gpu": True}, (2, 4), {"GPU": 1}),
-    ],
-)
-def test_training(
-    here: ClusterResources,
-    request_: dict[str, Any],
-    workers: tuple[int, int],
-    per_worker: dict[str, float],
-) -> None:
+TRAINING: list[Any] = [
+    (cluster(2), {}, (1, 1), {"CPU": 0.75}),  # a laptop
+    (cluster(16, 1), {}, (1, 1), {"GPU": 1}),  # one GPU box
+    (cluster(64, 8, nodes=2), {}, (8, 8), {"GPU": 1}),  # a GPU cluster
+    (cluster(64, 8), {"useful_gpus": 2}, (2, 2), {"GPU": 1}),  # with more than enough of them
+    (cluster(64, 8), {"useful_gpus": 2, "workers": (8, 8)}, (8, 8), {"GPU": 1}),
+    (cluster(32, nodes=4), {}, (4, 4), {"CPU": 0.75}),  # CPUs only: one worker per node
+    (cluster(0, grows=True), {}, (1, 1), {"CPU": 0.75}),  # nodes come for it
+    (cluster(2, grows=True), {"workers": (2, 4), "use_gpu": True}, (2, 4), {"GPU": 1}),
+]
+
+
+@pytest.mark.parametrize(("here", "request_", "workers", "per_worker"), TRAINING)
+def test_training(here: ClusterResources, request_: Any, workers: Any, per_worker: Any) -> None:
     made = plan(here, group=True, **request_)
     assert (made.worker_range, made.needed, made.per_worker) == (workers, workers[0], per_worker)
     assert here.can_grow or here.workers_that_fit(per_worker) >= workers[0]
 
 
-@pytest.mark.parametrize(
-    ("request_", "here", "gpu_gib", "workers", "per_worker"),
-    [
-        ({}, cluster(2), 0, 2, {"CPU": 1}),  # a laptop
-        ({}, cluster(16, 1), 80, 8, {"GPU": 1 / 8}),  # one GPU box: eight processes share the card
-        ({}, cluster(16, 1), 16, 4, {"GPU": 1 / 4}),  # its memory holds four
-        ({}, cluster(2, 1), 80, 2, {"GPU": 1 / 2}),  # two cores feed it
-        ({"workers": (1, 1)}, cluster(16, 1), 80, 1, {"GPU": 1}),
-        ({"workers": (3, 3)}, cluster(16, 8), 80, 3, {"GPU": 1}),  # three of the cards
-        ({"use_gpu": False}, cluster(16, 1), 0, 16, {"CPU": 1}),
-        # What a cluster may grow to counts.
-        ({"use_gpu": True}, cluster(0, grows=True), 0, 16, {"GPU": 1}),
-        ({}, cluster(2, grows=True), 0, 128, {"CPU": 1}),
-    ],
-)
-def test_scoring_uses_the_whole_cluster(
-    request_: dict[str, Any],
-    here: ClusterResources,
-    gpu_gib: int,
-    workers: int,
-    per_worker: dict[str, float],
-) -> None:
-    made = plan(here, gpu_gib, **request_)
+SCORING: list[Any] = [
+    (cluster(2), 0, {}, 2, {"CPU": 1}),  # a laptop
+    (cluster(16, 1), 80, {}, 8, {"GPU": 1 / 8}),  # one GPU box: eight processes share the card
+    (cluster(16, 1), 16, {}, 4, {"GPU": 1 / 4}),  # its memory holds four
+    (cluster(2, 1), 80, {}, 2, {"GPU": 1 / 2}),  # two cores feed it
+    (cluster(16, 1), 80, {"workers": (1, 1)}, 1, {"GPU": 1}),
+    (cluster(16, 8), 80, {"workers": (3, 3)}, 3, {"GPU": 1}),  # three of the cards
+    (cluster(16, 1), 0, {"use_gpu": False}, 16, {"CPU": 1}),
+    # What a cluster may grow to counts.
+    (cluster(0, grows=True), 0, {"use_gpu": True}, 16, {"GPU": 1}),
+    (cluster(2, grows=True), 0, {}, 128, {"CPU": 1}),
+]
+
+
+@pytest.mark.parametrize(("here", "gib", "request_", "workers", "per_worker"), SCORING)
+def test_scoring(here: Any, gib: int, request_: Any, workers: int, per_worker: Any) -> None:
+    """It uses the whole cluster."""
+    made = plan(here, gib, **request_)
     assert (made.workers, made.needed, made.per_worker) == (workers, 1, per_worker)
 
 

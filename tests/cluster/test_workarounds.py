@@ -30,8 +30,8 @@ def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("connected")
-def test_a_training_is_ended_from_outside_and_sigint_is_left_to_this_process(tmp_path: Path) -> None:
-    """Ray Train's own handler would end the driver with exit code 0."""
+def test_a_training_is_ended_from_outside(tmp_path: Path) -> None:
+    """And SIGINT is left to this process: Ray Train's own handler would end it with exit code 0."""
     run = ray.train.RunConfig(storage_path=str(tmp_path))
     trainer = TorchTrainer(lambda: time.sleep(600), run_config=run)
     before = signal.getsignal(signal.SIGINT)
@@ -50,9 +50,12 @@ import numpy as np
 import ray
 from mnistsum_ray.cluster.tasks import ray_data_options
 
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+def make(batch):
+    return {"x": np.zeros((1, 1_000_000), np.uint8)}
+
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
 with ray_data_options(preserve_order=True, object_store_bytes=4_000_000):
-    dataset = ray.data.range(40, override_num_blocks=40).map_batches(lambda batch: {"x": np.zeros((1, 1_000_000), np.uint8)})
+    dataset = ray.data.range(40, override_num_blocks=40).map_batches(make)
 blocks = iter(dataset.iter_batches(batch_size=None))
 next(blocks)
 before = time.process_time()
@@ -65,8 +68,9 @@ print(time.process_time() - before)
 
 @pytest.mark.slow
 def test_an_execution_that_waits_for_its_consumer_does_not_spin() -> None:
-    """Without `PatientExecution` it takes most of these five seconds of a core, in the process of the consumer."""
-    done = subprocess.run([sys.executable, "-c", _CONSUME_SLOWLY], capture_output=True, text=True, check=True)
+    """Without `PatientExecution` it takes most of these five seconds of the consumer's core."""
+    command = [sys.executable, "-c", _CONSUME_SLOWLY]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout.splitlines()[-1]) < 1.5, done.stderr
 
 

@@ -56,19 +56,27 @@ def test_the_file_says_what_it_is_and_predicts_as_the_model(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_an_export_that_predicts_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_predicts_otherwise_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def black_on_white(images: torch.Tensor) -> torch.Tensor:
         return prepare_images(255 - images)
 
     monkeypatch.setattr("mnistsum_ray.export.model.prepare_images", black_on_white)
     model = write_model(tmp_path / "model", 0)
-    with pytest.raises(RunError, match=r"model\.onnx: its answers differ from the model's by up to"):
+    with pytest.raises(
+        RunError, match=r"model\.onnx: its answers differ from the model's by up to"
+    ):
         export_model(ExportModelConfig(model=str(model), output=str(tmp_path / "out")), print)
     assert not (tmp_path / "out").exists()
 
 
 INVALID = [
-    (np.zeros((2, 784), np.uint8), np.zeros(2, np.int64), r"uint8\[n, 28, 28\], are uint8\[2, 784\]"),
+    (
+        np.zeros((2, 784), np.uint8),
+        np.zeros(2, np.int64),
+        r"uint8\[n, 28, 28\], are uint8\[2, 784\]",
+    ),
     (np.zeros((2, 28, 28), np.uint8), np.zeros(3, np.int64), "must be 2 integers in 0..9"),
     (np.zeros((2, 28, 28), np.uint8), np.array([0, 10]), "must be 2 integers in 0..9"),
 ]

@@ -19,7 +19,9 @@ def run(folder: Path, **settings: Any) -> list[pa.Table]:
     return [pq.read_table(path) for path in sorted(folder.iterdir())]
 
 
-def test_rows_beyond_the_split_repeat_it_with_other_numbers(tmp_path: Path, sample: pa.Table) -> None:
+def test_rows_beyond_the_split_repeat_it_with_other_numbers(
+    tmp_path: Path, sample: pa.Table
+) -> None:
     tables = run(tmp_path / "a", rows=1201, files=3)
     assert [table.num_rows for table in tables] == [400, 400, 401]
     table = pa.concat_tables(tables)
@@ -40,11 +42,15 @@ def test_the_same_flags_write_the_same_files_and_another_seed_other_numbers(tmp_
     assert one != run(tmp_path / "c", rows=300, files=2, seed=1)
 
 
-def test_data_that_go_away_are_named(tmp_path: Path, sample: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_go_away_are_named(
+    tmp_path: Path, sample: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in").mkdir()
     for name in ("train", "test"):
         pq.write_table(sample[::25], tmp_path / "in" / f"{name}.parquet")
-    config = ExportPairsConfig(data=str(tmp_path / "in"), output=str(tmp_path / "out"), rows=500, files=1)
+    config = ExportPairsConfig(
+        data=str(tmp_path / "in"), output=str(tmp_path / "out"), rows=500, files=1
+    )
     source = open_source(config.data)
     (tmp_path / "in" / "test.parquet").unlink()  # after its footer was read
     monkeypatch.setattr("mnistsum_ray.export.pairs.open_source", lambda _: source)

@@ -18,7 +18,10 @@ _FIGURES: list[tuple[str, str]] = []
 
 def report(what: str, **figures: float | str) -> None:
     """Add a row to the table that pytest prints at the end."""
-    texts = (f"{name} {value if isinstance(value, str) else format(value, ',.4g')}" for name, value in figures.items())
+    texts = (
+        f"{name} {value if isinstance(value, str) else format(value, ',.4g')}"
+        for name, value in figures.items()
+    )
     _FIGURES.append((what, ", ".join(texts)))
 
 
@@ -35,7 +38,10 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 @pytest.fixture(autouse=True)
 def exact_float32_on_one_thread() -> Iterator[None]:
     """Float32 as in the jobs' workers, and one thread, see tests/model/conftest.py; afterwards as it was."""
-    before, threads = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32), torch.get_num_threads()
+    before, threads = (
+        (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+        torch.get_num_threads(),
+    )
     disable_tf32()
     torch.set_num_threads(1)
     yield

@@ -42,7 +42,9 @@ class Training:
         self.model = make_model(device)
         rows = slice(ROWS * rank // ranks, ROWS * (rank + 1) // ranks)
         self.optimizer = MuonAdamW(self.model, 0.01, torch.float32)
-        self.images, self.digits, self.numbers = (values[rows].to(device) for values in random_rows(ROWS))
+        self.images, self.digits, self.numbers = (
+            values[rows].to(device) for values in random_rows(ROWS)
+        )
         matrices = torch.from_numpy(distortions(0, 0, np.arange(ROWS), 0.5))
         self.matrices = matrices[rows].to(device)
         self.scale = torch.tensor(ranks / ROWS, device=device)
@@ -72,7 +74,10 @@ def check_trained_alike(ours: Weights, theirs: Weights) -> None:
 @each_device
 def test_float32_is_float32(device: torch.device) -> None:
     images, _, numbers = random_rows(256)
-    exact = [scores.detach() for scores in make_model(CPU).double()(prepare_images(images).double(), numbers)]
+    exact = [
+        scores.detach()
+        for scores in make_model(CPU).double()(prepare_images(images).double(), numbers)
+    ]
     ours = make_model(device)(prepare_images(images.to(device)), numbers.to(device))
     for scores, expected in zip(ours, exact, strict=True):
         assert (scores.detach().cpu().double() - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -105,7 +110,9 @@ def train_rank(rank: int, backend: str, device_type: str, folder: str) -> None:
     disable_tf32()  # a process that is spawned does not inherit it
     torch.set_num_threads(1)
     device = torch.device(device_type, rank if backend == "nccl" else 0)
-    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     for dtype in (torch.float32, torch.float64, torch.int64):
         values = torch.arange(5, device=device).to(dtype)
         assert torch.equal(all_reduce_sum(values), 2 * values)
@@ -144,7 +151,12 @@ def optimizer_state(training: Training) -> dict[str, Weights]:
 def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="checkpoints are reported to Ray Train")
     from mnistsum_ray.storage.uri import locate
-    from mnistsum_ray.training.checkpoint import TrainerState, read_checkpoint, restore, save_checkpoint
+    from mnistsum_ray.training.checkpoint import (
+        TrainerState,
+        read_checkpoint,
+        restore,
+        save_checkpoint,
+    )
 
     training = Training(device)
     training.steps(3)
@@ -158,7 +170,9 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: P
         training = Training(place)
         state, tensors = read_checkpoint(locate(str(folder), "checkpoint"))
         restore(tensors, training.model, training.optimizer)
-    assert all(torch.equal(value, weights[name]) for name, value in copy_weights(training.model).items())
+    assert all(
+        torch.equal(value, weights[name]) for name, value in copy_weights(training.model).items()
+    )
     for name, values in optimizer_state(training).items():
         for key, value in values.items():
             assert torch.equal(value, first[name][key]), (name, key)
@@ -166,12 +180,18 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: P
     training.steps(1)
     after = copy_weights(first_training.model)
     for name, value in copy_weights(training.model).items():
-        assert torch.allclose(value, after[name], atol=1e-6), f"{name}: a step after the checkpoint is another"
+        assert torch.allclose(value, after[name], atol=1e-6), (
+            f"{name}: a step after the checkpoint is another"
+        )
 
 
 @each_device
-@pytest.mark.parametrize(("precision", "most_different", "tolerance"), [("fp32", 0.0, 1e-4), ("bf16", 0.05, 0.05)])
-def test_predictions_are_those_of_the_cpu(device: torch.device, precision: str, most_different: float, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("precision", "most_different", "tolerance"), [("fp32", 0.0, 1e-4), ("bf16", 0.05, 0.05)]
+)
+def test_predictions_are_those_of_the_cpu(
+    device: torch.device, precision: str, most_different: float, tolerance: float
+) -> None:
     images, _, numbers = (values.numpy() for values in random_rows(100 if device == CPU else 1_000))
     weights = copy_weights(make_model(CPU))
     exact = Predictor(weights, CPU, "fp32", 50).predict(images, numbers, probs=True)
@@ -180,5 +200,7 @@ def test_predictions_are_those_of_the_cpu(device: torch.device, precision: str, 
     for name in ("pred_digit", "pred_sum"):
         assert np.mean(ours.values[name] != exact.values[name]) <= most_different
     for name in ("digit_prob", "sum_prob", "digit_probs", "sum_probs"):
-        assert np.allclose(ours.values[name], exact.values[name], rtol=tolerance, atol=tolerance), name
+        assert np.allclose(ours.values[name], exact.values[name], rtol=tolerance, atol=tolerance), (
+            name
+        )
     assert len(predictor.predict(images[:0], numbers[:0]).digit) == 0

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import secrets
 import signal
 import subprocess
@@ -58,8 +59,16 @@ def cluster(s3: "Storage") -> str:
 def start_cluster(**resources: int) -> str:
     """Start a cluster unless this process is connected to one; return its address."""
     if not ray.is_initialized():
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", **resources)
-    assert ray.cluster_resources()["CPU"] == resources["num_cpus"], "the test before has left another cluster"
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            **resources,
+        )
+    assert ray.cluster_resources()["CPU"] == resources["num_cpus"], (
+        "the test before has left another cluster"
+    )
     return str(ray.get_runtime_context().gcs_address)
 
 
@@ -107,7 +116,14 @@ def lose_node(cluster: Cluster, *, notice: bool) -> None:
     node = cluster.list_all_nodes()[-1]
     if notice:
         command = [RAY, "drain-node", "--address", cluster.address, "--node-id", node.node_id]
-        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "2"]
+        command += [
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            "spot",
+            "--deadline-remaining-seconds",
+            "2",
+        ]
         subprocess.run(command, check=True, capture_output=True)
         time.sleep(2)
     cluster.remove_node(node, allow_graceful=False)
@@ -133,13 +149,24 @@ class Storage:
         if time.monotonic() < self._overloaded_until:
             self.refused += 1
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
-            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
-        status = next((status for end, status in list(self.statuses.items()) if environ["PATH_INFO"].endswith(end)), None)
+            return [
+                b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            ]
+        status = next(
+            (
+                status
+                for end, status in list(self.statuses.items())
+                if environ["PATH_INFO"].endswith(end)
+            ),
+            None,
+        )
         if status and environ["REQUEST_METHOD"] != "HEAD":
             self.refused += 1
             start_response(status, [("Content-Type", "application/xml")])
             return [b"<Error><Code>Refused</Code><Message>No.</Message></Error>"]
-        if environ["REQUEST_METHOD"] in ("PUT", "POST") and environ["PATH_INFO"].endswith("/trainer.safetensors"):
+        if environ["REQUEST_METHOD"] in ("PUT", "POST") and environ["PATH_INFO"].endswith(
+            "/trainer.safetensors"
+        ):
             time.sleep(self.write_seconds)  # of a checkpoint
         return self._app(environ, start_response)
 
@@ -238,11 +265,15 @@ class Scored:
         return value
 
 
-def score_here(model: Path | str, output: Path | str, *inputs: Path | str, **settings: Any) -> Scored:
+def score_here(
+    model: Path | str, output: Path | str, *inputs: Path | str, **settings: Any
+) -> Scored:
     """Score on this process's cluster: in float32, as plain PyTorch, with one worker, which starts soon."""
     stream = io.StringIO()
     given: dict[str, Any] = {"precision": "fp32", "num_workers": 1} | settings
-    config = ScoreConfig(model=str(model), input=tuple(map(str, inputs)), output=str(output), **given)
+    config = ScoreConfig(
+        model=str(model), input=tuple(map(str, inputs)), output=str(output), **given
+    )
     console = Console(stream)
     result = score(preflight(config, console), console)
     return Scored(result.line(labels=True), stream.getvalue(), Path(output))
@@ -261,7 +292,9 @@ class Trained:
 
 def train_here(**settings: Any) -> Trained:
     """Train on the cluster that this process is connected to."""
-    given: dict[str, Any] = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    given: dict[str, Any] = {
+        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
+    }
     config = TrainConfig(**given)
     with redirect_stderr(io.StringIO()) as said:
         result = fit(config)
@@ -365,7 +398,9 @@ class Job:
     ) -> None:
         """Start `jobs/NAME.py`, or where there is none `mnistsum NAME`; `before` runs in the child process before exec."""
         environment = dict(os.environ) | (env or {})
-        environment["RAY_ADDRESS"] = address or "local"  # never another cluster that runs on this machine
+        environment["RAY_ADDRESS"] = (
+            address or "local"
+        )  # never another cluster that runs on this machine
         self._mark = secrets.token_hex(8)
         environment |= {_MARK: self._mark, "PYTHONFAULTHANDLER": "1"}  # a crash prints a traceback
         self._started = time.monotonic()
@@ -385,12 +420,13 @@ class Job:
         _jobs.append(self)
 
     def wait_for_line(self, beginning: str) -> str:
-        """Read standard error up to a line that begins with this text, and return it."""
+        """Read standard error to a line with this beginning after the run's name; return the rest."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self._seen.append(line)
-            if line.startswith(beginning):
-                return line
+            said = re.sub(r"^[0-9:]{8} \S+  ", "", line)
+            if said.startswith(beginning):
+                return said
         raise AssertionError(f"ended without {beginning!r}:\n" + "".join(self._seen))
 
     def wait_until(self, condition: Callable[[], object]) -> None:
@@ -409,7 +445,10 @@ class Job:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get(_MARK) == self._mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(" ".join(process.cmdline())[:100])
         return found
 
@@ -419,7 +458,12 @@ class Job:
         except subprocess.TimeoutExpired:
             kill_everything(self.process.pid)  # it would slow down all tests that follow
             raise
-        return Done(self.process.returncode, out, "".join(self._seen) + err, time.monotonic() - self._started)
+        return Done(
+            self.process.returncode,
+            out,
+            "".join(self._seen) + err,
+            time.monotonic() - self._started,
+        )
 
 
 def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
@@ -438,13 +482,20 @@ def run_job(name: str, *args: object, **options: Any) -> Done:
     return Job(name, *args, **options).wait()
 
 
-def run_warm(commands: list[list[str]], cwd: Path, processes: int = 1, **environment: str) -> list[tuple[int, str]]:
+def run_warm(
+    commands: list[list[str]], cwd: Path, processes: int = 1, **environment: str
+) -> list[tuple[int, str]]:
     """Run `mnistsum COMMAND FLAGS` for each, in forks of one process that has imported the packages, so many at a time.
 
     Returns the exit codes, and all that was written.
     """
     forks = multiprocessing.get_context("forkserver")
-    packages = ["mnistsum_ray.api", "mnistsum_ray.predicting", "mnistsum_ray.export.model", "ray.train.torch"]
+    packages = [
+        "mnistsum_ray.api",
+        "mnistsum_ray.predicting",
+        "mnistsum_ray.export.model",
+        "ray.train.torch",
+    ]
     forks.set_forkserver_preload(packages)
     with forks.Pool(processes, maxtasksperchild=1) as pool:
         requests = [(command, os.environ | environment, cwd) for command in commands]

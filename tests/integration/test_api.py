@@ -34,34 +34,63 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_invalid_request_raises_request_error_which_names_the_flag(model: Path, pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"--data .*/a--b/--seed: there is no such file or folder"):
+def test_an_invalid_request_raises_request_error_which_names_the_flag(
+    model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        RequestError, match=r"--data .*/a--b/--seed: there is no such file or folder"
+    ):
         fit(TrainConfig(data=str(tmp_path / "a--b" / "--seed"), storage_path=str(tmp_path)))
-    with pytest.raises(RequestError, match=r"^--image-column picture: no file of --input has such a column"):
-        score(ScoreConfig(model=str(model), input=(str(pairs),), output=str(tmp_path / "out"), image_column="picture"))
+    with pytest.raises(
+        RequestError, match=r"^--image-column picture: no file of --input has such a column"
+    ):
+        score(
+            ScoreConfig(
+                model=str(model),
+                input=(str(pairs),),
+                output=str(tmp_path / "out"),
+                image_column="picture",
+            )
+        )
 
 
 @pytest.mark.slow
 def test_callbacks_get_each_report(cluster: str, tmp_path: Path, write_rows: Any) -> None:
     reports = tmp_path / "reports.jsonl"
-    settings: dict[str, Any] = {"data": str(write_rows(500)), "epochs": 2, "sum_head_steps": 5, "storage_path": str(tmp_path)}
+    settings: dict[str, Any] = {
+        "data": str(write_rows(500)),
+        "epochs": 2,
+        "sum_head_steps": 5,
+        "storage_path": str(tmp_path),
+    }
 
     class Keep(UserCallback):
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        def after_report(
+            self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+        ) -> None:
             with reports.open("a") as file:
                 file.write(json.dumps(metrics[0]) + "\n")
 
     fit(TrainConfig(**settings, name="other"), callbacks=[Keep()])
     history = tmp_path / "other" / "history.jsonl"
-    kept, lines = ([json.loads(line) for line in path.read_text().splitlines()] for path in (reports, history))
+    kept, lines = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (reports, history)
+    )
     assert [report["epoch"] for report in kept] == [1, 2]
-    assert kept == [{name: line[name] for name in ("epoch", "train_loss", "validation", "test")} for line in lines]
+    assert kept == [
+        {name: line[name] for name in ("epoch", "train_loss", "validation", "test")}
+        for line in lines
+    ]
 
 
 @pytest.mark.slow
 def test_trials_of_ray_tune(cluster: str, tmp_path: Path, write_rows: Any) -> None:
     """Two at a time, on one cluster."""
-    settings: dict[str, Any] = {"data": str(write_rows(500)), "epochs": 1, "storage_path": str(tmp_path)}
+    settings: dict[str, Any] = {
+        "data": str(write_rows(500)),
+        "epochs": 1,
+        "storage_path": str(tmp_path),
+    }
 
     def trial(config: dict[str, float]) -> None:
         result = fit(TrainConfig(**settings, learning_rate=config["rate"]))

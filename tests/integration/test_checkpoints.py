@@ -31,7 +31,13 @@ from tests.integration.conftest import (
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 # All that a run draws: numbers, order, distortions, dropout.
-SETTINGS: dict[str, Any] = {"recipe": "long", "batch_size": 32, "sum_head_steps": 20, "num_workers": 2, "name": "mine"}
+SETTINGS: dict[str, Any] = {
+    "recipe": "long",
+    "batch_size": 32,
+    "sum_head_steps": 20,
+    "num_workers": 2,
+    "name": "mine",
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: str, tmp_path_factory: pytest.TempPathFactory, data: Path, killed: Path) -> Trained:
+def whole(
+    cluster: str, tmp_path_factory: pytest.TempPathFactory, data: Path, killed: Path
+) -> Trained:
     """The same run to its end, on two workers, without the bad rows."""
     runs = tmp_path_factory.mktemp("whole")
 
@@ -64,7 +72,9 @@ def whole(cluster: str, tmp_path_factory: pytest.TempPathFactory, data: Path, ki
 
     with once(lambda: len(digests(runs)) == 2, copy):
         whole = train_here(data=data, storage_path=runs, skip_bad_rows=True, epochs=3, **SETTINGS)
-    assert [path.parent.name for path in digests(killed)] == ["epoch_00001", "epoch_00002"], "copied too late"
+    assert [path.parent.name for path in digests(killed)] == ["epoch_00001", "epoch_00002"], (
+        "copied too late"
+    )
     return whole
 
 
@@ -75,20 +85,36 @@ def digests(runs: Path) -> list[Path]:
 
 def test_rows_that_are_left_out_are_counted_in_manifest_and_report(whole: Trained) -> None:
     reason = "the digit is 11, not one of 0..9; correct it or drop the row"
-    assert f"left out: 100 of 1,600 rows: 2.parquet: row 0: {reason} | 2.parquet: row 4: " in whole.said
+    assert (
+        f"left out: 100 of 1,600 rows: 2.parquet: row 0: {reason} | 2.parquet: row 4: "
+        in whole.said
+    )
     assert whole.said.count(": loss ") == 3
-    assert sum(whole.line["data"][f"{split}_rows"] for split in ("train", "validation", "test")) == 1500
+    assert (
+        sum(whole.line["data"][f"{split}_rows"] for split in ("train", "validation", "test"))
+        == 1500
+    )
     run = Path(whole.line["run"])
     manifest = json.loads((run / "manifest.json").read_text())
     places = [["2.parquet", row, reason] for row in range(0, 20, 4)]
-    assert manifest["data"]["bad_rows"] == {"rows": 100, "reasons": {reason: 100}, "examples": places}
-    assert f"<td>100</td><td>{reason}</td><td>2.parquet, row 0; " in (run / "report.html").read_text()
+    assert manifest["data"]["bad_rows"] == {
+        "rows": 100,
+        "reasons": {reason: 100},
+        "examples": places,
+    }
+    assert (
+        f"<td>100</td><td>{reason}</td><td>2.parquet, row 0; " in (run / "report.html").read_text()
+    )
 
 
 def test_a_model_of_dark_ink_on_white_gets_pictures_so(whole: Trained, data: Path) -> None:
     run = whole.line["run"]
-    assert json.loads((Path(run) / "model" / "model.json").read_text())["input"]["background"] == 255
-    dark = np.frombuffer(pq.read_table(data / "0.parquet")["image"][0].as_py(), np.uint8).reshape(28, 28)
+    assert (
+        json.loads((Path(run) / "model" / "model.json").read_text())["input"]["background"] == 255
+    )
+    dark = np.frombuffer(pq.read_table(data / "0.parquet")["image"][0].as_py(), np.uint8).reshape(
+        28, 28
+    )
     for picture in (dark, 255 - dark):
         assert background_of(predict(run, Image.fromarray(picture), 3).pixels) == 255
 
@@ -97,20 +123,29 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_killed_worker_costs_an_epoch_
     tmp_path: Path, data: Path, whole: Trained, killed: Path, bomb: Bomb
 ) -> None:
     """The run goes on with a copy of the data. What is damaged: a checkpoint, by a pickle, and Ray's own list."""
-    copy, runs = Path(shutil.copytree(data, tmp_path / "copy")), Path(shutil.copytree(killed, tmp_path / "runs"))
+    copy, runs = (
+        Path(shutil.copytree(data, tmp_path / "copy")),
+        Path(shutil.copytree(killed, tmp_path / "runs")),
+    )
     last = digests(runs)[-1].parent
     (last / STATE_FILE).write_bytes(bomb.pickled)
     os.truncate(last.parent / "checkpoint_manager_snapshot.json", 50)
     with once(lambda: len(digests(runs)) == 3, lambda: kill_worker(os.getpid(), TRAIN)):
         finished = train_here(storage_path=runs, name="mine", resume=True, data=copy)
-    assert f"checkpoint {last} cannot be used: trainer.safetensors is incomplete or damaged" in finished.said
+    assert (
+        f"checkpoint {last} cannot be used: trainer.safetensors is incomplete or damaged"
+        in finished.said
+    )
     assert "going on after epoch 1, on 2 workers" in finished.said
     assert finished.said.count("going on after epoch ") == 2, "the worker was killed"
     assert not bomb.mark.exists(), "the pickle was executed"
     assert finished.weights() == whole.weights()
     assert json.loads((runs / "mine" / "manifest.json").read_text())["status"] == "finished"
     pq.write_table(pq.read_table(copy / "0.parquet").slice(1), copy / "0.parquet")
-    with pytest.raises(RequestError, match=rf"^--resume: the data are not those of the run .* from {copy}\); name the same"):
+    with pytest.raises(
+        RequestError,
+        match=rf"^--resume: the data are not those of the run .* from {copy}\); name the same",
+    ):
         train_here(storage_path=runs, name="mine", resume=True, data=copy)
 
 

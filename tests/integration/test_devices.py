@@ -15,7 +15,10 @@ from tests.integration.test_refusals import Holder
 
 EVERY = 10
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here"),
+]
 
 GPU = Gpu(bf16=True, memory_bytes=80 * 2**30)
 
@@ -41,7 +44,8 @@ def believed_gpu(counted_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("counted_gpu")
 def test_a_job_runs_on_cpus_and_says_so(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        RequestError, match=r"^--use-gpu true: Ray counts GPUs on node .*, but PyTorch has no CUDA there; install"
+        RequestError,
+        match=r"^--use-gpu true: Ray counts GPUs on node .*, but PyTorch has no CUDA there; install",
     ):
         reserve(WorkerRequest(None, True, wait_seconds=0), print)
     scored = score_here(model, tmp_path / "out", data, number_column="digit")
@@ -51,15 +55,22 @@ def test_a_job_runs_on_cpus_and_says_so(model: Path, data: Path, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("believed_gpu")
-def test_scoring_waits_for_a_gpu_that_another_job_holds_and_its_workers_get_it(model: Path, data: Path, tmp_path: Path) -> None:
+def test_scoring_waits_for_a_gpu_that_another_job_holds_and_its_workers_get_it(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
     other = ray.remote(Holder).options(num_gpus=0.5, num_cpus=0).remote()
     ray.get(other.__ray_ready__.remote())
     said = list[str]()
-    with pytest.raises(TryAgainError, match=r"^needs 1 GPU, but after 2 s only 2 CPUs and 0.5 GPUs are free"):
+    with pytest.raises(
+        TryAgainError, match=r"^needs 1 GPU, but after 2 s only 2 CPUs and 0.5 GPUs are free"
+    ):
         reserve(WorkerRequest(None, True, wait_seconds=2, group=True), said.append)
     assert said[0].startswith("waiting for 1 GPU; free now: ")
     ray.kill(other)
-    with pytest.raises(RunError, match=r"^AssertionError: Torch not compiled with CUDA enabled; what is scored is kept"):
+    with pytest.raises(
+        RunError,
+        match=r"^AssertionError: Torch not compiled with CUDA enabled; what is scored is kept",
+    ):
         score_here(model, tmp_path / "out", data, number_column="digit", use_gpu=True)
 
 

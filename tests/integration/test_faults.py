@@ -43,7 +43,14 @@ def pairs(folder: Path | str, rows: int) -> list[object]:
 
 def score_pairs(model: Path, folder: Path | str, output: Path | str | None = None) -> Scored:
     """Score the files of `pairs` in this process, with the settings of the command."""
-    return score_here(model, output or f"{folder}/out", f"{folder}/in", max_rows_per_file=250, precision=None, num_workers=None)
+    return score_here(
+        model,
+        output or f"{folder}/out",
+        f"{folder}/in",
+        max_rows_per_file=250,
+        precision=None,
+        num_workers=None,
+    )
 
 
 @pytest.mark.usefixtures("cluster")
@@ -56,12 +63,20 @@ def test_scoring_outlasts_a_storage_that_is_overloaded(s3: Storage, model: Path)
     assert done.line["input_rows"] == done.line["scored_rows"] == 6_000
 
 
-def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cluster: str, model: Path, tmp_path: Path) -> None:
+def test_a_file_that_the_storage_does_not_give_is_not_called_bad(
+    s3: Storage, cluster: str, model: Path, tmp_path: Path
+) -> None:
     """The storage refuses it when files before it are scored, or the input folder is moved away: the
     run ends, and nothing is deleted."""
     rows, end = 10_000, "part-00003.parquet"
-    roots = {"refused": locate("s3://scores/refused", "--output"), "moved": locate(str(tmp_path), "--output")}
-    flags = {way: ["--model", model, *pairs(place.display, rows), "--num-workers", 1] for way, place in roots.items()}
+    roots = {
+        "refused": locate("s3://scores/refused", "--output"),
+        "moved": locate(str(tmp_path), "--output"),
+    }
+    flags = {
+        way: ["--model", model, *pairs(place.display, rows), "--num-workers", 1]
+        for way, place in roots.items()
+    }
     try:
         jobs = {way: Job("score", *of_job, address=cluster) for way, of_job in flags.items()}
         wait_for_files(jobs["moved"], tmp_path / "out", 4)
@@ -72,7 +87,10 @@ def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cl
     finally:
         s3.statuses.clear()
     (tmp_path / "away").rename(tmp_path / "in")
-    said = {"refused": f"refused/in/{end}: cannot be read", "moved": "is not there, or not on this node"}
+    said = {
+        "refused": f"refused/in/{end}: cannot be read",
+        "moved": "is not there, or not on this node",
+    }
     for way, ended in done.items():
         assert ended.code == 1, ended.err
         assert said[way] in ended.error
@@ -86,7 +104,9 @@ def test_a_file_that_the_storage_does_not_give_is_not_called_bad(s3: Storage, cl
 
 
 @pytest.mark.usefixtures("cluster")
-def test_training_outlasts_a_storage_that_is_slow_refuses_the_history_and_is_overloaded(s3: Storage, data: Path) -> None:
+def test_training_outlasts_a_storage_that_is_slow_refuses_the_history_and_is_overloaded(
+    s3: Storage, data: Path
+) -> None:
     """Epochs do not wait for checkpoints that take 2 s each to write (the S3 client gives up after 3)."""
     locate("s3://images/rows.parquet", "--data").write(data.read_bytes())
     place = {"data": "s3://images/rows.parquet", "storage_path": "s3://runs/slow", "name": "mine"}
@@ -96,7 +116,10 @@ def test_training_outlasts_a_storage_that_is_slow_refuses_the_history_and_is_ove
     try:
         with (
             once(lambda: s3.refused > refused, s3.statuses.clear),
-            once(lambda: not s3.statuses and len(history_of(run)) >= 3, lambda: s3.overload(BUSY_SECONDS)),
+            once(
+                lambda: not s3.statuses and len(history_of(run)) >= 3,
+                lambda: s3.overload(BUSY_SECONDS),
+            ),
         ):
             done = train_here(**place, epochs=6, sum_head_steps=50)
     finally:
@@ -104,12 +127,16 @@ def test_training_outlasts_a_storage_that_is_slow_refuses_the_history_and_is_ove
         s3.statuses.clear()
     assert "history.jsonl: " in done.said
     epochs = history_of(run)
-    assert [line["epoch"] for line in epochs] == list(range(1, 7)), "written when the storage allows it"
+    assert [line["epoch"] for line in epochs] == list(range(1, 7)), (
+        "written when the storage allows it"
+    )
     ends = [line["started"] + line["seconds"] + line["evaluation_seconds"] for line in epochs]
     gaps = [after["started"] - end for end, after in zip(ends, epochs[1:], strict=False)]
     assert statistics.median(gaps) < 1.5, gaps
     saved = {Path(info.path).parent.name for info in run.files() if info.name == STATE_FILE}
-    assert saved >= {"epoch_00005", "epoch_00006"}, "Ray Train keeps the last two, and what it could not delete"
+    assert saved >= {"epoch_00005", "epoch_00006"}, (
+        "Ray Train keeps the last two, and what it could not delete"
+    )
 
 
 @pytest.fixture
@@ -132,7 +159,10 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_pat
     output = small_disk / "out"
     pairs(tmp_path, 5_000)
     (small_disk / "other").write_bytes(bytes(2 * 2**20 - 80_000))
-    with pytest.raises(RunError, match=rf"--output {output}/predictions/.*: cannot be written: .*No space left on device"):
+    with pytest.raises(
+        RunError,
+        match=rf"--output {output}/predictions/.*: cannot be written: .*No space left on device",
+    ):
         score_pairs(model, tmp_path, output)
     assert not (output / "manifest.json").exists()
     enlarge(small_disk)
@@ -142,7 +172,9 @@ def test_scoring_onto_a_disk_that_is_full(small_disk: Path, model: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("cluster")
-def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_onto_a_disk_that_is_full(
+    small_disk: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place: dict[str, Any] = {"storage_path": str(small_disk), "name": "mine"}
     with pytest.raises(RunError, match="--name mine --resume") as error:
         fit(TrainConfig(data=str(data), epochs=1, sum_head_steps=50, max_failures=0, **place))
@@ -154,7 +186,9 @@ def test_training_onto_a_disk_that_is_full(small_disk: Path, data: Path, capsys:
 def test_a_head_that_is_killed_ends_the_job_and_costs_nothing_that_is_scored(
     cluster: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # Ray's default of 60 s would only make the test longer
+    monkeypatch.setenv(
+        "RAY_gcs_rpc_server_reconnect_timeout_s", "5"
+    )  # Ray's default of 60 s would only make the test longer
     rows = 10_000
     flags = ["--model", model, *pairs(tmp_path, rows)]
     with nodes(1, 1) as killed_cluster:

@@ -52,11 +52,18 @@ SCORE = "ray::MapWorker(MapBatches(Score))"
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "in"
-    export_pairs(ExportPairsConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print)
+    export_pairs(
+        ExportPairsConfig(data="sample", output=str(folder), rows=ROWS, files=FILES), print
+    )
     for path in folder.iterdir():
         table = pq.read_table(path)
-        numbers = [None if row % 400 == 7 else number for row, number in enumerate(table["number"].to_pylist())]
-        pq.write_table(table.set_column(2, "number", pa.array(numbers, pa.int8())), path, row_group_size=300)
+        numbers = [
+            None if row % 400 == 7 else number
+            for row, number in enumerate(table["number"].to_pylist())
+        ]
+        pq.write_table(
+            table.set_column(2, "number", pa.array(numbers, pa.int8())), path, row_group_size=300
+        )
     return folder
 
 
@@ -90,14 +97,25 @@ def left(run: Location | Path) -> tuple[list[Any], str]:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)  # three starts and two recoveries
-def test_a_killed_training_gives_the_model_of_an_undisturbed_one(many_nodes: Cluster, tmp_path: Path) -> None:
+def test_a_killed_training_gives_the_model_of_an_undisturbed_one(
+    many_nodes: Cluster, tmp_path: Path
+) -> None:
     """On S3: a node is drained with notice and lost, the driver killed, and the task that fine-tunes the sum head."""
     data = write_shuffled_sample(tmp_path / "rows", rows=2400)
     for path in data.iterdir():
         (locate("s3://images/kills", "--data") / path.name).write(path.read_bytes())
     run = locate("s3://runs/killed/mine", "--storage-path")
-    flags = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", value)]
-    flags += ["--data", "s3://images/kills", "--storage-path", "s3://runs/killed", "--resume", "auto"]
+    flags = [
+        word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    flags += [
+        "--data",
+        "s3://images/kills",
+        "--storage-path",
+        "s3://runs/killed",
+        "--resume",
+        "auto",
+    ]
     job = Job("train", *flags, address=many_nodes.address)
     wait_for_checkpoint(job, run)
     lose_node(many_nodes, notice=True)
@@ -120,7 +138,9 @@ def test_a_killed_training_gives_the_model_of_an_undisturbed_one(many_nodes: Clu
     assert left(run) == left(tmp_path / "alone" / "mine")
     manifest = (run / "manifest.json").read_json()
     assert manifest["status"] == "finished"
-    assert manifest["training_seconds"] == pytest.approx(sum(map(epoch_seconds, history_of(run))), abs=0.1)
+    assert manifest["training_seconds"] == pytest.approx(
+        sum(map(epoch_seconds, history_of(run))), abs=0.1
+    )
 
 
 def flags_of(model: Path, pairs: Path, output: Path) -> list[Any]:
@@ -132,7 +152,9 @@ def files_of(output: Path) -> dict[str, bytes]:
     """Every file of an output but those with times, and hidden ones that a kill may leave."""
     files = [path for path in output.rglob("[!.]*") if path.is_file()]
     timed = ("manifest.json", "report.html")
-    return {str(path.relative_to(output)): path.read_bytes() for path in files if path.name not in timed}
+    return {
+        str(path.relative_to(output)): path.read_bytes() for path in files if path.name not in timed
+    }
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +189,10 @@ def test_a_killed_scoring_gives_the_files_of_an_undisturbed_one(
     assert not job.left()
     assert (stopped.code, stopped.out) == (128 + signal.SIGTERM, "")
     # Ray may say more after it.
-    assert "\nstopped by SIGTERM; what is scored is kept, and the same command goes on\n" in stopped.err
+    assert (
+        "\nstopped by SIGTERM; what is scored is kept, and the same command goes on\n"
+        in stopped.err
+    )
     assert "Traceback" not in stopped.err
     assert not (output / "manifest.json").exists(), "it marks a finished output"
 
@@ -188,10 +213,14 @@ def test_two_runs_at_once_give_the_files_of_one(
     assert files_of(tmp_path / "out") == alone
 
 
-def score_and_kill(deadly: Callable[[int], bool], cluster: Cluster, model: Path, folder: Path) -> str:
+def score_and_kill(
+    deadly: Callable[[int], bool], cluster: Cluster, model: Path, folder: Path
+) -> str:
     """Score a file while each worker for which the condition holds is killed; return the error."""
     flags = ["--model", model, "--input", folder / "deadly.parquet", "--output", folder / "out"]
-    job = Job("score", *flags, "--num-workers", 1, "--max-rows-per-file", 100_000, address=cluster.address)
+    job = Job(
+        "score", *flags, "--num-workers", 1, "--max-rows-per-file", 100_000, address=cluster.address
+    )
 
     def kill() -> bool:
         for process, title in descendants(os.getpid()).items():
@@ -203,11 +232,15 @@ def score_and_kill(deadly: Callable[[int], bool], cluster: Cluster, model: Path,
     with polling(kill):
         done = job.wait()
     assert (done.code, done.out) == (1, "")
-    (error,) = [line for line in done.err.splitlines() if line.startswith("error: ")]  # Ray may say more after it
+    (error,) = [
+        line for line in done.err.splitlines() if line.startswith("error: ")
+    ]  # Ray may say more after it
     return error
 
 
-def test_workers_that_die_again_and_again_end_the_run(many_nodes: Cluster, model: Path, pairs: Path, tmp_path: Path) -> None:
+def test_workers_that_die_again_and_again_end_the_run(
+    many_nodes: Cluster, model: Path, pairs: Path, tmp_path: Path
+) -> None:
     """Of a file in work, and when they start."""
     deadly = tmp_path / "deadly.parquet"
     pq.write_table(pa.concat_tables([pq.read_table(pairs / "part-00000.parquet")] * 5), deadly)
@@ -216,7 +249,13 @@ def test_workers_that_die_again_and_again_end_the_run(many_nodes: Cluster, model
         opened = [os.path.realpath(entry) for entry in Path(f"/proc/{process}/fd").iterdir()]
         return str(deadly) in opened
 
-    for condition, in_work in ((has_it_open, "in work were deadly.parquet"), (bool, "no file was in work yet")):
+    for condition, in_work in (
+        (has_it_open, "in work were deadly.parquet"),
+        (bool, "no file was in work yet"),
+    ):
         error = score_and_kill(condition, many_nodes, model, tmp_path)
         assert error.startswith("error: workers died again and again (")
-        assert f"; {in_work}; give the workers more memory, or take such a file out of --input; what is" in error
+        assert (
+            f"; {in_work}; give the workers more memory, or take such a file out of --input; what is"
+            in error
+        )

@@ -24,7 +24,13 @@ ROWS, REJECTED = 400, 3
 def head() -> Iterator[Any]:
     """A cluster with a dashboard, to which this process is connected."""
     ray.shutdown()
-    yield ray.init(address="local", include_dashboard=True, num_cpus=2, log_to_driver=False, logging_level="error")
+    yield ray.init(
+        address="local",
+        include_dashboard=True,
+        num_cpus=2,
+        log_to_driver=False,
+        logging_level="error",
+    )
     ray.shutdown()
 
 
@@ -44,17 +50,30 @@ def metrics(run: Path) -> dict[str, float]:
 
 
 def test_a_scoring_that_has_ended(head: Any, model: Path, tmp_path: Path) -> None:
-    rows = pq.read_table(SAMPLE)[:ROWS].append_column("number", pa.array([10] * REJECTED + [5] * (ROWS - REJECTED)))
+    rows = pq.read_table(SAMPLE)[:ROWS].append_column(
+        "number", pa.array([10] * REJECTED + [5] * (ROWS - REJECTED))
+    )
     pq.write_table(rows, tmp_path / "in.parquet")
     flags = ("--model", model, "--input", tmp_path / "in.parquet", "--output", tmp_path / "out")
     run_job("score", *flags, address=head.address_info["address"])
     shown = metrics(tmp_path / "out")
-    assert shown.items() >= {"ray_mnistsum_rows_total": ROWS, "ray_mnistsum_rejected_rows_total": REJECTED}.items()
+    assert (
+        shown.items()
+        >= {"ray_mnistsum_rows_total": ROWS, "ray_mnistsum_rejected_rows_total": REJECTED}.items()
+    )
 
 
 def test_a_training_that_has_ended(head: Any, tmp_path: Path) -> None:
     pq.write_table(pq.read_table(SAMPLE)[::10], tmp_path / "rows.parquet")
     place = ("--data", tmp_path / "rows.parquet", "--storage-path", tmp_path, "--name", "mine")
-    line = run_job("train", *place, "--epochs", 2, "--sum-head-steps", 5, address=head.address_info["address"]).line
+    line = run_job(
+        "train", *place, "--epochs", 2, "--sum-head-steps", 5, address=head.address_info["address"]
+    ).line
     shown = metrics(tmp_path / "mine")
-    assert shown.items() >= {"ray_mnistsum_rows_total": 2 * line["data"]["train_rows"], "ray_mnistsum_epoch": 2}.items()
+    assert (
+        shown.items()
+        >= {
+            "ray_mnistsum_rows_total": 2 * line["data"]["train_rows"],
+            "ray_mnistsum_epoch": 2,
+        }.items()
+    )

@@ -37,13 +37,15 @@ def started() -> Iterator[Cluster]:
         yield cluster
 
 
-def test_an_elastic_run_starts_with_one_worker_and_grows(started: Cluster, data: Path, tmp_path: Path) -> None:
+def test_an_elastic_run_grows(started: Cluster, data: Path, tmp_path: Path) -> None:
     """Every 30 s a run looks for more workers; it is stopped after an epoch with two."""
-    flags = ["--data", data, "--storage-path", tmp_path, "--name", "mine", "--epochs", 1000, "--num-workers", "1,2"]
+    flags = ["--data", data, "--storage-path", tmp_path, "--name", "mine"]
+    flags += ["--epochs", 1000, "--num-workers", "1,2"]
     job = Job("train", *flags, address=started.address)
     job.wait_for_line("epoch 1: ")
     add_node(started)
-    grown = re.match(r"going on after epoch (\d+).*, on 2 workers", job.wait_for_line("going on after epoch"))
+    line = job.wait_for_line("going on after epoch")
+    grown = re.match(r"going on after epoch (\d+).*, on 2 workers", line)
     assert grown
     job.wait_for_line(f"epoch {int(grown[1]) + 1}: loss ")
     job.process.send_signal(signal.SIGTERM)
@@ -52,7 +54,12 @@ def test_an_elastic_run_starts_with_one_worker_and_grows(started: Cluster, data:
     assert workers[: int(grown[1]) + 1] == [*[1] * int(grown[1]), 2]
 
 
-def test_a_local_folder_that_a_node_does_not_see_is_refused(started: Cluster, data: Path, model: Path, tmp_path: Path) -> None:
+def test_a_local_folder_that_a_node_does_not_see_is_refused(
+    started: Cluster,
+    data: Path,
+    model: Path,
+    tmp_path: Path,
+) -> None:
     here = tmp_path / "here"
     (here / "in").mkdir(parents=True)
     shutil.copy(data, here / "in" / "rows.parquet")
@@ -61,17 +68,18 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(started: Cluster, da
     alone = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c"]
     may = subprocess.run([*alone, f"mount -t tmpfs tmpfs {here}"], capture_output=True, text=True)
     if may.returncode:
-        pytest.skip(f"needs permission to mount a file system for one process only: {may.stderr}")
+        pytest.skip(f"needs permission to mount for one process only: {may.stderr}")
 
     def living() -> int:
         return sum(one["Alive"] for one in started.global_state.node_table())
 
-    before, node = living(), subprocess.Popen([*alone, start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = living()
+    node = subprocess.Popen([*alone, start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while living() == before:
             assert node.poll() is None
             time.sleep(0.2)
-        said = "does not see what this one sees there; name a folder that all nodes share, or s3://"
+        said = "does not see what this one sees there; name a folder that all nodes share"
         with joined(started):
             with pytest.raises(RequestError, match=f"^--storage-path {here}/runs.*{said}"):
                 train_here(data=data, storage_path=here / "runs")

@@ -28,7 +28,9 @@ def commands_of(section: str) -> list[list[str]]:
     text = (ROOT / "README.md").read_text().partition(f"\n## {section}")[2]
     block = text.partition("```bash\n")[2].partition("```")[0]
     found = re.findall(r"^python jobs/(\w+)\.py(.*)$", block, re.MULTILINE)
-    return [[job.replace("_", "-"), *shlex.split(flags.partition(" > ")[0])] for job, flags in found]
+    return [
+        [job.replace("_", "-"), *shlex.split(flags.partition(" > ")[0])] for job, flags in found
+    ]
 
 
 @pytest.mark.timeout(900)
@@ -45,11 +47,19 @@ def test_the_jobs_of_all_sections_but_the_clusters(cluster: str, tmp_path: Path)
                 shutil.copy(next((tmp_path / "pairs").glob("*.parquet")), tmp_path / "late.parquet")
             first = not (tmp_path / "runs").exists()
             if command[0] == "train" and not first and not {"--help", "--resume"} & {*command}:
-                command += ["--epochs", "1", "--sum-head-steps", "5"]  # the first shows what is learned
+                command += [
+                    "--epochs",
+                    "1",
+                    "--sum-head-steps",
+                    "5",
+                ]  # the first shows what is learned
             command = [word.replace("~", str(tmp_path)) for word in command]
             ((code, text),) = run_warm([command], tmp_path, RAY_ADDRESS=cluster)
             assert code == 0, (command, text[-2000:])
-    runs = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/manifest.json")}
+    runs = {
+        path.parent.name: json.loads(path.read_text())
+        for path in tmp_path.glob("runs/*/manifest.json")
+    }
     assert {run["status"] for run in runs.values()} == {"finished"}
     assert {run["config"]["recipe"] for run in runs.values()} == {"short", "long"}
     learned = runs["mine"]["metrics"]["test"]
@@ -69,19 +79,31 @@ def write_small_mnist(folder: Path) -> None:
     digits = rows["digit"].to_numpy().astype(np.uint8)
     for name, part in (("train", slice(0, None, 16)), ("t10k", slice(8, None, 100))):
         count = len(digits[part])
-        image_header, label_header = struct.pack(">4I", 0x803, count, 28, 28), struct.pack(">2I", 0x801, count)
+        image_header, label_header = (
+            struct.pack(">4I", 0x803, count, 28, 28),
+            struct.pack(">2I", 0x801, count),
+        )
         (folder / f"{name}-images-idx3-ubyte").write_bytes(image_header + images[part].tobytes())
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(label_header + digits[part].tobytes())
 
 
-def test_the_example_in_python(cluster: str, tmp_path: Path, write_rows: Callable[[int], Path]) -> None:
+def test_the_example_in_python(
+    cluster: str, tmp_path: Path, write_rows: Callable[[int], Path]
+) -> None:
     text = (ROOT / "README.md").read_text().partition("## From Python")[2]
-    written, smaller = 'data="sample", epochs=2)', f'data="{write_rows(500)}", epochs=1, sum_head_steps=5)'
+    written, smaller = (
+        'data="sample", epochs=2)',
+        f'data="{write_rows(500)}", epochs=1, sum_head_steps=5)',
+    )
     code = text.partition("```python\n")[2].partition("```")[0].replace(written, smaller)
     assert smaller in code
-    export_pairs(ExportPairsConfig(data="sample", output=str(tmp_path / "pairs"), rows=100, files=1), print)
+    export_pairs(
+        ExportPairsConfig(data="sample", output=str(tmp_path / "pairs"), rows=100, files=1), print
+    )
     environment = os.environ | {"RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "pred_sum" in done.stdout
     assert (tmp_path / "scored-again" / "manifest.json").exists()

@@ -27,21 +27,27 @@ def test_a_folder_that_another_run_holds(tmp_path: Path) -> None:
     run = tmp_path / "mine"
     with (
         folder_lock(locate(str(run), "--name"), "--name", print),
-        pytest.raises(TryAgainError, match=rf"^--name {run}: another run \(.*\) is writing there; wait for it"),
+        pytest.raises(
+            TryAgainError, match=rf"^--name {run}: another run \(.*\) is writing there; wait for it"
+        ),
     ):
         fit(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
 
 
 @pytest.mark.usefixtures("cluster")
-def test_busy_cpus_are_waited_for_until_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_busy_cpus_are_waited_for_until_the_time_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     holder = ray.remote(num_cpus=2)(Holder).remote()
     ray.get(holder.__ray_ready__.remote())
     try:
-        with pytest.raises(TryAgainError, match=r"^needs 0.75 CPUs, but after 3 s only 0 CPUs and 0 GPUs are free"):
+        with pytest.raises(
+            TryAgainError, match=r"^needs 0.75 CPUs, but after 3 s only 0 CPUs and 0 GPUs are free"
+        ):
             fit(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
     finally:
         ray.kill(holder)
-    assert capsys.readouterr().err.startswith("waiting for 0.75 CPUs; free now: 0 CPUs")
+    assert "  waiting for 0.75 CPUs; free now: 0 CPUs" in capsys.readouterr().err
 
 
 class Holder:

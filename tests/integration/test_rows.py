@@ -70,7 +70,9 @@ def data(cluster: str, folder: Path) -> TrainingData:
     return loaded(folder)
 
 
-def feed(data: TrainingData, ranks: int = 1, first: int = 0, distortion: float = 1.0) -> list[list[Batch]]:
+def feed(
+    data: TrainingData, ranks: int = 1, first: int = 0, distortion: float = 1.0
+) -> list[list[Batch]]:
     """The batches of each rank from an epoch on."""
     steps = StepsInOrder(ray.put(data), EPOCHS, distortion, readers=2)
     shards = steps.configure({"mine": epochs_from(first, EPOCHS)}, ranks)
@@ -115,21 +117,29 @@ def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
         assert np.array_equal(batch["digit"].numpy(), digits[ids])
         assert np.array_equal(batch["number"].numpy(), random_numbers(SEED, index // steps, ids))
         assert np.array_equal(batch["affine"].numpy(), distortions(SEED, index // steps, ids, 1.0))
-    orders = [np.concatenate([batch["row_id"] for batch in alone[at : at + steps]]) for at in (0, steps)]
+    orders = [
+        np.concatenate([batch["row_id"] for batch in alone[at : at + steps]]) for at in (0, steps)
+    ]
     assert all(np.array_equal(np.sort(order), train) for order in orders)
     assert not np.array_equal(orders[0], orders[1])
-    assert len(set(alone[0]["row_id"].numpy() // 1_000)) >= 5, "a batch is mixed from a whole window"
+    assert len(set(alone[0]["row_id"].numpy() // 1_000)) >= 5, (
+        "a batch is mixed from a whole window"
+    )
     assert "affine" not in feed(data, first=1, distortion=0.0)[0][0]
 
 
-def test_any_number_of_workers_sees_the_same_batches_and_may_go_on_after_an_epoch(alone: list[Batch], data: TrainingData) -> None:
+def test_any_number_of_workers_sees_the_same_batches_and_may_go_on_after_an_epoch(
+    alone: list[Batch], data: TrainingData
+) -> None:
     whole = together(alone)
     assert [len(rows) for rows in whole] == EPOCHS * [BATCH, BATCH, BATCH, 1]
     assert together(*feed(data, ranks=3)) == whole
     assert together(*feed(data, ranks=2, first=1)) == whole[len(whole) // 2 :]
 
 
-def test_rows_that_cannot_be_used_are_named_or_left_out(tmp_path: Path, data: TrainingData, mixed: pa.Table) -> None:
+def test_rows_that_cannot_be_used_are_named_or_left_out(
+    tmp_path: Path, data: TrainingData, mixed: pa.Table
+) -> None:
     bad = [0, *range(300, 600), 19_999]
     images = mixed["image"].to_pylist()
     for row in bad:
@@ -157,7 +167,9 @@ def test_held_out_rows_are_shared_out_whole(data: TrainingData, mixed: pa.Table)
     counts = [sum(len(batch["row_id"]) for batch in share) for share in shares]
     assert max(counts) - min(counts) <= 1
     batches = [batch for share in shares for batch in share]
-    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in ("row_id", "digit")}
+    rows = {
+        name: np.concatenate([batch[name] for batch in batches]) for name in ("row_id", "digit")
+    }
     assert np.array_equal(rows["row_id"], data.test)
     assert np.array_equal(rows["digit"], mixed["digit"].to_numpy()[data.test])
 
@@ -167,8 +179,14 @@ def test_held_out_rows_are_shared_out_whole(data: TrainingData, mixed: pa.Table)
     ("spoil", "seen"),
     [
         (lambda rows: rows.slice(1), "398 rows, where the plan has 400"),
-        (lambda rows: pa.concat_tables([rows.slice(0, 1), rows]), "402 rows, where the plan has 400"),
-        (lambda rows: pa.concat_tables([rows.slice(1, 1), rows.slice(1)]), "other rows than planned"),
+        (
+            lambda rows: pa.concat_tables([rows.slice(0, 1), rows]),
+            "402 rows, where the plan has 400",
+        ),
+        (
+            lambda rows: pa.concat_tables([rows.slice(1, 1), rows.slice(1)]),
+            "other rows than planned",
+        ),
     ],
     ids=["a row is lost", "repeated", "repeated in the place of another"],
 )
@@ -220,5 +238,7 @@ def test_rows_that_do_not_fit_the_object_store_are_spilled_and_trained(tmp_path:
     assert said in trained.said
     address = ray.get_runtime_context().gcs_address
     assert "Spilled " in memory_summary(address, stats_only=True)
-    split_rows = [trained.line["data"][f"{split}_rows"] for split in ("train", "validation", "test")]
+    split_rows = [
+        trained.line["data"][f"{split}_rows"] for split in ("train", "validation", "test")
+    ]
     assert sum(split_rows) == 15_000

@@ -24,7 +24,9 @@ def names(folder: Location) -> set[str]:
 def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Path) -> None:
     roots = {uri: locate(uri, "--output") for uri in ("s3://scores/run", str(tmp_path))}
     for uri, root in roots.items():
-        export_pairs(ExportPairsConfig(data="sample", output=f"{uri}/pairs", rows=400, files=4), print)
+        export_pairs(
+            ExportPairsConfig(data="sample", output=f"{uri}/pairs", rows=400, files=4), print
+        )
         bad = read_table(root / "pairs/part-00001.parquet")
         bad = bad.set_column(2, "number", pa.array([10] * 3 + [1] * 97, pa.int8()))
         (root / "pairs/part-00001.parquet").write(to_parquet(bad))
@@ -36,15 +38,23 @@ def test_scoring_from_s3_to_s3_gives_what_a_disk_gives(model: Path, tmp_path: Pa
 
     there, here = (score(uri, label_column="digit", max_rows_per_file=60) for uri in roots)
     timing = {"output", "seconds", "rows_per_second"}
-    assert {key: there[key] for key in there.keys() - timing} == {key: here[key] for key in here.keys() - timing}
+    assert {key: there[key] for key in there.keys() - timing} == {
+        key: here[key] for key in here.keys() - timing
+    }
     assert (here["rejected_rows"], here["failed_files"]) == (3, 1)
     output, on_disk = (root / "out" for root in roots.values())
     assert names(output) == names(on_disk)
     for name in names(output):
         if name.endswith(".parquet"):
-            one, other = (pq.read_table(pa.BufferReader((root / name).read_bytes())) for root in (output, on_disk))
+            one, other = (
+                pq.read_table(pa.BufferReader((root / name).read_bytes()))
+                for root in (output, on_disk)
+            )
             assert one.replace_schema_metadata().equals(other.replace_schema_metadata()), name
 
     assert score("s3://scores/run", overwrite=True)["resumed_rows"] == 0
     about = {"run.json", "files.parquet", "manifest.json", "report.html"}
-    assert names(output) == {*about, *(f"predictions/part-0000{index}.parquet" for index in range(4))}
+    assert names(output) == {
+        *about,
+        *(f"predictions/part-0000{index}.parquet" for index in range(4)),
+    }

@@ -63,7 +63,9 @@ def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad") / "in"
     folder.mkdir()
     for file in range(FILES):
-        pq.write_table(rows_of(sample, file)[0], folder / f"{file:02}.parquet", row_group_size=GROUP)
+        pq.write_table(
+            rows_of(sample, file)[0], folder / f"{file:02}.parquet", row_group_size=GROUP
+        )
     good = rows_of(sample, 0)[0]
     pq.write_table(good, folder / "bad_pages.parquet")
     whole = (folder / "bad_pages.parquet").read_bytes()
@@ -80,7 +82,9 @@ def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(model: Path, source: Path) -> Scored:
-    return score_here(model, source.parent / "out", source, label_column=None, max_rows_per_file=300)
+    return score_here(
+        model, source.parent / "out", source, label_column=None, max_rows_per_file=300
+    )
 
 
 def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Scored) -> None:
@@ -94,18 +98,31 @@ def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Score
     for name, reason in BAD_FILES.items():
         assert files[name]["status"] == "failed"
         assert reason in files[name]["reason"]
-        (written,) = [said for said in scored.said.splitlines() if said.startswith(f"cannot be used: {name}: ")]
+        (written,) = [
+            said
+            for said in scored.said.splitlines()
+            if said.startswith(f"cannot be used: {name}: ")
+        ]
         assert reason in written
         assert not list((scored.output / "predictions").glob(f"{Path(name).stem}*"))
     for file in range(FILES):
         row = files[f"{file:02}.parquet"]
-        assert (row["rows"], row["scored"], row["rejected"]) == (ROWS_A_FILE, ROWS_A_FILE - BAD, BAD)
+        assert (row["rows"], row["scored"], row["rejected"]) == (
+            ROWS_A_FILE,
+            ROWS_A_FILE - BAD,
+            BAD,
+        )
     page = html.unescape((scored.output / "report.html").read_text())
-    assert all(f"<td>{count:,}</td><td>{reason}</td><td>" in page for reason, count in manifest["rejected_by_reason"].items())
+    assert all(
+        f"<td>{count:,}</td><td>{reason}</td><td>" in page
+        for reason, count in manifest["rejected_by_reason"].items()
+    )
     assert re.search(r"<td>\d\d\.parquet, row \d+</td>", page), "examples"
 
 
-def test_every_bad_row_says_why_and_the_good_rows_beside_it_are_scored(scored: Scored, model: Path, sample: pa.Table) -> None:
+def test_every_bad_row_says_why_and_the_good_rows_beside_it_are_scored(
+    scored: Scored, model: Path, sample: pa.Table
+) -> None:
     file = FILES - 1
     source, images, numbers = rows_of(sample, file)
     table = scored.table(f"{file:02}-*")
@@ -131,7 +148,9 @@ def test_a_later_run_scores_a_file_that_was_repaired_and_no_other(
     pq.write_table(rows_of(sample, 0)[0], folder / "bad_cut.parquet")
     late = score_here(model, output, folder, max_rows_per_file=300)
     assert late.line["failed_files"] == len(BAD_FILES)
-    assert "cannot be used: late.parquet: is not Parquet, or was cut off; write it again" in late.said
+    assert (
+        "cannot be used: late.parquet: is not Parquet, or was cut off; write it again" in late.said
+    )
     assert late.line["resumed_rows"] == FILES * ROWS_A_FILE
     assert late.line["scored_rows"] == scored.line["scored_rows"] + ROWS_A_FILE - BAD
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -145,12 +164,18 @@ def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:
     tables = {
         "none": pa.table({"image": pa.array([], pa.binary()), "number": pa.array([], pa.int8())}),
         "nulls": pa.table({"image": pa.nulls(3), "number": pa.nulls(3)}),
-        "paths": pa.table({"image": [{"bytes": None, "path": path} for path in places], "number": [1, 2]}),
+        "paths": pa.table(
+            {"image": [{"bytes": None, "path": path} for path in places], "number": [1, 2]}
+        ),
     }
     for name, table in tables.items():
         pq.write_table(table, tmp_path / "in" / f"{name}.parquet")
     scored = score_here(model, tmp_path / "out", tmp_path / "in")
-    assert (scored.line["input_rows"], scored.line["scored_rows"], scored.line["rejected_rows"]) == (5, 0, 5)
+    assert (
+        scored.line["input_rows"],
+        scored.line["scored_rows"],
+        scored.line["rejected_rows"],
+    ) == (5, 0, 5)
     assert scored.files()["none.parquet"]["status"] == "scored"
     assert scored.table("none.parquet").num_rows == 0
     assert scored.table("none.parquet").column_names == scored.table("nulls.parquet").column_names
@@ -159,7 +184,9 @@ def test_all_rows_bad_and_no_rows_at_all(model: Path, tmp_path: Path) -> None:
     assert scored.table("paths.parquet")["reason"].null_count == 0
 
 
-def test_labels_and_columns_of_any_type_cost_no_file(model: Path, sample: pa.Table, tmp_path: Path) -> None:
+def test_labels_and_columns_of_any_type_cost_no_file(
+    model: Path, sample: pa.Table, tmp_path: Path
+) -> None:
     """As Spark writes them: INT96, and digits as text or as decimals."""
     (tmp_path / "in").mkdir()
     rows = {"image": sample["image"][:3], "number": [1, 2, 3]}
@@ -167,7 +194,9 @@ def test_labels_and_columns_of_any_type_cost_no_file(model: Path, sample: pa.Tab
     days = [datetime(1970, 1, 1), datetime(9999, 12, 31), None]
     for name, labels in digits.items():
         table = pa.table(rows | {"digit": labels, "day": days})
-        pq.write_table(table, tmp_path / "in" / f"{name}.parquet", use_deprecated_int96_timestamps=True)
+        pq.write_table(
+            table, tmp_path / "in" / f"{name}.parquet", use_deprecated_int96_timestamps=True
+        )
     scored = score_here(model, tmp_path / "out", tmp_path / "in", label_column="digit")
     assert (scored.line["scored_rows"], scored.line["failed_files"]) == (6, 0)
     assert scored.manifest()["labelled_rows"] == 1

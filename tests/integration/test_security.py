@@ -23,7 +23,12 @@ def disguised(table: pa.Table, name: str, extension: bytes, metadata: bytes) -> 
     return table.cast(table.schema.set(index, table.schema.field(index).with_metadata(marks)))
 
 
-def test_pickles_in_a_dataset_are_never_executed(model: Path, tmp_path: Path, sample: pa.Table, bomb: Bomb) -> None:
+def test_pickles_in_a_dataset_are_never_executed(
+    model: Path,
+    tmp_path: Path,
+    sample: pa.Table,
+    bomb: Bomb,
+) -> None:
     rows = sample[::500].append_column("number", pa.array([1] * 10, pa.int8()))
     objects = rows.append_column("note", pa.array([bomb.pickled] * 10, pa.binary()))
     images = rows.set_column(0, "image", pa.array([bomb.pickled] * 10, pa.binary()))

@@ -27,7 +27,16 @@ from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.reporting.report import PICTURES, epoch_seconds
 from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.checkpoint import STATE_DIGEST
-from tests.integration.conftest import Done, history_of, joined, nodes, once, run_job, score_here, train_here
+from tests.integration.conftest import (
+    Done,
+    history_of,
+    joined,
+    nodes,
+    once,
+    run_job,
+    score_here,
+    train_here,
+)
 
 EVERY = 5
 
@@ -73,7 +82,11 @@ def test_a_person_sees_the_figures_and_not_rays_chatter(done: Done, runs: Path) 
         f"report: {runs}/one/report.html",
         f"score with it: python jobs/score.py --model {runs}/one --input PAIRS --output SCORED",
     ]
-    chatter = [line for line in lines if any(word in line for word in ("INFO", "WARNING", "(pid=", "raylet", "dataset_"))]
+    chatter = [
+        line
+        for line in lines
+        if any(word in line for word in ("INFO", "WARNING", "(pid=", "raylet", "dataset_"))
+    ]
     assert not chatter
 
 
@@ -81,32 +94,54 @@ def test_what_is_left(done: Done, runs: Path, data: Path) -> None:
     run = runs / "one"
     manifest = json.loads((run / "manifest.json").read_text())
     assert [(entry["epoch"], entry["workers"]) for entry in history_of(run)] == [(1, 1), (2, 1)]
-    assert (manifest["status"], manifest["precision"], manifest["workers"]) == ("finished", "fp32", "1 CPU worker")
+    assert (manifest["status"], manifest["precision"], manifest["workers"]) == (
+        "finished",
+        "fp32",
+        "1 CPU worker",
+    )
     assert manifest["metrics"] == done.line
     assert {"ray", "torch", "pyarrow"} <= set(manifest["versions"])
     assert list((run / "tensorboard").glob("events.*"))
     digits = pq.read_table(data, columns=["digit"])["digit"].to_pylist()
     assert manifest["error_analysis"]["mistakes"]
     for mistake in manifest["error_analysis"]["mistakes"]:
-        assert digits[mistake["row_id"]] == mistake["digit"], "the row that a person looks up is that of the picture"
+        assert digits[mistake["row_id"]] == mistake["digit"], (
+            "the row that a person looks up is that of the picture"
+        )
     page = (run / "report.html").read_text()
     for name in PICTURES:
         assert (run / name).read_bytes().startswith(b"\x89PNG"), name
     assert page.count('src="data:image/') >= len(PICTURES)
     assert not re.search(r'(src|href)="(?!data:|#)|url\(|@import', page), "it can be mailed"
-    for shown in (percent(done.line["test"]["sum_accuracy"]), "train_rows 800", str(run), *PICTURES.values()):
+    for shown in (
+        percent(done.line["test"]["sum_accuracy"]),
+        "train_rows 800",
+        str(run),
+        *PICTURES.values(),
+    ):
         assert shown in html.unescape(page)
     for path in run.rglob("*"):
-        assert not path.is_file() or path.read_bytes()[:2] not in (b"\x80\x04", b"\x80\x05", b"PK"), f"{path} is pickled"
+        assert not path.is_file() or path.read_bytes()[:2] not in (
+            b"\x80\x04",
+            b"\x80\x05",
+            b"PK",
+        ), f"{path} is pickled"
 
 
-def test_fine_tuning_the_sum_head_is_in_the_card_and_leaves_the_digits_alone(done: Done, runs: Path) -> None:
-    card, last = json.loads((runs / "one" / "model" / "model.json").read_text()), history_of(runs / "one")[-1]
+def test_fine_tuning_the_sum_head_is_in_the_card_and_leaves_the_digits_alone(
+    done: Done, runs: Path
+) -> None:
+    card, last = (
+        json.loads((runs / "one" / "model" / "model.json").read_text()),
+        history_of(runs / "one")[-1],
+    )
     shares = [card["sum_head"][when]["validation"]["consistency"] for when in ("before", "after")]
     assert shares[0] < shares[1] <= 1
     for rows in ("validation", "test"):
         assert card[rows]["digit_accuracy"] == last[rows]["digit_accuracy"]
-    said = "validation sums equal to digit + number: {} before, {} after\n".format(*map(percent, shares))
+    said = "validation sums equal to digit + number: {} before, {} after\n".format(
+        *map(percent, shares)
+    )
     assert said in done.err
 
 
@@ -123,7 +158,9 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
         for number in range(10):
             digit, total, *_ = model(prepare_images(images), torch.full((len(images),), number))
             right += int((total.argmax(1) == digits + number).sum())
-    assert line["test"]["digit_accuracy"] == pytest.approx((digit.argmax(1) == digits).float().mean().item())
+    assert line["test"]["digit_accuracy"] == pytest.approx(
+        (digit.argmax(1) == digits).float().mean().item()
+    )
     assert line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
     assert 0 <= card["probabilities"]["digit"]["ece"] < 1
     assert card["temperatures_in_weights"].keys() == {"digit", "sum"}
@@ -143,8 +180,13 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     card = json.loads(card_file.read_text())
     for lost in ("model/model.json", "report.html"):  # killed before they were written
         (run / lost).unlink()
-    store, settings = f"sqlite:///{tmp_path}/store.db", {"storage_path": tmp_path, "name": "one", "resume": True}
-    MlflowClient(store).search_experiments()  # makes the tables, which MLflow does not finish where it was interrupted
+    store, settings = (
+        f"sqlite:///{tmp_path}/store.db",
+        {"storage_path": tmp_path, "name": "one", "resume": True},
+    )
+    MlflowClient(
+        store
+    ).search_experiments()  # makes the tables, which MLflow does not finish where it was interrupted
 
     def interrupt() -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
@@ -156,7 +198,11 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     unlogged = train_here(mlflow="http://127.0.0.1:9", **settings)
-    assert re.search(r"^--mlflow http://127.0.0.1:9: .*; the run is complete, and --resume logs it again$", unlogged.said, re.M)
+    assert re.search(
+        r"  --mlflow http://127.0.0.1:9: .*; the run is complete, and --resume logs it again$",
+        unlogged.said,
+        re.M,
+    )
     resumed = train_here(mlflow=store, **settings)
     assert ": loss " not in resumed.said, "nothing is trained"
     assert (run / "report.html").exists()
@@ -164,11 +210,20 @@ def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resume
     assert resumed.line["test"] == {name: card["test"][name] for name in resumed.line["test"]}
     seconds = sum(map(epoch_seconds, history_of(run)))
     assert stored["training_seconds"] == round(seconds, 1), "of the command that has trained"
-    client, (logged,) = MlflowClient(store), re.findall(rf"^MLflow: run (\w+) at {store}$", resumed.said, re.M)
+    client, (logged,) = (
+        MlflowClient(store),
+        re.findall(rf"  MLflow: run (\w+) at {store}$", resumed.said, re.M),
+    )
     epochs = client.get_metric_history(logged, "epoch/test/loss")
-    assert [metric.step for metric in epochs] == [1, 2], "epochs that were trained without MLflow are logged too"
-    assert {*PICTURES, "report.html", "model"} <= {file.path for file in client.list_artifacts(logged)}
-    assert logged in {version.run_id for version in client.search_model_versions("name = 'mnistsum'")}
+    assert [metric.step for metric in epochs] == [1, 2], (
+        "epochs that were trained without MLflow are logged too"
+    )
+    assert {*PICTURES, "report.html", "model"} <= {
+        file.path for file in client.list_artifacts(logged)
+    }
+    assert logged in {
+        version.run_id for version in client.search_model_versions("name = 'mnistsum'")
+    }
 
 
 @pytest.mark.slow
@@ -185,19 +240,36 @@ def test_another_run_begins_with_its_weights(done: Done, data: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_an_infinite_loss_stops_every_rank_at_once(data: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_infinite_loss_stops_every_rank_at_once(
+    data: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(RunError, match=r"^epoch .* the loss is .* lower --learning-rate"):
-        fit(TrainConfig(data=str(data), storage_path=str(runs), name="broken", learning_rate=1e30, num_workers=2))
+        fit(
+            TrainConfig(
+                data=str(data),
+                storage_path=str(runs),
+                name="broken",
+                learning_rate=1e30,
+                num_workers=2,
+            )
+        )
     assert "Traceback" not in capsys.readouterr().err
     assert json.loads((runs / "broken" / "manifest.json").read_text())["status"] == "failed"
 
 
-def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once(done: Done, data: Path, tmp_path: Path) -> None:
+def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once(
+    done: Done, data: Path, tmp_path: Path
+) -> None:
     """One thread would compute other bits than the two that the run began with."""
     file, run = Path(done.line["run"], "config.yaml"), tmp_path / "again"
     flags = ["--config", str(file), "--storage-path", str(tmp_path), "--name", "again"]
     settings = parse(TrainConfig, flags, "").model_dump(exclude_unset=True)
-    assert (settings["num_workers"], settings["use_gpu"], settings["threads"], settings["precision"]) == (1, False, 2, "fp32")
+    assert (
+        settings["num_workers"],
+        settings["use_gpu"],
+        settings["threads"],
+        settings["precision"],
+    ) == (1, False, 2, "fp32")
     with nodes(1) as smaller, joined(smaller):
         with (
             once(lambda: [*run.glob(f"checkpoints/*/epoch_00001/{STATE_DIGEST}")], interrupt_main),
@@ -209,6 +281,8 @@ def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once
     assert "going on after epoch 1, on 1 worker" in again.said
     assert again.line["test"] == done.line["test"]
     assert again.weights() == (Path(done.line["model"]) / "model.safetensors").read_bytes()
-    written = [parse(TrainConfig, ["--config", str(path)], "") for path in (file, run / "config.yaml")]
+    written = [
+        parse(TrainConfig, ["--config", str(path)], "") for path in (file, run / "config.yaml")
+    ]
     assert written[0] == written[1]
     assert scored.line["scored_rows"] == 1000

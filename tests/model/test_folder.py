@@ -11,7 +11,14 @@ import torch
 
 import mnistsum_ray
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model, load_model, write_model
+from mnistsum_ray.model.folder import (
+    Weights,
+    checksum,
+    copy_weights,
+    describe_model,
+    load_model,
+    write_model,
+)
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from tests.model import new_model
@@ -36,7 +43,11 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
         loaded, description = load_model(locate(str(folder), "--model"))
         assert checksum(copy_weights(loaded)) == checksum(weights_of(3))
         assert not loaded.training
-        assert (description["epoch"], description["parameters"], description["test"]["sum_accuracy"]) == (3, 220_125, 0.8)
+        assert (
+            description["epoch"],
+            description["parameters"],
+            description["test"]["sum_accuracy"],
+        ) == (3, 220_125, 0.8)
     assert json.loads((tmp_path / "run" / "model" / "model.json").read_text()) == description
 
 
@@ -54,7 +65,10 @@ def test_a_network_of_ones_own_is_saved_where_nothing_lies(tmp_path: Path) -> No
 def test_a_reader_between_two_publications_finds_a_whole_model(tmp_path: Path) -> None:
     """As one that was killed between the two files leaves it: the description is in the file of the weights."""
     place = save(tmp_path, 11)
-    other = json.loads((tmp_path / "model.json").read_text()) | {"sha256": "of other weights", "epoch": 12}
+    other = json.loads((tmp_path / "model.json").read_text()) | {
+        "sha256": "of other weights",
+        "epoch": 12,
+    }
     (tmp_path / "model.json").write_text(json.dumps(other))
     assert load_model(place)[1]["epoch"] == 11
 
@@ -78,7 +92,9 @@ DESCRIPTIONS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "said"), DESCRIPTIONS)
-def test_a_model_without_what_scoring_needs_is_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+def test_a_model_without_what_scoring_needs_is_refused(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
     refused(save(tmp_path, **changed), said)
 
 
@@ -93,7 +109,10 @@ WEIGHTS: dict[str, Callable[[Weights], Any]] = {
 def test_weights_of_another_network_are_refused(tmp_path: Path, case: str) -> None:
     weights = weights_of(0)
     WEIGHTS[case](weights)
-    refused(save(tmp_path, weights=weights), "cannot be used: Error(s) in loading state_dict for TwoHeadCNN")
+    refused(
+        save(tmp_path, weights=weights),
+        "cannot be used: Error(s) in loading state_dict for TwoHeadCNN",
+    )
 
 
 def become_a_device(file: Path) -> None:
@@ -110,7 +129,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (Path.unlink, "holds no model"),
     "device": (become_a_device, "holds no model"),
     "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-100]), "cannot be used"),
-    "other bytes": (lambda file: file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1"), "is damaged"),
+    "other bytes": (
+        lambda file: file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1"),
+        "is damaged",
+    ),
     "deep": (lambda file: with_header(file, DEEP), "cannot be used"),
 }
 

@@ -23,7 +23,9 @@ def test_learning_rate_rises_and_falls_once(total: int) -> None:
 
 def compute_gradients(model: TwoHeadCNN) -> None:
     images, digits, numbers = random_rows(16)
-    torch.autograd.backward(joint_loss(model(prepare_images(images), numbers), digits, numbers)[0] / 16)
+    torch.autograd.backward(
+        joint_loss(model(prepare_images(images), numbers), digits, numbers)[0] / 16
+    )
 
 
 def test_muon_is_that_of_pytorch() -> None:
@@ -57,8 +59,16 @@ def test_the_first_step_of_each_parameter_is_scaled_by_its_factor() -> None:
     compute_gradients(model)
     optimizer.set_learning_rate(0.02)
     optimizer.step()
-    shares = {"conv1.weight": 0.15, "conv7.weight": 0.15, "conv3.bias": 0.15, "fc2.weight": 0.75, "fc1.bias": 0.75}
+    shares = {
+        "conv1.weight": 0.15,
+        "conv7.weight": 0.15,
+        "conv3.bias": 0.15,
+        "fc2.weight": 0.75,
+        "fc1.bias": 0.75,
+    }
     for name, value in model.state_dict().items():
         assert not torch.equal(value, before[name]), f"{name} has not moved"
         if name in shares:
-            assert (value - before[name]).abs().median().item() == pytest.approx(0.02 * shares[name], rel=0.01), name
+            assert (value - before[name]).abs().median().item() == pytest.approx(
+                0.02 * shares[name], rel=0.01
+            ), name

@@ -4,7 +4,12 @@ import torch
 
 from mnistsum_ray.model.heads import SUM
 from mnistsum_ray.model.network import Network
-from mnistsum_ray.model.sum_head import class_distribution, finetune_sum_head, mix_with_permutation, mix_with_swap
+from mnistsum_ray.model.sum_head import (
+    class_distribution,
+    finetune_sum_head,
+    mix_with_permutation,
+    mix_with_swap,
+)
 from tests.model import new_model
 
 ROWS = 1000

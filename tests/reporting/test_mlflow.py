@@ -52,27 +52,41 @@ def test_a_run_is_logged_with_config_metrics_files_and_model(
     monkeypatch.chdir(tmp_path / "elsewhere")
     store, before = f"sqlite:///{tmp_path}/store.db", state()
     files = ["report.html", "model/model.json"]
-    run_ids = [log_run(manifest_of(store), HISTORY, CARD, folder, files) for _ in range(2)]  # of the same names
+    run_ids = [
+        log_run(manifest_of(store), HISTORY, CARD, folder, files) for _ in range(2)
+    ]  # of the same names
     assert state() == before
     client = MlflowClient(store)
-    assert {version.run_id for version in client.search_model_versions("name = 'my.reader'")} == {*run_ids}
+    assert {version.run_id for version in client.search_model_versions("name = 'my.reader'")} == {
+        *run_ids
+    }
     for run_id in run_ids:
         found = client.get_run(run_id)
         assert (found.info.run_name, found.info.status) == ("a-name", "FINISHED")
         assert client.get_experiment(found.info.experiment_id).name == "mine"
-        assert found.data.params == {key: str(value) for key, value in manifest_of(store)["config"].items()}
+        assert found.data.params == {
+            key: str(value) for key, value in manifest_of(store)["config"].items()
+        }
         assert found.data.tags.items() >= {"ray": "2.60.0", "data.source": "sample"}.items()
         metrics = epoch_scalars(HISTORY[-1]) | scores(CARD, "final")
         assert found.data.metrics == {key: pytest.approx(value) for key, value in metrics.items()}
         epochs = client.get_metric_history(run_id, "epoch/test/digit_accuracy")
-        assert [(one.step, one.value) for one in epochs] == [(one["epoch"], one["test"]["digit_accuracy"]) for one in HISTORY]
-        assert {file.path for file in client.list_artifacts(run_id)} == {"report.html", "model", "onnx"}
+        assert [(one.step, one.value) for one in epochs] == [
+            (one["epoch"], one["test"]["digit_accuracy"]) for one in HISTORY
+        ]
+        assert {file.path for file in client.list_artifacts(run_id)} == {
+            "report.html",
+            "model",
+            "onnx",
+        }
     assert not list(Path.cwd().iterdir()), "Ray deletes the working folder of a submitted job"
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)  # as a user of the registry does
     images = pixels_view(one_chunk(pq.read_table(SAMPLE)["image"]))[:300]
     numbers = np.arange(300) % 10
-    predicted = mlflow.pyfunc.load_model("models:/my.reader/2").predict({"image": images, "number": numbers})
+    predicted = mlflow.pyfunc.load_model("models:/my.reader/2").predict(
+        {"image": images, "number": numbers}
+    )
     ours = predict(load_model(folder.display), images, numbers)
     for head in ("digit", "sum"):
         assert predicted[f"pred_{head}"].tolist() == getattr(ours, head).tolist()

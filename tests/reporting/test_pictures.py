@@ -15,13 +15,29 @@ from mnistsum_ray.reporting.report import draw_pictures
 TEST = {"loss": 0.25} | {f"{head.name}_accuracy": 0.9946 for head in HEADS}
 NO_ERROR = TEST | {f"{head.name}_accuracy": 1.0 for head in HEADS}
 HISTORY: list[dict[str, Any]] = [
-    {"epoch": epoch, "step_losses": [[5, 2 / epoch], [9, 1 / epoch]], "test": TEST, "validation": TEST | {"loss": 0.2}}
+    {
+        "epoch": epoch,
+        "step_losses": [[5, 2 / epoch], [9, 1 / epoch]],
+        "test": TEST,
+        "validation": TEST | {"loss": 0.2},
+    }
     for epoch in (1, 2)
 ]
 CONFUSION = (np.eye(10, dtype=int) * 50).tolist()
-MISTAKE = {"digit": 3, "number": 4, "pred_digit": 5, "digit_prob": 0.9, "pred_sum": 9, "sum_prob": 0.8}
+MISTAKE = {
+    "digit": 3,
+    "number": 4,
+    "pred_digit": 5,
+    "digit_prob": 0.9,
+    "pred_sum": 9,
+    "sum_prob": 0.8,
+}
 IMAGES = np.zeros((8, 28, 28), np.uint8)
-BINS = {"rows": [2] * 14 + [9_000], "probability": [0.1] * 14 + [8_900.0], "right": [1] * 14 + [8_950]}
+BINS = {
+    "rows": [2] * 14 + [9_000],
+    "probability": [0.1] * 14 + [8_900.0],
+    "right": [1] * 14 + [8_950],
+}
 RELIABILITY = {head.name: {"ece": 0.01, "reliability": BINS} for head in HEADS}
 
 DRAWN: dict[str, tuple[Any, ...]] = {
@@ -56,6 +72,8 @@ def test_a_wrong_answer_is_named_with_the_right_one() -> None:
 
 def test_a_picture_that_cannot_be_drawn_costs_a_line() -> None:
     said: list[str] = []
-    drawn = draw_pictures({"confusion.png": ([[1], [2, 3]],), "mistakes.png": ([], IMAGES[:0])}, said.append)
+    drawn = draw_pictures(
+        {"confusion.png": ([[1], [2, 3]],), "mistakes.png": ([], IMAGES[:0])}, said.append
+    )
     assert list(drawn) == ["mistakes.png"]
     assert said[0].startswith("confusion.png cannot be drawn: ")

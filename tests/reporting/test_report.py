@@ -16,7 +16,13 @@ TUNED = {
     "before": {"validation": TEST, "test": TEST | {"sum_accuracy": 0.7654}},
     "after": {"validation": TEST, "test": TEST},
 }
-CARD: dict[str, Any] = {"parameters": 220_125, "sha256": "f" * 64, "epoch": 1, "test": TEST, "sum_head": TUNED}
+CARD: dict[str, Any] = {
+    "parameters": 220_125,
+    "sha256": "f" * 64,
+    "epoch": 1,
+    "test": TEST,
+    "sum_head": TUNED,
+}
 DATA = {"source": "sample", "notice": "NOT the full MNIST", "train_rows": 4000}
 MANIFEST: dict[str, Any] = {
     "config": {"seed": 0, "name": "a <b> & c", "data": "sample", "precision": None},
@@ -25,7 +31,10 @@ MANIFEST: dict[str, Any] = {
     "metrics": {"run": "/runs/mine", "images_per_second": 1234.5},
     "training_seconds": 4321.0,
 }
-FILE, REASON = "folder/a_long_name_of_a_file.parquet", "the number is 44, not one of 0..9; correct it or drop the row"
+FILE, REASON = (
+    "folder/a_long_name_of_a_file.parquet",
+    "the number is 44, not one of 0..9; correct it or drop the row",
+)
 BAD: dict[str, Any] = {"reasons": Counter({REASON: 1}), "examples": [(FILE, 3, REASON)]}
 SCORED: dict[str, Any] = {
     "totals": {

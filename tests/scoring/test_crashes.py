@@ -91,16 +91,27 @@ class World:
         finally:
             rows = self.check()
         inputs = {path for path in self.input.rglob("*.parquet") if path.name != "bad.parquet"}
-        assert all(rows[str(path.relative_to(self.input))] == pq.read_table(path)["id"].to_pylist() for path in inputs)
+        assert all(
+            rows[str(path.relative_to(self.input))] == pq.read_table(path)["id"].to_pylist()
+            for path in inputs
+        )
         assert "manifest.json" in self.files()
         return "done"
 
     def files(self) -> dict[str, bytes]:
-        return {str(path.relative_to(self.output)): path.read_bytes() for path in self.output.rglob("*") if path.is_file()}
+        return {
+            str(path.relative_to(self.output)): path.read_bytes()
+            for path in self.output.rglob("*")
+            if path.is_file()
+        }
 
     def predictions(self) -> dict[str, bytes]:
         """The files in which no time is."""
-        return {name: data for name, data in self.files().items() if name.startswith(("predictions/", "files.parquet"))}
+        return {
+            name: data
+            for name, data in self.files().items()
+            if name.startswith(("predictions/", "files.parquet"))
+        }
 
     def check(self) -> dict[str, list[int]]:
         """Each file is whole; a manifest means that each row that it counts is there, and no other, and of one request.
@@ -115,7 +126,9 @@ class World:
             table = pq.read_table(path)
             stamp = json.loads(pq.read_metadata(path).metadata[b"mnistsum_ray.part"])
             requests.add(stamp["request"])
-            assert [reason is None for reason in table["reason"].to_pylist()] == table["pred_sum"].is_valid().to_pylist()
+            assert [reason is None for reason in table["reason"].to_pylist()] == table[
+                "pred_sum"
+            ].is_valid().to_pylist()
             rows.setdefault(stamp["input"], []).extend(table["id"].to_pylist())
         assert len(requests) <= 1
         every = list(itertools.chain(*rows.values()))
@@ -125,7 +138,10 @@ class World:
             listed = pq.read_table(self.output / "files.parquet").to_pylist()
             scored = {row["file"]: row["rows"] for row in listed if row["status"] == "scored"}
             assert {name: len(ids) for name, ids in rows.items() if name in scored} == scored
-            assert len(rows.keys() - scored.keys()) == json.loads(files["manifest.json"])["files_of_earlier_input"]
+            assert (
+                len(rows.keys() - scored.keys())
+                == json.loads(files["manifest.json"])["files_of_earlier_input"]
+            )
         return rows
 
 

@@ -4,7 +4,13 @@ import itertools
 
 import pytest
 
-from mnistsum_ray.scoring.parts import CPU_TASK_ROWS, GPU_TASK_ROWS, InputFile, make_tasks, split_into_parts
+from mnistsum_ray.scoring.parts import (
+    CPU_TASK_ROWS,
+    GPU_TASK_ROWS,
+    InputFile,
+    make_tasks,
+    split_into_parts,
+)
 
 
 def input_files(*rows: int, names: list[str] | None = None) -> list[InputFile]:
@@ -28,9 +34,15 @@ def test_parts_cover_the_rows_in_order_and_are_of_one_size_but_for_the_last(
 ) -> None:
     both, failures = split_into_parts(input_files(rows, rows), most)
     parts, count = both[: len(sizes)], len(sizes)
-    assert ([part.rows for part in both], failures) == (sizes * 2, {}), "a file changes no other's parts"
+    assert ([part.rows for part in both], failures) == (sizes * 2, {}), (
+        "a file changes no other's parts"
+    )
     assert [part.first_row for part in parts] == [0, *itertools.accumulate(sizes[:-1])]
-    names = [f"f0-{index:05d}-of-{count:05d}.parquet" for index in range(count)] if count > 1 else ["f0.parquet"]
+    names = (
+        [f"f0-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
+        if count > 1
+        else ["f0.parquet"]
+    )
     assert [part.output for part in parts] == names
 
 
@@ -43,7 +55,9 @@ def test_a_name_that_cannot_be_one_of_the_output_costs_that_file_alone() -> None
     taken = "would need the name deep/a-00000-of-00002.pq in the output, as does deep/a-00000-of-00002.pq; rename it"
     reasons = [taken, *["readers of Parquet skip"] * 5, "is empty"]
     assert [*failures] == [*names[2:], "unread.parquet"]
-    assert all(reason in failure for reason, failure in zip(reasons, failures.values(), strict=True))
+    assert all(
+        reason in failure for reason, failure in zip(reasons, failures.values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +69,9 @@ def test_a_name_that_cannot_be_one_of_the_output_costs_that_file_alone() -> None
         (input_files(*[10**8] * 30), CPU_TASK_ROWS, 64, 10_000, 16_384),
     ],
 )
-def test_tasks_hold_every_part_once_in_order(files: list[InputFile], rows: int, workers: int, least: int, most: int) -> None:
+def test_tasks_hold_every_part_once_in_order(
+    files: list[InputFile], rows: int, workers: int, least: int, most: int
+) -> None:
     parts, _ = split_into_parts(files, None)
     tasks = make_tasks(parts, rows, workers)
     assert [*itertools.chain(*tasks)] == parts

@@ -43,11 +43,31 @@ DEEP_DAYS = pa.StructArray.from_arrays([GOOD["image"].combine_chunks(), DAYS], [
 FILES: list[tuple[Write, str | None, tuple[str, ...]]] = [
     (damaged(lambda whole: b""), "is empty (0 bytes)", ()),
     (damaged(lambda whole: whole[:-1]), "is not Parquet, or was cut off", ()),
-    (damaged(lambda whole: whole[:-8] + (2**31 - 1).to_bytes(4, "little") + b"PAR1"), "has a damaged footer", ()),
-    (with_column("number", None), "has no column 'number' but 'image'; --number-column names another", ()),
-    (with_column("number", pa.array([1.0, 2.0, 3.0])), "column 'number' has type double, not an integer type", ()),
-    (with_column("Digit_probs", pa.array([1, 2, 3])), "has a column 'Digit_probs', which scoring would add", ()),
-    (with_column("Reason", pa.array([1, 2, 3])), "has a column 'Reason', which scoring would add", ()),
+    (
+        damaged(lambda whole: whole[:-8] + (2**31 - 1).to_bytes(4, "little") + b"PAR1"),
+        "has a damaged footer",
+        (),
+    ),
+    (
+        with_column("number", None),
+        "has no column 'number' but 'image'; --number-column names another",
+        (),
+    ),
+    (
+        with_column("number", pa.array([1.0, 2.0, 3.0])),
+        "column 'number' has type double, not an integer type",
+        (),
+    ),
+    (
+        with_column("Digit_probs", pa.array([1, 2, 3])),
+        "has a column 'Digit_probs', which scoring would add",
+        (),
+    ),
+    (
+        with_column("Reason", pa.array([1, 2, 3])),
+        "has a column 'Reason', which scoring would add",
+        (),
+    ),
     (lambda path: pq.write_table(TWO, path), "more than one column 'number'", ()),
     (with_column("day", DAYS, use_deprecated_int96_timestamps=True), None, ("day (INT96)",)),
     (with_column("image", DEEP_DAYS, use_deprecated_int96_timestamps=True), None, ()),
@@ -55,9 +75,13 @@ FILES: list[tuple[Write, str | None, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("write", "reason", "recast"), FILES)
-def test_a_file_that_cannot_be_used_has_a_reason(tmp_path: Path, write: Write, reason: str | None, recast: tuple[str]) -> None:
+def test_a_file_that_cannot_be_used_has_a_reason(
+    tmp_path: Path, write: Write, reason: str | None, recast: tuple[str]
+) -> None:
     write(tmp_path / "a.parquet")
-    pq.write_table(GOOD.replace_schema_metadata({"note": "x" * 300_000}), tmp_path / "long.parquet")  # two reads
+    pq.write_table(
+        GOOD.replace_schema_metadata({"note": "x" * 300_000}), tmp_path / "long.parquet"
+    )  # two reads
     found = footers(tmp_path, probabilities=True)
     assert (found["long.parquet"].rows, found["long.parquet"].error) == (3, None)
     assert (reason or "None") in str(found["a.parquet"].error)
@@ -68,10 +92,15 @@ def test_a_column_that_no_file_has_is_a_wrong_request(tmp_path: Path) -> None:
     for name in "ab":
         pq.write_table(GOOD.rename_columns(["picture", "number"]), tmp_path / f"{name}.parquet")
     (tmp_path / "empty.parquet").touch()
-    with pytest.raises(RequestError, match=r"--image-column image: no file of --input has such a column; a\.parquet has no"):
+    with pytest.raises(
+        RequestError,
+        match=r"--image-column image: no file of --input has such a column; a\.parquet has no",
+    ):
         footers(tmp_path)
     with pytest.raises(RequestError, match="--label-column digit"):
         footers(tmp_path, image_column="picture", label_column="digit")
     with_column("digit", pa.array(["a", "b", "c"]))(tmp_path / "labels.parquet")
-    assert footers(tmp_path, label_column="digit")["labels.parquet"].error is None, "a label of any type costs no file"
+    assert footers(tmp_path, label_column="digit")["labels.parquet"].error is None, (
+        "a label of any type costs no file"
+    )
     assert footers(tmp_path)["labels.parquet"].error is None

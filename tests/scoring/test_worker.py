@@ -21,11 +21,16 @@ def parts_of(request: Request) -> list[Part]:
 
 
 @pytest.mark.parametrize(("most", "group"), [(7, 90), (100, 1000), (500, 90), (2000, 90)])
-def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, model: Path, most: int, group: int) -> None:
+def test_every_row_is_read_once_in_order_and_decoded(
+    tmp_path: Path, model: Path, most: int, group: int
+) -> None:
     write_rows(tmp_path / "a.parquet", range(1000), group, bad=501)
     table = pq.read_table(tmp_path / "a.parquet")
     request = preflight_of(model, tmp_path, "/nowhere", max_rows_per_file=most)
-    for chosen in (parts_of(request), parts_of(request)[::3]):  # all, and such with others between them
+    for chosen in (
+        parts_of(request),
+        parts_of(request)[::3],
+    ):  # all, and such with others between them
         read = [*read_file(request, chosen)]
         assert [decoded.part for decoded in read] == chosen
         for decoded in read:
@@ -45,31 +50,53 @@ def score(request: Request, parts: list[Part]) -> tuple[RowCounts, list[Report]]
     return counts, reports
 
 
-def test_the_reports_of_a_task_count_the_rows_of_the_parts_that_are_there(tmp_path: Path, model: Path) -> None:
+def test_the_reports_of_a_task_count_the_rows_of_the_parts_that_are_there(
+    tmp_path: Path, model: Path
+) -> None:
     """A part that another process has put stays, and is counted as it is."""
     files = {name: tmp_path / "in" / name for name in ("a.parquet", "b.parquet", "c.parquet")}
     for start, path in enumerate(files.values()):
         write_rows(path, range(9 * start, 9 * start + 9), bad=20)
-    data, pages = files["b.parquet"].read_bytes(), pq.read_metadata(files["b.parquet"]).row_group(2).column(1)
-    files["b.parquet"].write_bytes(data.replace(data[pages.dictionary_page_offset :][:20], b"?" * 20))
-    request = preflight_of(model, tmp_path / "in", tmp_path / "out", max_rows_per_file=4, label_column="label")
+    data, pages = (
+        files["b.parquet"].read_bytes(),
+        pq.read_metadata(files["b.parquet"]).row_group(2).column(1),
+    )
+    files["b.parquet"].write_bytes(
+        data.replace(data[pages.dictionary_page_offset :][:20], b"?" * 20)
+    )
+    request = preflight_of(
+        model, tmp_path / "in", tmp_path / "out", max_rows_per_file=4, label_column="label"
+    )
     counts, (_, *between, ends) = score(request, parts_of(request))
     unusable = [*{name for report in between for name in report.unusable}]
     assert (ends.ends, unusable) == (True, ["b.parquet"])
-    assert [report.counts.rows for report in between if report.counts] == [26], "small parts are predicted together"
-    there = [part for part in parts_of(request) if (tmp_path / "out" / "predictions" / part.output).exists()]
-    assert [part for part in parts_of(request) if part not in there] == [parts_of(request)[5]], "the last of b.parquet"
+    assert [report.counts.rows for report in between if report.counts] == [26], (
+        "small parts are predicted together"
+    )
+    there = [
+        part
+        for part in parts_of(request)
+        if (tmp_path / "out" / "predictions" / part.output).exists()
+    ]
+    assert [part for part in parts_of(request) if part not in there] == [parts_of(request)[5]], (
+        "the last of b.parquet"
+    )
     assert counts == count_parts(request, there, CONSOLE)
     other = preflight_of(write_model(tmp_path / "model", 1), tmp_path / "in", tmp_path / "out")
     again, _ = score(replace(request, weights=other.weights), there)
     assert again == counts == count_parts(request, there, CONSOLE)
 
 
-def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(tmp_path: Path, model: Path) -> None:
+def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(
+    tmp_path: Path, model: Path
+) -> None:
     write_rows(tmp_path / "in" / "a.parquet", [1])
     request = preflight_of(model, tmp_path / "in", model / "model.json" / "out")
     _, (_, written, _) = score(request, parts_of(request))
     (tmp_path / "in" / "a.parquet").unlink()
     _, (_, read, ends) = score(request, parts_of(request))
-    assert [str(report.failed).partition(" ")[0] for report in (written, read)] == ["--output", "--input"]
+    assert [str(report.failed).partition(" ")[0] for report in (written, read)] == [
+        "--output",
+        "--input",
+    ]
     assert (written.unusable, read.unusable, ends.ends) == ({}, {}, True)

@@ -11,23 +11,43 @@ from ray._private.runtime_env.working_dir import WorkingDirPlugin
 
 from mnistsum_ray import cli
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.storage.uri import empty_output, locate, locate_existing, may_hold_keys, output_base_folder, split_glob
+from mnistsum_ray.storage.uri import (
+    empty_output,
+    locate,
+    locate_existing,
+    may_hold_keys,
+    output_base_folder,
+    split_glob,
+)
 
 
 def test_a_path_or_uri_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    here = {"runs": tmp_path / "runs", "runs/../other": tmp_path / "other", "file:///a/b": "/a/b", "~": Path.home()}
-    azure, query = "abfs://container@account.dfs.core.windows.net/a", "region=eu-west-1&scheme=http&endpoint_override=h:1"
+    here = {
+        "runs": tmp_path / "runs",
+        "runs/../other": tmp_path / "other",
+        "file:///a/b": "/a/b",
+        "~": Path.home(),
+    }
+    azure, query = (
+        "abfs://container@account.dfs.core.windows.net/a",
+        "region=eu-west-1&scheme=http&endpoint_override=h:1",
+    )
     there = {"s3a://b/c/": "s3://b/c", "gcs://b/c": "gs://b/c", azure: azure}
     for text, display in (here | there).items():
         assert locate(text, "--output").display == str(display)
     assert (locate(f"s3://b/c?{query}", "--output") / "d").display == f"s3://b/c/d?{query}"
-    globs = {f"s3://b/c/**/*.p?{query}": (f"s3://b/c/?{query}", ("**", "*.p")), "c/[ab]?/d": ("c/", ("[ab]?", "d"))}
+    globs = {
+        f"s3://b/c/**/*.p?{query}": (f"s3://b/c/?{query}", ("**", "*.p")),
+        "c/[ab]?/d": ("c/", ("[ab]?", "d")),
+    }
     for text, parts in (globs | {"s3://b/c?region=x": ("s3://b/c?region=x", None)}).items():
         assert split_glob(text) == parts
 
 
-def test_a_submitted_job_writes_to_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submitted_job_writes_to_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its working folder is a temporary copy; Ray itself makes the folder of such copies here."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     WorkingDirPlugin(str(tmp_path / "runtime_resources"), None)
@@ -35,8 +55,14 @@ def test_a_submitted_job_writes_to_the_home_folder(tmp_path: Path, monkeypatch: 
     for folder in (copies / "_ray_pkg_0", tmp_path / "home" / "runs"):
         folder.mkdir(parents=True)
     monkeypatch.chdir(copies / "_ray_pkg_0")
-    assert output_base_folder() == tmp_path / "home", f"ray: submitted jobs now run in {copies.name}/"
-    assert locate_existing("runs", "--model").path == empty_output("runs").path == str(tmp_path / "home" / "runs")
+    assert output_base_folder() == tmp_path / "home", (
+        f"ray: submitted jobs now run in {copies.name}/"
+    )
+    assert (
+        locate_existing("runs", "--model").path
+        == empty_output("runs").path
+        == str(tmp_path / "home" / "runs")
+    )
     (tmp_path / "home" / "runs" / "file").touch()
     with pytest.raises(RequestError, match="is not empty"):
         empty_output("runs")
@@ -98,16 +124,27 @@ def test_a_uri_with_a_key_is_refused_by_each_flag_and_shown_nowhere(
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("connected to Ray"))
     monkeypatch.chdir(tmp_path)
     first, second, *_ = KEYS.split()
-    requests = [[command, flag, uri] for command, flags in FLAGS.items() for flag in flags.split() for uri in (first, second)]
+    requests = [
+        [command, flag, uri]
+        for command, flags in FLAGS.items()
+        for flag in flags.split()
+        for uri in (first, second)
+    ]
     requests += [["predict", first, "--number", "5"], ["train", first]]
-    for name, text in {"a.yaml": f"data: {first}", "b.yaml": f"epochs: {first}", "c.yaml": f"data: {first}: ]"}.items():
+    for name, text in {
+        "a.yaml": f"data: {first}",
+        "b.yaml": f"epochs: {first}",
+        "c.yaml": f"data: {first}: ]",
+    }.items():
         Path(name).write_text(text)
         requests.append(["train", "--config", name])
     for command, *flags in requests:
         with pytest.raises(RequestError) as refused:
             cli._run_command(command, flags)
         expected = {"c.yaml": "is not YAML", "--nonsense": "no such flag"}
-        said = next((expected[word] for word in flags if word in expected), "keys belong in the environment")
+        said = next(
+            (expected[word] for word in flags if word in expected), "keys belong in the environment"
+        )
         assert said in str(refused.value), flags
         assert not re.search("topsecret|AKIA", str(refused.value))
     assert cli.main([first]) == 2

@@ -14,7 +14,9 @@ from mnistsum_ray.training import checkpoint as saved
 from mnistsum_ray.training.checkpoint import STATE_DIGEST, STATE_FILE, STATE_FORMAT, TrainerState
 from tests.model import new_model
 
-STATE = TrainerState(1, [{"epoch": 1, "train_loss": 1 / 3, "validation": {"loss": 0.1 + 0.2}}], "fp32")
+STATE = TrainerState(
+    1, [{"epoch": 1, "train_loss": 1 / 3, "validation": {"loss": 0.1 + 0.2}}], "fp32"
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,9 @@ OTHERS = [(STATE_FORMAT, STATE_FORMAT[:-1] + "9"), ("0..9", "0..8")]
 
 
 @pytest.mark.parametrize(("old", "new"), OTHERS)
-def test_a_newest_checkpoint_of_another_version_or_network_is_refused(tmp_path: Path, whole: Path, old: str, new: str) -> None:
+def test_a_newest_checkpoint_of_another_version_or_network_is_refused(
+    tmp_path: Path, whole: Path, old: str, new: str
+) -> None:
     """An older one would train epochs again."""
     data, folder = (whole / STATE_FILE).read_bytes(), tmp_path / saved.CHECKPOINTS / "0001"
     write(folder / "epoch_00001", data)

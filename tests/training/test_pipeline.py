@@ -29,7 +29,9 @@ def cluster() -> Iterator[None]:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 30])
 @pytest.mark.parametrize("batch_size", [1000, 20_000])
-def test_tasks_are_all_steps_of_the_epochs_in_order_and_each_has_rows_for_each_rank(workers: int, batch_size: int) -> None:
+def test_tasks_are_all_steps_of_the_epochs_in_order_and_each_has_rows_for_each_rank(
+    workers: int, batch_size: int
+) -> None:
     """The last batch has one row: a task of it alone would have none for most ranks."""
     for steps in range(1, 60):
         ids = np.arange((steps - 1) * batch_size + 1)
