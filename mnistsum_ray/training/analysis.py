@@ -29,8 +29,8 @@ from mnistsum_ray.model.metrics import (
 )
 from mnistsum_ray.model.network import Network, make_network
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.training.blocks import TrainingData
 from mnistsum_ray.training.checkpoint import load_weights, read_checkpoint
+from mnistsum_ray.training.rows import TrainingData
 from mnistsum_ray.training.worker import HeldOutRows, Worker, set_up_process
 
 _FITTED_BATCHES: Final = 20

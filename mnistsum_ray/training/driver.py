@@ -1,20 +1,16 @@
 """Driver of a training run: wait for workers, read the rows, run Ray Train, publish the model."""
 
-import json
 import os
-import shlex
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from statistics import fmean
 from typing import Any, Final
 
 import ray
 import ray.exceptions
 import ray.train
-import yaml
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
@@ -23,7 +19,7 @@ from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import check_shared_storage, on_node, usable_nodes
 from mnistsum_ray.cluster.workarounds import detached_data_actors, make_interruptible
 from mnistsum_ray.data.inputs import report_skipped
-from mnistsum_ray.data.order import NUMBERS, TrainingOrder
+from mnistsum_ray.data.order import TrainingOrder
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -32,23 +28,22 @@ from mnistsum_ray.errors import (
     counted,
     one_line,
     root_cause,
-    shell_command,
 )
-from mnistsum_ray.model.folder import Weights, load_model, write_model
+from mnistsum_ray.model.folder import Weights, load_model
 from mnistsum_ray.overrides import default_environment
-from mnistsum_ray.reporting.console import Console, Progress, accuracies
+from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
-from mnistsum_ray.reporting.report import REPORT, epoch_seconds, versions, write_report
-from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
+from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.lock import LOCK_NAME, FolderLock, folder_lock
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.analysis import FinishedModel, finish_model
-from mnistsum_ray.training.blocks import TrainingData, check_space, load_blocks
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
 from mnistsum_ray.training.loop import FailureLines, LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.pipeline import StepsInOrder, epochs_from
-from mnistsum_ray.training.preflight import MANIFEST, TrainingRun
+from mnistsum_ray.training.preflight import TrainingRun
+from mnistsum_ray.training.record import RunRecord
+from mnistsum_ray.training.rows import TrainingData, check_space, load_blocks
 
 _ROWS_PER_GPU: Final = 256
 """Rows of a step below which another GPU is of no use: the kernels of so small a network take as
@@ -91,51 +86,49 @@ class _Driver:
         callbacks: Sequence[ray.train.UserCallback],
     ) -> None:
         self.run = run
-        self.lock = lock
         self.console = console
         self.callbacks = callbacks
-        self.manifest = run.stored or {}
-        """Results of a run that is resumed stay until there are new ones."""
-        self.history: list[dict[str, Any]] = []
+        self.record = RunRecord(run, lock, console.say)
+        self.checkpoint: Location | None = None
+        """Where a run that is resumed goes on."""
+        self.weights: Weights | None = None
+        """Those of `--init-from`."""
+        self.init_from: dict[str, str] | None = None
         self.waiting_since: float | None = None
         """When workers were wanted that have not reported yet."""
         self.late = 0.0
         """Seconds after which the driver has given up waiting for them."""
-        self.started = time.monotonic()
 
     def fit(self) -> TrainResult:
         """Train and publish. The manifest says how a run ends that does not finish."""
-        start, weights = self._find_start()
+        self._find_start()
         self._prepare()
-        file = self.run.folder / MANIFEST
-        write = file.write if self.run.config.resume else file.create
-        write(self.manifest)
         try:
             with self._events() as events:
-                if len(self.history) < self.run.hyperparameters.epochs:
-                    loop = LoopConfig(
-                        self.run.hyperparameters, self.threads, self.data, events, start, weights
-                    )
-                    self._train(loop)
+                if len(self.record.history) < self.run.hyperparameters.epochs:
+                    self._train(events)
                 finished = self._finish(events)
-            return self._publish(finished)
+            return self.record.publish(finished)
         except KeyboardInterrupt:
-            self._mark("stopped")
+            self.record.mark("stopped")
             raise RunInterrupted(self.run.how_to_resume()) from None
         except BaseException:
-            self._mark("failed")
+            self.record.mark("failed")
             raise
 
-    def _train(self, loop: LoopConfig) -> None:
+    def _train(self, events: Queue) -> None:
         """Train the epochs that are left with Ray Train, which starts workers again that fail."""
         run, parameters, use_gpu = self.run, self.run.hyperparameters, self.plan.use_gpu
         low, high = self.plan.worker_range
+        loop = LoopConfig(
+            parameters, self.threads, self.data, events, self.checkpoint, self.weights
+        )
         trainer = TorchTrainer(
             train_loop_per_worker,
             train_loop_config={"loop": loop},
             datasets={
                 f"from epoch {epoch}": epochs_from(epoch, parameters.epochs)
-                for epoch in range(len(self.history), parameters.epochs)
+                for epoch in range(len(self.record.history), parameters.epochs)
             },
             dataset_config=StepsInOrder(
                 self.data, parameters.epochs, parameters.distortion, readers=2 if use_gpu else 1
@@ -153,7 +146,7 @@ class _Driver:
             run_config=ray.train.RunConfig(
                 name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}",  # see CHECKPOINTS
                 storage_path=run.ray_storage(CHECKPOINTS),
-                callbacks=[*self.callbacks, FailureLines(loop.events)],
+                callbacks=[*self.callbacks, FailureLines(events)],
                 failure_config=ray.train.FailureConfig(
                     max_failures=run.config.max_failures, max_preemption_failures=-1
                 ),
@@ -170,7 +163,9 @@ class _Driver:
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             raise self._explained(error) from error
         except KeyboardInterrupt:
-            self._mark("stopped")  # first, since a cluster gives a stopped job only a few seconds
+            self.record.mark(
+                "stopped"
+            )  # first, since a cluster gives a stopped job only a few seconds
             self.abort()
             raise
         if failure:
@@ -188,8 +183,8 @@ class _Driver:
         cause = getattr(error, "controller_failure", error)
         return RunError(f"{root_cause(cause)}; {resume}")
 
-    def _find_start(self) -> tuple[Location | None, Weights | None]:
-        """The checkpoint, or else the weights, to start from.
+    def _find_start(self) -> None:
+        """Find the checkpoint, or else the weights, to start from.
 
         What is wrong there is said before the wait for workers.
         """
@@ -197,20 +192,19 @@ class _Driver:
         if run.config.resume:
             found = newest_checkpoint(run.folder, say)
             if found is not None:
-                self.history = found[1].history
-                return found[0], None
-            if self.manifest.get("status") == "finished":
+                self.checkpoint, state = found
+                self.record.history = state.history
+                return
+            if (run.stored or {}).get("status") == "finished":
                 raise RequestError(
                     f"--resume: run {run.config.name} is finished, and no checkpoint is left to "
                     "resume from; its files stay as they are; start another run"
                 )
             say("no checkpoint can be used, so the run starts from the beginning")
-        if run.config.init_from is None:
-            return None, None
-        network, description = load_model(locate(run.config.init_from, "--init-from"))
-        source = {"model": run.config.init_from, "sha256": description["sha256"]}
-        self.manifest = self.manifest | {"init_from": source}
-        return None, network.state_dict()
+        if run.config.init_from is not None:
+            network, description = load_model(locate(run.config.init_from, "--init-from"))
+            self.weights = network.state_dict()
+            self.init_from = {"model": run.config.init_from, "sha256": description["sha256"]}
 
     def _prepare(self) -> None:
         """Wait for the workers, and read the rows."""
@@ -235,38 +229,11 @@ class _Driver:
         if source.bad.total:
             left_out = f"{source.bad.total:,} of {counted(source.rows, 'row')}"
             say(f"left out: {left_out}: {source.bad.describe()}")
-        stored = (run.stored or {}).get("data", {"sha256": sha256})
-        if sha256 != stored["sha256"]:
-            raise RequestError(
-                f"--resume: the data are not those of the run (SHA-256 {sha256[:12]}…, the run has "
-                f"{stored['sha256'][:12]}… from {stored['location']}); name the same data, or "
-                "start another run"
-            )
+        self.record.begin(source, sha256, self.plan, self.threads, self.init_from)
         order = TrainingOrder(source.train, blocks.bounds, parameters.batch_size, parameters.seed)
         self.data = ray.put(TrainingData(blocks, order, source.validation, source.test))
         train, validation, test = map(len, (source.train, source.validation, source.test))
-        self.manifest = self.manifest | {
-            "status": "running",
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "config": config.model_dump(mode="json", exclude={"resume"}),
-            "versions": versions(),
-            "workers": self.plan.describe(),
-            "num_workers": self.plan.worker_range,
-            "threads": self.threads,
-            "data": {
-                "source": source.name,
-                "location": source.location,
-                # The config of a run that is resumed names the data that `--data auto` found, so
-                # only the first manifest says that it is not full MNIST.
-                "notice": source.notice or stored.get("notice", ""),
-                "sha256": sha256,
-                "train_rows": train,
-                "validation_rows": validation,
-                "test_rows": test,
-                "bad_rows": {"rows": source.bad.total} | vars(source.bad),
-            },
-        }
-        self.metrics = JobMetrics("train", run.folder.display, len(self.history) * train)
+        self.metrics = JobMetrics("train", run.folder.display, len(self.record.history) * train)
         of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
         counts = f"{train:,} training, {validation:,} validation, {test:,} test rows of {of}"
         say(f"run {config.name}: {counts}; {self.plan.describe()}")
@@ -320,7 +287,7 @@ class _Driver:
             if event["kind"] == "precision":
                 self.waiting_since = None
                 # Only now that the workers have chosen it: config.yaml says all.
-                self._write_config(event["precision"])
+                self.record.write_config(self.plan, self.threads, event["precision"])
             elif event["kind"] == "failure":
                 self.waiting_since = time.monotonic()
             elif event["kind"] == "progress":
@@ -330,8 +297,7 @@ class _Driver:
                 self.metrics.set(**{name: event[name] for name in names})
             elif event["kind"] == "epoch":
                 line = {key: value for key, value in event.items() if key != "kind"}
-                self.history = [*self.history[: line["epoch"] - 1], line]
-                self._write_history()  # after an error it is written with the next epoch
+                self.record.add_epoch(line)  # after an error it is written with the next one
         except Exception as error:
             text = f"an event of the workers is left out ({event['kind']}): {one_line(error)}"
             self.console.say(text)
@@ -351,87 +317,6 @@ class _Driver:
         given = (self.run.hyperparameters, self.data, found[0], self.threads, events)
         finished: FinishedModel = ray.get(task.remote(*given))
         return finished
-
-    def _publish(self, finished: FinishedModel) -> TrainResult:
-        """Write the model, the report and, last, the manifest."""
-        run, say = self.run, self.console.say
-        card = finished.description
-        self.history = finished.history
-        self.lock.check()
-        self._write_config(finished.manifest["precision"])
-        write_model(run.folder / "model", finished.weights, card)
-        self._write_history()
-        # The first epoch includes one-time work such as loading kernels.
-        steady = self.history[1:] or self.history
-        speeds = [line["rows_per_second"] for line in steady]
-        result = TrainResult(
-            run=run.folder.display,
-            model=(run.folder / "model").display,
-            parameters=card["parameters"],
-            data=SplitRows(**self.manifest["data"]),
-            test=HeldOutMetrics(**card["test"]),
-            images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
-            seconds=round(time.monotonic() - self.started, 1),
-        )
-        manifest = self.manifest | finished.manifest
-        manifest["status"] = "finished"
-        manifest["metrics"] = result.line()
-        manifest["training_seconds"] = round(sum(map(epoch_seconds, self.history)), 1)
-        files = write_report(run.folder, manifest, card, self.history, finished.mistake_images, say)
-        rows = f"{counted(card['test']['rows'], 'row')}, all {NUMBERS} numbers"
-        say(f"test: {accuracies(card['test'])} ({rows})")
-        say(f"report: {(run.folder / REPORT).display}")
-        command = f"{shell_command('score')} --model {shlex.quote(run.folder.display)}"
-        say(f"score with it: {command} --input PAIRS --output SCORED")
-        self.lock.check()
-        self.manifest = manifest  # from here on the run is neither stopped nor failed
-        (run.folder / MANIFEST).write(manifest)
-        if run.config.mlflow:
-            self._log_to_mlflow(card, files)
-        return result
-
-    def _log_to_mlflow(self, card: dict[str, Any], files: list[str]) -> None:
-        """Log the finished run to MLflow; a line says where, or why not."""
-        uri = self.run.config.mlflow
-        try:
-            from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
-
-            run_id = log_run(self.manifest, self.history, card, self.run.folder, files)
-            self.console.say(f"MLflow: run {run_id} at {uri}")
-        except Exception as error:  # from the network to a missing client of the server's storage
-            kept = "the run is complete, and --resume logs it again"
-            self.console.say(f"--mlflow {uri}: {one_line(error)}; {kept}")
-
-    def _write_history(self) -> None:
-        """Write history.jsonl and TensorBoard's event files of the epochs."""
-        from mnistsum_ray.reporting import tensorboard  # takes a moment to import
-
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        (self.run.folder / "history.jsonl").write(lines.encode())
-        tensorboard.write_epochs(self.run.folder, self.history)
-
-    def _write_config(self, precision: str) -> None:
-        """Write config.yaml: the config of the run, with what it has chosen, for another run."""
-        low, high = self.plan.worker_range
-        chosen = {
-            "num_workers": low if low == high else (low, high),
-            "use_gpu": self.plan.use_gpu,
-            "threads": self.threads,
-            "precision": precision,
-        }
-        config = self.run.config.model_copy(update=chosen)
-        entries = config.model_dump(mode="json", exclude={"storage_path", "name", "resume"})
-        text = "# mnistsum train --config FILE trains the same again\n"
-        text += yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
-        (self.run.folder / "config.yaml").write(text.encode())
-
-    def _mark(self, status: str) -> None:
-        """Write the status of a run that is not finished."""
-        if self.manifest["status"] == "finished":
-            return
-        with suppress(OSError, RunError, KeyboardInterrupt):
-            self.lock.check()
-            (self.run.folder / MANIFEST).write(self.manifest | {"status": status})
 
 
 def choose_threads(run: TrainingRun, plan: resources.WorkerPlan) -> int | None:

@@ -25,7 +25,7 @@ from mnistsum_ray.data.blocks import Digits
 from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
 from mnistsum_ray.data.images import Pixels, pixels_array
 from mnistsum_ray.data.order import RowIds, TrainingOrder, positions_of_rank, random_numbers
-from mnistsum_ray.training.blocks import TrainingData
+from mnistsum_ray.training.rows import TrainingData
 
 _FIRST_TASK_ROWS: Final = 8192
 _TASK_ROWS: Final = 32_768

@@ -26,7 +26,7 @@ from mnistsum_ray.model.device import (
 from mnistsum_ray.model.metrics import AnswerCounts, LabelledRows, Metrics, score_rows
 from mnistsum_ray.model.network import Network, undistorted_digit_scores
 from mnistsum_ray.reporting.console import Progress
-from mnistsum_ray.training.blocks import RowBlocks
+from mnistsum_ray.training.rows import RowBlocks
 
 _BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
 """Held-out rows that are scored together."""

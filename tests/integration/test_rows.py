@@ -18,9 +18,9 @@ from mnistsum_ray.data.order import TrainingOrder, positions_of_rank, random_num
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.training import driver, pipeline
-from mnistsum_ray.training.blocks import TrainingData, load_blocks
-from mnistsum_ray.training.loop import Batch, TrainingBatches
 from mnistsum_ray.training.pipeline import StepsInOrder, epochs_from
+from mnistsum_ray.training.rows import TrainingData, load_blocks
+from mnistsum_ray.training.trainer import Batch, TrainingBatches
 from mnistsum_ray.training.worker import HeldOutRows, Worker
 from tests.integration.conftest import start_cluster, train_here
 

@@ -8,8 +8,8 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.training.loop import Trainer
 from mnistsum_ray.training.preflight import preflight
+from mnistsum_ray.training.trainer import Trainer
 from mnistsum_ray.training.worker import Worker
 
 CPU = torch.device("cpu")

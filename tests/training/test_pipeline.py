@@ -15,8 +15,8 @@ import ray
 from mnistsum_ray.data.blocks import Block
 from mnistsum_ray.data.order import TrainingOrder
 from mnistsum_ray.data.sources import open_source
-from mnistsum_ray.training.blocks import load_blocks
 from mnistsum_ray.training.pipeline import tasks
+from mnistsum_ray.training.rows import load_blocks
 
 
 @pytest.fixture(scope="module")

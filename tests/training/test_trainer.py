@@ -25,7 +25,7 @@ from mnistsum_ray.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from mnistsum_ray.training.loop import EpochCounter
+from mnistsum_ray.training.trainer import EpochCounter
 from tests.training import CPU, as_worker, new_trainer
 
 COUNTED = [

@@ -1,0 +1,170 @@
+"""The files that a run leaves: config, history, model, pictures, report, manifest."""
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from mnistsum_ray.cluster.resources import WorkerPlan
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.sources import Source
+from mnistsum_ray.errors import RequestError, RunError, counted, one_line, shell_command
+from mnistsum_ray.model.folder import write_model
+from mnistsum_ray.reporting.console import accuracies
+from mnistsum_ray.reporting.report import REPORT, epoch_seconds, versions, write_report
+from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
+from mnistsum_ray.storage.lock import FolderLock
+from mnistsum_ray.training.analysis import FinishedModel
+from mnistsum_ray.training.preflight import MANIFEST, TrainingRun
+
+
+class RunRecord:
+    """Writes the files of a run, whose folder is held by `lock`; `say` gets lines."""
+
+    def __init__(self, run: TrainingRun, lock: FolderLock, say: Callable[[str], None]) -> None:
+        self.history: list[dict[str, Any]] = []
+        """Lines of history.jsonl, one an epoch."""
+        self._run = run
+        self._lock = lock
+        self._say = say
+        self._started = time.monotonic()
+        # Results of a run that is resumed stay until there are new ones.
+        self._manifest = dict(run.stored or {})
+
+    def begin(
+        self,
+        source: Source,
+        sha256: str,
+        plan: WorkerPlan,
+        threads: int | None,
+        init_from: dict[str, str] | None,
+    ) -> None:
+        """Write the manifest of a run that begins or goes on.
+
+        `source` is without its bad rows, `sha256` its fingerprint. It is a RequestError if they are
+        not those of the run that goes on.
+        """
+        run = self._run
+        stored = self._manifest.get("data", {"sha256": sha256})
+        if sha256 != stored["sha256"]:
+            raise RequestError(
+                f"--resume: the data are not those of the run (SHA-256 {sha256[:12]}…, the run has "
+                f"{stored['sha256'][:12]}… from {stored['location']}); name the same data, or "
+                "start another run"
+            )
+        self._manifest |= {
+            "status": "running",
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": run.config.model_dump(mode="json", exclude={"resume"}),
+            "versions": versions(),
+            "workers": plan.describe(),
+            "num_workers": plan.worker_range,
+            "threads": threads,
+            "data": {
+                "source": source.name,
+                "location": source.location,
+                # The config of a run that is resumed names the data that `--data auto` found, so
+                # only the first manifest says that it is not full MNIST.
+                "notice": source.notice or stored.get("notice", ""),
+                "sha256": sha256,
+                "train_rows": len(source.train),
+                "validation_rows": len(source.validation),
+                "test_rows": len(source.test),
+                "bad_rows": {"rows": source.bad.total} | vars(source.bad),
+            },
+        }
+        if init_from:
+            self._manifest["init_from"] = init_from
+        file = run.folder / MANIFEST
+        write = file.write if run.config.resume else file.create
+        write(self._manifest)
+
+    def mark(self, status: str) -> None:
+        """Write the status of a run that is not finished."""
+        if self._manifest["status"] == "finished":
+            return
+        with suppress(OSError, RunError, KeyboardInterrupt):
+            self._lock.check()
+            (self._run.folder / MANIFEST).write(self._manifest | {"status": status})
+
+    def write_config(self, plan: WorkerPlan, threads: int | None, precision: str) -> None:
+        """Write config.yaml: the config of the run, with what it has chosen, for another run."""
+        low, high = plan.worker_range
+        chosen = {
+            "num_workers": low if low == high else (low, high),
+            "use_gpu": plan.use_gpu,
+            "threads": threads,
+            "precision": precision,
+        }
+        config = self._run.config.model_copy(update=chosen)
+        entries = config.model_dump(mode="json", exclude={"storage_path", "name", "resume"})
+        text = "# mnistsum train --config FILE trains the same again\n"
+        text += yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+        (self._run.folder / "config.yaml").write(text.encode())
+
+    def add_epoch(self, line: dict[str, Any]) -> None:
+        """Write history.jsonl and TensorBoard's event files with one more epoch."""
+        self.history = [*self.history[: line["epoch"] - 1], line]
+        self._write_history()
+
+    def _write_history(self) -> None:
+        from mnistsum_ray.reporting import tensorboard  # takes a moment to import
+
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        (self._run.folder / "history.jsonl").write(lines.encode())
+        tensorboard.write_epochs(self._run.folder, self.history)
+
+    def publish(self, finished: FinishedModel) -> TrainResult:
+        """Write the model, the report and, last, the manifest: then the run is finished."""
+        folder, description = self._run.folder, finished.description
+        self.history = finished.history
+        self._lock.check()
+        write_model(folder / "model", finished.weights, description)
+        self._write_history()
+        # The first epoch includes one-time work such as loading kernels.
+        steady = self.history[1:] or self.history
+        speeds = [line["rows_per_second"] for line in steady]
+        result = TrainResult(
+            run=folder.display,
+            model=(folder / "model").display,
+            parameters=description["parameters"],
+            data=SplitRows(**self._manifest["data"]),
+            test=HeldOutMetrics(**description["test"]),
+            images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
+            seconds=round(time.monotonic() - self._started, 1),
+        )
+        manifest = self._manifest | finished.manifest
+        manifest["status"] = "finished"
+        manifest["metrics"] = result.line()
+        manifest["training_seconds"] = round(sum(map(epoch_seconds, self.history)), 1)
+        images = finished.mistake_images
+        files = write_report(folder, manifest, description, self.history, images, self._say)
+        rows = f"{counted(description['test']['rows'], 'row')}, all {NUMBERS} numbers"
+        self._say(f"test: {accuracies(description['test'])} ({rows})")
+        self._say(f"report: {(folder / REPORT).display}")
+        command = f"{shell_command('score')} --model {shlex.quote(folder.display)}"
+        self._say(f"score with it: {command} --input PAIRS --output SCORED")
+        self._lock.check()
+        self._manifest = manifest  # from here on the run is neither stopped nor failed
+        (folder / MANIFEST).write(manifest)
+        if self._run.config.mlflow:
+            self._log_to_mlflow(description, files)
+        return result
+
+    def _log_to_mlflow(self, description: dict[str, Any], files: list[str]) -> None:
+        """Log the finished run to MLflow; a line says where, or why not."""
+        uri = self._run.config.mlflow
+        try:
+            from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
+
+            given = (self._manifest, self.history, description, self._run.folder, files)
+            self._say(f"MLflow: run {log_run(*given)} at {uri}")
+        except Exception as error:  # from the network to a missing client of the server's storage
+            kept = "the run is complete, and --resume logs it again"
+            self._say(f"--mlflow {uri}: {one_line(error)}; {kept}")
