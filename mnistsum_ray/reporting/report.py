@@ -1,7 +1,8 @@
 """Readable records of a run: report.html, the versions of the software, the names of metrics.
 
-Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `description` that of
-model.json, `history` are the lines of history.jsonl, and `pictures` are PNG files by their names.
+Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `description`
+that of model.json, `history` are the lines of history.jsonl, and `pictures` are PNG files by their
+names.
 """
 
 import platform
@@ -104,7 +105,7 @@ def report_page(
     run = manifest["metrics"]["run"]
     lines = [
         data["notice"],
-        f"The model of epoch {description['epoch']}, on {test['rows']:,} test images with every number.",
+        f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number.",
         f"To score: mnistsum score --model {run} --input PAIRS --output SCORED",
     ]
     names = [key.removeprefix("epoch/").replace("_", " ") for key in epoch_scalars(history[0])]

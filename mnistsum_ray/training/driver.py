@@ -108,6 +108,7 @@ class _Driver:
                 if len(self.record.history) < self.run.hyperparameters.epochs:
                     self._train(events)
                 finished = self._finish(events)
+            self.record.write_config(self.plan, self.threads, finished.manifest["precision"])
             return self.record.publish(finished)
         except KeyboardInterrupt:
             self.record.mark("stopped")

@@ -16,6 +16,7 @@ import torch
 from ray.util.queue import Queue
 from torch import Tensor
 
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RowIds, mix_ids
 from mnistsum_ray.model.device import (
     array_to_device,
@@ -30,6 +31,10 @@ from mnistsum_ray.training.rows import RowBlocks
 
 _BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
 """Held-out rows that are scored together."""
+
+_FETCHED_ROWS: Final = 100_000
+"""Held-out rows that are copied together, 0.8 KB each: they may be spread over all blocks, and of
+spilled ones each is restored once."""
 
 Scored = Iterable[tuple[LabelledRows, Tensor]]
 """Batches of `digit` and `row_id`, with digit scores [n, 10]."""
@@ -87,14 +92,19 @@ class HeldOutRows:
 
     def batches(self) -> Iterator[LabelledRows]:
         """The rows on the device, copied from their blocks."""
-        device = self._worker.device
-        size = _BATCH_ROWS[device.type]
-        for start in range(0, len(self._ids), size):
-            ids = self._ids[start : start + size]
+        for start in range(0, len(self._ids), _FETCHED_ROWS):
+            ids = self._ids[start : start + _FETCHED_ROWS]
             images, digits = self._blocks.fetch(ids)
-            columns: dict[str, npt.NDArray[Any]]
-            columns = {"image": images, "digit": digits.astype(np.int64), "row_id": ids}
-            yield {name: array_to_device(values, device) for name, values in columns.items()}
+            yield from self._to_device(images, digits.astype(np.int64), ids)
+
+    def _to_device(self, images: Pixels, digits: RowIds, ids: RowIds) -> Iterator[LabelledRows]:
+        device = self._worker.device
+        columns: dict[str, npt.NDArray[Any]]
+        columns = {"image": images, "digit": digits, "row_id": ids}
+        size = _BATCH_ROWS[device.type]
+        for start in range(0, len(ids), size):
+            end = start + size
+            yield {name: array_to_device(rows[start:end], device) for name, rows in columns.items()}
 
     def scored(self, model: Network, *, bf16: bool) -> Iterator[tuple[LabelledRows, Tensor]]:
         """Digits and row ids of each batch, with its digit scores."""
