@@ -164,9 +164,8 @@ class _Driver:
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             raise self._explained(error) from error
         except KeyboardInterrupt:
-            self.record.mark(
-                "stopped"
-            )  # first, since a cluster gives a stopped job only a few seconds
+            # First, since a cluster gives a stopped job only a few seconds.
+            self.record.mark("stopped")
             self.abort()
             raise
         if failure:
