@@ -1,7 +1,6 @@
 """What Ray 2.60.0 does wrong and costs a user data or minutes, worked around with private names.
 
-Each works without its name too: by a public way, or without a comfort. ruff refuses private names
-elsewhere; tests/cluster/test_workarounds.py runs each, and with its name taken away.
+Each works without its name too. ruff refuses private names elsewhere.
 """
 
 import time
@@ -13,8 +12,7 @@ from typing import Any, Final
 import ray
 import ray.exceptions
 
-_GONE: Final = (ImportError, AttributeError, TypeError)
-"""What Python raises where Ray has renamed something, or changed its parameters."""
+_GONE: Final = (ImportError, AttributeError, TypeError)  # where Ray has renamed something
 
 _DATA_ACTORS: Final = {
     "execution.node_trackers.actor_location": "get_or_create_actor_location_tracker",
@@ -25,8 +23,6 @@ _DATA_ACTORS: Final = {
 }
 """Functions that create detached actors, by their modules in `ray.data._internal`."""
 
-_ABORT_SECONDS: Final = 3.0
-
 _FIRST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.05
 
@@ -35,7 +31,6 @@ def last_cluster_address() -> str | None:
     """HOST:PORT of the cluster that `ray start` started last on this machine, running or not.
 
     `ray.init` takes it from the same file, and tries for minutes where that cluster has crashed.
-    Without the name None: a job joins the cluster of RAY_ADDRESS alone.
     """
     with suppress(*_GONE):
         return ray._private.utils.read_ray_address() or None  # noqa: TID251
@@ -75,11 +70,9 @@ def make_interruptible(trainer: Any) -> Callable[[], None]:
     def abort() -> None:
         for controller in controllers:
             try:
-                ray.get(controller.abort.remote(), timeout=_ABORT_SECONDS)
-            except ray.exceptions.GetTimeoutError:
+                ray.get(controller.abort.remote(), timeout=3)
+            except ray.exceptions.RayError:  # it has ended, or does not answer
                 ray.kill(controller)  # its workers end with it
-            except ray.exceptions.RayError:
-                pass  # it has ended
 
     return abort
 

@@ -102,7 +102,7 @@ def test_nodes_come_work_and_all_go(
     rows = tmp_path / "rows.parquet"
     pq.write_table(pq.read_table(SAMPLE)[::10], rows)
     train = ["--data", rows, "--storage-path", tmp_path, "--name", "mine", "--epochs", 1]
-    train += ["--sum-head-steps", 5, "--num-workers", 2]
+    train += ["--sum-head-steps", 5, "--num-workers", 3]
     score = ["--model", model, "--input", rows, "--output", tmp_path / "out"]
     score += ["--number-column", "digit"]
     ray.shutdown()
