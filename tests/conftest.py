@@ -22,17 +22,22 @@ from mnistsum_ray.storage.uri import locate
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the tests that need a GPU where PyTorch has none."""
     if not torch.cuda.is_available():
-        reason = pytest.mark.skip(reason=f"needs a GPU, and PyTorch {torch.__version__} has no CUDA here")
+        reason = pytest.mark.skip(
+            reason=f"needs a GPU, and PyTorch {torch.__version__} has no CUDA here"
+        )
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(reason)
 
 
 def fail_instead_of_skipping(report: Any) -> None:
-    """In the gate (.ci/run) a test or module that is skipped fails with its reason: what it needs is missing there."""
+    """In the gate (.ci/run) what is skipped fails: what it needs is missing there."""
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("MNISTSUM_NO_SKIPS"):
         _, _, reason = report.longrepr
-        report.outcome, report.longrepr = "failed", f"{report.nodeid}: the gate skips nothing; {reason}"
+        report.outcome, report.longrepr = (
+            "failed",
+            f"{report.nodeid}: the gate skips nothing; {reason}",
+        )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -50,15 +55,18 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 
 def default_signals() -> None:
-    """Let a child process take the signals that a shell ignores for `nohup pytest` and for `pytest &` in a script."""
+    """Let a child process take signals that a shell ignores for `nohup` and for `&` in a script."""
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A home folder of the tests. Ray writes ~/.ray/auth_token when a test starts a cluster, and each cluster that the user
-    starts later would ask for it. The commands buffer what they print, as in a user's shell."""
+    """A home folder of the tests.
+
+    Ray writes ~/.ray/auth_token when a test starts a cluster, and each cluster that the user starts
+    later would ask for it. The commands buffer what they print, as in a user's shell.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONUNBUFFERED", raising=False)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
@@ -73,11 +81,13 @@ def sample() -> pa.Table:
 
 @pytest.fixture
 def write_rows(tmp_path: Path, sample: pa.Table) -> Callable[[int], Path]:
-    """Writes so many rows of the sample, all digits alike, as one Parquet file with small row groups."""
+    """Writes so many rows of the sample, all digits alike, as one Parquet file."""
 
     def write(rows: int) -> Path:
         path = tmp_path / f"rows{rows}.parquet"
-        pq.write_table(sample.take(pa.array(range(0, 5000, 5000 // rows))[:rows]), path, row_group_size=200)
+        pq.write_table(
+            sample.take(pa.array(range(0, 5000, 5000 // rows))[:rows]), path, row_group_size=200
+        )
         return path
 
     return write
@@ -99,8 +109,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "model", 0)
 
 
-def plain_predictions(model: Path, images: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """Predictions of plain PyTorch for uint8[n, 28, 28] and int64[n], with a model of `write_model`."""
+def plain_predictions(
+    model: Path, images: np.ndarray, numbers: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Predictions of plain PyTorch for uint8[n, 28, 28] and int64[n]."""
     network, _ = load_model(locate(str(model), "--model"))
     with torch.inference_mode():
         heads = network(prepare_images(torch.tensor(images)), torch.tensor(numbers))

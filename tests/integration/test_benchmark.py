@@ -19,4 +19,9 @@ def test_both_commands(data: Path) -> None:
         for figures in ways.values():
             assert min(figures.values()) > 0, ways
         assert ways["guide"]["times_guide"] == 1
-        assert done.out.splitlines()[0].split() == [what, "rows_per_second", "seconds", "times_guide"]
+        assert done.out.splitlines()[0].split() == [
+            what,
+            "rows_per_second",
+            "seconds",
+            "times_guide",
+        ]

@@ -31,7 +31,9 @@ def distorted(images: torch.Tensor, draws: torch.Tensor, strength: float = 1.0) 
         (SHEAR, 1, (0, 8), (-0.8, 8)),
     ],
 )
-def test_a_dot_moves(column: int, draw: float, before: tuple[int, int], after: tuple[float, float]) -> None:
+def test_a_dot_moves(
+    column: int, draw: float, before: tuple[int, int], after: tuple[float, float]
+) -> None:
     """Places are x and y in pixels from the middle."""
     dot, draws = torch.full((1, 1, 28, 28), -0.4), torch.zeros(1, DISTORTION_DRAWS)
     dot[0, 0, before[1] + 13 : before[1] + 15, before[0] + 13 : before[0] + 15] = 2.0

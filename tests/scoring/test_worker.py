@@ -1,4 +1,4 @@
-"""A worker's task: rows are read once and in order, parts are put once, and the reports count what is in them."""
+"""A worker's task: rows are read once and in order, and the reports count what is in its parts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +24,13 @@ def parts_of(request: Request) -> list[Part]:
 
 
 @pytest.mark.parametrize(("most", "group"), [(7, 90), (100, 1000), (500, 90), (2000, 90)])
-def test_every_row_is_read_once_in_order_and_decoded(tmp_path: Path, model: Path, most: int, group: int) -> None:
+def test_every_row_is_read_once_in_order_and_decoded(
+    tmp_path: Path, model: Path, most: int, group: int
+) -> None:
     write_rows(tmp_path / "a.parquet", range(1000), group, bad=501)
     table = pq.read_table(tmp_path / "a.parquet")
     request = preflight_of(model, tmp_path, "/nowhere", max_rows_per_file=most)
-    for chosen in (parts_of(request), parts_of(request)[1::3]):  # all, and such with others between them
+    for chosen in (parts_of(request), parts_of(request)[1::3]):
         read = [*read_parts(request, chosen)]
         assert [part for part, _ in read] == chosen
         for part, decoded in read:
@@ -49,50 +51,67 @@ def score(request: Request, parts: list[Part]) -> tuple[RowCounts, list[Report]]
     return counts, reports
 
 
-def test_images_on_the_other_background_are_worth_a_warning(tmp_path: Path, model: Path, sample: pa.Table) -> None:
+def test_images_on_the_other_background_are_worth_a_warning(
+    tmp_path: Path, model: Path, sample: pa.Table
+) -> None:
     """Rejected rows, which are zeros, do not count."""
     pixels = pixels_view(sample["image"].combine_chunks())[::500]
     for name, images in {"dark.parquet": pixels, "light.parquet": 255 - pixels}.items():
         column = [image.tobytes() for image in images] + [b"bad"] * 30
         pq.write_table(pa.table({"image": column, "number": [1] * 40}), tmp_path / name)
     request = preflight_of(model, tmp_path, tmp_path.with_name("out"))
-    for background, other in ((0, "light"), (255, "dark")):
+    said = {
+        0: "warning: light.parquet: its images are dark on",
+        255: "warning: dark.parquet: its images are light on",
+    }
+    for background, beginning in said.items():
         card = request.card | {"input": {"background": background}}
         _, reports = score(replace(request, card=card), parts_of(request))
         (warning,) = {report.warning for report in reports} - {None}
-        assert str(warning).startswith(f"warning: {other}.parquet: its images are {'dark' if background == 0 else 'light'} on")
+        assert str(warning).startswith(beginning)
 
 
-def test_the_reports_of_a_task_count_the_rows_of_the_parts_that_are_there(tmp_path: Path, model: Path) -> None:
-    """A part that another process has put stays, and is counted as it is."""
+def test_the_reports_of_a_task_count_the_rows_of_the_parts_that_are_there(
+    tmp_path: Path, model: Path
+) -> None:
+    """A file is damaged in its last part. A part that another process has put is counted as it is."""
     files = {name: tmp_path / "in" / name for name in ("a.parquet", "b.parquet", "c.parquet")}
     for start, path in enumerate(files.values()):
         write_rows(path, range(9 * start, 9 * start + 9), bad=20)
-    data, pages = files["b.parquet"].read_bytes(), pq.read_metadata(files["b.parquet"]).row_group(2).column(1)
-    files["b.parquet"].write_bytes(data.replace(data[pages.dictionary_page_offset :][:20], b"?" * 20))
-    request = preflight_of(model, tmp_path / "in", tmp_path / "out", max_rows_per_file=4, label_column="label")
+    data = files["b.parquet"].read_bytes()
+    pages = pq.read_metadata(files["b.parquet"]).row_group(2).column(1)
+    damaged = data[pages.dictionary_page_offset :][:20]
+    files["b.parquet"].write_bytes(data.replace(damaged, b"?" * 20))
+    output = tmp_path / "out"
+    settings = {"max_rows_per_file": 4, "label_column": "label"}
+    request = preflight_of(model, tmp_path / "in", output, **settings)
     counts, (*between, ends) = score(request, parts_of(request))
     unusable = [*{name for report in between for name in report.unusable}]
     assert (ends.ends, unusable) == (True, ["b.parquet"])
-    assert [report.counts.rows for report in between if report.counts] == [26], "small parts are predicted together"
-    there = [part for part in parts_of(request) if (tmp_path / "out" / "predictions" / part.output).exists()]
-    assert [part for part in parts_of(request) if part not in there] == [parts_of(request)[5]], "the last of b.parquet"
+    parts = parts_of(request)
+    there = [part for part in parts if (output / "predictions" / part.output).exists()]
+    assert there == parts[:5] + parts[6:]
     assert counts == count_parts(request, there, CONSOLE)
     least = []
     for part in there:
-        rows = pq.ParquetFile(tmp_path / "out" / "predictions" / part.output).read().to_pylist()
-        least += [(row["digit_prob"], part.name, part.first_row + index) for index, row in enumerate(rows) if not row["reason"]]
+        rows = pq.ParquetFile(output / "predictions" / part.output).read().to_pylist()
+        for index, row in enumerate(rows):
+            if not row["reason"]:
+                least.append((row["digit_prob"], part.name, part.first_row + index))
     assert [row[:3] for row in counts.unsure] == sorted(least)[:20]
-    other = preflight_of(write_model(tmp_path / "model", 1), tmp_path / "in", tmp_path / "out")
+    other = preflight_of(write_model(tmp_path / "model", 1), tmp_path / "in", output)
     again, _ = score(replace(request, weights=other.weights), there)
     assert again == counts == count_parts(request, there, CONSOLE)
 
 
-def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(tmp_path: Path, model: Path) -> None:
+def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(
+    tmp_path: Path, model: Path
+) -> None:
     write_rows(tmp_path / "in" / "a.parquet", [1])
     request = preflight_of(model, tmp_path / "in", model / "model.json" / "out")
     _, (written, _) = score(request, parts_of(request))
     (tmp_path / "in" / "a.parquet").unlink()
-    _, (read, ends) = score(request, parts_of(request))
-    assert [str(report.failed).partition(" ")[0] for report in (written, read)] == ["--output", "--input"]
-    assert (written.unusable, read.unusable, ends.ends) == ({}, {}, True)
+    _, (read, _) = score(request, parts_of(request))
+    assert str(written.failed).startswith("--output ")
+    assert str(read.failed).startswith("--input ")
+    assert (written.unusable, read.unusable) == ({}, {})
