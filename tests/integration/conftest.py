@@ -1,4 +1,4 @@
-"""Real clusters and real processes: one Ray cluster for the tests here, and jobs run as commands."""
+"""Real clusters and real processes: one Ray cluster for the tests here, and jobs as commands."""
 
 import io
 import itertools

@@ -1,6 +1,7 @@
 """Processes, nodes, storage and disks that fail: what is left is what an undisturbed run leaves.
 
-One cluster of a head and three nodes. A table of faults for each command; README.md has it in words.
+One cluster of a head and three nodes, and a table of faults for each command; README.md has it in
+words.
 """
 
 import json
@@ -181,7 +182,7 @@ def trained(
 ) -> tuple[Trained, Files]:
     """An undisturbed run, and its files in the third epoch, as a killed driver leaves them."""
     folder = tmp_path_factory.mktemp("whole")
-    world = World(cluster, s3, locate(str(folder), "--storage-path"), None)  # type: ignore[arg-type]
+    world = World(cluster, s3, locate(str(folder), "--storage-path"), Bomb(folder / ".bomb"))
     killed: Files = {}
     whole = during(
         lambda: train_here(data=rows, storage_path=folder, **SETTINGS),
@@ -319,7 +320,7 @@ def test_other_data_are_refused(trained: tuple[Trained, Files], rows: Path, tmp_
 def test_an_elastic_run_shrinks(cluster: Cluster, s3: Storage, data: Path, tmp_path: Path) -> None:
     """A node of three is lost, and none joins: the run goes on with the workers that are left."""
     place = locate(str(tmp_path), "--storage-path")
-    world = World(cluster, s3, place, None)  # type: ignore[arg-type]
+    world = World(cluster, s3, place, Bomb(tmp_path / ".bomb"))
 
     def lose() -> None:
         cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)

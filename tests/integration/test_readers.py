@@ -1,4 +1,4 @@
-"""Files of the libraries that users have are scored alike, and each library reads the output once."""
+"""Files of the libraries that users have are scored alike, and each reads every row once."""
 
 import signal
 from collections.abc import Callable

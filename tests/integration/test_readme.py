@@ -61,7 +61,7 @@ def test_the_sample_is_learned_on_a_laptop(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_train_and_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One epoch each. A training on full MNIST is not run here: `--resume` finds the sample's run."""
+    """One epoch each. No training on full MNIST is run: `--resume` finds the sample's run."""
     monkeypatch.chdir(folder)
     for section in ("Train", "Score"):
         commands = commands_of(section)

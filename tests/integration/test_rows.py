@@ -1,4 +1,4 @@
-"""What training workers are fed: each row once an epoch, for any number of workers the same batches."""
+"""What training workers get: each row once an epoch, for any number of them the same batches."""
 
 from collections.abc import Iterator
 from pathlib import Path

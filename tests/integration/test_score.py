@@ -1,4 +1,4 @@
-"""One world of good and bad rows and files: each row is predicted as by plain PyTorch, or says why not.
+"""A world of good and bad rows and files: each row is predicted as by PyTorch, or says why not.
 
 Scored on a disk and on S3 (moto's server), by commands that differ in their paths alone.
 """

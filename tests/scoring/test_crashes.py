@@ -106,7 +106,7 @@ class World:
         return {name: files[name] for name in files.keys() - timed}
 
     def check(self) -> dict[str, list[int]]:
-        """Each file is whole and of one request; with a manifest each row that it counts is there once.
+        """Each file is whole and of one request; with a manifest each row is there once.
 
         Returns the rows by input file.
         """

@@ -74,7 +74,7 @@ def test_images_on_the_other_background_are_worth_a_warning(
 def test_the_reports_of_a_task_count_the_rows_of_the_parts_that_are_there(
     tmp_path: Path, model: Path
 ) -> None:
-    """A file is damaged in its last part. A part that another process has put is counted as it is."""
+    """One file's last part is damaged. A part that another process has put is counted as it is."""
     files = {name: tmp_path / "in" / name for name in ("a.parquet", "b.parquet", "c.parquet")}
     for start, path in enumerate(files.values()):
         write_rows(path, range(9 * start, 9 * start + 9), bad=20)
