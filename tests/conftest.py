@@ -1,10 +1,8 @@
 """Data that the tests share: small, real, and made on the spot."""
 
-import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,41 +15,6 @@ from mnistsum_ray.model import folder as model_folder
 from mnistsum_ray.model.folder import copy_weights, describe_model, load_model
 from mnistsum_ray.model.network import make_network, prepare_images
 from mnistsum_ray.storage.uri import locate
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU where PyTorch has none."""
-    if not torch.cuda.is_available():
-        reason = pytest.mark.skip(
-            reason=f"needs a GPU, and PyTorch {torch.__version__} has no CUDA here"
-        )
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(reason)
-
-
-def fail_instead_of_skipping(report: Any) -> None:
-    """In the gate (.ci/run) what is skipped fails: what it needs is missing there."""
-    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("MNISTSUM_NO_SKIPS"):
-        _, _, reason = report.longrepr
-        report.outcome, report.longrepr = (
-            "failed",
-            f"{report.nodeid}: the gate skips nothing; {reason}",
-        )
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    fail_instead_of_skipping(report)
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    report = yield
-    fail_instead_of_skipping(report)
-    return report
 
 
 def default_signals() -> None:

@@ -12,6 +12,12 @@ from mnistsum_ray.model.device import disable_tf32
 
 CUDA = torch.device("cuda")
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip(f"needs a GPU, and PyTorch {torch.__version__} has no CUDA here")
+
+
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 

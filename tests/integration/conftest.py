@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import boto3
-import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -406,15 +405,3 @@ def kill_worker(root: int, title: str) -> int:
     assert workers, descendants(root)
     os.kill(workers[0], signal.SIGKILL)
     return workers[0]
-
-
-def write_shuffled_sample(folder: Path, rows: int) -> pa.Table:
-    """Write rows of the sample, all digits mixed, as four Parquet files; return them."""
-    folder.mkdir()
-    sample = pq.read_table(SAMPLE)
-    order = np.random.default_rng(0).permutation(sample.num_rows)[:rows]
-    table = sample.take(pa.array(order))
-    for index in range(4):
-        part = table.slice(index * rows // 4, rows // 4)
-        pq.write_table(part, folder / f"{index}.parquet", row_group_size=300)
-    return table

@@ -88,10 +88,11 @@ def test_workers_get_the_gpu(
     ):
         score_here(model, tmp_path / "out", data, **request, wait_seconds=2)
     ray.kill(holder)
-    no_cuda = r"^AssertionError: Torch not compiled with CUDA enabled; what is scored is kept"
-    with pytest.raises(RunError, match=no_cuda):
+    # A CPU build of PyTorch says the one, a CUDA build the other.
+    no_cuda = "Torch not compiled with CUDA|NVIDIA|NCCL"
+    with pytest.raises(RunError, match=f"({no_cuda}).*; what is scored is kept"):
         score_here(model, tmp_path / "out", data, **request)
-    with pytest.raises(RunError, match="doesn't have NCCL built in; checkpoints are kept"):
+    with pytest.raises(RunError, match=f"({no_cuda}).*; checkpoints are kept"):
         train_here(data=data, storage_path=tmp_path, use_gpu=True, max_failures=0)
 
 

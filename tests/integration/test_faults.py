@@ -47,7 +47,6 @@ from tests.integration.conftest import (
     score_here,
     train_here,
     wait_for_files,
-    write_shuffled_sample,
 )
 
 pytestmark = pytest.mark.slow
@@ -152,16 +151,17 @@ SETTINGS |= {"sum_head_steps": 20, "skip_bad_rows": True, "name": "mine"}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rows(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four files of dark ink on white. In the third, every fourth digit is 11."""
-    folder = tmp_path_factory.mktemp("data") / "rows"
-    write_shuffled_sample(folder, rows=1600)
-    for path in folder.iterdir():
-        table = pq.read_table(path)
-        digits = table["digit"].to_numpy().copy()
-        if path.name == "2.parquet":
-            digits[::4] = 11
+    folder = tmp_path_factory.mktemp("rows")
+    order = np.random.default_rng(0).permutation(len(sample))
+    for index in range(4):
+        table = sample.take(pa.array(order[index * 400 :][:400]))
         dark = [image.tobytes() for image in 255 - pixels_view(one_chunk(table["image"]))]
+        digits = table["digit"].to_numpy().copy()
+        if index == 2:
+            digits[::4] = 11
+        path = folder / f"{index}.parquet"
         pq.write_table(pa.table({"image": dark, "digit": digits}), path, row_group_size=300)
     return folder
 

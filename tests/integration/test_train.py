@@ -230,7 +230,7 @@ def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once
         again = train_here(storage_path=tmp_path, name="again", resume=True)
         scored = score_here(run, tmp_path / "out", data, number_column="digit")
     assert stopped.code == 128 + signal.SIGTERM
-    assert stopped.err.strip().endswith(f"--storage-path {tmp_path} --name again --resume")
+    assert f"--storage-path {tmp_path} --name again --resume\n" in stopped.err
     assert "going on after epoch 1, on 1 worker" in again.said
     assert again.line["test"] == done.line["test"]
     assert again.weights() == (Path(done.line["model"]) / "model.safetensors").read_bytes()
@@ -288,6 +288,5 @@ def test_a_wrong_request_is_one_line_and_begins_nothing(tmp_path: Path) -> None:
     done = run_job("train", "--data", tmp_path, cwd=tmp_path)
     assert (done.code, done.out) == (2, "")
     (error,) = done.err.splitlines()
-    assert error.startswith("error: --data ")
-    assert "a.parquet" in error
+    assert error.startswith(f"error: {tmp_path}/a.parquet: has a damaged footer")
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
