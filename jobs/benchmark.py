@@ -116,7 +116,7 @@ def decode(images: Iterable[bytes]) -> np.ndarray:
 
 
 def read_rows(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images and digits of the rows that `prepare` has written."""
+    """Images and digits of the rows that `main` has written."""
     table = pq.read_table(folder / "rows")  # noqa: TID251 - the benchmark's own files
     return decode(table["image"].to_pylist()), table["digit"].to_numpy().astype(np.int64)
 
@@ -226,16 +226,8 @@ def score_project(folder: Path) -> None:
     score(ScoreConfig(model=model, input=(rows,), output=output))
 
 
-def measure(way: str, what: str, folder: Path, rows: int) -> dict[str, float]:
-    """Run one way; its function returns rows/s, or None where all seconds count."""
-    started = time.perf_counter()
-    rate: float | None = globals()[f"{what}_{way}"](folder)
-    seconds = time.perf_counter() - started
-    return {"rows_per_second": rate or rows / seconds, "seconds": seconds}
-
-
-def measure_alone(way: str, *args: object) -> dict[str, float]:
-    """The same in a new process, whose functions Ray can send to workers."""
+def run_alone(way: str, *args: object) -> dict[str, float]:
+    """Run one way in a process of its own; return its figures."""
     os.environ["RAY_ADDRESS"] = "local"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one GPU
     command = [sys.executable, __file__, *map(str, args), "--way", way]
@@ -256,14 +248,17 @@ def main() -> None:
     args = parser.parse_args()
     what, rows = args.what, args.rows or ROWS[args.what]
     if args.way:
-        print(json.dumps(measure(args.way, what, args.folder, rows)))
+        started = time.perf_counter()
+        rate = globals()[f"{what}_{args.way}"](args.folder)  # None: all seconds count
+        seconds = time.perf_counter() - started
+        print(json.dumps({"rows_per_second": rate or rows / seconds, "seconds": seconds}))
         return
     with tempfile.TemporaryDirectory() as folder:
         pairs: dict[str, Any] = {"data": args.data, "split": "train", "rows": rows, "files": 8}
         export_pairs(ExportPairsConfig(**pairs, output=f"{folder}/rows"), print)
         save_model(network.make_network(), f"{folder}/model")  # the speed depends on no weights
         flags = (what, "--rows", rows, "--folder", folder)
-        ways = {way: measure_alone(way, *flags) for way in WAYS}
+        ways = {way: run_alone(way, *flags) for way in WAYS}
     print(f"{what:10}   rows_per_second           seconds       times_guide")
     for way, figures in ways.items():
         figures["times_guide"] = figures["rows_per_second"] / ways["guide"]["rows_per_second"]

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import secrets
 import signal
 import subprocess
@@ -326,12 +327,13 @@ class Job:
         _jobs.append(self)
 
     def wait_for_line(self, beginning: str) -> str:
-        """Read standard error up to a line that begins with this text, and return it."""
+        """Read standard error to a line with this beginning after the run's name; return the rest."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self._seen.append(line)
-            if line.startswith(beginning):
-                return line
+            said = re.sub(r"^[0-9:]{8} \S+  ", "", line)
+            if said.startswith(beginning):
+                return said
         raise AssertionError(f"ended without {beginning!r}:\n" + "".join(self._seen))
 
     def wait_until(self, condition: Callable[[], object]) -> None:

@@ -41,7 +41,7 @@ WAYS: list[tuple[dict[str, Any], str]] = [
 BAD_FILES = {
     "latin-\\udce9.parquet": "its name is not UTF-8",
     "bad_column.parquet": "has a column 'Reason', which scoring would add; rename it",
-    "bad_cut.parquet": "was cut off",
+    r"bad_\x1b[2J.parquet": "was cut off",
     "bad_pages.parquet": "cannot be read",
     "bad_shape.parquet": "which holds no images",
 }
@@ -63,6 +63,7 @@ def rows_of(sample: pa.Table, file: int) -> tuple[pa.Table, Pixels, np.ndarray]:
     for row in range(0, ROWS_A_FILE, 5):
         rows[row] |= WAYS[row // 5 % len(WAYS)][0]
     kind = pa.schema({"id": pa.string(), "image": pa.binary(), "number": pa.int16()})
+    kind = kind.append(pa.field("digit", pa.int8()))  # null
     return pa.Table.from_pylist(rows, kind), images, numbers
 
 
@@ -85,7 +86,7 @@ def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
     middle = 4 + len(whole) // 2
     pages = whole[:4] + b"\xff" * (middle - 4) + whole[middle:]
     (folder / "bad_pages.parquet").write_bytes(pages)
-    (folder / "bad_cut.parquet").write_bytes(whole[:-1000])
+    (folder / "bad_\x1b[2J.parquet").write_bytes(whole[:-1000])
     pq.write_table(good.append_column("Reason", good["id"]), folder / "bad_column.parquet")
     shapes = pa.table({"image": [{"data": [0] * 784, "shape": 784}], "number": [1]})
     pq.write_table(shapes, folder / "bad_shape.parquet")
@@ -115,7 +116,7 @@ def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Score
     for name, reason in BAD_FILES.items():
         assert files[name]["status"] == "failed"
         assert reason in files[name]["reason"]
-        (written,) = [text for text in said if text.startswith(f"cannot be used: {name}: ")]
+        (written,) = [text for text in said if f"cannot be used: {name}: " in text]
         assert reason in written
         assert not list((scored.output / "predictions").glob(f"{Path(name).stem}*"))
     for file in range(FILES):
@@ -123,6 +124,7 @@ def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Score
         counts = (row["rows"], row["scored"], row["rejected"])
         assert counts == (ROWS_A_FILE, ROWS_A_FILE - BAD, BAD)
     page = html.unescape((scored.output / "report.html").read_text())
+    assert page.replace("\n", "").isprintable(), "a terminal would obey control characters"
     for reason, count in manifest["rejected_by_reason"].items():
         assert f"<td>{count:,}</td><td>{reason}</td><td>" in page
 
@@ -146,7 +148,6 @@ def test_every_bad_row_says_why_and_the_good_rows_beside_it_are_predicted(
 def test_labels_and_columns_of_any_type_cost_no_file(scored: Scored) -> None:
     assert scored.manifest()["labelled_rows"] == 1
     assert "columns whose type changes in the output: day (INT96); " in scored.said
-    assert "3 labels outside 0..9, counted as unknown\n" in scored.said
     for name in ("floats", "texts"):
         assert scored.table(f"{name}.parquet")["day"].to_pylist() == DAYS
 
@@ -173,7 +174,7 @@ def test_s3_gives_what_a_disk_gives(source: Path, scored: Scored, model: Path) -
         tables = [pq.read_table(pa.BufferReader(file.read_bytes())) for file in files]
         one, other = (table.replace_schema_metadata() for table in tables)
         assert one.equals(other), name
-    (root / "in/bad_cut.parquet").delete()
+    (root / "in/bad_shape.parquet").delete()
     again = score_here(*uris, **SETTINGS, overwrite=True).line
     assert (again["resumed_rows"], again["failed_files"]) == (0, len(BAD_FILES) - 2)
 

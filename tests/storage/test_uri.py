@@ -31,7 +31,7 @@ def test_a_path_or_uri_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     azure = "abfs://container@account.dfs.core.windows.net/a"
     query = "region=eu-west-1&scheme=http&endpoint_override=h:1"
-    there = {"s3a://b/c/": "s3://b/c", "gs://anonymous@b/c": "gs://anonymous@b/c", azure: azure}
+    there = {"s3a://b/c/": "s3://b/c", "gs://b/c": "gs://b/c", azure: azure}
     for text, display in (here | there).items():
         assert locate(text, "--output").display == str(display)
     assert (locate(f"s3://b/c?{query}", "--output") / "d").display == f"s3://b/c/d?{query}"
@@ -87,7 +87,7 @@ gs://topsecret@b/in https://me:topsecret@host
 
 NO_KEYS = """
 s3://b/a@b:c/*?region=x&scheme=http&endpoint_override=h:1&allow_bucket_creation=true
-gs://anonymous@b/in abfs://container@a.dfs.core.windows.net/in
+abfs://container@a.dfs.core.windows.net/in
 http://127.0.0.1:5000 http://[::1]:5000 sqlite:////tmp/store.db
 /tmp/10:30@home ./10:30@home days/what?now=*
 """
