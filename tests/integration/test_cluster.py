@@ -72,15 +72,23 @@ def test_a_job_runs_on_cpus_and_says_so(model: Path, data: Path, tmp_path: Path)
     assert "1 CPU worker" in scored.said
 
 
-@no_cuda
-@pytest.mark.slow
-@pytest.mark.usefixtures("counted_gpu")
-def test_workers_get_the_gpu(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The jobs of this process take it for real, and go as far as one can without it."""
+@pytest.fixture
+def believed_gpu(counted_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU, which the jobs of this process take for real: they go as far as one can without."""
     gpu = resources.Gpu(bf16=True, memory_bytes=80 * 2**30)
     monkeypatch.setattr(resources, "_ask_for_cuda", lambda *_: gpu)
+
+
+# A CPU build of PyTorch says the one, a CUDA build the other.
+NO_CUDA = "(Torch not compiled with CUDA|NVIDIA|NCCL)"
+
+
+@no_cuda
+@pytest.mark.slow
+@pytest.mark.usefixtures("believed_gpu")
+def test_scoring_waits_for_a_gpu_and_its_workers_get_it(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
     request: dict[str, Any] = {"number_column": "digit", "use_gpu": True}
     holder = hold(num_gpus=0.5, num_cpus=0)
     with pytest.raises(
@@ -88,11 +96,15 @@ def test_workers_get_the_gpu(
     ):
         score_here(model, tmp_path / "out", data, **request, wait_seconds=2)
     ray.kill(holder)
-    # A CPU build of PyTorch says the one, a CUDA build the other.
-    no_cuda = "Torch not compiled with CUDA|NVIDIA|NCCL"
-    with pytest.raises(RunError, match=f"({no_cuda}).*; what is scored is kept"):
+    with pytest.raises(RunError, match=f"{NO_CUDA}.*; what is scored is kept"):
         score_here(model, tmp_path / "out", data, **request)
-    with pytest.raises(RunError, match=f"({no_cuda}).*; checkpoints are kept"):
+
+
+@no_cuda
+@pytest.mark.slow
+@pytest.mark.usefixtures("believed_gpu")
+def test_training_workers_get_the_gpu(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"{NO_CUDA}.*; checkpoints are kept"):
         train_here(data=data, storage_path=tmp_path, use_gpu=True, max_failures=0)
 
 
