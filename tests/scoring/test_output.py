@@ -281,6 +281,18 @@ def test_a_file_that_cannot_be_read_costs_itself_alone(world: World) -> None:
     assert world.files() == undisturbed
 
 
+def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(world: World) -> None:
+    def execute(*given: Any) -> Any:
+        world.input.rename(world.folder / "away")
+        return score_here(*given)
+
+    with pytest.raises(RunError, match=rf"^--input {world.input}/\S+: .*; what is scored is kept"):
+        world.score(execute)
+    assert world.files().keys() == {"run.json"}
+    (world.folder / "away").rename(world.input)
+    assert world.score().failed_files == 1
+
+
 @pytest.mark.parametrize("where", ["disk", "s3"])
 def test_two_runs_of_one_request_at_once_give_the_files_of_one(
     where: str, world: World, monkeypatch: pytest.MonkeyPatch
