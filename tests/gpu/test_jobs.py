@@ -4,7 +4,6 @@ Figures are printed: `pytest -m gpu -s`.
 """
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +162,3 @@ def test_a_killed_actor_and_a_killed_run_change_nothing(
     job.kill()
     assert run_on_gpu(*flags).line["resumed_rows"] > 0
     assert share_equal(scored, rows(output)) >= 0.9999
-
-
-@pytest.mark.parametrize("processes", [1, 8])
-def test_processes_share_a_card(processes: int, trained: Done, pairs: Path, tmp_path: Path) -> None:
-    """Each has 4 GiB of it: what it takes at most."""
-    free, _ = torch.cuda.mem_get_info()
-    job = Job(*score(trained, pairs, tmp_path / "out", "--num-workers", processes))
-    least = free
-    while job.process.poll() is None:
-        least = min(least, torch.cuda.mem_get_info()[0])
-        time.sleep(0.05)
-    each = (free - least) / processes / 2**30
-    rate = job.wait().line["rows_per_second"]
-    print(f"{processes} processes: {rate:,.0f} rows/s, {each:.2f} GiB each")
-    assert each < 4

@@ -10,7 +10,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import boto3
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from ray.cluster_utils import Cluster
 
 from mnistsum_ray import ScoreConfig, TrainConfig, fit, score
@@ -33,6 +32,7 @@ from mnistsum_ray.errors import StorageError
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from tests.conftest import default_signals
+from tests.storage.conftest import ask, serving
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -101,24 +101,18 @@ class Storage:
     """An S3 server on this machine that can answer 503 for a while, and refuse some files."""
 
     def __init__(self) -> None:
-        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-        from werkzeug.serving import make_server
-
         self._overloaded_until = 0.0
-        self.refused = 0
         self.forbidden = ""
         """End of the paths that are answered by 403."""
         self._app = DomainDispatcherApplication(create_backend_app)
-        self.server = make_server("127.0.0.1", 0, self._answer, threaded=True)
 
-    def _answer(self, environ: Any, start_response: Any) -> Any:
+    def __call__(self, environ: Any, start_response: Any) -> Any:
         if time.monotonic() < self._overloaded_until:
             status, code = "503 Slow Down", "SlowDown"
         elif self.forbidden and environ["PATH_INFO"].endswith(self.forbidden):
             status, code = "403 Forbidden", "AccessDenied"
         else:
             return self._app(environ, start_response)
-        self.refused += 1
         start_response(status, [("Content-Type", "application/xml")])
         return [f"<Error><Code>{code}</Code><Message>Not now.</Message></Error>".encode()]
 
@@ -130,19 +124,15 @@ class Storage:
 def s3() -> Iterator[Storage]:
     """An S3 server with the buckets `runs` and `scores`, which the environment names for jobs."""
     storage = Storage()
-    thread = threading.Thread(target=storage.server.serve_forever)
-    thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{storage.server.server_port}")
+    with serving(storage) as port, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         for bucket in ("runs", "scores"):
-            boto3.client("s3").create_bucket(Bucket=bucket)
+            ask(port, "PUT", f"/{bucket}")
         yield storage
-    storage.server.shutdown()
-    thread.join()
 
 
 @pytest.fixture(scope="package")

@@ -216,30 +216,6 @@ def test_another_run_begins_with_its_weights(
 
 
 @pytest.mark.slow
-def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once(
-    done: Done, data: Path, tmp_path: Path
-) -> None:
-    """One thread would compute other bits than the two that the run began with."""
-    file, run = Path(done.line["run"], "config.yaml"), tmp_path / "again"
-    flags = ["--config", str(file), "--storage-path", str(tmp_path), "--name", "again"]
-    with nodes(1) as smaller, joined(smaller):
-        job = Job("train", *flags, address=smaller.address)
-        job.wait_until(lambda: [*run.glob("checkpoints/*/epoch_00001/*.sha256")])
-        job.process.send_signal(signal.SIGTERM)
-        stopped = job.wait()
-        again = train_here(storage_path=tmp_path, name="again", resume=True)
-        scored = score_here(run, tmp_path / "out", data, number_column="digit")
-    assert stopped.code == 128 + signal.SIGTERM
-    assert f"--storage-path {tmp_path} --name again --resume\n" in stopped.err
-    assert "going on after epoch 1, on 1 worker" in again.said
-    assert again.line["test"] == done.line["test"]
-    assert again.weights() == (Path(done.line["model"]) / "model.safetensors").read_bytes()
-    written = [parse(TrainConfig, ["--config", str(path)], "") for path in (file, run / file.name)]
-    assert written[0] == written[1]
-    assert scored.line["scored_rows"] == 1000
-
-
-@pytest.mark.slow
 def test_an_infinite_loss_stops_every_rank_at_once(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cluster: str
 ) -> None:
@@ -290,3 +266,27 @@ def test_a_wrong_request_is_one_line_and_begins_nothing(tmp_path: Path) -> None:
     (error,) = done.err.splitlines()
     assert error.startswith(f"error: {tmp_path}/a.parquet: has a damaged footer")
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+@pytest.mark.slow
+def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once(
+    done: Done, data: Path, tmp_path: Path
+) -> None:
+    """One thread would compute other bits than the two that the run began with."""
+    file, run = Path(done.line["run"], "config.yaml"), tmp_path / "again"
+    flags = ["--config", str(file), "--storage-path", str(tmp_path), "--name", "again"]
+    with nodes(1) as smaller, joined(smaller):
+        job = Job("train", *flags, address=smaller.address)
+        job.wait_until(lambda: [*run.glob("checkpoints/*/epoch_00001/*.sha256")])
+        job.process.send_signal(signal.SIGTERM)
+        stopped = job.wait()
+        again = train_here(storage_path=tmp_path, name="again", resume=True)
+        scored = score_here(run, tmp_path / "out", data, number_column="digit")
+    assert stopped.code == 128 + signal.SIGTERM
+    assert f"--storage-path {tmp_path} --name again --resume\n" in stopped.err
+    assert "going on after epoch 1, on 1 worker" in again.said
+    assert again.line["test"] == done.line["test"]
+    assert again.weights() == (Path(done.line["model"]) / "model.safetensors").read_bytes()
+    written = [parse(TrainConfig, ["--config", str(path)], "") for path in (file, run / file.name)]
+    assert written[0] == written[1]
+    assert scored.line["scored_rows"] == 1000
