@@ -36,8 +36,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, score
+from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, save_model, score
+from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.distortion import distortions
+from mnistsum_ray.export.pairs import export_pairs
 from mnistsum_ray.model import network
 from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import Predictor
@@ -114,7 +116,7 @@ def decode(images: Iterable[bytes]) -> np.ndarray:
 
 
 def read_rows(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images and digits of the rows that `prepare` has written."""
+    """Images and digits of the rows that `main` has written."""
     table = pq.read_table(folder / "rows")  # noqa: TID251 - the benchmark's own files
     return decode(table["image"].to_pylist()), table["digit"].to_numpy().astype(np.int64)
 
@@ -224,18 +226,11 @@ def score_project(folder: Path) -> None:
     score(ScoreConfig(model=model, input=(rows,), output=output))
 
 
-def measure(what: str, way: str, folder: Path, rows: int) -> dict[str, float]:
+def run_alone(way: str, *args: object) -> dict[str, float]:
+    """Run one way in a process of its own; return its figures."""
     os.environ["RAY_ADDRESS"] = "local"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one GPU
-    started = time.perf_counter()
-    rate: float | None = globals()[f"{what}_{way}"](folder)
-    seconds = time.perf_counter() - started
-    return {"rows_per_second": rate or rows / seconds, "seconds": seconds}
-
-
-def run(script: str, *flags: object) -> dict[str, Any]:
-    """Run a job as a user does; return its last line."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, flags)]
+    command = [sys.executable, __file__, *map(str, args), "--way", way]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # its error is on standard error
@@ -243,38 +238,32 @@ def run(script: str, *flags: object) -> dict[str, Any]:
     return dict(json.loads(lines[-1]))
 
 
-def prepare(what: str, data: str, rows: int, folder: Path) -> None:
-    """Write rows, and to score them a model, on whose weights the speed does not depend."""
-    pairs = ["--data", data, "--split", "train", "--rows", rows, "--files", 8]
-    run("export_pairs.py", *pairs, "--output", folder / "rows")
-    if what == "score":
-        short = ["--data", "sample", "--epochs", 1, "--sum-head-steps", 1]
-        run("train.py", *short, "--storage-path", folder, "--name", "model")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="See the top of this file.")
     parser.add_argument("what", choices=["train", "score"])
     parser.add_argument("--data", default="sample", help="as for jobs/train.py (default: sample)")
     parser.add_argument("--rows", type=int, help="to train with or to score (20000, 400000)")
-    # One way alone, in a folder where `prepare` has written.
-    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)  # one alone, of rows in this folder
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows = args.rows or ROWS[args.what]
+    what, rows = args.what, args.rows or ROWS[args.what]
     if args.way:
-        print(json.dumps(measure(args.what, args.way, args.folder, rows)))
+        started = time.perf_counter()
+        rate = globals()[f"{what}_{args.way}"](args.folder)  # None: all seconds count
+        seconds = time.perf_counter() - started
+        print(json.dumps({"rows_per_second": rate or rows / seconds, "seconds": seconds}))
         return
     with tempfile.TemporaryDirectory() as folder:
-        prepare(args.what, args.data, rows, Path(folder))
-        flags = [args.what, "--rows", rows, "--folder", folder]
-        ways = {way: run("benchmark.py", *flags, "--way", way) for way in WAYS}
-    columns = ("rows_per_second", "seconds", "times_guide")
-    print(f"{args.what:10}" + "".join(f"{name:>18}" for name in columns))
+        pairs: dict[str, Any] = {"data": args.data, "split": "train", "rows": rows, "files": 8}
+        export_pairs(ExportPairsConfig(**pairs, output=f"{folder}/rows"), print)
+        save_model(network.make_network(), f"{folder}/model")  # the speed depends on no weights
+        flags = (what, "--rows", rows, "--folder", folder)
+        ways = {way: run_alone(way, *flags) for way in WAYS}
+    print(f"{what:10}   rows_per_second           seconds       times_guide")
     for way, figures in ways.items():
         figures["times_guide"] = figures["rows_per_second"] / ways["guide"]["rows_per_second"]
-        print(f"{way:10}" + "".join(f"{figures[name]:18,.1f}" for name in columns))
-    print(json.dumps({"what": args.what, "rows": rows, "cores": CORES, "gpu": CUDA, "ways": ways}))
+        print(f"{way:10}" + "".join(f"{value:18,.1f}" for value in figures.values()))
+    print(json.dumps({"what": what, "rows": rows, "cores": CORES, "gpu": CUDA, "ways": ways}))
 
 
 if __name__ == "__main__":

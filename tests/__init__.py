@@ -1,4 +1,4 @@
-"""Tests of the project. PyTorch's threads wait without spinning: beside other work they spin for long."""
+"""Tests of the project. PyTorch's threads wait without spinning, for the work beside them."""
 
 import os
 

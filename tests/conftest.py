@@ -1,10 +1,8 @@
 """Data that the tests share: small, real, and made on the spot."""
 
-import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,51 +17,19 @@ from mnistsum_ray.model.network import make_network, prepare_images
 from mnistsum_ray.storage.uri import locate
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU where PyTorch has none."""
-    if not torch.cuda.is_available():
-        reason = pytest.mark.skip(
-            reason=f"needs a GPU, and PyTorch {torch.__version__} has no CUDA here"
-        )
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(reason)
-
-
-def fail_instead_of_skipping(report: Any) -> None:
-    """In the gate (.ci/run) a test or module that is skipped fails with its reason: what it needs is missing there."""
-    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("MNISTSUM_NO_SKIPS"):
-        _, _, reason = report.longrepr
-        report.outcome, report.longrepr = (
-            "failed",
-            f"{report.nodeid}: the gate skips nothing; {reason}",
-        )
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    fail_instead_of_skipping(report)
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    report = yield
-    fail_instead_of_skipping(report)
-    return report
-
-
 def default_signals() -> None:
-    """Let a child process take the signals that a shell ignores for `nohup pytest` and for `pytest &` in a script."""
+    """Let a child process take signals that a shell ignores for `nohup` and for `&` in a script."""
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A home folder of the tests. Ray writes ~/.ray/auth_token when a test starts a cluster, and each cluster that the user
-    starts later would ask for it. The commands buffer what they print, as in a user's shell."""
+    """A home folder of the tests.
+
+    Ray writes ~/.ray/auth_token when a test starts a cluster, and each cluster that the user starts
+    later would ask for it. The commands buffer what they print, as in a user's shell.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONUNBUFFERED", raising=False)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
@@ -78,7 +44,7 @@ def sample() -> pa.Table:
 
 @pytest.fixture
 def write_rows(tmp_path: Path, sample: pa.Table) -> Callable[[int], Path]:
-    """Writes so many rows of the sample, all digits alike, as one Parquet file with small row groups."""
+    """Writes so many rows of the sample, all digits alike, as one Parquet file."""
 
     def write(rows: int) -> Path:
         path = tmp_path / f"rows{rows}.parquet"
@@ -109,7 +75,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_predictions(
     model: Path, images: np.ndarray, numbers: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Predictions of plain PyTorch for uint8[n, 28, 28] and int64[n], with a model of `write_model`."""
+    """Predictions of plain PyTorch for uint8[n, 28, 28] and int64[n]."""
     network, _ = load_model(locate(str(model), "--model"))
     with torch.inference_mode():
         heads = network(prepare_images(torch.tensor(images)), torch.tensor(numbers))

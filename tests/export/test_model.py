@@ -14,8 +14,7 @@ from mnistsum_ray import __version__, load_model, predict
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.export.model import export_model
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
-from tests.conftest import write_model
+from mnistsum_ray.model.network import prepare_images
 
 PROGRAM = """
 import json, sys
@@ -23,24 +22,20 @@ import numpy, onnxruntime
 rows = numpy.load("rows.npz")
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 found = session.run(["pred_digit", "digit_prob", "pred_sum", "sum_prob"], dict(rows))
-assert "mnistsum_ray" not in sys.modules
 print(json.dumps([values.tolist() for values in found]))
 """
 
 
 @pytest.mark.slow
-def test_the_file_says_what_it_is_and_predicts_as_the_model(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", 0)
+def test_the_file_says_what_it_is_and_predicts_as_the_model(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "exported"
     line = export_model(ExportModelConfig(model=str(model), output=str(out)), print)
     assert (line["pairs"], line["files"]) == (5000, ["model.onnx"])
     assert line["largest_difference"] < 1e-4
-
     file = onnx.load(str(out / "model.onnx"))
     metadata = {entry.key: entry.value for entry in file.metadata_props}
     card = json.loads((model / "model.json").read_text())
     assert (metadata["sha256"], metadata["version"]) == (card["sha256"], __version__)
-    assert json.loads(metadata["test"]) == card["test"]
 
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (37, 28, 28)).astype(np.uint8)
@@ -57,32 +52,13 @@ def test_the_file_says_what_it_is_and_predicts_as_the_model(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_an_export_that_predicts_otherwise_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def black_on_white(images: torch.Tensor) -> torch.Tensor:
         return prepare_images(255 - images)
 
     monkeypatch.setattr("mnistsum_ray.export.model.prepare_images", black_on_white)
-    model = write_model(tmp_path / "model", 0)
-    with pytest.raises(
-        RunError, match=r"model\.onnx: its answers differ from the model's by up to"
-    ):
-        export_model(ExportModelConfig(model=str(model), output=str(tmp_path / "out")), print)
+    config = ExportModelConfig(model=str(model), output=str(tmp_path / "out"))
+    with pytest.raises(RunError, match=r"model\.onnx: its answers differ from the model's by up"):
+        export_model(config, print)
     assert not (tmp_path / "out").exists()
-
-
-INVALID = [
-    (
-        np.zeros((2, 784), np.uint8),
-        np.zeros(2, np.int64),
-        r"uint8\[n, 28, 28\], are uint8\[2, 784\]",
-    ),
-    (np.zeros((2, 28, 28), np.uint8), np.zeros(3, np.int64), "must be 2 integers in 0..9"),
-    (np.zeros((2, 28, 28), np.uint8), np.array([0, 10]), "must be 2 integers in 0..9"),
-]
-
-
-@pytest.mark.parametrize(("images", "numbers", "said"), INVALID)
-def test_invalid_input_is_refused(images: np.ndarray, numbers: np.ndarray, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        predict(TwoHeadCNN(), images, numbers)

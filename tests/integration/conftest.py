@@ -1,9 +1,8 @@
-"""Real clusters and real processes: one Ray cluster for the tests here, and jobs run as commands."""
+"""Real clusters and real processes: one Ray cluster for the tests here, and jobs as commands."""
 
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import re
@@ -11,36 +10,29 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import boto3
-import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from ray.cluster_utils import Cluster
 
-from mnistsum_ray import cli
-from mnistsum_ray.api import fit
-from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray import ScoreConfig, TrainConfig, fit, score
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.errors import StorageError
-from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.scoring.driver import score
-from mnistsum_ray.scoring.request import preflight
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from tests.conftest import default_signals
+from tests.storage.conftest import ask, serving
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -59,16 +51,10 @@ def cluster(s3: "Storage") -> str:
 def start_cluster(**resources: int) -> str:
     """Start a cluster unless this process is connected to one; return its address."""
     if not ray.is_initialized():
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            **resources,
-        )
-    assert ray.cluster_resources()["CPU"] == resources["num_cpus"], (
-        "the test before has left another cluster"
-    )
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        ray.init(address="local", include_dashboard=False, **quiet, **resources)
+    found = ray.cluster_resources()["CPU"]
+    assert found == resources["num_cpus"], "the test before has left another cluster"
     return str(ray.get_runtime_context().gcs_address)
 
 
@@ -111,64 +97,24 @@ def joined(cluster: Cluster) -> Iterator[None]:
         ray.shutdown()
 
 
-def lose_node(cluster: Cluster, *, notice: bool) -> None:
-    """Kill a node, with the notice of 2 s that a cloud gives or without, and add another. The driver has joined the head."""
-    node = cluster.list_all_nodes()[-1]
-    if notice:
-        command = [RAY, "drain-node", "--address", cluster.address, "--node-id", node.node_id]
-        command += [
-            "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message",
-            "spot",
-            "--deadline-remaining-seconds",
-            "2",
-        ]
-        subprocess.run(command, check=True, capture_output=True)
-        time.sleep(2)
-    cluster.remove_node(node, allow_graceful=False)
-    add_node(cluster)
-
-
 class Storage:
-    """An S3 server on this machine that can answer 503 for a while, refuse some files, and be slow."""
+    """An S3 server on this machine that can answer 503 for a while, and refuse some files."""
 
     def __init__(self) -> None:
-        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-        from werkzeug.serving import make_server
-
         self._overloaded_until = 0.0
-        self.write_seconds = 0.0
-        self.refused = 0
-        self.statuses: dict[str, str] = {}
-        """Answer to each request to read or write a path that ends so: `403 Forbidden`."""
+        self.forbidden = ""
+        """End of the paths that are answered by 403."""
         self._app = DomainDispatcherApplication(create_backend_app)
-        self.server = make_server("127.0.0.1", 0, self._answer, threaded=True)
 
-    def _answer(self, environ: Any, start_response: Any) -> Any:
+    def __call__(self, environ: Any, start_response: Any) -> Any:
         if time.monotonic() < self._overloaded_until:
-            self.refused += 1
-            start_response("503 Slow Down", [("Content-Type", "application/xml")])
-            return [
-                b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-            ]
-        status = next(
-            (
-                status
-                for end, status in list(self.statuses.items())
-                if environ["PATH_INFO"].endswith(end)
-            ),
-            None,
-        )
-        if status and environ["REQUEST_METHOD"] != "HEAD":
-            self.refused += 1
-            start_response(status, [("Content-Type", "application/xml")])
-            return [b"<Error><Code>Refused</Code><Message>No.</Message></Error>"]
-        if environ["REQUEST_METHOD"] in ("PUT", "POST") and environ["PATH_INFO"].endswith(
-            "/trainer.safetensors"
-        ):
-            time.sleep(self.write_seconds)  # of a checkpoint
-        return self._app(environ, start_response)
+            status, code = "503 Slow Down", "SlowDown"
+        elif self.forbidden and environ["PATH_INFO"].endswith(self.forbidden):
+            status, code = "403 Forbidden", "AccessDenied"
+        else:
+            return self._app(environ, start_response)
+        start_response(status, [("Content-Type", "application/xml")])
+        return [f"<Error><Code>{code}</Code><Message>Not now.</Message></Error>".encode()]
 
     def overload(self, seconds: float) -> None:
         self._overloaded_until = time.monotonic() + seconds
@@ -176,28 +122,24 @@ class Storage:
 
 @pytest.fixture(scope="package")
 def s3() -> Iterator[Storage]:
-    """An S3 server with the buckets `images`, `runs` and `scores`. Environment variables name it for the jobs."""
+    """An S3 server with the buckets `runs` and `scores`, which the environment names for jobs."""
     storage = Storage()
-    thread = threading.Thread(target=storage.server.serve_forever)
-    thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{storage.server.server_port}")
+    with serving(storage) as port, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        for bucket in ("images", "runs", "scores"):
-            boto3.client("s3").create_bucket(Bucket=bucket)
+        for bucket in ("runs", "scores"):
+            ask(port, "PUT", f"/{bucket}")
         yield storage
-    storage.server.shutdown()
-    thread.join()
 
 
-@pytest.fixture(scope="module")
-def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One Parquet file with every n-th row of the bundled sample; n is EVERY in the test module."""
+@pytest.fixture(scope="package")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One Parquet file with 1,000 rows of the bundled sample, all digits alike."""
     path = tmp_path_factory.mktemp("data") / "rows.parquet"
-    pq.write_table(pq.read_table(SAMPLE)[:: request.module.EVERY], path)
+    pq.write_table(pq.read_table(SAMPLE)[::5], path)
     return path
 
 
@@ -217,29 +159,6 @@ class Bomb:
 @pytest.fixture
 def bomb(tmp_path: Path) -> Bomb:
     return Bomb(tmp_path / "the pickle was executed")
-
-
-def write_shuffled_sample(folder: Path, rows: int = 5000, **options: Any) -> Path:
-    """Write rows of the sample, all digits mixed, as four Parquet files with row groups of 300 rows."""
-    folder.mkdir()
-    sample = pq.read_table(SAMPLE)
-    table = sample.take(pa.array(np.random.default_rng(0).permutation(sample.num_rows)[:rows]))
-    for index in range(4):
-        part = table.slice(index * rows // 4, rows // 4)
-        pq.write_table(part, folder / f"{index}.parquet", row_group_size=300, **options)
-    return folder
-
-
-@contextmanager
-def mounted(folder: Path, size: str) -> Iterator[bool]:
-    """Mount a file system of this size on a folder; False where this user may not mount one."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    may = subprocess.run(command, capture_output=True).returncode == 0
-    try:
-        yield may
-    finally:
-        if may:
-            subprocess.run(["umount", str(folder)], check=True)
 
 
 @dataclass
@@ -268,15 +187,13 @@ class Scored:
 def score_here(
     model: Path | str, output: Path | str, *inputs: Path | str, **settings: Any
 ) -> Scored:
-    """Score on this process's cluster: in float32, as plain PyTorch, with one worker, which starts soon."""
-    stream = io.StringIO()
+    """Score on this process's cluster: in float32, as plain PyTorch, with one worker."""
     given: dict[str, Any] = {"precision": "fp32", "num_workers": 1} | settings
-    config = ScoreConfig(
-        model=str(model), input=tuple(map(str, inputs)), output=str(output), **given
-    )
-    console = Console(stream)
-    result = score(preflight(config, console), console)
-    return Scored(result.line(labels=True), stream.getvalue(), Path(output))
+    paths = tuple(map(str, inputs))
+    config = ScoreConfig(model=str(model), input=paths, output=str(output), **given)
+    with redirect_stderr(io.StringIO()) as said:
+        result = score(config)
+    return Scored(asdict(result), said.getvalue(), Path(output))
 
 
 @dataclass
@@ -287,7 +204,8 @@ class Trained:
     said: str
 
     def weights(self) -> bytes:
-        return (Path(self.line["model"]) / "model.safetensors").read_bytes()
+        model = locate(self.line["model"], "--model")
+        return bytes((model / "model.safetensors").read_bytes())
 
 
 def train_here(**settings: Any) -> Trained:
@@ -298,40 +216,26 @@ def train_here(**settings: Any) -> Trained:
     config = TrainConfig(**given)
     with redirect_stderr(io.StringIO()) as said:
         result = fit(config)
-    return Trained(result.line(), said.getvalue())
+    return Trained(asdict(result), said.getvalue())
 
 
-@contextmanager
-def polling(step: Callable[[], bool]) -> Iterator[None]:
-    """Call `step` again and again, in a thread, while the block runs and until it returns True."""
-    ended = threading.Event()
-
-    def poll() -> None:
-        while not ended.wait(0.05) and not step():
-            pass
-
-    thread = threading.Thread(target=poll)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+Result = TypeVar("Result")
+Step = tuple[Callable[[], object], Callable[[], object]]
 
 
-@contextmanager
-def once(condition: Callable[[], object], action: Callable[[], object]) -> Iterator[None]:
-    """Do something, in a thread, as soon as a condition holds; assert that it has been done."""
-    done: list[object] = []
+def during(run: Callable[[], Result], *steps: Step) -> Result:
+    """Run a job of this process in a thread, and here each step: wait for its condition, act.
 
-    def step() -> bool:
-        if condition():
-            done.append(action())
-        return bool(done)
-
-    with polling(step):
-        yield
-    assert done, "the block ended before"
+    Not the other way round: a node that is added dies with the thread that has added it.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run)
+        for condition, act in steps:
+            while not condition():
+                assert not future.done(), (future.exception(), "it ended before")
+                time.sleep(0.05)
+            act()
+        return future.result()
 
 
 @dataclass
@@ -341,7 +245,6 @@ class Done:
     code: int
     out: str
     err: str
-    seconds: float
 
     @property
     def line(self) -> dict[str, Any]:
@@ -349,13 +252,6 @@ class Done:
         assert self.code == 0, self.err
         value: dict[str, Any] = json.loads(self.out.splitlines()[-1])
         return value
-
-    @property
-    def error(self) -> str:
-        """The last line on standard error, which names the error; there is no other such line."""
-        lines = self.err.splitlines()
-        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
-        return lines[-1]
 
 
 def history_of(run: Location | Path | str) -> list[dict[str, Any]]:
@@ -396,14 +292,15 @@ class Job:
         env: dict[str, str] | None = None,
         before: Callable[[], object] = default_signals,
     ) -> None:
-        """Start `jobs/NAME.py`, or where there is none `mnistsum NAME`; `before` runs in the child process before exec."""
+        """Start `jobs/NAME.py`, or where there is none `mnistsum NAME`.
+
+        `before` runs in the child process before exec.
+        """
         environment = dict(os.environ) | (env or {})
-        environment["RAY_ADDRESS"] = (
-            address or "local"
-        )  # never another cluster that runs on this machine
+        environment["RAY_ADDRESS"] = address or "local"  # never another cluster of this machine
         self._mark = secrets.token_hex(8)
-        environment |= {_MARK: self._mark, "PYTHONFAULTHANDLER": "1"}  # a crash prints a traceback
-        self._started = time.monotonic()
+        # A crash prints a traceback.
+        environment |= {_MARK: self._mark, "PYTHONFAULTHANDLER": "1"}
         script = ROOT / "jobs" / f"{name}.py"
         command = [script] if script.exists() else ["-m", "mnistsum_ray", name]
         self.process = subprocess.Popen(
@@ -413,14 +310,14 @@ class Job:
             text=True,
             env=environment,
             cwd=cwd or ROOT,
-            start_new_session=True,  # so that a signal can be sent to all of its processes and to none of the test's
+            start_new_session=True,  # a signal reaches all of its processes, and none of the test's
             preexec_fn=before,
         )
         self._seen: list[str] = []
         _jobs.append(self)
 
     def wait_for_line(self, beginning: str) -> str:
-        """Read standard error to a line with this beginning after the run's name; return the rest."""
+        """Read standard error to a line that begins so after the run's name; return the rest."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self._seen.append(line)
@@ -436,19 +333,17 @@ class Job:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """Send SIGKILL to the driver, the cluster that it started, and the workers; wait for their end."""
+        """Send SIGKILL to the driver, the cluster that it started, and the workers."""
         kill_everything(self.process.pid)
         self.wait()
 
     def left(self) -> list[str]:
-        """Return the command lines of the living processes that the job has started, and of its own."""
+        """Command lines of the living processes that the job has started, and of its own."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if (
-                    process.environ().get(_MARK) == self._mark
-                    and process.status() != psutil.STATUS_ZOMBIE
-                ):
+                is_alive = process.status() != psutil.STATUS_ZOMBIE
+                if is_alive and process.environ().get(_MARK) == self._mark:
                     found.append(" ".join(process.cmdline())[:100])
         return found
 
@@ -458,69 +353,25 @@ class Job:
         except subprocess.TimeoutExpired:
             kill_everything(self.process.pid)  # it would slow down all tests that follow
             raise
-        return Done(
-            self.process.returncode,
-            out,
-            "".join(self._seen) + err,
-            time.monotonic() - self._started,
-        )
+        return Done(self.process.returncode, out, "".join(self._seen) + err)
+
+
+def predictions_in(output: Location | Path | str) -> int:
+    """Number of files of predictions in an output, which may not be there yet."""
+    place = output if isinstance(output, Location) else locate(str(output), "--output")
+    found = (place / "predictions").files()
+    return sum(file.name[0] != "." for file in found)
 
 
 def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
     """Wait until a running job has written so many more files of predictions."""
-    place = locate(str(output), "--output") if isinstance(output, Path) else output
-
-    def written() -> int:
-        return sum("/predictions/" in file.path for file in place.files() if file.name[0] != ".")
-
-    before = written()
-    job.wait_until(lambda: written() >= before + more)
+    before = predictions_in(output)
+    job.wait_until(lambda: predictions_in(output) >= before + more)
 
 
 def run_job(name: str, *args: object, **options: Any) -> Done:
     """Run a job to its end; the options are those of `Job`."""
     return Job(name, *args, **options).wait()
-
-
-def run_warm(
-    commands: list[list[str]], cwd: Path, processes: int = 1, **environment: str
-) -> list[tuple[int, str]]:
-    """Run `mnistsum COMMAND FLAGS` for each, in forks of one process that has imported the packages, so many at a time.
-
-    Returns the exit codes, and all that was written.
-    """
-    forks = multiprocessing.get_context("forkserver")
-    packages = [
-        "mnistsum_ray.api",
-        "mnistsum_ray.predicting",
-        "mnistsum_ray.export.model",
-        "ray.train.torch",
-    ]
-    forks.set_forkserver_preload(packages)
-    with forks.Pool(processes, maxtasksperchild=1) as pool:
-        requests = [(command, os.environ | environment, cwd) for command in commands]
-        return pool.starmap(_run_fork, requests, chunksize=1)
-
-
-def _run_fork(command: list[str], environment: dict[str, str], cwd: Path) -> tuple[int, str]:
-    # The process that is forked may be a test's that came before, with another environment.
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd)
-    with tempfile.TemporaryFile() as written:
-        for stream in (1, 2):
-            os.dup2(written.fileno(), stream)
-        try:
-            code = cli.main(command)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            code = -1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        written.seek(0)
-        return code, written.read().decode()
 
 
 def descendants(root: int) -> dict[int, str]:
@@ -534,18 +385,15 @@ def descendants(root: int) -> dict[int, str]:
 
 
 def kill_everything(root: int) -> None:
-    """Send SIGKILL to a process and all its descendants: the driver, the cluster that it started, the workers."""
+    """Send SIGKILL to a process and all its descendants: driver, cluster and workers."""
     for process in (root, *descendants(root)):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
-TRAIN = "RayTrainWorker"
-"""A part of the title of a training worker."""
-
-
-def kill_worker(root: int, title: str) -> None:
-    """Send SIGKILL to one descendant of `root` whose title contains this text."""
+def kill_worker(root: int, title: str) -> int:
+    """Send SIGKILL to one descendant of `root` whose title contains this text; return its id."""
     workers = [process for process, line in descendants(root).items() if title in line]
     assert workers, descendants(root)
     os.kill(workers[0], signal.SIGKILL)
+    return workers[0]

@@ -1,109 +1,156 @@
-"""The README's commands do what it says. `ray job submit`: test_connect."""
+"""README's commands and Python, and the notebook, do what they say. `ray job submit`: test_connect.
+
+`python -m tests.integration.test_readme` runs the notebook and writes its outputs into the file.
+"""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
-import pyarrow.parquet as pq
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
-from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.sources import SAMPLE
-from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import ROOT, run_warm
+from mnistsum_ray import config as configs
+from mnistsum_ray.arguments import parse
+from mnistsum_ray.cli import COMMANDS
+from tests.integration.conftest import ROOT, run_job
 
-pytestmark = pytest.mark.slow
+README = (ROOT / "README.md").read_text()
+NOTEBOOK = ROOT / "jobs" / "example.ipynb"
 
 
 def commands_of(section: str) -> list[list[str]]:
     """The jobs in the first shell block of a section, as words of `mnistsum`."""
-    text = (ROOT / "README.md").read_text().partition(f"\n## {section}")[2]
+    text = README.partition(f"\n## {section}")[2]
     block = text.partition("```bash\n")[2].partition("```")[0]
     found = re.findall(r"^python jobs/(\w+)\.py(.*)$", block, re.MULTILINE)
-    return [
-        [job.replace("_", "-"), *shlex.split(flags.partition(" > ")[0])] for job, flags in found
-    ]
+    return [[job.replace("_", "-"), *shlex.split(flags)] for job, flags in found]
 
 
-@pytest.mark.timeout(900)
-def test_the_jobs_of_all_sections_but_the_clusters(cluster: str, tmp_path: Path) -> None:
-    """As a reader does who begins at the top, with a small MNIST in ./data and ~/mnist."""
-    write_small_mnist(tmp_path / "data")
-    write_small_mnist(tmp_path / "mnist")
-    for section in ("Laptop", "One GPU box", "Train", "Score"):
+def run(command: str, *flags: str) -> None:
+    """Run a command in this process, on the cluster that it has joined."""
+    function, kind, _ = COMMANDS[command]
+    function(parse(getattr(configs, kind), list(flags), ""))
+
+
+@pytest.fixture(scope="module")
+def folder(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader who begins at the top has run the commands of the section Laptop."""
+    folder = tmp_path_factory.mktemp("reader")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, *flags in commands_of("Laptop"):
+            job = run_job(name.replace("-", "_"), *flags, cwd=folder)  # each with its own cluster
+            assert job.code == 0, job.err
+    return folder
+
+
+@pytest.mark.slow
+def test_the_sample_is_learned_on_a_laptop(folder: Path) -> None:
+    manifest = json.loads((folder / "runs" / "mine" / "manifest.json").read_text())
+    learned = manifest["metrics"]["test"]
+    assert min(learned["digit_accuracy"], learned["sum_accuracy"]) >= 0.98
+    for page in ("runs/mine/report.html", "scored/report.html"):
+        assert (folder / page).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_commands_of_train_and_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One epoch each. No training on full MNIST is run: `--resume` finds the sample's run."""
+    monkeypatch.chdir(folder)
+    for section in ("Train", "Score"):
         commands = commands_of(section)
-        assert commands, section
-        for command in commands:
-            if any("days/" in word for word in command):
-                shutil.copytree(tmp_path / "test-pairs", tmp_path / "days" / "1")
-                shutil.copy(next((tmp_path / "pairs").glob("*.parquet")), tmp_path / "late.parquet")
-            first = not (tmp_path / "runs").exists()
-            if command[0] == "train" and not first and not {"--help", "--resume"} & {*command}:
-                command += [
-                    "--epochs",
-                    "1",
-                    "--sum-head-steps",
-                    "5",
-                ]  # the first shows what is learned
-            command = [word.replace("~", str(tmp_path)) for word in command]
-            ((code, text),) = run_warm([command], tmp_path, RAY_ADDRESS=cluster)
-            assert code == 0, (command, text[-2000:])
-    runs = {
-        path.parent.name: json.loads(path.read_text())
-        for path in tmp_path.glob("runs/*/manifest.json")
-    }
-    assert {run["status"] for run in runs.values()} == {"finished"}
-    assert {run["config"]["recipe"] for run in runs.values()} == {"short", "long"}
-    learned = runs["mine"]["metrics"]["test"]
-    assert min(learned["digit_accuracy"], learned["sum_accuracy"]) >= 0.98, "of the bundled sample"
-    assert (tmp_path / "runs" / "mine" / "report.html").stat().st_size > 100_000
-    assert (tmp_path / "test-scored" / "report.html").exists()
-    scored = json.loads((tmp_path / "days-scored" / "manifest.json").read_text())["totals"]
+        assert len(commands) >= 3
+        for name, *flags in commands:
+            if flags == ["--help"]:
+                continue
+            if any("days/" in flag for flag in flags):
+                shutil.copytree("test-pairs", "days/1")
+                shutil.copy(next(Path("pairs").glob("*.parquet")), "late.parquet")
+            if name == "export-pairs":
+                flags += ["--data", "sample"]
+            if name == "train":
+                flags = ["mine" if flag == "box" else flag for flag in flags]
+                flags += ["--epochs", "1"] if "--config" in flags else []
+            run(name, *flags)
+    runs = [json.loads(path.read_text()) for path in Path("runs").glob("*/manifest.json")]
+    assert [each["status"] for each in runs] == ["finished", "finished"]
+    scored = json.loads(Path("days-scored/manifest.json").read_text())["totals"]
     assert (scored["scored_rows"], scored["failed_files"]) == (10_250, 0)
-    assert (tmp_path / "exported" / "model.onnx").exists()
+    assert Path("exported/model.onnx").exists()
 
 
-def write_small_mnist(folder: Path) -> None:
-    """IDX files of 313 training and 50 test rows of the sample."""
-    folder.mkdir()
-    rows = pq.read_table(SAMPLE)
-    images = np.frombuffer(b"".join(rows["image"].to_pylist()), np.uint8).reshape(-1, 28, 28)
-    digits = rows["digit"].to_numpy().astype(np.uint8)
-    for name, part in (("train", slice(0, None, 16)), ("t10k", slice(8, None, 100))):
-        count = len(digits[part])
-        image_header, label_header = (
-            struct.pack(">4I", 0x803, count, 28, 28),
-            struct.pack(">2I", 0x801, count),
-        )
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(image_header + images[part].tobytes())
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(label_header + digits[part].tobytes())
-
-
+@pytest.mark.slow
 def test_the_example_in_python(
-    cluster: str, tmp_path: Path, write_rows: Callable[[int], Path]
+    folder: Path, write_rows: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (ROOT / "README.md").read_text().partition("## From Python")[2]
-    written, smaller = (
-        'data="sample", epochs=2)',
-        f'data="{write_rows(500)}", epochs=1, sum_head_steps=5)',
-    )
+    text = README.partition("## From Python")[2]
+    written, smaller = 'data="sample", epochs=2)', f'data="{write_rows(500)}", epochs=1)'
     code = text.partition("```python\n")[2].partition("```")[0].replace(written, smaller)
     assert smaller in code
-    export_pairs(
-        ExportPairsConfig(data="sample", output=str(tmp_path / "pairs"), rows=100, files=1), print
-    )
-    environment = os.environ | {"RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "pred_sum" in done.stdout
-    assert (tmp_path / "scored-again" / "manifest.json").exists()
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["table"].num_rows == 250  # type: ignore[attr-defined]
+    assert Path("scored-again/manifest.json").exists()
+
+
+def read_notebook() -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def test_the_notebook_holds_the_outputs_of_its_cells_and_nothing_of_a_machine() -> None:
+    code = [cell for cell in read_notebook().cells if cell.cell_type == "code"]
+    assert all(cell.outputs for cell in code[1:]), "each cell but the imports shows something"
+    outputs = json.dumps([cell.outputs for cell in code])
+    shown = re.sub(r"[A-Za-z0-9+/=]{100,}", "", outputs)  # without pictures
+    machine = r"(?<![\w.])/(tmp|root|home|usr|Users|work)/|127\.0\.0\.1|pid=|0x[0-9a-f]{6}"
+    assert not re.search(rf"{machine}|Traceback", shown)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_rows: Callable[[int], Path]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    notebook = read_notebook()
+    trains = next(cell for cell in notebook.cells if "fit(" in cell.source)
+    written = 'data="sample", name="first", epochs=3, sum_head_steps=1000'
+    assert written in trains.source
+    smaller = f'data="{write_rows(500)}", epochs=1, sum_head_steps=5'
+    trains.source = trains.source.replace(written, smaller)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    shown = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
+    for text in ("TrainResult(run=", "PicturePrediction(number=5, digit=", "rejected_rows=1"):
+        assert text in shown, text
+    # What a person sees of a bar is the widget's state.
+    states = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"].state
+    widgets = [widget for widget in states.values() if widget.model_name == "FloatProgressModel"]
+    bars = [widget.state.bar_style for widget in widgets]
+    assert bars
+    assert "danger" not in bars, "a bar stays behind in red"
+
+
+def write_outputs() -> None:
+    """Run the notebook and keep its results: no progress, and paths from the folder of its runs."""
+    notebook = read_notebook()
+    with TemporaryDirectory() as folder:
+        where = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=600, record_timing=False, resources=where).execute()
+    kernel = notebook.metadata["kernelspec"]
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            results = [one for one in cell.outputs if one.output_type == "execute_result"]
+            shown = re.sub(r"/[^\s\"',]*?/(?=(runs|scored)\b)", "", json.dumps(results))
+            cell.outputs = nbformat.from_dict(json.loads(shown))  # type: ignore[no-untyped-call]
+    nbformat.write(notebook, NOTEBOOK)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    write_outputs()

@@ -1,47 +1,41 @@
-"""Training as a person runs it: one command, what it prints, what it leaves."""
+"""Training as a person runs it: what it prints, what it leaves, and how it begins from another."""
 
 import html
 import json
 import re
 import shutil
 import signal
-import threading
-from _thread import interrupt_main
 from pathlib import Path
+from typing import Any
 
+import mlflow
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray import tune
+from ray.train import UserCallback
 
-from mnistsum_ray.api import fit
+from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, predict
 from mnistsum_ray.arguments import parse
-from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.images import pixels_view
-from mnistsum_ray.data.sources import open_source
-from mnistsum_ray.errors import RequestError, RunError, RunInterrupted, percent
-from mnistsum_ray.model.folder import load_model
-from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.data.sources import SAMPLE, open_source
+from mnistsum_ray.errors import TryAgainError, percent
 from mnistsum_ray.model.network import prepare_images
-from mnistsum_ray.reporting.report import PICTURES, epoch_seconds
+from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.uri import locate
-from mnistsum_ray.training.checkpoint import STATE_DIGEST
 from tests.integration.conftest import (
     Done,
+    Job,
     history_of,
     joined,
     nodes,
-    once,
     run_job,
     score_here,
     train_here,
 )
-
-EVERY = 5
-
-# With all that a run draws: numbers, order, distortions, dropout.
-LONG = ("--recipe", "long", "--epochs", 2, "--sum-head-steps", 100)
 
 
 @pytest.fixture(scope="module")
@@ -51,238 +45,248 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(cluster: str, data: Path, runs: Path) -> Done:
-    flags = ["--data", data, *LONG, "--precision", "fp32"]  # as plain PyTorch below
+    """A run with all that a run draws: numbers, order, distortions, dropout."""
+    flags = ["--data", data, "--recipe", "long", "--epochs", 2, "--sum-head-steps", 100]
+    flags += ["--precision", "fp32"]  # as plain PyTorch below
     return run_job("train", *flags, "--storage-path", runs, "--name", "one", address=cluster)
 
 
-def test_the_last_line_is_the_contract(done: Done, runs: Path) -> None:
+@pytest.fixture(scope="module")
+def card(done: Done, runs: Path) -> dict[str, Any]:
+    """What model.json says."""
+    found: dict[str, Any] = json.loads((runs / "one" / "model" / "model.json").read_text())
+    return found
+
+
+def test_standard_output_has_the_result_and_standard_error_the_figures(
+    done: Done, runs: Path
+) -> None:
     assert len(done.out.splitlines()) == 1
     line = dict(done.line)
-    assert line.pop("images_per_second") > 0
-    assert line.pop("seconds") > 0
     test = line.pop("test")
-    assert line == {
-        "run": f"{runs}/one",
-        "model": f"{runs}/one/model",
-        "parameters": 220_125,
-        "data": {"source": "parquet", "train_rows": 800, "validation_rows": 100, "test_rows": 100},
-    }
-    assert set(test) == {"rows", "pairs", "loss", "digit_accuracy", "sum_accuracy"}
+    assert line.keys() == {"run", "model", "parameters", "data", "images_per_second", "seconds"}
+    assert (line["run"], line["model"]) == (f"{runs}/one", f"{runs}/one/model")
+    assert line["parameters"] == 220_125
+    rows = {"train_rows": 800, "validation_rows": 100, "test_rows": 100}
+    assert line["data"] == {"source": "parquet", **rows}
+    assert test.keys() == {"rows", "pairs", "loss", "digit_accuracy", "sum_accuracy"}
     assert (test["rows"], test["pairs"]) == (100, 1000)
 
-
-def test_a_person_sees_the_figures_and_not_rays_chatter(done: Done, runs: Path) -> None:
     lines = done.err.strip().splitlines()
-    assert [line.partition(":")[0] for line in lines if ": loss " in line] == ["epoch 1", "epoch 2"]
-    assert "rows/s" in done.err
-    test = done.line["test"]
-    words = [f"{100 * test[head.name + '_accuracy']:.2f} %" for head in HEADS]
-    assert lines[-3:] == [
-        f"test: digit {words[0]}, sum {words[1]} (100 rows, all 10 numbers)",
+    assert re.findall(r"epoch (\d): loss ", done.err) == ["1", "2"]
+    digit, total = (f"{100 * test[f'{head}_accuracy']:.2f} %" for head in ("digit", "sum"))
+    score = f"python jobs/score.py --model {runs}/one --input PAIRS --output SCORED"
+    last = (
+        f"test: digit {digit}, sum {total} (100 rows, all 10 numbers)",
         f"report: {runs}/one/report.html",
-        f"score with it: python jobs/score.py --model {runs}/one --input PAIRS --output SCORED",
-    ]
-    chatter = [
-        line
-        for line in lines
-        if any(word in line for word in ("INFO", "WARNING", "(pid=", "raylet", "dataset_"))
-    ]
-    assert not chatter
+        f"score with it: {score}",
+    )
+    assert all(line.endswith(text) for line, text in zip(lines[-3:], last, strict=True))
+    chatter = ("INFO", "WARNING", "(pid=", "raylet", "dataset_")
+    assert not [line for line in lines if any(word in line for word in chatter)]
 
 
-def test_what_is_left(done: Done, runs: Path, data: Path) -> None:
+def test_the_run_folder_holds_history_report_pictures_and_no_pickle(
+    done: Done, runs: Path, data: Path
+) -> None:
     run = runs / "one"
     manifest = json.loads((run / "manifest.json").read_text())
-    assert [(entry["epoch"], entry["workers"]) for entry in history_of(run)] == [(1, 1), (2, 1)]
-    assert (manifest["status"], manifest["precision"], manifest["workers"]) == (
-        "finished",
-        "fp32",
-        "1 CPU worker",
-    )
+    assert [(line["epoch"], line["workers"]) for line in history_of(run)] == [(1, 1), (2, 1)]
+    found = (manifest["status"], manifest["precision"], manifest["workers"])
+    assert found == ("finished", "fp32", "1 CPU worker")
     assert manifest["metrics"] == done.line
     assert {"ray", "torch", "pyarrow"} <= set(manifest["versions"])
     assert list((run / "tensorboard").glob("events.*"))
     digits = pq.read_table(data, columns=["digit"])["digit"].to_pylist()
     assert manifest["error_analysis"]["mistakes"]
     for mistake in manifest["error_analysis"]["mistakes"]:
-        assert digits[mistake["row_id"]] == mistake["digit"], (
-            "the row that a person looks up is that of the picture"
-        )
-    page = (run / "report.html").read_text()
-    for name in PICTURES:
-        assert (run / name).read_bytes().startswith(b"\x89PNG"), name
-    assert page.count('src="data:image/') >= len(PICTURES)
-    assert not re.search(r'(src|href)="(?!data:|#)|url\(|@import', page), "it can be mailed"
-    for shown in (
-        percent(done.line["test"]["sum_accuracy"]),
-        "train_rows 800",
-        str(run),
-        *PICTURES.values(),
-    ):
-        assert shown in html.unescape(page)
+        assert digits[mistake["row_id"]] == mistake["digit"], "the row that a person looks up"
+    page = html.unescape((run / "report.html").read_text())
+    pictures = sorted(run.glob("*.png"))
+    assert len(pictures) == page.count('src="data:image/') == 4
+    for shown in (percent(done.line["test"]["sum_accuracy"]), "train_rows 800", str(run)):
+        assert shown in page
     for path in run.rglob("*"):
-        assert not path.is_file() or path.read_bytes()[:2] not in (
-            b"\x80\x04",
-            b"\x80\x05",
-            b"PK",
-        ), f"{path} is pickled"
+        start = path.read_bytes()[:2] if path.is_file() else b""
+        assert start not in (b"\x80\x04", b"\x80\x05", b"PK"), f"{path} is pickled"
 
 
-def test_fine_tuning_the_sum_head_is_in_the_card_and_leaves_the_digits_alone(
-    done: Done, runs: Path
+def test_the_model_scores_in_plain_pytorch_what_the_run_says(
+    done: Done, card: dict[str, Any], data: Path
 ) -> None:
-    card, last = (
-        json.loads((runs / "one" / "model" / "model.json").read_text()),
-        history_of(runs / "one")[-1],
-    )
-    shares = [card["sum_head"][when]["validation"]["consistency"] for when in ("before", "after")]
-    assert shares[0] < shares[1] <= 1
-    for rows in ("validation", "test"):
-        assert card[rows]["digit_accuracy"] == last[rows]["digit_accuracy"]
-    said = "validation sums equal to digit + number: {} before, {} after\n".format(
-        *map(percent, shares)
-    )
-    assert said in done.err
-
-
-def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: Path) -> None:
     line = done.line
-    model, card = load_model(locate(line["model"], "--model"))
     assert {name: card["test"][name] for name in line["test"]} == line["test"]
-    source = open_source(str(data))
-    table = pq.read_table(data).take(pa.array(source.test))
-    images = torch.tensor(pixels_view(table["image"].combine_chunks()))
+    table = pq.read_table(data).take(pa.array(open_source(str(data)).test))
+    images = prepare_images(torch.tensor(pixels_view(table["image"].combine_chunks())))
     digits = torch.tensor(table["digit"].to_pylist())
+    model = load_model(line["model"])
     right = 0
     with torch.no_grad():
         for number in range(10):
-            digit, total, *_ = model(prepare_images(images), torch.full((len(images),), number))
+            digit, total, *_ = model(images, torch.full((len(images),), number))
             right += int((total.argmax(1) == digits + number).sum())
-    assert line["test"]["digit_accuracy"] == pytest.approx(
-        (digit.argmax(1) == digits).float().mean().item()
-    )
+    accuracy = (digit.argmax(1) == digits).float().mean().item()
+    assert line["test"]["digit_accuracy"] == pytest.approx(accuracy)
     assert line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
+
+
+def test_the_sum_head_was_fine_tuned_and_the_probabilities_calibrated(
+    done: Done, card: dict[str, Any], runs: Path
+) -> None:
+    shares = [card["sum_head"][when]["validation"]["consistency"] for when in ("before", "after")]
+    assert shares[0] < shares[1] <= 1
+    said = "validation sums equal to digit + number: {} before, {} after\n"
+    assert said.format(*map(percent, shares)) in done.err
+    last = history_of(runs / "one")[-1]
+    assert card["test"]["digit_accuracy"] == last["test"]["digit_accuracy"]
     assert 0 <= card["probabilities"]["digit"]["ece"] < 1
     assert card["temperatures_in_weights"].keys() == {"digit", "sum"}
-    assert card["sha256"] != card["trained_sha256"], "the temperatures are in the weights"
-    assert 0.5 < card["probabilities"]["consistent"] <= 1
+
+
+def check_mlflow(store: str, run: Path, said: str) -> None:
+    """Each epoch, the files and a registered model that predicts as the run's does."""
+    (logged,) = re.findall(rf"MLflow: run (\w+) at {store}$", said, re.MULTILINE)
+    client = MlflowClient(store)
+    found = client.get_run(logged)
+    assert (found.info.run_name, found.info.status) == ("one", "FINISHED")
+    assert (found.data.params["recipe"], found.data.params["epochs"]) == ("long", "2")
+    epochs = client.get_metric_history(logged, "epoch/test/digit_accuracy")
+    values = [(line["epoch"], line["test"]["digit_accuracy"]) for line in history_of(run)]
+    assert [(metric.step, metric.value) for metric in epochs] == values
+    files = {file.path for file in client.list_artifacts(logged)}
+    assert files >= {"report.html", "model", "onnx", "history.png"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", store)  # as a user of the registry does
+        model = mlflow.pyfunc.load_model("models:/mnistsum/1")
+    images = pixels_view(pq.read_table(SAMPLE)["image"].combine_chunks())[::20]
+    numbers = np.arange(len(images)) % 10
+    answers = model.predict({"image": images, "number": numbers})
+    expected = predict(load_model(run), images, numbers)
+    assert answers["pred_digit"].tolist() == expected.digit.tolist()
+    assert answers["pred_sum"].tolist() == expected.sum.tolist()
 
 
 @pytest.mark.slow
-def test_a_finished_run_stays_finished_when_a_signal_comes_and_when_it_is_resumed(
-    done: Done, data: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_finished_run_is_resumed_without_training_and_logged_to_mlflow(
+    done: Done, card: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow gets the model after the manifest says that the run is finished, which takes seconds: then the signal comes."""
-    with pytest.raises(RequestError, match="exists; go on with --resume"):
-        train_here(data=data, storage_path=runs, name="one")
+    """It was killed before model.json and the report were written."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     run = Path(shutil.copytree(done.line["run"], tmp_path / "one"))
-    card_file = run / "model" / "model.json"
-    card = json.loads(card_file.read_text())
-    for lost in ("model/model.json", "report.html"):  # killed before they were written
+    for lost in ("model/model.json", "report.html"):
         (run / lost).unlink()
-    store, settings = (
-        f"sqlite:///{tmp_path}/store.db",
-        {"storage_path": tmp_path, "name": "one", "resume": True},
-    )
-    MlflowClient(
-        store
-    ).search_experiments()  # makes the tables, which MLflow does not finish where it was interrupted
-
-    def interrupt() -> None:
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-    with once((tmp_path / "mlartifacts").exists, interrupt), pytest.raises(RunInterrupted):
-        train_here(mlflow=store, **settings)
-    stored = json.loads((run / "manifest.json").read_text())
-    assert stored["status"] == "finished"
-
+    settings = {"storage_path": tmp_path, "name": "one", "resume": True}
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     unlogged = train_here(mlflow="http://127.0.0.1:9", **settings)
-    assert re.search(
-        r"  --mlflow http://127.0.0.1:9: .*; the run is complete, and --resume logs it again$",
-        unlogged.said,
-        re.M,
-    )
+    said = r"--mlflow http://127.0.0.1:9: .*; the run is complete, and --resume logs it again$"
+    assert re.search(said, unlogged.said, re.MULTILINE)
+    store = f"sqlite:///{tmp_path}/store.db"
     resumed = train_here(mlflow=store, **settings)
-    assert ": loss " not in resumed.said, "nothing is trained"
+    assert ": loss " not in unlogged.said + resumed.said
     assert (run / "report.html").exists()
-    assert json.loads(card_file.read_text()) == card, "what was scored with it must go on as it was"
-    assert resumed.line["test"] == {name: card["test"][name] for name in resumed.line["test"]}
-    seconds = sum(map(epoch_seconds, history_of(run)))
-    assert stored["training_seconds"] == round(seconds, 1), "of the command that has trained"
-    client, (logged,) = (
-        MlflowClient(store),
-        re.findall(rf"  MLflow: run (\w+) at {store}$", resumed.said, re.M),
-    )
-    epochs = client.get_metric_history(logged, "epoch/test/loss")
-    assert [metric.step for metric in epochs] == [1, 2], (
-        "epochs that were trained without MLflow are logged too"
-    )
-    assert {*PICTURES, "report.html", "model"} <= {
-        file.path for file in client.list_artifacts(logged)
-    }
-    assert logged in {
-        version.run_id for version in client.search_model_versions("name = 'mnistsum'")
-    }
+    written = json.loads((run / "model" / "model.json").read_text())
+    assert written == card, "what was scored with it must go on as it was"
+    assert not list(Path.cwd().iterdir()), "Ray deletes the working folder of a submitted job"
+    check_mlflow(store, run, resumed.said)
 
 
 @pytest.mark.slow
-def test_another_run_begins_with_its_weights(done: Done, data: Path, tmp_path: Path) -> None:
-    run = done.line["run"]
-    settings = {"data": data, "storage_path": tmp_path, "epochs": 1, "sum_head_steps": 0}
-    train_here(init_from=run, learning_rate=0.001, name="tuned", **settings)
-    losses = [history_of(path)[0]["train_loss"] for path in (run, tmp_path / "tuned")]
-    assert losses[1] < losses[0] / 2
-    card = json.loads((Path(run) / "model" / "model.json").read_text())
+def test_another_run_begins_with_its_weights(
+    done: Done, card: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    """A callback of Ray Train gets each report."""
+    run, reports = done.line["run"], tmp_path / "reports.jsonl"
+
+    class Keep(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[Any], checkpoint: Any) -> None:
+            with reports.open("a") as file:
+                file.write(json.dumps(metrics[0]) + "\n")
+
+    place: dict[str, Any] = {"data": str(data), "storage_path": str(tmp_path), "name": "tuned"}
+    settings = {"init_from": run, "learning_rate": 0.001, "epochs": 2, "sum_head_steps": 0}
+    fit(TrainConfig(**place, **settings), callbacks=[Keep()])
+    first, tuned = history_of(run), history_of(tmp_path / "tuned")
+    assert tuned[0]["train_loss"] < first[0]["train_loss"] / 2
     recorded = json.loads((tmp_path / "tuned" / "manifest.json").read_text())["init_from"]
     assert recorded == {"model": run, "sha256": card["sha256"]}
+    names = ("epoch", "train_loss", "validation", "test")
+    kept = [json.loads(line) for line in reports.read_text().splitlines()]
+    assert kept == [{name: line[name] for name in names} for line in tuned]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
 def test_an_infinite_loss_stops_every_rank_at_once(
-    data: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cluster: str
 ) -> None:
+    settings: dict[str, Any] = {"learning_rate": 1e30, "num_workers": 2, "name": "broken"}
     with pytest.raises(RunError, match=r"^epoch .* the loss is .* lower --learning-rate"):
-        fit(
-            TrainConfig(
-                data=str(data),
-                storage_path=str(runs),
-                name="broken",
-                learning_rate=1e30,
-                num_workers=2,
-            )
-        )
+        fit(TrainConfig(data=str(data), storage_path=str(tmp_path), **settings))
     assert "Traceback" not in capsys.readouterr().err
-    assert json.loads((runs / "broken" / "manifest.json").read_text())["status"] == "failed"
+    manifest = json.loads((tmp_path / "broken" / "manifest.json").read_text())
+    assert manifest["status"] == "failed"
+    with pytest.raises(RequestError, match="exists; go on with --resume"):
+        train_here(data=data, storage_path=tmp_path, name="broken")
 
 
+@pytest.mark.slow
+def test_trials_of_ray_tune(data: Path, tmp_path: Path, cluster: str) -> None:
+    """Two at a time, on one cluster."""
+    settings: dict[str, Any] = {"data": str(data), "epochs": 1, "sum_head_steps": 5}
+    settings["storage_path"] = str(tmp_path)
+
+    def trial(config: dict[str, float]) -> None:
+        result = fit(TrainConfig(**settings, learning_rate=config["rate"]))
+        tune.report({"digit_accuracy": result.test.digit_accuracy})
+
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"CPU": 0.1}),
+        param_space={"rate": tune.grid_search([1e-5, 0.05])},
+        run_config=tune.RunConfig(storage_path=str(tmp_path / "tune")),
+    )
+    results = tuner.fit()
+    assert not results.errors
+    assert results.get_best_result("digit_accuracy", "max").config == {"rate": 0.05}
+
+
+def test_a_folder_that_another_run_holds_is_refused(tmp_path: Path, cluster: str) -> None:
+    run = tmp_path / "mine"
+    said = rf"^--name {run}: another run \(.*\) is writing there; wait for it"
+    with (
+        folder_lock(locate(str(run), "--name"), "--name", print),
+        pytest.raises(TryAgainError, match=said),
+    ):
+        train_here(data="sample", storage_path=tmp_path, name="mine")
+
+
+def test_a_wrong_request_is_one_line_and_begins_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    done = run_job("train", "--data", tmp_path, cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    (error,) = done.err.splitlines()
+    assert error.startswith(f"error: {tmp_path}/a.parquet: has a damaged footer")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+@pytest.mark.slow
 def test_its_config_trains_the_same_model_again_also_on_one_cpu_and_stopped_once(
     done: Done, data: Path, tmp_path: Path
 ) -> None:
     """One thread would compute other bits than the two that the run began with."""
     file, run = Path(done.line["run"], "config.yaml"), tmp_path / "again"
     flags = ["--config", str(file), "--storage-path", str(tmp_path), "--name", "again"]
-    settings = parse(TrainConfig, flags, "").model_dump(exclude_unset=True)
-    assert (
-        settings["num_workers"],
-        settings["use_gpu"],
-        settings["threads"],
-        settings["precision"],
-    ) == (1, False, 2, "fp32")
     with nodes(1) as smaller, joined(smaller):
-        with (
-            once(lambda: [*run.glob(f"checkpoints/*/epoch_00001/{STATE_DIGEST}")], interrupt_main),
-            pytest.raises(RunInterrupted),
-        ):
-            train_here(**settings)
-        again = train_here(**settings | {"resume": True})
+        job = Job("train", *flags, address=smaller.address)
+        job.wait_until(lambda: [*run.glob("checkpoints/*/epoch_00001/*.sha256")])
+        job.process.send_signal(signal.SIGTERM)
+        stopped = job.wait()
+        again = train_here(storage_path=tmp_path, name="again", resume=True)
         scored = score_here(run, tmp_path / "out", data, number_column="digit")
+    assert stopped.code == 128 + signal.SIGTERM
+    assert f"--storage-path {tmp_path} --name again --resume\n" in stopped.err
     assert "going on after epoch 1, on 1 worker" in again.said
     assert again.line["test"] == done.line["test"]
     assert again.weights() == (Path(done.line["model"]) / "model.safetensors").read_bytes()
-    written = [
-        parse(TrainConfig, ["--config", str(path)], "") for path in (file, run / "config.yaml")
-    ]
+    written = [parse(TrainConfig, ["--config", str(path)], "") for path in (file, run / file.name)]
     assert written[0] == written[1]
     assert scored.line["scored_rows"] == 1000

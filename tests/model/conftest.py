@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """PyTorch's threads wait for each other in a loop: on a busy machine two take ten times as long for a few rows."""
+    """PyTorch's threads wait in a loop: on a busy machine two take ten times as long as one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -30,26 +30,17 @@ def equal(first: Predictions, second: Predictions) -> bool:
     )
 
 
-def test_types_and_no_rows() -> None:
-    images, numbers = rows()
-    ours = predictor()
-    found = ours.predict(images, numbers)
-    assert [
-        values.dtype for values in (found.digit, found.sum, found.digit_prob, found.sum_prob)
-    ] == ["i1", "i1", "f4", "f4"]
-    assert len(ours.predict(images[:0], numbers[:0]).digit) == 0
-
-
 def test_several_threads_and_memory_that_may_not_be_written() -> None:
     ours, frozen = predictor(), rows()
     alone = ours.predict(*rows())
     for values in frozen:
         values.flags.writeable = False
     with ThreadPoolExecutor(2) as pool:
-        assert all(
-            equal(together, alone)
-            for together in pool.map(lambda _: ours.predict(*frozen), range(4))
-        )
+        found = [*pool.map(lambda _: ours.predict(*frozen), range(4))]
+    assert all(equal(together, alone) for together in found)
+    types = [values.dtype for values in (alone.digit, alone.sum, alone.digit_prob)]
+    assert types == ["i1", "i1", "f4"]
+    assert len(ours.predict(frozen[0][:0], frozen[1][:0]).digit) == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -62,9 +53,8 @@ def test_a_row_has_the_same_bits_in_a_batch_of_any_size(precision: str) -> None:
         some = ours.predict(images[start : start + size], numbers[start : start + size], probs=True)
         assert equal(some, whole.slice(start, start + size)), size
     for head in HEADS:
-        every, best, which = (
-            whole.values[name.format(head.name)] for name in ("{}_probs", "{}_prob", "pred_{}")
-        )
+        every, best = whole.values[f"{head.name}_probs"], whole.values[f"{head.name}_prob"]
+        which = whole.values[f"pred_{head.name}"]
         assert (str(every.dtype), every.shape) == ("float32", (20, head.classes))
         assert np.array_equal(every[range(20), which], best)
         assert np.allclose(every.sum(1), 1, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Another network with a third head: trained, calibrated, saved, asked and exported, in one process."""
+"""A network of one's own with a third head: trained, calibrated, saved, asked and exported."""
 
 import sys
 from collections.abc import Mapping
@@ -80,21 +80,17 @@ class SmallNet(Network):
 def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """SmallNet and three heads, wherever a module has taken the table's names."""
     heads = (*HEADS, EVEN)
+    scores = {head.name: f"{head.classes} scores" for head in heads}
     changed = {
         "NETWORK": "SmallNet",
         "HEADS": heads,
         "PREDICTION_FIELDS": prediction_fields(heads),
         "PROBABILITY_FIELDS": probability_fields(heads),
         "OUTPUTS": tuple(prediction_fields(heads).names[:-1]),
-        "INTERFACE": INTERFACE
-        | {
-            "network": "SmallNet",
-            "output": {head.name: f"{head.classes} scores" for head in heads},
-        },
+        "INTERFACE": INTERFACE | {"network": "SmallNet", "output": scores},
     }
-    for module in [
-        module for name, module in sys.modules.items() if name.startswith("mnistsum_ray")
-    ]:
+    ours = [module for name, module in sys.modules.items() if name.startswith("mnistsum_ray")]
+    for module in ours:
         for name in changed.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, changed[name])
     monkeypatch.setattr(network, "SmallNet", SmallNet, raising=False)
@@ -145,9 +141,8 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     assert isinstance(loaded, SmallNet)
     found = predict(loaded, test["image"].numpy(), numbers[held_out].numpy(), probabilities=True)
     assert found.even_probs.shape == (500, 2)
-    table = sample.take(held_out.numpy()).append_column(
-        "number", pa.array(numbers[held_out].numpy())
-    )
+    table = sample.take(held_out.numpy())
+    table = table.append_column("number", pa.array(numbers[held_out].numpy()))
     answered = predict_rows(loaded, table)
     assert answered["pred_even"].to_pylist() == found.even.tolist()
 

@@ -6,17 +6,14 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.report import epoch_scalars
-from mnistsum_ray.reporting.tensorboard import FOLDER, write_epochs, write_final
+from mnistsum_ray.reporting.tensorboard import FOLDER, write_epochs
 from mnistsum_ray.storage.uri import locate
 
 
 def entry(epoch: int, loss: float = 0.5) -> dict[str, Any]:
-    accuracies = {f"{head.name}_accuracy": 0.8 for head in HEADS} | {
-        "digit_accuracy": 0.9 + epoch / 100
-    }
-    held_out = {"rows": 10, "pairs": 100, "loss": 0.25} | accuracies
+    held_out = {"rows": 10, "pairs": 100, "loss": 0.25}
+    held_out |= {"digit_accuracy": 0.9 + epoch / 100, "sum_accuracy": 0.8}
     return {
         "epoch": epoch,
         "train_loss": loss,
@@ -51,17 +48,3 @@ def test_each_epoch_is_shown_once_as_it_was_last_trained(tmp_path: Path) -> None
         ], name
     within = [(event.step, round(event.value, 3)) for event in events.Scalars("train/step_loss")]
     assert within == [(16, 0.6), (25, 0.4), (41, 0.5), (50, 0.3), (66, 0.6), (75, 0.4)]
-
-
-def test_metrics_of_the_model_are_shown_beside_those_of_the_epoch(tmp_path: Path) -> None:
-    run = locate(str(tmp_path), "--name")
-    write_epochs(run, [entry(5)])
-    write_final(run, 5, entry(3))
-    files = [path.suffix for path in sorted((tmp_path / FOLDER).iterdir())]
-    assert files == [".epoch", ".final"], "the order of reading"
-    events = EventAccumulator(str(tmp_path / FOLDER)).Reload()
-    for name, accuracy in (
-        ("final/test/digit_accuracy", 0.93),
-        ("epoch/test/digit_accuracy", 0.95),
-    ):
-        assert [event.value for event in events.Scalars(name)] == [pytest.approx(accuracy)]

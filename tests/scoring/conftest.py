@@ -39,10 +39,8 @@ def score_here(request: Request, parts: Sequence[Part]) -> Iterator[Report]:
 def preflight_of(
     model: Path | str, inputs: Path | str, output: Path | str, **settings: Any
 ) -> Request:
-    small: dict[str, Any] = {"precision": "fp32", "batch_size": 2}
-    config = ScoreConfig(
-        model=str(model), input=(str(inputs),), output=str(output), **small | settings
-    )
+    given: dict[str, Any] = {"precision": "fp32", "batch_size": 2} | settings
+    config = ScoreConfig(model=str(model), input=(str(inputs),), output=str(output), **given)
     return preflight(config, CONSOLE)
 
 
@@ -53,11 +51,10 @@ def score(
 
 
 def write_rows(path: Path, ids: Sequence[int], group: int = 4, bad: int | None = None) -> None:
-    """Rows of random pixels, each of which follows from its `id`; `bad` has a number that cannot be used."""
+    """Rows whose pixels are random and follow from their `id`; `bad` has no number in 0..9."""
     images = [np.random.default_rng(row).integers(0, 256, 784, np.uint8).tobytes() for row in ids]
     numbers = [99 if row == bad else row % 10 for row in ids]
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table(
-        {"id": ids, "image": images, "number": numbers, "label": [row % 10 for row in ids]}
-    )
+    labels = [row % 10 for row in ids]
+    table = pa.table({"id": ids, "image": images, "number": numbers, "label": labels})
     pq.write_table(table, path, row_group_size=group)
