@@ -1,0 +1,90 @@
+"""The blocks of .readme/recipes.md run as they stand."""
+
+import json
+import shutil
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from ray import serve
+
+from mnistsum_ray.config import ExportModelConfig
+from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray.export.model import export_model
+from tests.conftest import plain_predictions
+from tests.integration.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+RECIPES = (ROOT / ".readme" / "recipes.md").read_text()
+
+
+@pytest.fixture
+def folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the run runs/mine."""
+    shutil.copytree(model, tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_recipe(title: str, smaller: tuple[str, str] = ("", "")) -> dict[str, Any]:
+    """Run the block under a title; return its names. `smaller` is replaced in it."""
+    section = RECIPES.partition(f"**{title}")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    assert smaller[0] in code
+    names: dict[str, Any] = {"__name__": "recipe"}
+    exec(compile(code.replace(*smaller), title, "exec"), names)
+    return names
+
+
+def test_onnx_runtime_and_plain_pytorch_give_the_same_answers(folder: Path) -> None:
+    export_model(ExportModelConfig(model="runs/mine", output="exported"), print)
+    onnx = run_recipe("ONNX Runtime")
+    torch_logits = run_recipe("Plain PyTorch")["sum_logits"]
+    expected = plain_predictions(folder / "runs" / "mine", onnx["images"], onnx["numbers"])
+    assert onnx["pred_digit"].tolist() == expected["pred_digit"].tolist()
+    assert onnx["pred_sum"].tolist() == torch_logits.argmax(1).tolist()
+    assert np.allclose(onnx["sum_prob"], torch_logits.softmax(1).max(1).values, atol=1e-3)
+
+
+def test_pictures_become_rows(folder: Path) -> None:
+    write_picture(folder / "seven.png")
+    (folder / "photos.csv").write_text("file,number\nseven.png,5\n")
+    run_recipe("Your own pictures")
+    (row,) = pq.read_table("photos.parquet").to_pylist()
+    assert (len(row["image"]), row["number"]) == (784, 5)
+
+
+def test_ray_serve_answers_for_a_picture(cluster: str, folder: Path) -> None:
+    write_picture(folder / "seven.png")
+    # A replica has another current folder.
+    recipe = run_recipe("Ray Serve", ("runs/mine", str(folder / "runs" / "mine")))
+    try:
+        serve.run(recipe["app"])
+        picture = (folder / "seven.png").read_bytes()
+        with urllib.request.urlopen("http://127.0.0.1:8000/?number=5", picture) as answer:
+            assert set(json.load(answer)) == {"digit", "sum", "unsure"}
+    finally:
+        serve.shutdown()
+
+
+def test_ray_tune_finds_the_best_trial(cluster: str, folder: Path) -> None:
+    sample = pq.read_table(SAMPLE)
+    pq.write_table(sample.take(pa.array(range(0, len(sample), 10))), folder / "rows.parquet")
+    smaller = f'data="{folder / "rows.parquet"}", sum_head_steps=5'
+    results = run_recipe("Ray Tune", ('data="sample"', smaller))["results"]
+    assert not results.errors
+    assert len(results) == 2
+
+
+def write_picture(file: Path) -> None:
+    """A dark seven on a light background, 100 x 100."""
+    pixels = np.full((100, 100), 255, np.uint8)
+    pixels[20:28, 30:70] = 0
+    pixels[28:80, 62:70] = 0
+    Image.fromarray(pixels).save(file)
