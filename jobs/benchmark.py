@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         pairs: dict[str, Any] = {"data": args.data, "split": "train", "rows": rows, "files": 8}
-        export_pairs(ExportPairsConfig(**pairs, output=f"{folder}/rows"), print)
+        say = partial(print, file=sys.stderr)
+        export_pairs(ExportPairsConfig(**pairs, output=f"{folder}/rows"), say)
         save_model(network.make_network(), f"{folder}/model")  # the speed depends on no weights
         flags = (what, "--rows", rows, "--folder", folder)
         ways = {way: run_alone(way, *flags) for way in WAYS}

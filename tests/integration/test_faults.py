@@ -241,13 +241,11 @@ TRAININGS = {
         prepare=damage_last_checkpoint,
     ),
     # Ray Train stores checkpoints by Arrow, which gives up after 6 s.
-    "the store answers 503 for a while, and a worker is killed": Fault(
-        [
-            (lambda world: world.runs(READ), lambda world: world.s3.overload(3)),
-            (saves, lambda _: kill_worker(os.getpid(), TRAIN)),
-        ],
-        where="s3",
-        prepare=damage_last_checkpoint,
+    "the store answers 503 for three seconds": Fault(
+        [(saves, lambda world: world.s3.overload(3))], where="s3", prepare=damage_last_checkpoint
+    ),
+    "a worker is killed": Fault(
+        [(saves, lambda _: kill_worker(os.getpid(), TRAIN))], prepare=damage_last_checkpoint
     ),
     "the disk is full": Fault(
         [], where="full disk", prepare=lambda world: fill(world, 500_000), error="--resume"
@@ -284,7 +282,8 @@ def test_a_training_gives_the_model_of_an_undisturbed_one(
     else:
         finished = fault.during(world, lambda: train_here(**resume))
         assert "cannot be used: trainer.safetensors is incomplete or damaged" in finished.said
-        assert finished.said.count("going on after epoch ") >= 2
+        starts = 1 if fault.where == "s3" else 2  # nothing is lost there
+        assert finished.said.count("going on after epoch ") >= starts
     assert not world.bomb.mark.exists(), "the pickle was executed"
     assert finished.weights() == whole.weights()
     assert (world.place / "mine/manifest.json").read_json()["status"] == "finished"

@@ -40,7 +40,8 @@ WAYS: list[tuple[dict[str, Any], str]] = [
 BAD_FILES = {
     "latin-\\udce9.parquet": "its name is not UTF-8",
     "bad_column.parquet": "has a column 'Reason', which scoring would add; rename it",
-    r"bad_\x1b[2J.parquet": "was cut off",
+    r"bad_\x1b[2J.parquet": "its name holds a control character; rename it",
+    "bad_cut.parquet": "was cut off",
     "bad_empty.parquet": "is empty (0 bytes)",
     "bad_floats.parquet": "column 'number' has type double, not an integer type",
     "bad_footer.parquet": "has a damaged footer",
@@ -89,7 +90,8 @@ def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
     middle = 4 + len(whole) // 2
     pages = whole[:4] + b"\xff" * (middle - 4) + whole[middle:]
     (folder / "bad_pages.parquet").write_bytes(pages)
-    (folder / "bad_\x1b[2J.parquet").write_bytes(whole[:-1000])
+    (folder / "bad_\x1b[2J.parquet").write_bytes(whole)
+    (folder / "bad_cut.parquet").write_bytes(whole[:-1000])
     (folder / "bad_empty.parquet").touch()
     (folder / "bad_footer.parquet").write_bytes(whole[:-8] + b"\xff\xff\xff\x7fPAR1")
     place = good.column_names.index("number")
