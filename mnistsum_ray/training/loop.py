@@ -85,6 +85,8 @@ def _train(config: LoopConfig) -> None:
     state = saved[0] if saved else TrainerState(0, [], "")
     state.precision = state.precision or parameters.precision or _best_precision(worker)
     worker.send("precision", precision=state.precision)
+    if state.epochs_done == parameters.epochs:  # a worker was lost after the last checkpoint
+        return
     trainer = Trainer(parameters, worker, state.precision)
     model = trainer.model
     if saved:

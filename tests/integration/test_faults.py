@@ -314,8 +314,8 @@ def test_an_elastic_run_shrinks(cluster: Cluster, s3: Storage, data: Path, tmp_p
         time.sleep(0.2)
     settings = {"epochs": 5, "num_workers": "1,3", "sum_head_steps": 5, "name": "mine"}
     settings |= {"data": data, "storage_path": tmp_path}
-    # For a quarter of these seconds it waits for the node that was lost.
-    settings["wait_seconds"] = 60
+    # Ray waits 30 s for the node that was lost.
+    settings["wait_seconds"] = 90
     try:
         during(lambda: train_here(**settings), (world.checkpoints, lose))
     finally:
