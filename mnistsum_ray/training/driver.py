@@ -346,8 +346,8 @@ def _train_environment() -> dict[str, str]:
     """Options that Ray Train reads only from environment variables."""
     joined = "0" if started_cluster() else "1"
     return {
-        # How long Ray waits for nodes of so many workers. Then it looks what there is now: an elastic
-        # run goes on with fewer, and any other waits again until `_end_late_workers`.
+        # How long Ray waits for nodes of so many workers. Then it looks what there is now: an
+        # elastic run goes on with fewer, and any other waits again until `_end_late_workers`.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
         # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s
         # more of each run.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -193,7 +193,7 @@ def score_here(
     config = ScoreConfig(model=str(model), input=paths, output=str(output), **given)
     with redirect_stderr(io.StringIO()) as said:
         result = score(config)
-    return Scored(asdict(result), said.getvalue(), Path(output))
+    return Scored(result.model_dump(), said.getvalue(), Path(output))
 
 
 @dataclass
@@ -216,7 +216,7 @@ def train_here(**settings: Any) -> Trained:
     config = TrainConfig(**given)
     with redirect_stderr(io.StringIO()) as said:
         result = fit(config)
-    return Trained(asdict(result), said.getvalue())
+    return Trained(result.model_dump(), said.getvalue())
 
 
 Result = TypeVar("Result")

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
-from ray import tune
 from ray.train import UserCallback
 
 from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, predict
@@ -219,7 +218,7 @@ def test_another_run_begins_with_its_weights(
 def test_an_infinite_loss_stops_every_rank_at_once(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cluster: str
 ) -> None:
-    settings: dict[str, Any] = {"learning_rate": 1e30, "num_workers": 2, "name": "broken"}
+    settings: dict[str, Any] = {"learning_rate": 9e5, "num_workers": 2, "name": "broken"}
     with pytest.raises(RunError, match=r"^epoch .* the loss is .* lower --learning-rate"):
         fit(TrainConfig(data=str(data), storage_path=str(tmp_path), **settings))
     assert "Traceback" not in capsys.readouterr().err
@@ -227,26 +226,6 @@ def test_an_infinite_loss_stops_every_rank_at_once(
     assert manifest["status"] == "failed"
     with pytest.raises(RequestError, match="exists; go on with --resume"):
         train_here(data=data, storage_path=tmp_path, name="broken")
-
-
-@pytest.mark.slow
-def test_trials_of_ray_tune(data: Path, tmp_path: Path, cluster: str) -> None:
-    """Two at a time, on one cluster."""
-    settings: dict[str, Any] = {"data": str(data), "epochs": 1, "sum_head_steps": 5}
-    settings["storage_path"] = str(tmp_path)
-
-    def trial(config: dict[str, float]) -> None:
-        result = fit(TrainConfig(**settings, learning_rate=config["rate"]))
-        tune.report({"digit_accuracy": result.test.digit_accuracy})
-
-    tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0.1}),
-        param_space={"rate": tune.grid_search([1e-5, 0.05])},
-        run_config=tune.RunConfig(storage_path=str(tmp_path / "tune")),
-    )
-    results = tuner.fit()
-    assert not results.errors
-    assert results.get_best_result("digit_accuracy", "max").config == {"rate": 0.05}
 
 
 def test_a_folder_that_another_run_holds_is_refused(tmp_path: Path, cluster: str) -> None:
