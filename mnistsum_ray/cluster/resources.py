@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -109,8 +110,11 @@ class WorkerPlan:
         return number + counted(high, "GPU worker" if self.use_gpu else "CPU worker")
 
 
-def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
-    """Plan a job's workers by its request and the cluster; wait until enough of them fit.
+@contextmanager
+def reserve(request: WorkerRequest, say: Callable[[str], None]) -> Iterator[WorkerPlan]:
+    """Plan a job's workers, wait until enough of them fit, and hold their resources for the block.
+
+    While they are held no other job takes them, and no autoscaler removes a node as idle.
 
     Raises:
         RequestError: a cluster that this process has started is too small, or PyTorch finds no CUDA
@@ -127,10 +131,13 @@ def reserve(request: WorkerRequest, say: Callable[[str], None]) -> WorkerPlan:
         # Ray Train asks for all of them at once, and Ray's autoscaler v2 grants all or none.
         limit = f"only if the autoscaler's limits allow all {plan.workers} workers"
         say(f"more than {plan.needed} workers run as nodes come, {limit}")
-    _wait_until_free(plan, request.wait_seconds, say)
-    if plan.use_gpu and gpu is None:  # an autoscaler has started the nodes with GPUs meanwhile
-        return reserve(request, say)
-    return plan
+    with _reserved(plan, request.wait_seconds, say):
+        if gpu or not plan.use_gpu:
+            yield plan
+            return
+    # An autoscaler has started the nodes with GPUs meanwhile.
+    with reserve(request, say) as plan:
+        yield plan
 
 
 def plan_workers(ask: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None) -> WorkerPlan:
@@ -179,11 +186,11 @@ def explain_worker_silence() -> str:
     return f"{why}; the cluster has {inspect_cluster()}, free: {_free()}"
 
 
-def _wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None]) -> None:
-    """Wait until the workers fit on what is free; Ray would wait without limit or message.
+@contextmanager
+def _reserved(plan: WorkerPlan, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold what the workers need by a placement group, which also makes an autoscaler add nodes.
 
-    A placement group asks for them, which also makes an autoscaler add nodes. After these seconds
-    it is a TryAgainError.
+    Ray would wait for it without limit or message. After these seconds it is a TryAgainError.
     """
     seconds = max(seconds, _GRACE_SECONDS)
     started = time.monotonic()
@@ -198,6 +205,7 @@ def _wait_until_free(plan: WorkerPlan, seconds: float, say: Callable[[str], None
                 next_report += _REPORT_SECONDS
                 free = f"free now: {_free()} ({inspect_cluster()})"
                 say(f"waiting for {_needed(plan)}; {free}; giving up in {seconds - waited:.0f} s")
+        yield
     finally:
         remove_placement_group(group)
 

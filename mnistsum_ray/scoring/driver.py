@@ -83,8 +83,8 @@ def score(request: Request, console: Console) -> ScoreResult:
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        plan = _reserve_workers(request, console)
-        request = replace(request, precision=_choose_precision(request, plan))
+        with reserve(_worker_request(request), console.say) as plan:
+            request = replace(request, precision=_choose_precision(request, plan))
         return run(request, partial(_on_ray, plan, console), console)
     except KeyboardInterrupt:
         raise RunInterrupted(_KEPT) from None
@@ -208,10 +208,10 @@ def _score(
     return unusable
 
 
-def _reserve_workers(request: Request, console: Console) -> WorkerPlan:
+def _worker_request(request: Request) -> WorkerRequest:
     config = request.config
     workers = (config.num_workers, config.num_workers) if config.num_workers else None
-    return reserve(WorkerRequest(workers, config.use_gpu, config.wait_seconds), console.say)
+    return WorkerRequest(workers, config.use_gpu, config.wait_seconds)
 
 
 def _choose_precision(request: Request, plan: WorkerPlan) -> str:

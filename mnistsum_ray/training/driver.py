@@ -207,14 +207,18 @@ class _Driver:
             self.init_from = {"model": run.config.init_from, "sha256": description["sha256"]}
 
     def _prepare(self) -> None:
-        """Wait for the workers, and read the rows."""
-        run, say = self.run, self.console.say
-        config, source, parameters = run.config, run.source, run.hyperparameters
-        gpus = max(1, parameters.batch_size // _ROWS_PER_GPU)
+        """Wait for what the workers need, and read the rows while it is held."""
+        config = self.run.config
+        gpus = max(1, self.run.hyperparameters.batch_size // _ROWS_PER_GPU)
         wanted = (config.worker_range, config.use_gpu, config.wait_seconds)
         request = resources.WorkerRequest(*wanted, group=True, useful_gpus=gpus)
-        self.plan = resources.reserve(request, say)
-        self.threads = choose_threads(run, self.plan)
+        with resources.reserve(request, self.console.say) as self.plan:
+            self.threads = choose_threads(self.run, self.plan)
+            self._read_rows()
+
+    def _read_rows(self) -> None:
+        run, say = self.run, self.console.say
+        source, parameters = run.source, run.hyperparameters
         if source.notice:
             say(source.notice)
         report_skipped(source.skipped, say)
@@ -223,7 +227,7 @@ class _Driver:
         say(check_space(source.rows))
         source, blocks, sha256 = load_blocks(
             source,
-            skip_bad_rows=config.skip_bad_rows,
+            skip_bad_rows=run.config.skip_bad_rows,
             on_progress=Progress(self.console.progress, "rows read", source.rows),
         )
         if source.bad.total:
@@ -236,7 +240,7 @@ class _Driver:
         self.metrics = JobMetrics("train", run.folder.display, len(self.record.history) * train)
         of = source.name if source.name == "sample" else f"{source.name} ({source.location})"
         counts = f"{train:,} training, {validation:,} validation, {test:,} test rows of {of}"
-        say(f"run {config.name}: {counts}; {self.plan.describe()}")
+        say(f"run {run.config.name}: {counts}; {self.plan.describe()}")
 
     @contextmanager
     def _events(self) -> Iterator[Queue]:

@@ -15,7 +15,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from mnistsum_ray import config as configs
 from mnistsum_ray.arguments import parse
 from mnistsum_ray.cli import COMMANDS
 from tests.integration.conftest import ROOT, run_job
@@ -35,7 +34,7 @@ def commands_of(section: str) -> list[list[str]]:
 def run(command: str, *flags: str) -> None:
     """Run a command in this process, on the cluster that it has joined."""
     function, kind, _ = COMMANDS[command]
-    function(parse(getattr(configs, kind), list(flags), ""))
+    function(parse(kind, list(flags), ""))
 
 
 @pytest.fixture(scope="module")
