@@ -59,11 +59,9 @@ from mnistsum_ray.scoring.worker import Report, Score
 
 _KEPT: Final = "what is scored is kept, and the same command goes on"
 
-_RETRIES: Final = 3
-"""How often Ray begins a task again in which a worker died."""
-
-_RESTARTS: Final = 20
-"""How often Ray starts one worker again: it may die before its first task, or lose its node."""
+_RESTARTS: Final = 10
+"""How often Ray starts one worker again that died or lost its node. Retries of a task are not
+counted: until Ray knows that a node is gone, it uses them up within a second."""
 
 _NAMED: Final = 10
 """Files in work that a message names."""
@@ -259,8 +257,8 @@ def _on_ray(
             batch_format="pyarrow",
             num_cpus=plan.per_worker.get("CPU", 0),
             num_gpus=plan.per_worker.get("GPU", 0),
-            max_restarts=_RESTARTS,  # by itself Ray Data sets no limit to either
-            max_task_retries=_RETRIES,
+            max_restarts=_RESTARTS,  # by itself Ray Data sets no limit
+            max_task_retries=-1,
         )
     dataset.set_name("score-files")
     with console.waiting_for("the workers", explain_worker_silence):
