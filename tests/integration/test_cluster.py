@@ -134,8 +134,8 @@ def test_prometheus_sees_jobs_that_have_ended(data: Path, tmp_path: Path) -> Non
     flags += ["--epochs", 2, "--sum-head-steps", 5]
     line = run_job("train", *flags, address=address).line
     rows = 2 * line["data"]["train_rows"]
-    expected = {"ray_mnistsum_rows_total": rows, "ray_mnistsum_epoch": 2}
-    assert metrics(tmp_path / "mine").items() >= expected.items()
+    # Ray keeps counters as long as the node lives, and gauges for 20 s.
+    assert metrics(tmp_path / "mine")["ray_mnistsum_rows_total"] == rows
     flags = ["--model", tmp_path / "mine", "--input", tmp_path / "in", "--output", tmp_path / "out"]
     run_job("score", *flags, "--number-column", "row_id", address=address)
     shown = metrics(tmp_path / "out")
