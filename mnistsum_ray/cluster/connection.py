@@ -52,7 +52,10 @@ def connect() -> str:
             # The dashboard takes seconds to start.
             _init("local", "Ray cannot be started here", include_dashboard=False)
             _started = ray.get_runtime_context().gcs_address
-            why = "" if asked or not address else f"; the last `ray start`, {address}, is gone"
+            why = ""
+            if address and not asked:
+                # Ray itself waits for it at the end of a training, for 10 s.
+                why = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it"
             return f"started Ray on this machine, for this job alone{why}"
         if address and not answers:
             raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {address}; {_GONE}")
