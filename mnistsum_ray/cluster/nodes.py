@@ -18,12 +18,6 @@ _LOOK_SECONDS: Final = 60.0
 """Longest wait for a node that looks at local paths."""
 
 
-def this_node() -> Resources:
-    """Total resources of the node of this process."""
-    node_id = ray.get_runtime_context().get_node_id()
-    return next((dict(node["Resources"]) for node in ray.nodes() if node["NodeID"] == node_id), {})
-
-
 def on_node(node: str | None = None) -> dict[str, Any]:
     """Options of a task or actor that reserves nothing, on this node or the one of this id."""
     node = node or ray.get_runtime_context().get_node_id()

@@ -186,7 +186,7 @@ class _Driver:
     def _find_start(self) -> None:
         """Find the checkpoint, or else the weights, to start from.
 
-        What is wrong there is said before the wait for workers.
+        Called before the wait for workers, so that a wrong one is refused at once.
         """
         run, say = self.run, self.console.say
         if run.config.resume:
