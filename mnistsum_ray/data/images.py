@@ -73,39 +73,24 @@ def one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 def image_type_error(kind: pa.DataType) -> str | None:
     """Why a column of this type cannot hold images; None where it can."""
-    shape = [side for side in getattr(kind, "shape", ()) if side != 1]  # None: it varies
-    if shape not in ([], [PIXELS], [SIDE, SIDE], [None, None]):
-        return f"holds tensors of shape {shape}, not 784 or 28 x 28"
-    permutation = list(getattr(kind, "permutation", None) or ())
-    if permutation != sorted(permutation):
-        return f"is a tensor whose dimensions are permuted ({kind})"
     values = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    if pa.types.is_struct(values) and _image_field(values):
-        values = values.field(_image_field(values)).type
+    if pa.types.is_struct(values) and "bytes" in values.names:
+        values = values.field("bytes").type
     if pa.types.is_null(values) or any(is_bytes(values) for is_bytes in _BYTES):
         return None
-    is_list = isinstance(values, _LISTS)
-    for _ in range(2):
-        if isinstance(values, _LISTS):
-            values = values.value_type
-    if is_list and pa.types.is_integer(values):
+    depth = 0
+    while isinstance(values, _LISTS):
+        values = values.value_type
+        depth += 1
+    if depth in (1, 2) and pa.types.is_integer(values):
         return None
     known = "lists of 784 integers, 784 bytes, PNG or JPEG bytes, {bytes, path}"
     return f"has type {kind}, which holds no images ({known})"
 
 
-def _image_field(kind: pa.StructType) -> str | None:
-    """The field of Hugging Face's {bytes, path}, or of Ray's tensors of any shape {data, shape}."""
-    names = [child.name for child in kind]
-    if names == ["data", "shape"] and isinstance(kind.field("shape").type, _LISTS):
-        return "data"
-    return "bytes" if "bytes" in names else None
-
-
 def number_type_error(kind: pa.DataType) -> str | None:
     """Why a column of this type cannot hold numbers; None where it can."""
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_integer(values) or pa.types.is_null(values):
+    if pa.types.is_integer(kind) or pa.types.is_null(kind):
         return None
     return f"has type {kind}, not an integer type"
 
@@ -116,11 +101,8 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Rea
     They are int64[n]; and a reason for each value that is none of 0..count - 1, in whose place is
     a zero. Floats may be whole.
     """
-    if isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_decode()
     kind = column.type
-    types = pa.types
-    is_number = any(is_a(kind) for is_a in (types.is_integer, types.is_floating, types.is_decimal))
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     numbers = np.full(len(column), np.nan)
     if is_number:  # of a null NaN, and of a large integer one that is as wrong
         numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
@@ -145,7 +127,7 @@ def decode_images(column: pa.Array) -> tuple[Pixels, Reasons]:
     null = "the image is null; fill it in or drop the row"
     if pa.types.is_struct(column.type):
         null = "the image, or its bytes, is null; put the picture itself there, or drop the row"
-        column = pc.struct_field(column, _image_field(column.type))
+        column = pc.struct_field(column, "bytes")
     if pa.types.is_binary_view(column.type):
         column = column.cast(pa.binary())  # Arrow has few functions for views
     whole = _whole_column(column)

@@ -1,6 +1,5 @@
 """The one place that opens Parquet files, and says whether a file or the storage fails."""
 
-import base64
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,10 +25,6 @@ _WHOLE_BYTES: Final = 4 * 2**20
 
 _BATCH_ROWS: Final = 8192
 """Rows that are decompressed at once."""
-
-_ARROW_SCHEMA: Final = b"ARROW:schema"
-_RAY: Final = b"ray.data."
-"""How the names of Ray's Arrow types begin."""
 
 
 @contextmanager
@@ -95,9 +90,6 @@ def read_footer(file: Location, listed: Entry) -> Footer:
     """Read the footer of a file that was listed; errors as of `open_parquet`."""
     with _opened(file, listed) as source:
         metadata = _read_metadata(_footer_bytes(source))
-        groups = range(metadata.num_row_groups)
-        if sum(metadata.row_group(group).num_rows for group in groups) != metadata.num_rows:
-            raise UnusableFileError("has a damaged footer (its rows do not add up); write it again")
         schema = metadata.schema
         columns = [schema.column(index) for index in range(len(schema))]
         int96 = [column.path for column in columns if column.physical_type == "INT96"]
@@ -105,19 +97,14 @@ def read_footer(file: Location, listed: Entry) -> Footer:
 
 
 def _footer_bytes(stream: Any) -> bytes:
-    """The footer of an open file, and the eight bytes after it."""
-    stream.seek(0, io.SEEK_END)
-    size = stream.tell()
-    if not size:
-        raise UnusableFileError("is empty (0 bytes); write it again")
+    """The footer of an open file, and the eight bytes after it: its length and a mark."""
+    size = stream.seek(0, io.SEEK_END)
     start = max(0, size - _TAIL_BYTES)
     stream.seek(start)
     tail = bytes(stream.read(size - start))
-    if tail[-4:] not in (b"PAR1", b"PARE"):  # with PARE the footer is encrypted, as Arrow will say
-        raise UnusableFileError("is not Parquet, or was cut off; write it again")
     length = int.from_bytes(tail[-8:-4], "little") + 8
-    if length > size - 4:
-        raise UnusableFileError("has a damaged footer (longer than the file); write it again")
+    if tail[-4:] != b"PAR1" or length > size:
+        raise UnusableFileError("is not Parquet, or was cut off; write it again")
     if length > len(tail):
         stream.seek(size - length)
         return bytes(stream.read(length))
@@ -125,32 +112,14 @@ def _footer_bytes(stream: Any) -> bytes:
 
 
 def _read_metadata(footer: bytes) -> pq.FileMetaData:
-    """The metadata of a footer, which keep the columns' Arrow types only where these are plain.
+    """The metadata of a footer, whose columns have the types of Parquet alone.
 
-    The Arrow schema, in base64, is hidden where it names other types:
-
-    - Ray's. Ray registers them in the process, and one of them holds pickles, which run code when
-      its values are looked at, here or by a reader of what is scored.
-    - Views of strings and bytes, whose rows pyarrow can neither take nor filter.
+    The schema of Arrow types that many writers add is hidden. It may name types of Ray, which
+    registers them in the process, and one of them holds pickles: they run code when its values are
+    looked at, here or by a reader of what is scored.
     """
-    name = _ARROW_SCHEMA.lower()
-    hidden = pq.read_metadata(pa.BufferReader(footer.replace(_ARROW_SCHEMA, name)))  # noqa: TID251
-    if footer.count(_ARROW_SCHEMA) > 1:
-        return hidden
-    encoded = (hidden.metadata or {}).get(name, b"")
-    schema = base64.b64decode(encoded + b"==")  # some writers leave the padding out
-    if _RAY in schema:
-        return hidden
-    shown = pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
-    return hidden if any(map(_has_views, shown.schema.to_arrow_schema().types)) else shown
-
-
-def _has_views(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
-        return True
-    return any(_has_views(kind.field(index).type) for index in range(kind.num_fields))
+    hidden = footer.replace(b"ARROW:schema", b"arrow:schema")
+    return pq.read_metadata(pa.BufferReader(hidden))  # noqa: TID251
 
 
 def read_rows(
@@ -174,8 +143,9 @@ def read_rows(
             if first >= rows.stop:
                 return
         if first < end:
-            short = "has fewer rows in a row group than its footer says"
-            raise UnusableFileError(f"{short}; write it again")
+            break
+    if first < rows.stop:
+        raise UnusableFileError("has fewer rows than its footer says; write it again")
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
