@@ -9,7 +9,7 @@ import pytest
 from mnistsum_ray.data.order import (
     RandomStream,
     TrainingOrder,
-    distortion_draws,
+    distortions,
     hold_out,
     positions_of_rank,
     random_numbers,
@@ -98,9 +98,9 @@ def test_pinned_values() -> None:
     assert random_numbers(0, 0, np.arange(12)).tolist() == [1, 4, 1, 3, 4, 2, 4, 3, 4, 8, 9, 2]
     assert random_numbers(0, 0, np.array([7, 1])).tolist() == [3, 4], "whatever rows are beside it"
     assert random_numbers(7, 3, np.array([0, 59_999, 2**40])).tolist() == [2, 4, 0]
-    pinned = [-0.0184642, -0.466758, 0.6205059, 0.772669, 0.4082098, -0.7092839]
-    draws = distortion_draws(0, 0, np.arange(2))[:, :3]
-    assert draws.ravel().tolist() == pytest.approx(pinned, abs=1e-6)
+    pinned = [0.9543918, -0.0486454, -0.0302301, -0.0030756, 1.0640106, 0.0707326]
+    matrices = distortions(0, 0, np.arange(2), strength=1.0)
+    assert matrices[0].tolist() == pytest.approx(pinned, abs=1e-6)
     assert step_seed(0, 0, 0, RandomStream.DROPOUT) == 5784922337503569493
     kept, held_out = hold_out(np.arange(20), 4)
     assert held_out.tolist() == [0, 5, 8, 16]

@@ -1,7 +1,7 @@
 """Pictures that people draw become what MNIST's own are; what is none is refused in one line."""
 
 import io
-import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ FORMS: dict[str, Callable[[Pixels], Picture]] = {
     "pencil": lambda image: page(image, (205, 205, 205)),
     "in a corner": in_a_corner,
     "transparent": lambda image: Image.merge("LA", [Image.new("L", (280, 280), 40), large(image)]),
-    "16 bits": lambda image: Image.fromarray((255 - image).astype(np.uint16) << 8),
     "photographed": photographed,
 }
 """How an image of MNIST may be drawn."""
@@ -74,26 +73,17 @@ def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, sample: pa.
         assert np.abs(np.array(mass) - 14).max() <= 0.51
 
 
-@pytest.mark.timeout(30)
-def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
-    Image.new("L", (100, 100), 255).save(tmp_path / "large.png")
+def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     Image.new("L", (50, 50), 255).save(tmp_path / "white.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "white.png").read_bytes()[:60])
-    os.mkfifo(tmp_path / "pipe")
     refused: list[tuple[Picture, str]] = [
-        (Path(__file__), "cannot be read as a picture .it is none of PNG, JPEG"),
+        (Path(__file__), "cannot be read as a picture; save it as PNG"),
         (tmp_path / "cut.png", "cannot be read as a picture"),
-        (tmp_path / "large.png", r"cannot be read as a picture \(Image size \(10000 pixels\)"),
         (tmp_path / "white.png", "nothing is drawn on it"),
         (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), "nothing is drawn on it"),
         (tmp_path / "nowhere.png", "is not there"),
-        (tmp_path / "pipe", "is a folder, a pipe or a device"),
-        ("/dev/zero", "is a folder, a pipe or a device"),
     ]
     for picture, said in refused:
-        with pytest.raises(RequestError, match=said) as error:
+        name = str(picture) if isinstance(picture, Path) else "the picture"
+        with pytest.raises(RequestError, match=f"^{re.escape(name)}: {said}"):
             prepare_picture(picture)
-        name = str(picture) if isinstance(picture, str | Path) else "the picture"
-        assert str(error.value).startswith(f"{name}: ")
-        assert "\n" not in str(error.value)
