@@ -114,8 +114,8 @@ def report_page(
     return _render(title, lines, figures, pictures, tables)
 
 
-def scored_page(manifest: dict[str, Any], bad: ReasonCounts, pictures: dict[str, bytes]) -> str:
-    """Render the HTML page of a scored output: counts, reasons, pictures, configuration."""
+def scored_page(manifest: dict[str, Any], bad: ReasonCounts) -> str:
+    """Render the HTML page of a scored output: counts, reasons, configuration."""
     totals = manifest["totals"]
     figures = [
         (f"{totals['rejected_rows']:,}", "rows rejected"),
@@ -130,7 +130,7 @@ def scored_page(manifest: dict[str, Any], bad: ReasonCounts, pictures: dict[str,
     tables = [_reasons("Rejected rows", vars(bad)), _settings(manifest, manifest["model"])]
     title = f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored"
     where = f"{totals['output']}, from {totals['files']:,} files"
-    return _render(title, [where], figures, pictures, tables)
+    return _render(title, [where], figures, {}, tables)
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:

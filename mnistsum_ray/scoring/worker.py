@@ -27,8 +27,7 @@ from mnistsum_ray.errors import (
     one_line,
 )
 from mnistsum_ray.model.inference import Predictions, Predictor, append_predictions
-from mnistsum_ray.scoring.counts import RowCounts, columns_to_count, count_part
-from mnistsum_ray.scoring.output import count_part_file
+from mnistsum_ray.scoring.output import RowCounts, columns_to_count, count_part, count_part_file
 from mnistsum_ray.scoring.parts import PREDICTIONS, Part
 from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.storage.store import Entry
