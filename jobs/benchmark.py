@@ -109,7 +109,7 @@ class Scorer:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         numbers = batch["number"].astype(np.int64)
         found = self.predictor.predict(decode(batch["image"]), numbers)
-        return {"row_id": batch["row_id"], "number": numbers, **found.values}
+        return {"row_id": batch["row_id"], "number": numbers, **found}
 
 
 def decode(images: Iterable[bytes]) -> np.ndarray:

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any, Final
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:
-    from mnistsum_ray.api import fit, score
+    from mnistsum_ray.api import fit, load_model, predict, predict_rows, save_model, score
     from mnistsum_ray.config import ScoreConfig, TrainConfig
     from mnistsum_ray.data.picture import prepare_picture
     from mnistsum_ray.errors import RequestError, RunError, TryAgainError
-    from mnistsum_ray.predicting import load_model, predict, predict_rows, save_model
     from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 
 __all__ = [
@@ -46,7 +45,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imports on first use: torch and Ray take seconds to import, and `--help` needs neither.
-    modules = ("errors", "config", "predicting", "api") if name in __all__ else ()
+    modules = ("errors", "config", "api") if name in __all__ else ()
     for module in modules:
         found = import_module(f"{__name__}.{module}")
         if hasattr(found, name):

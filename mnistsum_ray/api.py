@@ -1,21 +1,49 @@
-"""Python API of the jobs: train and score on a cluster."""
+"""Python API: train and score on a cluster; load a model, and predict in this process."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
 
 from mnistsum_ray.cluster.connection import connect, head_answers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
-from mnistsum_ray.errors import RunError, TryAgainError
-from mnistsum_ray.overrides import quiet_logger
+from mnistsum_ray.data.images import (
+    Pixels,
+    decode_images,
+    decode_numbers,
+    image_type_error,
+    join_reasons,
+    number_type_error,
+    one_chunk,
+)
+from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.picture import Picture, prepare_picture
+from mnistsum_ray.errors import RequestError, RunError, TryAgainError
+from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
+from mnistsum_ray.storage.uri import empty_output, locate_existing, refused
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch and Ray take seconds to import
     from ray.train import UserCallback
+
+    from mnistsum_ray.model.network import Network
+
+Model: TypeAlias = "Network | str | Path"
+"""A model of `load_model`, or what that takes."""
+
+_BATCH_ROWS: Final = 64
+"""Rows of a forward pass of `predict` and `predict_rows`."""
 
 
 def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainResult:
@@ -59,14 +87,188 @@ def score(config: ScoreConfig) -> ScoreResult:
 
 @contextmanager
 def _on_cluster(console: Console, run: str) -> Iterator[None]:
-    """Join a cluster or start one, whose advice the block hides: the console reports progress."""
+    """Join a cluster or start one; an error there says so if its head is gone."""
     console.run = run
     console.say(connect())
     import_module("ray.data")  # sets the level of its logger
-    with quiet_logger("ray", "ray.data"):
-        try:
-            yield
-        except RunError as error:
-            if head_answers():
-                raise
-            raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error
+    # Their advice is not for the user of a job, whose console reports the progress.
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    except RunError as error:
+        if head_answers():
+            raise
+        raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error
+
+
+def load_model(model: str | Path) -> "Network":
+    """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI).
+
+    The network is in evaluation mode, float32, on the CPU. It takes images float32[n, 1, 28, 28],
+    which `mnistsum_ray.model.network.prepare_images` makes from pixels, and numbers int64[n], and
+    returns the scores (logits) of each head: of the digits [n, 10], of the sums [n, 19].
+
+    Raises:
+        RequestError: there is no such model, it is damaged, or it is of another network.
+    """
+    from mnistsum_ray.model.folder import load_model as load_folder
+
+    return load_folder(locate_existing(str(model), "model"))[0]
+
+
+def save_model(model: "Network", folder: str | Path) -> None:
+    """Write a network as a model folder, which `load_model`, scoring and `--init-from` take.
+
+    Raises:
+        RequestError: the folder cannot be written, or is not empty.
+    """
+    from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
+
+    output = empty_output(str(folder))
+    weights = copy_weights(model)
+    description = describe_model(weights, epoch=0, metrics={}, background=model.background)
+    with refused("--output"):
+        write_model(output, weights, description)
+
+
+@dataclass(frozen=True)
+class PicturePrediction:
+    """The answers for one picture and a number."""
+
+    number: int
+    digit: int
+    digit_prob: float
+    sum: int
+    sum_prob: float
+    consistent: bool
+    """Whether sum = digit + number."""
+    unsure: bool
+    """Whether the digit's probability is below 0.9."""
+    pixels: Pixels = field(repr=False, compare=False)
+    """uint8[28, 28]: what the network was given."""
+
+
+def predict(model: Model, images: Any, numbers: Any, *, probabilities: bool = False) -> Any:
+    """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
+
+        predict("runs/mine", "seven.png", 5)  # prepared by `prepare_picture`
+        predict(model, images, numbers)  # uint8[n, 28, 28] as in training, and integers[n] in 0..9
+
+    Returns:
+        For a picture a `PicturePrediction`. Else an object with arrays of n: `digit` int8,
+        `digit_prob` float32, `sum` int8, `sum_prob` float32, and those of further heads; with
+        `probabilities` those of all classes, `digit_probs` float32[n, 10] and `sum_probs`
+        float32[n, 19].
+
+    Raises:
+        ValueError: wrong shape or dtype, or a number out of range.
+        RequestError (a ValueError): no such picture or model, or nothing is drawn on the picture.
+    """
+    if isinstance(images, str | Path | bytes | Image.Image):
+        return _predict_picture(model, images, numbers)
+
+    from mnistsum_ray.model.inference import predict_pairs
+
+    images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
+    if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
+        found = f"{images.dtype}{list(images.shape)}"
+        raise ValueError(f"images: must be uint8[n, 28, 28], are {found}")
+    if numbers.shape != (len(images),) or not np.isin(numbers, range(NUMBERS)).all():
+        raise ValueError(f"numbers: must be {len(images)} integers in 0..{NUMBERS - 1}")
+    numbers = numbers.astype(np.int64)
+    predictions = predict_pairs(_loaded(model), images, numbers, _BATCH_ROWS, probabilities)
+    arrays = {name.removeprefix("pred_"): values for name, values in predictions.items()}
+    return SimpleNamespace(**arrays)
+
+
+def _predict_picture(model: Model, picture: Picture, number: int) -> PicturePrediction:
+    if number not in range(NUMBERS):
+        raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
+    number = int(number)
+    pixels = prepare_picture(picture)  # before the import of PyTorch: a refusal comes at once
+    network = _loaded(model)
+    if network.background:
+        pixels = 255 - pixels
+
+    from mnistsum_ray.model.inference import predict_pairs
+
+    found = predict_pairs(network, pixels[None], np.array([number]), batch_size=1)
+    digit, total = int(found["pred_digit"][0]), int(found["pred_sum"][0])
+    digit_prob = float(found["digit_prob"][0])
+    return PicturePrediction(
+        number=number,
+        digit=digit,
+        digit_prob=digit_prob,
+        sum=total,
+        sum_prob=float(found["sum_prob"][0]),
+        consistent=total == digit + number,
+        unsure=digit_prob < 0.9,
+        pixels=pixels,
+    )
+
+
+def predict_rows(
+    model: Model,
+    rows: Any,
+    image_column: str = "image",
+    number_column: str = "number",
+    *,
+    probabilities: bool = False,
+) -> Any:
+    """Predict the digit and the sum of each row of a table.
+
+    The table is a Ray Dataset, which is scored as it is read, or anything with
+    `__arrow_c_stream__`, as frames of pandas, Polars and DuckDB and tables of Arrow have it.
+    Images may have any form that scoring takes.
+
+    Returns:
+        A Ray Dataset for one, else an Arrow table, with all rows in their order and the columns
+        that scoring adds, with `probabilities` those of all classes too. `reason` says why a row
+        cannot be scored; the others are null there.
+
+    Raises:
+        TypeError: `rows` is something else.
+        ValueError: a column is missing, has a type that cannot be read, or has the name of one that
+            is added.
+    """
+    network = _loaded(model)
+    if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):
+        from mnistsum_ray.cluster.workarounds import in_order
+
+        def predict_block(block: pa.Table) -> pa.Table:
+            names = (image_column, number_column)
+            return predict_rows(network, block, *names, probabilities=probabilities)
+
+        return in_order(rows).map_batches(predict_block, batch_format="pyarrow")
+    if not hasattr(rows, "__arrow_c_stream__"):
+        kind = type(rows).__name__
+        raise TypeError(f"rows: must have __arrow_c_stream__ or be a Ray Dataset, not {kind}")
+
+    from mnistsum_ray.model.inference import append_predictions, predict_pairs
+
+    table = pa.table(rows)
+    taken = added_column(table.column_names, probabilities)
+    if taken:
+        raise ValueError(f"column {taken!r} would be added; rename it")
+    images, bad_images = decode_images(_column(table, image_column, image_type_error))
+    numbers, bad_numbers = decode_numbers(_column(table, number_column, number_type_error))
+    predictions = predict_pairs(network, images, numbers, _BATCH_ROWS, probabilities)
+    reasons = join_reasons(bad_images, bad_numbers)
+    return append_predictions(table, predictions, numbers, reasons)
+
+
+def _column(table: pa.Table, name: str, type_error: Callable[[Any], str | None]) -> pa.Array:
+    """A column as one array; `type_error` says of its type why it cannot be read."""
+    if table.column_names.count(name) != 1:
+        present = ", ".join(map(repr, table.column_names))
+        raise ValueError(f"there must be one column {name!r}; there are {present}")
+    column = table[name]
+    error = type_error(column.type)
+    if error:
+        raise ValueError(f"column {name!r} {error}")
+    return one_chunk(column)
+
+
+def _loaded(model: Model) -> "Network":
+    return load_model(model) if isinstance(model, str | Path) else model

@@ -133,7 +133,7 @@ def predict(config: PredictConfig) -> Result:
     and nothing else on it. Below a probability of 90 % a line says that the answer
     is unsure. No Ray is started.
     """
-    from mnistsum_ray.predicting import predict as predict_picture
+    from mnistsum_ray.api import predict as predict_picture
     from mnistsum_ray.reporting.console import Console
 
     found, console = predict_picture(config.model, config.picture, config.number), Console()

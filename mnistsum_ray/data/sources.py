@@ -5,7 +5,6 @@ IDX files and the sample are read at once, of Parquet files only the footers.
 
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from mnistsum_ray.errors import (
     counted,
     one_line,
 )
-from mnistsum_ray.storage.store import Entry, Location
+from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import locate, locate_existing
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
@@ -54,9 +53,6 @@ _SPLITS: Final = {
 
 _MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
-
-_THREADS: Final = 32
-"""Threads that read footers from an object store, which answers slowly but many at once."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +166,7 @@ def _parquet(data: str, place: Location, counter: Counter) -> Source:
         name, reason = next(iter(found.unusable.items()))
         raise RequestError(f"--data {(root / name).display}: {reason}")
     count = counter("footers read", len(found.files))
-    files = []
-    # A local disk answers at once, and threads slow it down.
-    with ThreadPoolExecutor(1 if root.is_local else _THREADS) as pool:
-        for file in pool.map(partial(_describe, root), found.files.items()):
-            files.append(file)
-            count(1)
+    files = list(in_threads(root, partial(_describe, root), list(found.files.items()), count))
     names = np.array([_split_of_name(name) for name in found.files])
     if "" in names and len(set(names)) > 1:
         mixed = "some files are named train or test and some are not; rename them"

@@ -18,7 +18,6 @@ from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, predict_pairs
 from mnistsum_ray.model.network import Network, prepare_images
-from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.storage.uri import empty_output, locate_existing, refused
 
 INPUTS: Final = ("image", "number")
@@ -49,7 +48,7 @@ class ExportableModel(nn.Module):
 def export_onnx(model: Network, description: dict[str, Any]) -> bytes:
     """An ONNX file of ExportableModel; its metadata are the entries of model.json."""
     rows = torch.export.Dim("rows")
-    with quiet_logger("torch.onnx"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
         converted = torch.onnx.export(
             ExportableModel(model),
@@ -87,7 +86,7 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     numbers = np.arange(len(images)) % NUMBERS
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     found = session.run(OUTPUTS, {"image": images, "number": numbers})
-    expected = predict_pairs(model, images, numbers, CPU_BATCH).values
+    expected = predict_pairs(model, images, numbers, CPU_BATCH)
     columns = zip(OUTPUTS, found, strict=True)
     difference = float(np.abs([values - expected[name] for name, values in columns]).max())
     if not difference <= _TOLERANCE:  # `not <=` also catches NaN

@@ -1,7 +1,6 @@
 """Inference: batched prediction on a device, and predictions as columns of a table."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -23,47 +22,34 @@ GPU_BATCH: Final = 2048
 Numbers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions of n rows."""
+Predictions = dict[str, npt.NDArray[Any]]
+"""Arrays of n rows: by name `pred_<head>`, the most likely class, and `<head>_prob`, its
+probability float32[n]; where asked for also `<head>_probs`, of all classes float32[n, classes]."""
 
-    values: Mapping[str, npt.NDArray[Any]]
-    """By name `pred_<head>`, the most likely class, and `<head>_prob`, its probability float32[n];
-    where asked for also `<head>_probs`, those of all classes, float32[n, classes]."""
 
-    def __getattr__(self, name: str) -> npt.NDArray[Any]:
-        """Arrays of `values` by name, and the most likely classes as `<head>` alone."""
-        values = vars(self).get("values", {})  # none yet where a copy is made
-        for key in (f"pred_{name}", name):
-            if key in values:
-                return values[key]  # type: ignore[no-any-return]
-        raise AttributeError(f"predictions have no {name!r}")
+def append_predictions(
+    table: pa.Table, predictions: Predictions, numbers: Numbers, bad: Mapping[int, str]
+) -> pa.Table:
+    """The table of these rows, and after its columns those that scoring adds.
 
-    def append_to(self, table: pa.Table, numbers: Numbers, bad: Mapping[int, str]) -> pa.Table:
-        """The table of these rows, and after its columns those that scoring adds.
-
-        `numbers` are the rows' own; `bad` says by row why it cannot be scored: predictions are null
-        there.
-        """
-        reasons = pa.array([bad.get(row) for row in range(table.num_rows)], pa.string())
-        is_bad = reasons.is_valid()
-        mask = is_bad.to_numpy(zero_copy_only=False)
-        columns = {"consistent": self.sum == SUM.target(self.digit, numbers), **self.values}
-        for field in PREDICTION_FIELDS:
-            column = pa.array(columns[field.name], field.type, mask=mask)
-            table = table.append_column(field.name, column)
-        for field in PROBABILITY_FIELDS:
-            if field.name in columns:
-                rows, classes = columns[field.name].shape
-                offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * classes)
-                flat = pa.array(columns[field.name].reshape(-1))
-                lists = pa.ListArray.from_arrays(offsets, flat, type=field.type, mask=is_bad)
-                table = table.append_column(field.name, lists)
-        return table.append_column("reason", reasons)
-
-    def slice(self, start: int, end: int) -> "Predictions":
-        """Predictions of rows start..end-1."""
-        return Predictions({name: values[start:end] for name, values in self.values.items()})
+    `numbers` are the rows' own; `bad` says by row why it cannot be scored: predictions are null
+    there.
+    """
+    reasons = pa.array([bad.get(row) for row in range(table.num_rows)], pa.string())
+    is_bad = reasons.is_valid()
+    mask = is_bad.to_numpy(zero_copy_only=False)
+    consistent = predictions["pred_sum"] == SUM.target(predictions["pred_digit"], numbers)
+    columns = {"consistent": consistent, **predictions}
+    for field in PREDICTION_FIELDS:
+        table = table.append_column(field, pa.array(columns[field.name], field.type, mask=mask))
+    for field in PROBABILITY_FIELDS:
+        if field.name in columns:
+            rows, classes = columns[field.name].shape
+            offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * classes)
+            flat = pa.array(columns[field.name].reshape(-1))
+            lists = pa.ListArray.from_arrays(offsets, flat, type=field.type, mask=is_bad)
+            table = table.append_column(field, lists)
+    return table.append_column("reason", reasons)
 
 
 class Predictor:
@@ -122,7 +108,7 @@ def predict_pairs(
         digit_scores = undistorted_digit_scores(model, batch[0], bf16=bf16)
         # The other heads, a thousandth of the work, run in float32, as in the evaluation.
         scores.append(model.scores(digit_scores.float(), batch[1]))
-    found: dict[str, npt.NDArray[Any]] = {}
+    found: Predictions = {}
     for head, batches in zip(HEADS, zip(*scores, strict=True), strict=True):
         probabilities = torch.cat(batches)[: len(images)].softmax(1)
         probability, answer = probabilities.max(1)
@@ -132,4 +118,4 @@ def predict_pairs(
             found[f"{head.name}_probs"] = probabilities.cpu().numpy()
         if not np.isfinite(found[f"{head.name}_prob"]).all():
             raise RunError("the model's scores are infinite or NaN for some image; train again")
-    return Predictions(found)
+    return found

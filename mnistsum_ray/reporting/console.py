@@ -1,20 +1,18 @@
 """Console output of a running job, on standard error: lines, and below them a progress bar."""
 
 import builtins
+import io
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, Self, TextIO
 
+from tqdm.auto import tqdm
+
 from mnistsum_ray.errors import percent, printable
 from mnistsum_ray.model.heads import HEADS
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # a notebook without widgets, which gets a bar of text
-    from tqdm.auto import tqdm
 
 UPDATE_SECONDS: Final = 2.0
 """Minimum time between two updates of progress."""
@@ -22,6 +20,9 @@ LINE_SECONDS: Final = 30.0
 """Where there is no bar, progress is a line after so much time without a line."""
 SILENCE_SECONDS: Final = 60.0
 """Time without a line or progress after which a line says so."""
+
+_LINE: Final = "{desc}: {n:,} of {total:,}{postfix}, {rate_fmt}, {remaining} left"
+"""Progress as a line, of what tqdm knows."""
 
 
 class Progress:
@@ -31,18 +32,15 @@ class Progress:
         """Count towards `total`; `what` names the items; `show` is `Console.progress`."""
         self._show, self._what, self._total = show, what, total
         self._done = 0
-        self._started = self._reported = time.monotonic()
+        self._shown = time.monotonic()
 
-    def __call__(self, count: int, working_seconds: float | None = None) -> None:
-        """Add finished items; their rate is over `working_seconds`, or else over all time."""
+    def __call__(self, count: int) -> None:
+        """Add finished items."""
         self._done += count
         now = time.monotonic()
-        if now - self._reported < UPDATE_SECONDS and self._done < self._total:
-            return
-        self._reported = now
-        seconds = now - self._started if working_seconds is None else working_seconds
-        rate = self._done / max(seconds, 1e-9)
-        self._show(what=self._what, done=self._done, total=self._total, rate=rate)
+        if now - self._shown >= UPDATE_SECONDS or self._done >= self._total:
+            self._shown = now
+            self._show(what=self._what, done=self._done, total=self._total)
 
 
 class Console:
@@ -55,9 +53,10 @@ class Console:
         self.run = ""
         """Once it is set, each line begins with the time of day and this name."""
         self._stream = stream or sys.stderr
-        in_notebook = self._stream is sys.stderr and hasattr(builtins, "__IPYTHON__")
-        self._has_bars = self._stream.isatty() or in_notebook
-        self._lock = threading.RLock()
+        self._has_bars = self._stream.isatty() or hasattr(builtins, "__IPYTHON__")
+        self._bar_options: dict[str, Any] = {"file": self._stream, "dynamic_ncols": True}
+        if not self._has_bars:  # nobody sees the bar: a line says now and then what it would show
+            self._bar_options = {"file": io.StringIO(), "bar_format": _LINE}
         self._bar: Any = None
         self._line_time = self._heard = time.monotonic()
 
@@ -98,10 +97,8 @@ class Console:
     def _write(self, text: str) -> None:
         if self.run:
             text = f"{time.strftime('%H:%M:%S')} {self.run}  {text}"
-        with self._lock, suppress(OSError):  # its reader has closed it; the job goes on
-            if self._bar is not None:
-                self._bar.clear()  # it is drawn again below the line
-            self._stream.write(f"{printable(text)}\n")
+        with suppress(OSError):  # its reader has closed it; the job goes on
+            tqdm.write(printable(text), file=self._stream)
             self._stream.flush()
         self._line_time = time.monotonic()
 
@@ -111,47 +108,37 @@ class Console:
         if kind in ("note", "failure"):
             self.say(event["text"])
         elif kind == "counter":
-            self.progress(**{key: value for key, value in event.items() if key != "kind"})
+            self.progress(event["what"], event["done"], event["total"])
         elif kind == "progress":
-            epoch, epochs, epoch_rows = event["epoch"], event["epochs"], event["of_rows"]
-            done = (epoch - 1) * epoch_rows + event["rows"]
-            loss, rate = f"loss {event['loss']:.4f}", event["rows_per_second"]
-            self.progress(f"epoch {epoch}/{epochs}, rows", done, epochs * epoch_rows, rate, loss)
+            rows = event["of_rows"]
+            done = (event["epoch"] - 1) * rows + event["rows"]
+            note = f"epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}"
+            self.progress("training rows", done, event["epochs"] * rows, note)
         elif kind == "epoch":
             loss, test = f"loss {event['train_loss']:.4f}", f"test {accuracies(event['test'])}"
             rate = f"{event['rows_per_second']:,.0f} rows/s"
             self.say(f"epoch {event['epoch']}: {loss}, {test}, {rate}")
 
-    def progress(self, what: str, done: int, total: int, rate: float, note: str = "") -> None:
-        """Show how far some work is: by the bar, or in a log by a line now and then."""
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show how far some work is: by a bar of its own, or in a log by a line now and then."""
         self._heard = time.monotonic()
-        if self._has_bars:
-            self._draw(what, done, total, note)
-        elif done < total and self._heard - self._line_time >= LINE_SECONDS:
-            left = tqdm.format_interval((total - done) / max(rate, 1e-9))
-            speed = ", ".join(filter(None, (note, f"{rate:,.0f}/s", f"{left} left")))
-            self.say(f"{what}: {done:,} of {total:,}, {speed}")
-
-    def _draw(self, what: str, done: int, total: int, note: str) -> None:
-        """Draw the bar. Other work gets a new one, and finished work has none."""
-        with self._lock, suppress(OSError):
-            if self._bar is None or self._bar.total != total or self._bar.n > done:
+        with suppress(OSError):
+            if self._bar is None or self._bar.desc != what or self._bar.n > done:
                 self._close_bar()
-                options: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "unit": ""}
-                self._bar = tqdm(total=total, initial=done, file=self._stream, **options)
-            self._bar.set_description(what, refresh=False)
-            self._bar.set_postfix_str(note, refresh=False)
+                options = self._bar_options | {"total": total, "initial": done}
+                self._bar = tqdm(desc=what, leave=False, unit="", **options)
             self._bar.n = done
-            self._bar.refresh()
+            self._bar.set_postfix_str(note, refresh=self._has_bars)
             if done >= total:
                 self._close_bar()
+            elif not self._has_bars and self._heard - self._line_time >= LINE_SECONDS:
+                self.say(str(self._bar))
 
     def _close_bar(self) -> None:
-        with self._lock, suppress(OSError):
+        with suppress(OSError):
             if self._bar is not None:
-                self._bar.total = self._bar.n  # a notebook's bar that ends before it stays, in red
                 self._bar.close()
-            self._bar = None
+        self._bar = None
 
 
 def accuracies(metrics: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Log a finished run to MLflow (`--mlflow URI`): config, metrics, files; and register the model."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,27 @@ import onnx
 from mlflow.entities import Metric, Param, RunTag
 
 from mnistsum_ray.export.model import export_onnx
-from mnistsum_ray.model.folder import load_model
-from mnistsum_ray.overrides import default_environment, quiet_logger
-from mnistsum_ray.reporting.report import epoch_end, epoch_scalars, scores
+from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE, load_model
+from mnistsum_ray.reporting.report import (
+    PICTURES,
+    REPORT,
+    epoch_metrics,
+    epoch_seconds,
+    split_metrics,
+)
 from mnistsum_ray.storage.store import Location
 
 
-# MLflow's defaults are 7 retries of 120 s each, which would look like a run that hangs.
-@default_environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"})
-@quiet_logger("mlflow", "alembic")
 def log_run(
     manifest: dict[str, Any],
     history: list[dict[str, Any]],
     description: dict[str, Any],
     folder: Location,
-    files: list[str],
 ) -> str:
-    """Log a finished run, with `files` of its folder as artifacts; return its id in MLflow."""
+    """Log a finished run, with files of its folder as artifacts; return its id in MLflow."""
+    # MLflow's defaults are 7 retries of 120 s each, which would look like a run that hangs.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     config = manifest["config"]
     # A client alone: the caller's own tracking URI and active run stay as they are.
     client = mlflow.MlflowClient(config["mlflow"])
@@ -42,14 +47,16 @@ def log_run(
     said |= manifest["versions"]
     tags = [RunTag(key, str(value)) for key, value in said.items()]
     client.log_batch(run_id, params=params, tags=tags)
-    logged = [(epoch_scalars(entry), entry) for entry in history]
-    logged.append((scores(description, "final"), history[-1]))
-    for scalars, entry in logged:
-        time, epoch = int(1000 * epoch_end(entry)), entry["epoch"]
-        metrics = [Metric(key, value, time, epoch) for key, value in scalars.items()]
-        client.log_batch(run_id, metrics)
+    # The final metrics are of the published model, whose sum head was fine-tuned after its epoch.
+    logged = [("epoch", epoch_metrics(entry), entry) for entry in history]
+    logged.append(("final", split_metrics(description), history[-1]))
+    for prefix, metrics, entry in logged:
+        time = int(1000 * (entry["started"] + epoch_seconds(entry)))
+        values = [Metric(f"{prefix}/{key}", metrics[key], time, entry["epoch"]) for key in metrics]
+        client.log_batch(run_id, values)
     with tempfile.TemporaryDirectory() as copy:
-        for name in files:
+        weights, model_json = f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"
+        for name in (*PICTURES, REPORT, "history.jsonl", weights, model_json):
             Path(copy, name).parent.mkdir(exist_ok=True)
             Path(copy, name).write_bytes((folder / name).read_bytes())
         # ONNX holds no pickle. MLflow would find the requirements by running the model.

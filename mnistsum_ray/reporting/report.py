@@ -1,6 +1,6 @@
 """Readable records of a run: report.html, the versions of the software, the names of metrics.
 
-Here, in tensorboard.py and in mlflow.py `manifest` is the content of manifest.json, `description`
+Here and in mlflow.py `manifest` is the content of manifest.json, `description`
 that of model.json, `history` are the lines of history.jsonl, and `pictures` are PNG files by their
 names.
 """
@@ -42,31 +42,24 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "mnistsum_ray": __version__} | packages
 
 
-def epoch_end(entry: dict[str, Any]) -> float:
-    """When the evaluation of a line of history.jsonl had ended, in seconds since 1970."""
-    return float(entry["started"] + entry["seconds"] + entry["evaluation_seconds"])
-
-
 def epoch_seconds(entry: dict[str, Any]) -> float:
     """Time of a line of history.jsonl with its evaluation; not what a kill has cost."""
     return float(entry["seconds"] + entry["evaluation_seconds"])
 
 
-def epoch_scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """Metrics of one line of history.jsonl, under the names that TensorBoard and MLflow show.
-
-    `epoch/` tells them from those of the published model, whose sum head has been fine-tuned since.
-    """
-    names = ("learning_rate", "rows_per_second", "waiting")
-    train = {"loss": entry["train_loss"]} | {name: entry[name] for name in names}
-    return {f"epoch/train/{name}": value for name, value in train.items()} | scores(entry, "epoch")
+def epoch_metrics(entry: dict[str, Any]) -> dict[str, float]:
+    """Figures of a line of history.jsonl, such as `train/loss` and `test/digit_accuracy`."""
+    metrics = {"train/loss": entry["train_loss"]}
+    for name in ("learning_rate", "rows_per_second", "waiting"):
+        metrics[f"train/{name}"] = entry[name]
+    return metrics | split_metrics(entry)
 
 
-def scores(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Losses and accuracies; `prefix`: `epoch`, or `final` for the published model's."""
+def split_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """Losses and accuracies of a line of history.jsonl, or of model.json."""
     names = ("loss", *(f"{head.name}_accuracy" for head in HEADS))
     splits = ("validation", "test")
-    return {f"{prefix}/{split}/{name}": metrics[split][name] for split in splits for name in names}
+    return {f"{split}/{name}": metrics[split][name] for split in splits for name in names}
 
 
 def draw_pictures(
@@ -90,7 +83,6 @@ def draw_pictures(
 
 
 def report_page(
-    name: str,
     manifest: dict[str, Any],
     description: dict[str, Any],
     history: list[dict[str, Any]],
@@ -108,21 +100,22 @@ def report_page(
         f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number.",
         f"To score: mnistsum score --model {run} --input PAIRS --output SCORED",
     ]
-    names = [key.removeprefix("epoch/").replace("_", " ") for key in epoch_scalars(history[0])]
+    names = [name.replace("_", " ") for name in epoch_metrics(history[0])]
     rows = []
     for entry in history:
-        values = epoch_scalars(entry).values()
+        values = epoch_metrics(entry).values()
         rows.append((entry["epoch"], *(f"{value:,.5g}" for value in values)))
     tables = [
         _reasons("Rows left out", data["bad_rows"]),
         ("Epochs", ("epoch", *names), rows),
         _settings(manifest, {key: description[key] for key in ("parameters", "sha256")}),
     ]
-    return _render(f"{name}: {accuracies(test)}", lines, figures, pictures, tables)
+    title = f"{manifest['config']['name']}: {accuracies(test)}"
+    return _render(title, lines, figures, pictures, tables)
 
 
-def scored_page(manifest: dict[str, Any], bad: ReasonCounts, pictures: dict[str, bytes]) -> str:
-    """Render the HTML page of a scored output: counts, reasons, pictures, configuration."""
+def scored_page(manifest: dict[str, Any], bad: ReasonCounts) -> str:
+    """Render the HTML page of a scored output: counts, reasons, configuration."""
     totals = manifest["totals"]
     figures = [
         (f"{totals['rejected_rows']:,}", "rows rejected"),
@@ -137,7 +130,7 @@ def scored_page(manifest: dict[str, Any], bad: ReasonCounts, pictures: dict[str,
     tables = [_reasons("Rejected rows", vars(bad)), _settings(manifest, manifest["model"])]
     title = f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored"
     where = f"{totals['output']}, from {totals['files']:,} files"
-    return _render(title, [where], figures, pictures, tables)
+    return _render(title, [where], figures, {}, tables)
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:
@@ -194,15 +187,8 @@ def write_report(
     history: list[dict[str, Any]],
     mistake_images: Pixels,
     say: Callable[[str], None],
-) -> list[str]:
-    """Write pictures, report.html and TensorBoard's last event file of a run.
-
-    Returns the names of the files, of a whole run folder, that MLflow should get.
-    """
-    # They take a moment, or PyTorch, to import.
-    from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE
-    from mnistsum_ray.reporting import tensorboard
-
+) -> None:
+    """Write the pictures and report.html of a run."""
     analysis = manifest["error_analysis"]
     wanted = {
         "history.png": (history, card),
@@ -213,7 +199,5 @@ def write_report(
     drawn = draw_pictures(wanted, say)
     for name, picture in drawn.items():
         (folder / name).write(picture)
-    page = report_page(manifest["config"]["name"], manifest, card, history, drawn)
+    page = report_page(manifest, card, history, drawn)
     (folder / REPORT).write(page.encode())
-    tensorboard.write_final(folder, history[-1]["epoch"], card)
-    return [*drawn, REPORT, "history.jsonl", f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"]

@@ -187,7 +187,7 @@ def _score(
             started = min(started, report.started)
             ended = max(ended, report.ended)
             outcome.seconds = ended - started
-            progress(report.counts.rows, outcome.seconds)
+            progress(report.counts.rows)
             new_rows = outcome.counts.rows - resumed_rows
             metrics.count(rows=new_rows, rejected_rows=outcome.counts.bad.total)
             metrics.set(rows_per_second=new_rows / max(outcome.seconds, 1e-9))

@@ -1,4 +1,4 @@
-"""The output folder: the request that it holds, and the parts that are done.
+"""The output folder: the request that it holds, the parts that are done, and their counts.
 
 OUTPUT/run.json                      the request, created first, and only if there is none
 OUTPUT/predictions/                  the parts, each whole under its name, and nothing else
@@ -7,12 +7,20 @@ OUTPUT/manifest.json                 written last: while it exists, the output i
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from mnistsum_ray import __version__
+from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.data.images import DIGITS, ReasonCounts, decode_numbers, one_chunk
 from mnistsum_ray.data.parquet import open_parquet, read_footer
 from mnistsum_ray.errors import (
     ExistingFileError,
@@ -21,12 +29,12 @@ from mnistsum_ray.errors import (
     RunError,
     UnusableFileError,
 )
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
-from mnistsum_ray.scoring.counts import RowCounts, columns_to_count, count_part
-from mnistsum_ray.scoring.parts import PREDICTIONS, STAMP_KEY, Part, in_threads
+from mnistsum_ray.scoring.parts import PREDICTIONS, STAMP_KEY, Part
 from mnistsum_ray.scoring.request import Request
-from mnistsum_ray.storage.store import Entry, Location, is_hidden
+from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
 
 RUN_FILE: Final = "run.json"
 FILES_TABLE: Final = "files.parquet"
@@ -122,15 +130,13 @@ def read_parts(
         Names of the planned parts that are there, whole and of this request; and the number of
         parts whose input file is not there now.
 
-    RequestError: a part is of another request, its input has changed since or was renamed, or a
-    file is of another program.
+    RequestError: a part is of another request, its input has changed since, or a file is of another
+    program.
     """
     output = request.output
     e_tags = {file.name: file.e_tag for file in request.files}
     done: set[str] = set()
     gone = 0
-    begun: set[str] = set()  # input files
-    former: dict[str, str] = {}  # names of input files that are gone, by e_tag
     for name, stamp, rows in _read_stamps(output, list_parts(output), console):
         source = stamp["input"]
         part = planned.get(name)
@@ -140,8 +146,6 @@ def read_parts(
             problem = "is of another request"
         elif source not in e_tags:
             gone += 1
-            if rows:  # files without rows may be alike
-                former[stamp["e_tag"]] = source
             continue
         elif stamp["e_tag"] != e_tags[source]:
             problem = f"has rows of {source}, which has changed since"
@@ -150,12 +154,6 @@ def read_parts(
         if problem:
             raise _refusal(output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
         done.add(name)
-        begun.add(source)
-    for file in request.files:
-        if file.e_tag in former and file.name not in begun:
-            was = f"holds the rows of {file.name}, which was {former[file.e_tag]} then"
-            twice = "and would have them twice; name it as before"
-            raise _refusal(output, f"{was}, {twice}, or {_START_OVER}")
     return done, gone
 
 
@@ -175,11 +173,68 @@ def _read_stamps(
         return name, json.loads(stamp), footer.metadata.num_rows
 
     progress = Progress(console.progress, "output files read", len(parts))
-    return in_threads(read, list(parts), output.is_local, progress)
+    return in_threads(output, read, list(parts), progress)
 
 
 def _refusal(output: Location, problem: str) -> RequestError:
     return RequestError(f"--output {output.display}: {problem}")
+
+
+@dataclass
+class RowCounts:
+    """Counts over rows."""
+
+    rows: int = 0
+    bad: ReasonCounts = field(default_factory=ReasonCounts)
+    """Rejected rows by reason."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Rejected rows by input file."""
+    consistent: int = 0
+    """Scored rows whose predicted sum is the predicted digit + number."""
+    labelled: int = 0
+    """Scored rows whose label is known."""
+    right: Counter[str] = field(default_factory=Counter)
+    """Labelled rows that a head predicts right, by its name."""
+
+    def add(self, other: "RowCounts") -> None:
+        """Add the counts of other rows, in place."""
+        self.rows += other.rows
+        self.bad.add_reasons(other.bad)
+        self.rejected.update(other.rejected)
+        self.consistent += other.consistent
+        self.labelled += other.labelled
+        self.right.update(other.right)
+
+
+def columns_to_count(config: ScoreConfig) -> list[str]:
+    """Columns of an output file that `count_part` needs."""
+    columns = {"consistent", "reason"}
+    if config.label_column:
+        columns |= {config.number_column, config.label_column}
+        columns |= {f"pred_{head.name}" for head in HEADS}
+    return sorted(columns)
+
+
+def count_part(output: pa.Table, part: Part, config: ScoreConfig) -> RowCounts:
+    """Count the rows of a part; `output` has the columns of its output file."""
+    is_bad = output["reason"].is_valid()
+    bad_rows = part.first_row + np.flatnonzero(is_bad.to_numpy())
+    reasons = output["reason"].drop_null().to_pylist()
+    bad = [(part.name, row, reason) for row, reason in zip(bad_rows.tolist(), reasons, strict=True)]
+    counts = RowCounts(part.rows, ReasonCounts.of(bad))
+    if bad:
+        counts.rejected[part.name] = len(bad)
+    counts.consistent = pc.sum(output["consistent"]).as_py() or 0
+    if config.label_column:
+        good = output.filter(pc.invert(is_bad))
+        numbers, _ = decode_numbers(one_chunk(good[config.number_column]))
+        labels, unknown = decode_numbers(one_chunk(good[config.label_column]), DIGITS)
+        counts.labelled = len(labels) - len(unknown)
+        for head in HEADS:
+            right = good[f"pred_{head.name}"].to_numpy() == head.target(labels, numbers)
+            right[list(unknown)] = False
+            counts.right[head.name] = int(right.sum())
+    return counts
 
 
 def count_part_file(request: Request, part: Part) -> RowCounts:
@@ -199,6 +254,6 @@ def count_parts(request: Request, parts: Sequence[Part], console: Console) -> Ro
     counts = RowCounts()
     progress = Progress(console.progress, "output files counted", len(parts))
     count = partial(count_part_file, request)
-    for of_part in in_threads(count, parts, request.output.is_local, progress):
+    for of_part in in_threads(request.output, count, parts, progress):
         counts.add(of_part)
     return counts

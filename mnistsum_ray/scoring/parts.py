@@ -6,11 +6,10 @@ second run at the same time change nothing.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from math import ceil
 from pathlib import PurePosixPath
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 from mnistsum_ray.storage.store import is_hidden
 
@@ -39,12 +38,6 @@ _MAX_TASKS: Final = 16_384
 
 _FILE_ROWS: Final = 32
 """Rows that take as long as to open and to write the files of a part."""
-
-_THREADS: Final = 16
-_ITEMS_AT_ONCE: Final = 1000
-
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
 
 
 class InputFile(NamedTuple):
@@ -143,19 +136,3 @@ def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[
         tasks[-1].append(part)
         rows += part.rows + _FILE_ROWS
     return tasks
-
-
-def in_threads(
-    work: Callable[[Item], Answer],
-    items: Sequence[Item],
-    is_local: bool,
-    on_progress: Callable[[int], None],
-) -> Iterator[Answer]:
-    """Apply `work` to each item; yield the answers in order."""
-    # An object store answers slowly but takes many requests at once. A local disk answers at once,
-    # and threads slow it down.
-    with ThreadPoolExecutor(1 if is_local else _THREADS) as pool:
-        for start in range(0, len(items), _ITEMS_AT_ONCE):
-            some = items[start : start + _ITEMS_AT_ONCE]
-            yield from pool.map(work, some)
-            on_progress(len(some))

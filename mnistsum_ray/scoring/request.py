@@ -17,8 +17,8 @@ from mnistsum_ray.data.parquet import Footer, column_error, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.scoring.parts import InputFile, in_threads
-from mnistsum_ray.storage.store import Location
+from mnistsum_ray.scoring.parts import InputFile
+from mnistsum_ray.storage.store import Location, in_threads
 from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused
 
 _MAX_FILES: Final = 1000
@@ -109,7 +109,7 @@ def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[
     """
     progress = Progress(console.progress, "footers read", len(inputs.files))
     read = partial(_read_footer, inputs, config)
-    files = list(in_threads(read, list(inputs.files), inputs.root.is_local, progress))
+    files = list(in_threads(inputs.root, read, list(inputs.files), progress))
     # A column that no readable file has is a wrong flag rather than a wrong file.
     readable = [file for file in files if file.rows is not None]
     for flag, column in _columns(config).items():

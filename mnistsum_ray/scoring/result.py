@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import RunError, counted, percent
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, accuracies
-from mnistsum_ray.reporting.report import REPORT, draw_pictures, scored_page, versions
+from mnistsum_ray.reporting.report import REPORT, scored_page, versions
 from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring.counts import RowCounts
-from mnistsum_ray.scoring.output import FILES_TABLE, MANIFEST, RUN_FORMAT
+from mnistsum_ray.scoring.output import FILES_TABLE, MANIFEST, RUN_FORMAT, RowCounts
 from mnistsum_ray.scoring.parts import PREDICTIONS
 from mnistsum_ray.scoring.request import Request
 
@@ -54,7 +54,7 @@ class Outcome:
         failed = sum(file.rows or 0 for file in files if file.name in self.failures)
         rejected = self.counts.bad.total
         new_rows = self.counts.rows - self.resumed_rows
-        totals = {
+        totals: dict[str, Any] = {
             "output": self.request.output.display,
             "input_rows": self.counts.rows + failed,
             "scored_rows": self.counts.rows - rejected,
@@ -65,7 +65,12 @@ class Outcome:
             "failed_files": len(self.failures),
             "rows_per_second": round(new_rows / self.seconds, 1) if self.seconds else 0.0,
         }
-        return totals | (self.counts.accuracies() if self.request.config.label_column else {})
+        if self.request.config.label_column:
+            known = self.counts.labelled
+            for head in HEADS:
+                accuracy = self.counts.right[head.name] / known if known else None
+                totals[f"{head.name}_accuracy"] = accuracy
+        return totals
 
 
 def publish(outcome: Outcome, started: float, console: Console) -> ScoreResult:
@@ -74,16 +79,10 @@ def publish(outcome: Outcome, started: float, console: Console) -> ScoreResult:
     RunError: with `--strict` something cannot be used. There is no manifest then.
     """
     counts, output = outcome.counts, outcome.request.output
-    heads = None
-    pictures = {}
-    if counts.labelled:
-        heads = {head: sums.as_json() for head, sums in counts.reliability.items()}
-        wanted = {"confusion.png": (counts.confusion,), "reliability.png": (heads,)}
-        pictures = draw_pictures(wanted, console.say)
     totals = outcome.totals() | {"seconds": round(time.monotonic() - started, 1)}
-    manifest = _manifest(outcome, totals) | {"probabilities": heads}
+    manifest = _manifest(outcome, totals)
     (output / FILES_TABLE).write(to_parquet(_files_table(outcome)))
-    (output / REPORT).write(scored_page(manifest, counts.bad, pictures).encode())
+    (output / REPORT).write(scored_page(manifest, counts.bad).encode())
     _say_result(outcome, totals, console.say)
     if outcome.request.config.strict and (counts.bad.total or outcome.failures):
         (output / MANIFEST).delete()  # one of a run without --strict
@@ -125,7 +124,6 @@ def _manifest(outcome: Outcome, totals: dict[str, Any]) -> dict[str, Any]:
         "consistent_rows": counts.consistent,
         "labelled_rows": counts.labelled if request.config.label_column else None,
         "rejected_by_reason": counts.bad.reasons,
-        "confusion": counts.confusion if counts.labelled else None,
         "config": config,
         "model": {key: request.description[key] for key in ("sha256", "epoch", "parameters")},
         "precision": request.precision,

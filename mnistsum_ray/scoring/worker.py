@@ -26,9 +26,8 @@ from mnistsum_ray.errors import (
     UnusableFileError,
     one_line,
 )
-from mnistsum_ray.model.inference import Predictions, Predictor
-from mnistsum_ray.scoring.counts import RowCounts, columns_to_count, count_part
-from mnistsum_ray.scoring.output import count_part_file
+from mnistsum_ray.model.inference import Predictions, Predictor, append_predictions
+from mnistsum_ray.scoring.output import RowCounts, columns_to_count, count_part, count_part_file
 from mnistsum_ray.scoring.parts import PREDICTIONS, Part
 from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.storage.store import Entry
@@ -137,7 +136,8 @@ class Score:
         for rows in batch:
             end = start + rows.part.rows
             try:
-                counts.add(put_part(self._request, rows, predictions.slice(start, end)))
+                answers = {name: values[start:end] for name, values in predictions.items()}
+                counts.add(put_part(self._request, rows, answers))
             except pa.ArrowException as error:
                 if isinstance(error, MemoryError):
                     raise
@@ -182,7 +182,7 @@ def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> R
     RunError: it cannot be written.
     """
     table = rows.table.drop_columns([request.config.image_column])
-    table = predictions.append_to(table, rows.numbers, rows.reasons)
+    table = append_predictions(table, predictions, rows.numbers, rows.reasons)
     # Without the input's own metadata, beside which Spark would see no other columns than theirs.
     table = table.replace_schema_metadata(rows.part.stamp(request.digest))
     try:

@@ -109,16 +109,13 @@ class RunRecord:
         (self._run.folder / "config.yaml").write(text.encode())
 
     def add_epoch(self, line: dict[str, Any]) -> None:
-        """Write history.jsonl and TensorBoard's event files with one more epoch."""
+        """Write history.jsonl with one more epoch."""
         self.history = [*self.history[: line["epoch"] - 1], line]
         self._write_history()
 
     def _write_history(self) -> None:
-        from mnistsum_ray.reporting import tensorboard  # takes a moment to import
-
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         (self._run.folder / "history.jsonl").write(lines.encode())
-        tensorboard.write_epochs(self._run.folder, self.history)
 
     def publish(self, finished: FinishedModel) -> TrainResult:
         """Write the model, the report and, last, the manifest: then the run is finished."""
@@ -144,7 +141,7 @@ class RunRecord:
         manifest["metrics"] = result.line()
         manifest["training_seconds"] = round(sum(map(epoch_seconds, self.history)), 1)
         images = finished.mistake_images
-        files = write_report(folder, manifest, description, self.history, images, self._say)
+        write_report(folder, manifest, description, self.history, images, self._say)
         rows = f"{counted(description['test']['rows'], 'row')}, all {NUMBERS} numbers"
         self._say(f"test: {accuracies(description['test'])} ({rows})")
         self._say(f"report: {(folder / REPORT).display}")
@@ -154,16 +151,16 @@ class RunRecord:
         self._manifest = manifest  # from here on the run is neither stopped nor failed
         (folder / MANIFEST).write(manifest)
         if self._run.config.mlflow:
-            self._log_to_mlflow(description, files)
+            self._log_to_mlflow(description)
         return result
 
-    def _log_to_mlflow(self, description: dict[str, Any], files: list[str]) -> None:
+    def _log_to_mlflow(self, description: dict[str, Any]) -> None:
         """Log the finished run to MLflow; a line says where, or why not."""
         uri = self._run.config.mlflow
         try:
             from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
 
-            given = (self._manifest, self.history, description, self._run.folder, files)
+            given = (self._manifest, self.history, description, self._run.folder)
             self._say(f"MLflow: run {log_run(*given)} at {uri}")
         except Exception as error:  # from the network to a missing client of the server's storage
             kept = "the run is complete, and --resume logs it again"

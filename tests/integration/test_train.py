@@ -95,7 +95,6 @@ def test_the_run_folder_holds_history_report_pictures_and_no_pickle(
     assert found == ("finished", "fp32", "1 CPU worker")
     assert manifest["metrics"] == done.line
     assert {"ray", "torch", "pyarrow"} <= set(manifest["versions"])
-    assert list((run / "tensorboard").glob("events.*"))
     digits = pq.read_table(data, columns=["digit"])["digit"].to_pylist()
     assert manifest["error_analysis"]["mistakes"]
     for mistake in manifest["error_analysis"]["mistakes"]:

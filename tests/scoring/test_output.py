@@ -180,11 +180,6 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (write("out/run.json", OTHER_VERSION), {}, VERSION),
     (lambda world: rewrite(world.file, number=[1] * 10), {}, CHANGED),
     (replace_within_a_second, {}, CHANGED),
-    (
-        lambda world: world.file.rename(world.input / "c.parquet"),
-        {},
-        f"twice; name it as before, or {AGAIN}",
-    ),
     (copy(f"out/{OF_A[0]}", f"out/{OF_A[1]}"), {}, f"than it should have; {AGAIN}"),
     (copy(f"other/{OF_A[1]}", f"out/{OF_A[1]}"), {}, f"{OF_A[1]} is of another request; {AGAIN}"),
     (write("out/notes.txt"), {}, f"notes.txt is not a file of this program; {AWAY}"),
