@@ -52,8 +52,6 @@ def read_idx(folder: Path) -> list[tuple[Pixels, Pixels]]:
 
 def _read_idx_file(path: Path, shape: tuple[int, ...]) -> Pixels:
     """The n elements of this shape of an IDX file: uint8[n, *shape]."""
-    if not path.is_file():  # reading a pipe would wait for its writer
-        raise RequestError(f"{path}: is missing, or still gzipped; gunzip it")
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -21,7 +21,6 @@ from ray.data import ActorPoolStrategy
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.tasks import ray_data_options
-from mnistsum_ray.data.blocks import Digits
 from mnistsum_ray.data.images import Pixels, pixels_array
 from mnistsum_ray.data.order import (
     AFFINE_VALUES,
@@ -31,6 +30,7 @@ from mnistsum_ray.data.order import (
     positions_of_rank,
     random_numbers,
 )
+from mnistsum_ray.data.sources import Digits
 from mnistsum_ray.training.rows import TrainingData
 
 _FIRST_TASK_ROWS: Final = 8192

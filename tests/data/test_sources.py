@@ -19,10 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.data.blocks import Block
 from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
-from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.data.sources import Block, Source, open_source
 from mnistsum_ray.errors import RequestError, StorageError
 
 
@@ -82,7 +81,7 @@ def test_sample_and_idx_files(idx: Path, sample: pa.Table, monkeypatch: pytest.M
 IMAGES, LABELS = IDX_FILES[0], IDX_FILES[3]
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     (IMAGES, lambda path: os.truncate(path, 5000), "n x 28 x 28, or is damaged"),
-    (LABELS, Path.unlink, " is missing, or still gzipped"),
+    (LABELS, Path.unlink, ": cannot be read: No such file"),
     (LABELS, lambda path: path.write_bytes(b"hello there"), "is not an IDX file of unsigned"),
     (LABELS, lambda path: write_idx(path, np.zeros(9, np.uint8)), "has 9 labels, and t10k-images"),
 ]
@@ -101,9 +100,12 @@ REFUSED: list[tuple[dict[str, Callable[[pa.Table], pa.Table] | bytes], str]] = [
     ({"a": lambda rows: rows.drop_columns(["digit"])}, "a column 'digit' or 'label', has image"),
     ({"a": lambda rows: pa.table({"image": rows[1], "digit": rows[1]})}, "'image' has type int8"),
     ({"a": lambda rows: rows.append_column("digit", rows[1])}, "more than one column 'digit'"),
-    ({"a": lambda rows: rows[:5]}, "has 5 training rows"),
+    ({"a": lambda rows: rows[:5]}, "has 5 training, 0 validation and 0 test rows; each split"),
     ({"a": lambda rows: rows, "test": lambda rows: rows}, "some files are named train or test"),
-    ({"train": lambda rows: rows, "test": lambda rows: rows[:0]}, "test files have no rows"),
+    (
+        {"train": lambda rows: rows, "test": lambda rows: rows[:0]},
+        "10 validation and 0 test rows; each",
+    ),
 ]
 
 
@@ -175,7 +177,7 @@ def test_a_bad_label_of_an_idx_folder_is_named_and_some_rows_must_be_left(idx: P
     assert places == {row: (LABELS, row - 400) for row in range(490, 500)}
     assert splits_of(source.without(block.bad, skip=True))[2] == [*range(400, 490)]
     bad = {row: ("a", row, "bad") for row in source.test.tolist()}
-    left = "without 100 bad rows only 360 training, 40 validation and 0 test rows are left"
+    left = "360 training, 40 validation and 0 test rows beside 100 bad ones: a: row 400: bad"
     with pytest.raises(RequestError, match=left):
         source.without(bad, skip=True)
 
