@@ -271,8 +271,8 @@ def _full_mnist(*, fall_back: bool) -> Source:
 
 def _idx(folder: Path) -> Source:
     train, test = (
-        Block.decode(pixels_array(images), pa.array(labels), file)
-        for (images, labels), file in zip(read_idx(folder), IDX_FILES[1::2], strict=True)
+        Block.decode(pixels_array(images), pa.array(labels), labels_file)
+        for images, labels, labels_file in read_idx(folder)
     )
     rows = _joined([train, test])
     ids = {"train": np.arange(train.rows), "test": np.arange(train.rows, rows.rows)}
@@ -280,7 +280,7 @@ def _idx(folder: Path) -> Source:
 
 
 def _parquet(data: str, place: Location, counter: Counter) -> Source:
-    idx = f"IDX files ({IDX_FILES[0]}, …, not gzipped) on a local disk"
+    idx = f"IDX files ({IDX_FILES[0][0]}, …, not gzipped) on a local disk"
     found = list_inputs([data], flag="--data", none=f"holds neither {idx} nor Parquet files")
     root = found.root
     if found.unusable:

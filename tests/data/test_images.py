@@ -82,14 +82,14 @@ BAD = [
     (bytes(784), None, "the image is null"),
     (bytes(784), b"", f"0 bytes are {NEITHER}"),
     (bytes(784), PNG[0][:60], NEITHER),
-    (bytes(784), encoded(np.zeros((10, 12), np.uint8)), "12 x 10 pixels, not 28 x 28"),
-    (bytes(784), encoded(IMAGES[0], mode="RGB"), "mode RGB, not L"),
+    (bytes(784), encoded(np.zeros((10, 12), np.uint8)), "12 x 10 pixels of mode L, not 28 x 28"),
+    (bytes(784), encoded(IMAGES[0], mode="RGB"), "28 x 28 pixels of mode RGB, not"),
     (bytes(784), encoded(np.zeros((20_000, 20_000), np.uint8)), "(DecompressionBombError)"),
     (LIST, [1, 2, 3], UNLIKE),
     (LIST, [256, *LIST[1:]], UNLIKE),
     (LIST, [None, *LIST[1:]], UNLIKE),
     (NESTED, [*NESTED[1:], [0] * 29], UNLIKE),
-    ({"bytes": bytes(784), "path": None}, PATH_ALONE, "put the picture itself"),
+    ({"bytes": bytes(784), "path": None}, PATH_ALONE, "the image, or its bytes, is null"),
 ]
 
 
@@ -139,4 +139,4 @@ def test_sums_of_reasons_stay_small() -> None:
     assert counts.total == 3000
     assert counts.examples == [("00", row, f"the digit is {row}") for row in range(5)]
     assert counts.describe().startswith("00: row 0: the digit is 0 | 00: row 1: ")
-    assert " | …; most often: 2,980 x other reasons | " in counts.describe()
+    assert counts.describe().endswith(" | …")

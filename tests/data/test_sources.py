@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def idx(tmp_path: Path, sample: pa.Table) -> Path:
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
     contents = (images[:400], digits[:400], images[400:], digits[400:])
-    for name, values in zip(IDX_FILES, contents, strict=True):
+    for name, values in zip(chain(*IDX_FILES), contents, strict=True):
         write_idx(folder / name, values)
     return tmp_path
 
@@ -78,7 +79,7 @@ def test_sample_and_idx_files(idx: Path, sample: pa.Table, monkeypatch: pytest.M
         assert (source.name, source.notice) == ("mnist", "")
 
 
-IMAGES, LABELS = IDX_FILES[0], IDX_FILES[3]
+IMAGES, LABELS = IDX_FILES[0][0], IDX_FILES[1][1]
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     (IMAGES, lambda path: os.truncate(path, 5000), "n x 28 x 28, or is damaged"),
     (LABELS, Path.unlink, ": cannot be read: No such file"),
@@ -205,7 +206,7 @@ def test_mnist_is_downloaded_and_without_a_network_auto_takes_the_sample_and_say
     served, resources = tmp_path / "served", []
     (tmp_path / "work").mkdir()
     served.mkdir()
-    for name in IDX_FILES:
+    for name in chain(*IDX_FILES):
         data = gzip.compress((idx / "MNIST" / "raw" / name).read_bytes())
         (served / f"{name}.gz").write_bytes(data)
         resources.append((f"{name}.gz", hashlib.md5(data).hexdigest()))
