@@ -20,9 +20,6 @@ TypeCheck = Callable[[pa.DataType], str | None]
 _TAIL_BYTES: Final = 64 * 1024
 """Read from the end of a file in the first request: most footers are shorter."""
 
-_WHOLE_BYTES: Final = 4 * 2**20
-"""Largest file that is read whole from an object store: its columns would take more requests."""
-
 _BATCH_ROWS: Final = 8192
 """Rows that are decompressed at once."""
 
@@ -38,25 +35,15 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
         StorageError: the block failed since the storage did, or for want of memory.
         UnusableFileError: it failed for any other reason.
     """
-    with _opened(file, listed) as source:
-        stream = source
-        if not file.is_local and source.seek(0, io.SEEK_END) <= _WHOLE_BYTES:
-            source.seek(0)
-            stream = pa.BufferReader(source.read())
-        yield _ParquetFile(
-            stream,
-            metadata=_read_metadata(_footer_bytes(stream)),
-            page_checksum_verification=True,
-            coerce_int96_timestamp_unit="us",
-        )
-
-
-@contextmanager
-def _opened(file: Location, listed: Entry | None) -> Iterator[Any]:
-    """Open a file for the block, whose errors are raised as `open_parquet` says."""
     try:
         with file.open(listed) as source:
-            yield source
+            yield _ParquetFile(
+                source,
+                metadata=_read_metadata(source),
+                page_checksum_verification=True,
+                coerce_int96_timestamp_unit="us",
+                pre_buffer=not file.is_local,  # one request for all columns of a row group
+            )
     except ExistingFileError:
         raise UnusableFileError("has changed since the run began; run the command again") from None
     except (UnusableFileError, StorageError):
@@ -88,38 +75,31 @@ class Footer:
 
 def read_footer(file: Location, listed: Entry) -> Footer:
     """Read the footer of a file that was listed; errors as of `open_parquet`."""
-    with _opened(file, listed) as source:
-        metadata = _read_metadata(_footer_bytes(source))
-        schema = metadata.schema
-        columns = [schema.column(index) for index in range(len(schema))]
+    with open_parquet(file, listed) as parquet:
+        columns = [parquet.schema.column(index) for index in range(len(parquet.schema))]
         int96 = [column.path for column in columns if column.physical_type == "INT96"]
-        return Footer(metadata, schema.to_arrow_schema(), int96)
+        return Footer(parquet.metadata, parquet.schema_arrow, int96)
 
 
-def _footer_bytes(stream: Any) -> bytes:
-    """The footer of an open file, and the eight bytes after it: its length and a mark."""
-    size = stream.seek(0, io.SEEK_END)
-    start = max(0, size - _TAIL_BYTES)
-    stream.seek(start)
-    tail = bytes(stream.read(size - start))
-    length = int.from_bytes(tail[-8:-4], "little") + 8
-    if tail[-4:] != b"PAR1" or length > size:
-        raise UnusableFileError("is not Parquet, or was cut off; write it again")
-    if length > len(tail):
-        stream.seek(size - length)
-        return bytes(stream.read(length))
-    return tail[-length:]
-
-
-def _read_metadata(footer: bytes) -> pq.FileMetaData:
-    """The metadata of a footer, whose columns have the types of Parquet alone.
+def _read_metadata(stream: Any) -> pq.FileMetaData:
+    """The footer of an open file, whose columns have the types of Parquet alone.
 
     The schema of Arrow types that many writers add is hidden. It may name types of Ray, which
     registers them in the process, and one of them holds pickles: they run code when its values are
     looked at, here or by a reader of what is scored.
     """
-    hidden = footer.replace(b"ARROW:schema", b"arrow:schema")
-    return pq.read_metadata(pa.BufferReader(hidden))  # noqa: TID251
+    size = stream.seek(0, io.SEEK_END)
+    start = max(0, size - _TAIL_BYTES)
+    stream.seek(start)
+    tail = bytes(stream.read(size - start))
+    length = int.from_bytes(tail[-8:-4], "little") + 8  # with itself and a mark
+    if tail[-4:] != b"PAR1" or length > size:
+        raise UnusableFileError("is not Parquet, or was cut off; write it again")
+    if length > len(tail):
+        stream.seek(size - length)
+        tail = bytes(stream.read(length))
+    footer = tail[-length:].replace(b"ARROW:schema", b"arrow:schema")
+    return pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
 
 
 def read_rows(
