@@ -22,14 +22,9 @@ def large(image: Pixels, side: int = 280) -> Image.Image:
 
 
 def page(image: Pixels, ink: Any = (30, 30, 60), paper: Any = (245, 245, 240)) -> Image.Image:
-    strength = np.asarray(large(image))[..., None] / 255
+    """Larger than the image, which is in a corner."""
+    strength = np.pad(np.asarray(large(image)), ((20, 400), (200, 10)))[..., None] / 255
     return Image.fromarray((strength * ink + (1 - strength) * paper).astype(np.uint8))
-
-
-def in_a_corner(image: Pixels) -> Image.Image:
-    whole = Image.new("RGB", (500, 700), (245, 245, 240))
-    whole.paste(page(image), (20, 400))
-    return whole
 
 
 def photographed(image: Pixels) -> bytes:
@@ -44,12 +39,9 @@ def photographed(image: Pixels) -> bytes:
 
 FORMS: dict[str, Callable[[Pixels], Picture]] = {
     "as it is": Image.fromarray,
-    "dark, as it is": lambda image: Image.fromarray(255 - image),
-    "very large": lambda image: large(image, 2000),
-    "on white": page,
-    "on a blackboard": lambda image: page(image, (250, 250, 240), (30, 70, 50)),
+    "dark, very large": lambda image: large(255 - image, 2000),
     "pencil": lambda image: page(image, (205, 205, 205)),
-    "in a corner": in_a_corner,
+    "on a blackboard": lambda image: page(image, (250, 250, 240), (30, 70, 50)),
     "transparent": lambda image: Image.merge("LA", [Image.new("L", (280, 280), 40), large(image)]),
     "photographed": photographed,
 }

@@ -1,15 +1,12 @@
 """Every source gives whole rows and disjoint splits; what cannot be used is refused by name."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import os
 import re
 import shutil
 import socket
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -19,11 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from werkzeug import Response
+from werkzeug.middleware.shared_data import SharedDataMiddleware
 
 from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.sources import Block, Source, open_source
 from mnistsum_ray.errors import RequestError, StorageError
+from tests.storage.conftest import serving
 
 
 def blocks_of(source: Source) -> list[Block]:
@@ -103,10 +103,7 @@ REFUSED: list[tuple[dict[str, Callable[[pa.Table], pa.Table] | bytes], str]] = [
     ({"a": lambda rows: rows.append_column("digit", rows[1])}, "more than one column 'digit'"),
     ({"a": lambda rows: rows[:5]}, "has 5 training, 0 validation and 0 test rows; each split"),
     ({"a": lambda rows: rows, "test": lambda rows: rows}, "some files are named train or test"),
-    (
-        {"train": lambda rows: rows, "test": lambda rows: rows[:0]},
-        "10 validation and 0 test rows; each",
-    ),
+    ({"train": lambda rows: rows, "test": lambda rows: rows[:0]}, "validation and 0 test rows;"),
 ]
 
 
@@ -133,15 +130,13 @@ SPLITS = [
 
 @pytest.mark.parametrize("names", SPLITS)
 def test_names_of_files_and_folders_tell_the_split(
-    tmp_path: Path,
-    sample: pa.Table,
-    names: Sequence[str],
+    tmp_path: Path, sample: pa.Table, names: Sequence[str]
 ) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(sample[::50].rename_columns({"digit": "label"}), tmp_path / name)
-    order = sorted(names)
-    expected = [[*range(100 * order.index(name), 100 * order.index(name) + 100)] for name in names]
+    starts = [100 * sorted(names).index(name) for name in names]
+    expected = [[*range(start, start + 100)] for start in starts]
     assert splits_of(open_source(str(tmp_path))) == expected
 
 
@@ -170,7 +165,6 @@ def test_a_block_has_8192_rows_of_a_file_or_those_of_many_small_files(
 
 
 def test_a_bad_label_of_an_idx_folder_is_named_and_some_rows_must_be_left(idx: Path) -> None:
-    """Those of Parquet files: tests/integration/test_rows.py."""
     write_idx(idx / "MNIST" / "raw" / LABELS, np.arange(100, dtype=np.uint8) // 9)
     source = open_source(str(idx))
     (block,) = blocks_of(source)
@@ -200,17 +194,15 @@ def test_a_file_that_has_changed_or_is_gone_is_named(tmp_path: Path, sample: pa.
 def test_mnist_is_downloaded_and_without_a_network_auto_takes_the_sample_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx: Path, sample: pa.Table
 ) -> None:
-    """From a web server on this machine."""
     from torchvision.datasets import MNIST
 
-    served, resources = tmp_path / "served", []
     (tmp_path / "work").mkdir()
-    served.mkdir()
+    served, resources = tmp_path / "work", []
     for name in chain(*IDX_FILES):
         data = gzip.compress((idx / "MNIST" / "raw" / name).read_bytes())
         (served / f"{name}.gz").write_bytes(data)
         resources.append((f"{name}.gz", hashlib.md5(data).hexdigest()))
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(served)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(MNIST, "resources", resources)
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens there
@@ -219,10 +211,7 @@ def test_mnist_is_downloaded_and_without_a_network_auto_takes_the_sample_and_say
     with pytest.raises(RequestError, match=r"cannot be downloaded \(.*Connection refused"):
         open_source("mnist")
     assert not list((tmp_path / "home" / ".cache" / "mnistsum_ray").iterdir())
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    with serving(SharedDataMiddleware(Response(status=404), {"/": str(served)})) as port:
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
         check(open_source("mnist"), sample[::10], 360, 40, 100)
-        server.shutdown()
     assert socket.getdefaulttimeout() is None
