@@ -83,9 +83,9 @@ def test_rows_come_back_with_predictions(
     for name in predicted:
         values = done[name].to_pylist()
         assert [row for row, value in enumerate(values) if value is None] == BAD, name
-        if name in expected.values:
+        if name != "consistent":
             found = np.array([values[row] for row in good], np.float32)
-            assert np.array_equal(found, expected.values[name].astype(np.float32)), name
+            assert np.array_equal(found, vars(expected)[name.removeprefix("pred_")]), name
 
 
 def test_one_picture(network: TwoHeadCNN, model: Path, pixels: Pixels, tmp_path: Path) -> None:
@@ -96,7 +96,6 @@ def test_one_picture(network: TwoHeadCNN, model: Path, pixels: Pixels, tmp_path:
     assert np.array_equal(found.pixels, prepare_picture(file))
     expected = predict(network, found.pixels[None], np.array([5]))
     assert (found.digit, found.sum) == (expected.digit[0], expected.sum[0])
-    assert [found.digit, found.sum] == [found.digit_probs.argmax(), found.sum_probs.argmax()]
     assert (found.number, found.consistent) == (5, found.sum == found.digit + 5)
     assert found.unsure, "the weights are random"
     for number in (10, -1, 2.5, None):
@@ -130,7 +129,6 @@ def test_what_does_not_fit_is_an_error(network: TwoHeadCNN, table: pa.Table) -> 
         (floats, {}, "column 'image'"),
         (reasons, {}, "column 'reason' would be added; rename it"),
         (sums, {"probabilities": True}, "column 'Sum_Probs' would be added; rename it"),
-        (table, {"batch_size": -1}, "batch_size: must be at least 1, is -1"),
     ]
     for frame, settings, said in cases:
         with pytest.raises(ValueError, match=said):

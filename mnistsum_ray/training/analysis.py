@@ -101,7 +101,7 @@ def finish_model(
     fitted = score_rows(model, _at_most(_FITTED_BATCHES, scored["validation"]))
     temperatures = fit_temperatures(fitted)
     analysed = score_rows(model, _at_most(_ANALYSED_BATCHES, scored["test"]))
-    analysis = analyse_errors(calibrated(analysed, temperatures), device)
+    analysis = analyse_errors(calibrated(analysed, temperatures))
     model.fold_temperatures(temperatures)
     weights = copy_weights(model)
     some = data.blocks.fetch(sample(data.order.ids, _BACKGROUND_ROWS))[0]
@@ -115,7 +115,7 @@ def finish_model(
     ) | {
         "trained_sha256": checksum(trained),
         "temperatures_in_weights": temperatures,
-        "probabilities": {"consistent": analysis["consistent"], **errors},
+        "probabilities": errors,
     }
     mistakes = np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64)
     return FinishedModel(

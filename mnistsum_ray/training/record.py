@@ -140,8 +140,7 @@ class RunRecord:
         manifest["status"] = "finished"
         manifest["metrics"] = result.line()
         manifest["training_seconds"] = round(sum(map(epoch_seconds, self.history)), 1)
-        images = finished.mistake_images
-        write_report(folder, manifest, description, self.history, images, self._say)
+        write_report(folder, manifest, description, self.history, finished.mistake_images)
         rows = f"{counted(description['test']['rows'], 'row')}, all {NUMBERS} numbers"
         self._say(f"test: {accuracies(description['test'])} ({rows})")
         self._say(f"report: {(folder / REPORT).display}")

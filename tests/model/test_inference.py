@@ -25,8 +25,8 @@ def rows(count: int = 20) -> tuple[np.ndarray, np.ndarray]:
 def equal(first: Predictions, second: Predictions) -> bool:
     """Bit for bit."""
     return all(
-        np.array_equal(values.view(np.uint8), second.values[name].view(np.uint8))
-        for name, values in first.values.items()
+        np.array_equal(values.view(np.uint8), second[name].view(np.uint8))
+        for name, values in first.items()
     )
 
 
@@ -38,9 +38,9 @@ def test_several_threads_and_memory_that_may_not_be_written() -> None:
     with ThreadPoolExecutor(2) as pool:
         found = [*pool.map(lambda _: ours.predict(*frozen), range(4))]
     assert all(equal(together, alone) for together in found)
-    types = [values.dtype for values in (alone.digit, alone.sum, alone.digit_prob)]
+    types = [alone[name].dtype for name in ("pred_digit", "pred_sum", "digit_prob")]
     assert types == ["i1", "i1", "f4"]
-    assert len(ours.predict(frozen[0][:0], frozen[1][:0]).digit) == 0
+    assert len(ours.predict(frozen[0][:0], frozen[1][:0])["pred_digit"]) == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -50,11 +50,12 @@ def test_a_row_has_the_same_bits_in_a_batch_of_any_size(precision: str) -> None:
     whole = ours.predict(images, numbers, probs=True)
     for size in (1, 8, 9):
         start = 1 + size  # a row is at another place of its batch, too
-        some = ours.predict(images[start : start + size], numbers[start : start + size], probs=True)
-        assert equal(some, whole.slice(start, start + size)), size
+        some = slice(start, start + size)
+        found = ours.predict(images[some], numbers[some], probs=True)
+        assert equal(found, {name: values[some] for name, values in whole.items()}), size
     for head in HEADS:
-        every, best = whole.values[f"{head.name}_probs"], whole.values[f"{head.name}_prob"]
-        which = whole.values[f"pred_{head.name}"]
+        every, best = whole[f"{head.name}_probs"], whole[f"{head.name}_prob"]
+        which = whole[f"pred_{head.name}"]
         assert (str(every.dtype), every.shape) == ("float32", (20, head.classes))
         assert np.array_equal(every[range(20), which], best)
         assert np.allclose(every.sum(1), 1, atol=1e-5)
