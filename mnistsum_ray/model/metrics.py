@@ -104,8 +104,8 @@ class AnswerCounts:
         return metrics | {"consistency": consistent / pairs}
 
 
-def analyse_errors(scored: ScoredRows) -> dict[str, Any]:
-    """The entry `error_analysis` of manifest.json.
+def analyse_errors(scored: ScoredRows, temperatures: Mapping[str, float]) -> dict[str, Any]:
+    """The entry `error_analysis` of manifest.json, of scores before they are calibrated.
 
     `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
     `probabilities`: by head the expected calibration error `ece`, and `reliability`, the counts
@@ -120,7 +120,8 @@ def analyse_errors(scored: ScoredRows) -> dict[str, Any]:
         confidence = torch.zeros(len(batch["digit"]), NUMBERS)
         truths = true_classes(batch["digit"], scores)
         for head, logits, truth in zip(HEADS, scores, truths, strict=True):
-            probability, answer = (values.cpu() for values in logits.softmax(2).max(2))
+            probabilities = (logits / temperatures[head.name]).softmax(2)
+            probability, answer = (values.cpu() for values in probabilities.max(2))
             wrong = answer != truth.cpu()
             bins[head.name] += reliability_bins(probability.flatten(), ~wrong.flatten())
             answers[f"pred_{head.name}"] = answer.expand(-1, NUMBERS)
@@ -178,13 +179,6 @@ def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
         truth = torch.cat([classes[index].flatten() for _, classes in batches])
         temperatures[head.name] = fit_temperature(logits.cpu(), truth.cpu())
     return temperatures
-
-
-def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredRows:
-    """The rows with each head's scores divided by its temperature, as `fold_temperatures` does."""
-    for batch, scores in scored:
-        by_head = zip(HEADS, scores, strict=True)
-        yield batch, tuple(logits / temperatures[head.name] for head, logits in by_head)
 
 
 def fit_temperature(scores: Tensor, classes: Tensor) -> float:

@@ -1,9 +1,8 @@
 """Fine-tuning of the heads after the digit's on synthetic digit scores, after the last epoch.
 
-The distribution of the sum is that of the digit, shifted by the number. But a trained network gives
-hardly any of its training images scores between two digits. The sum head has not seen such scores,
-and predicts a sum there that differs from digit + number. Fine-tuning shows it many of them, mixed
-from the scores of training rows. The convolutions stay as they are, and so do the digits.
+The distribution of the sum is that of the digit, shifted by the number. But the sum head has hardly
+seen scores between two digits, and predicts another sum there. Fine-tuning shows it many of them,
+mixed from the scores of training rows. The convolutions stay as they are, and so do the digits.
 """
 
 from collections.abc import Callable

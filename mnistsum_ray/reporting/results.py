@@ -10,6 +10,10 @@ class Result(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    def line(self) -> dict[str, Any]:
+        """The command's JSON line: the fields that were given."""
+        return self.model_dump(exclude_unset=True)
+
 
 class SplitRows(Result):
     """Rows of each split, and where they come from."""
@@ -47,10 +51,6 @@ class TrainResult(Result):
     """Training rows per second without the first epoch, unless it is the only one."""
     seconds: float
 
-    def line(self) -> dict[str, Any]:
-        """The command's JSON line."""
-        return self.model_dump()
-
 
 class ScoreResult(Result):
     """Result of a finished scoring. input_rows = scored_rows + rejected_rows + failed_rows."""
@@ -70,10 +70,5 @@ class ScoreResult(Result):
     rows_per_second: float
     seconds: float
     digit_accuracy: float | None = None
-    """Accuracies in 0..1; None without a labelled row."""
+    """Accuracies in 0..1, where a label column was named; None without a labelled row."""
     sum_accuracy: float | None = None
-
-    def line(self, *, labels: bool) -> dict[str, Any]:
-        """The command's JSON line; `labels`: with accuracies, since a label column was named."""
-        accuracies = {"digit_accuracy", "sum_accuracy"}
-        return self.model_dump(exclude=None if labels else accuracies)

@@ -21,12 +21,7 @@ from mnistsum_ray.errors import percent
 from mnistsum_ray.model import sum_head
 from mnistsum_ray.model.device import hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
-from mnistsum_ray.model.metrics import (
-    analyse_errors,
-    calibrated,
-    fit_temperatures,
-    score_rows,
-)
+from mnistsum_ray.model.metrics import analyse_errors, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, make_network
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.checkpoint import load_weights, read_checkpoint
@@ -101,7 +96,7 @@ def finish_model(
     fitted = score_rows(model, _at_most(_FITTED_BATCHES, scored["validation"]))
     temperatures = fit_temperatures(fitted)
     analysed = score_rows(model, _at_most(_ANALYSED_BATCHES, scored["test"]))
-    analysis = analyse_errors(calibrated(analysed, temperatures))
+    analysis = analyse_errors(analysed, temperatures)
     model.fold_temperatures(temperatures)
     weights = copy_weights(model)
     some = data.blocks.fetch(sample(data.order.ids, _BACKGROUND_ROWS))[0]

@@ -27,7 +27,6 @@ def distorted(images: torch.Tensor, draws: torch.Tensor, strength: float = 1.0) 
         (Y, -1, (5, 5), (5, 8)),
         (WIDTH, -1, (8, 8), (8 * SCALE, 8)),
         (HEIGHT, -1, (8, 8), (8, 8 * SCALE)),
-        (SHEAR, 1, (0, -8), (0.8, -8)),
         (SHEAR, 1, (0, 8), (-0.8, 8)),
     ],
 )

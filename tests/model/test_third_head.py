@@ -21,7 +21,6 @@ from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields,
 from mnistsum_ray.model.metrics import (
     AnswerCounts,
     analyse_errors,
-    calibrated,
     fit_temperatures,
     score_rows,
 )
@@ -127,7 +126,7 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     assert min(metrics[f"{head}_accuracy"] for head in ("digit", "sum", "even")) > 0.8
 
     temperatures = fit_temperatures(scored)
-    analysis = analyse_errors(calibrated(scored, temperatures))
+    analysis = analyse_errors(scored, temperatures)
     assert analysis["probabilities"].keys() == {"digit", "sum", "even"}
     with torch.no_grad():
         before = model.scores_of_all_numbers(digit_scores(model, test["image"]))
