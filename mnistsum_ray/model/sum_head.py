@@ -5,7 +5,6 @@ seen scores between two digits, and predicts another sum there. Fine-tuning show
 mixed from the scores of training rows. The convolutions stay as they are, and so do the digits.
 """
 
-from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -31,7 +30,6 @@ def finetune_sum_head(
     digit_scores: Tensor,
     steps: int,
     seed: int,
-    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Train all heads but the digit's on the distribution of their answer, as of digit + number.
 
@@ -56,7 +54,6 @@ def finetune_sum_head(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        on_progress(1)
 
 
 def class_distribution(head: Head, digit_scores: Tensor, numbers: Tensor) -> Tensor:

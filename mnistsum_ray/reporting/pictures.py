@@ -40,7 +40,7 @@ def png(draw: Callable[..., Figure], *arguments: Any) -> bytes:
     return file.getvalue()
 
 
-def draw_history(history: list[dict[str, Any]], description: dict[str, Any]) -> Figure:
+def draw_history(history: list[dict[str, Any]]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch."""
     figure = Figure(figsize=(9, 4))
     losses, errors = figure.subplots(1, 2)
@@ -57,12 +57,8 @@ def draw_history(history: list[dict[str, Any]], description: dict[str, Any]) -> 
         for index, head in enumerate(HEADS):
             wrong = [100 - 100 * entry[split][f"{head.name}_accuracy"] for entry in history]
             errors.plot(epochs, wrong, line, color=f"C{index}", label=f"{head.name}, {split}")
-    for index, head in enumerate(HEADS):
-        wrong = [100 - 100 * description["test"][f"{head.name}_accuracy"]]
-        star = {"markersize": 12, "color": f"C{index}", "markeredgecolor": "black"}
-        errors.plot([description["epoch"]], wrong, "*", **star)
     losses.set(title="loss, nats (mean of the heads)", yscale="log")
-    errors.set(title="error, % (stars: finished model)")
+    errors.set(title="error, %")
     errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all
     errors.set_ylim(bottom=0)
     errors.yaxis.set_major_formatter("{x:g}")
@@ -99,8 +95,7 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
     """Each mistake of the manifest's error analysis with its image, uint8[n, 28, 28]."""
     down = max(1, -(-len(mistakes) // _ACROSS))
     figure = Figure(figsize=(9, 0.6 + 2.1 * down))
-    kind = "the most confident" if mistakes else "no"
-    figure.suptitle(f"{kind} mistakes on test images")
+    figure.suptitle(f"the {len(mistakes)} most confident mistakes on test images")
     panels = figure.subplots(down, _ACROSS, squeeze=False).ravel()
     for axes in panels:
         axes.axis("off")

@@ -133,10 +133,9 @@ def _finetune(
     steps = parameters.sum_head_steps
     worker.note(f"fine-tuning the sum head, {steps:,} steps")
     seed = step_seed(parameters.seed, parameters.epochs, 0, RandomStream.SUM_HEAD)
-    on_progress = worker.progress("fine-tuning steps", steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two take nearly twice as long for steps as small as these
-    sum_head.finetune_sum_head(model, digit_scores, steps, seed, on_progress)
+    sum_head.finetune_sum_head(model, digit_scores, steps, seed)
     torch.set_num_threads(threads)
 
 

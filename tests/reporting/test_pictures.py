@@ -23,8 +23,8 @@ IMAGES = np.zeros((8, 28, 28), np.uint8)
 BINS = {"rows": [0] * 14 + [9_000], "probability": [0.0] * 14 + [8_900.0], "right": [0] * 14 + [1]}
 
 DRAWN: dict[str, tuple[Any, ...]] = {
-    "history": (pictures.draw_history, HISTORY, {"epoch": 2, "test": TEST}),
-    "no error": (pictures.draw_history, HISTORY[:1], {"epoch": 1, "test": NO_ERROR}),
+    "history": (pictures.draw_history, HISTORY),
+    "no error": (pictures.draw_history, [HISTORY[0] | {"test": NO_ERROR, "validation": NO_ERROR}]),
     "confusion": (pictures.draw_confusion, (np.eye(10, dtype=int) * 50).tolist()),
     "mistakes": (pictures.draw_mistakes, [MISTAKE] * 8, IMAGES),
     "no mistakes": (pictures.draw_mistakes, [], IMAGES[:0]),
