@@ -79,7 +79,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """Digit scores (logits) [n, 10] of prepared images and `dropout_factors`, if given."""
+        """Digit scores (logits) [n, 10] of prepared images and `dropout_factors`."""
 
     @abstractmethod
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
@@ -98,7 +98,6 @@ class Network(nn.Module, ABC):
         """Divide each head's scores by its temperature; other heads read the digit's undivided."""
 
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
-        """Scores of all heads."""
         return self.scores(self.digit_scores(images, dropout), numbers)
 
     def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
@@ -110,7 +109,7 @@ class Network(nn.Module, ABC):
 
 
 def divide_scores(layer: nn.Module, temperature: float) -> None:
-    """Divide the output of a convolution or a linear layer."""
+    """Divide the output of a layer."""
     for parameter in layer.parameters():
         parameter.data.div_(temperature)
 
@@ -180,11 +179,7 @@ class TwoHeadCNN(Network):
 def make_network() -> Network:
     """A new network of the class NETWORK, its convolutions channels last: their fast layout."""
     network: Network = globals()[NETWORK]()
-    for parameter in network.parameters():
-        layout = torch.channels_last if parameter.dim() == 4 else torch.contiguous_format
-        # `contiguous` does nothing with one channel.
-        parameter.data = parameter.data.to(memory_format=layout)
-    return network
+    return network.to(memory_format=torch.channels_last)
 
 
 def dropout_factors(

@@ -16,21 +16,19 @@ class Result(BaseModel):
 
 
 class SplitRows(Result):
-    """Rows of each split, and where they come from."""
+    """Rows of each split, and their source: `sample`, `mnist` or `parquet`."""
 
     source: str
-    """`sample`, `mnist` or `parquet`."""
     train_rows: int
     validation_rows: int
     test_rows: int
 
 
 class HeldOutMetrics(Result):
-    """Quality on the test rows, with every number for each image. Accuracies are in 0..1."""
+    """Quality on the test rows, each with every number. Accuracies are in 0..1."""
 
     rows: int
     pairs: int
-    """Each row with each number."""
     loss: float
     """Mean of the heads' cross-entropies, in nats."""
     digit_accuracy: float
@@ -38,12 +36,10 @@ class HeldOutMetrics(Result):
 
 
 class TrainResult(Result):
-    """Result of a finished training."""
+    """Result of a finished training: folders or URIs, counts and metrics."""
 
     run: str
-    """Run folder, or its URI."""
     model: str
-    """Model folder, or its URI."""
     parameters: int
     data: SplitRows
     test: HeldOutMetrics
@@ -56,7 +52,7 @@ class ScoreResult(Result):
     """Result of a finished scoring. input_rows = scored_rows + rejected_rows + failed_rows."""
 
     output: str
-    """Output folder, or its URI."""
+    """A folder or URI."""
     input_rows: int
     """Over the files whose number of rows is known."""
     scored_rows: int
