@@ -179,7 +179,8 @@ class TwoHeadCNN(Network):
 def make_network() -> Network:
     """A new network of the class NETWORK, its convolutions channels last: their fast layout."""
     network: Network = globals()[NETWORK]()
-    return network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def dropout_factors(
