@@ -46,7 +46,7 @@ class Outcome:
     resumed_rows: int = 0
     """Rows that earlier runs had scored."""
     seconds: float = 0.0
-    """From the start of the first part to the end of the last one, on the workers' clocks."""
+    """From the first report of a worker to the last one."""
 
     def totals(self) -> dict[str, Any]:
         """The fields of the job's last line, but for `seconds`."""

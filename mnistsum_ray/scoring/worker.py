@@ -6,10 +6,8 @@ wrote it, or how often.
 
 import itertools
 import pickle
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -48,9 +46,6 @@ class Report:
     ends: bool = False
     counts: RowCounts | None = None
     """Of the parts that were put."""
-    started: float = 0.0
-    ended: float = 0.0
-    """When they were begun and put, in seconds since 1970."""
     unusable: dict[str, str] = field(default_factory=dict)
     """Input files that cannot be used although their footers could be read: name and reason."""
     failed: str | None = None
@@ -78,14 +73,11 @@ class Score:
     def __init__(self, request: Request, device: str) -> None:
         """`request.precision` is known; `device` is PyTorch's name of it."""
         self._request = request
-        self._device = torch.device(device)
-
-    @cached_property
-    def _predictor(self) -> Predictor:
         # Ray's arrays cannot be written, so the tensors are copies.
-        weights = {name: torch.tensor(value) for name, value in self._request.weights.items()}
-        batch_size = self._request.config.batch_size
-        return Predictor(weights, self._device, str(self._request.precision), batch_size)
+        weights = {name: torch.tensor(value) for name, value in request.weights.items()}
+        self._predictor = Predictor(
+            weights, torch.device(device), str(request.precision), request.config.batch_size
+        )
 
     def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
         """Take a task, a row, and give its pickled reports, a row each."""
@@ -107,8 +99,6 @@ class Score:
         yield Report(ends=True)
 
     def _score(self, parts: Sequence[Part]) -> Iterator[Report]:
-        predictor = self._predictor  # the first task loads it
-        started = time.time()
         most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
         batch: list[DecodedPart] = []
         for name, group in itertools.groupby(parts, lambda part: part.name):
@@ -116,20 +106,19 @@ class Score:
                 for decoded in read_file(self._request, list(group)):
                     batch.append(decoded)
                     if sum(rows.part.rows for rows in batch) >= most_rows:
-                        yield self._predict_and_put(predictor, batch, started)
+                        yield self._predict_and_put(batch)
                         batch = []
             except UnusableFileError as error:
                 yield Report(unusable={name: str(error)})
         if batch:
-            yield self._predict_and_put(predictor, batch, started)
+            yield self._predict_and_put(batch)
 
-    def _predict_and_put(
-        self, predictor: Predictor, batch: list[DecodedPart], started: float
-    ) -> Report:
+    def _predict_and_put(self, batch: list[DecodedPart]) -> Report:
         """Predict the rows of several parts together, and put each part."""
         images = np.concatenate([rows.images for rows in batch])
         numbers = np.concatenate([rows.numbers for rows in batch])
-        predictions = predictor.predict(images, numbers, self._request.config.probabilities)
+        probabilities = self._request.config.probabilities
+        predictions = self._predictor.predict(images, numbers, probabilities)
         counts = RowCounts()
         unusable = {}
         start = 0
@@ -137,12 +126,10 @@ class Score:
             end = start + rows.part.rows
             try:
                 counts.add(put_part(self._request, rows, predictions.slice(start, end)))
-            except pa.ArrowException as error:
-                if isinstance(error, MemoryError):
-                    raise
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
             start = end
-        return Report(counts=counts, unusable=unusable, started=started, ended=time.time())
+        return Report(counts=counts, unusable=unusable)
 
 
 def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:

