@@ -52,7 +52,7 @@ from mnistsum_ray.scoring.parts import (
     make_tasks,
     split_into_parts,
 )
-from mnistsum_ray.scoring.request import Request, say_failures
+from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.scoring.result import Outcome, publish
 from mnistsum_ray.scoring.worker import Report, Score
 
@@ -61,9 +61,6 @@ _KEPT: Final = "what is scored is kept, and the same command goes on"
 _RESTARTS: Final = 10
 """How often Ray starts one worker again that died or lost its node. Retries of a task are not
 counted: until Ray knows that a node is gone, it uses them up within a second."""
-
-_NAMED: Final = 10
-"""Files in work that a message names."""
 
 Execute = Callable[[Request, Sequence[Part]], Iterator[Report]]
 """Scores parts and reports."""
@@ -101,7 +98,8 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     if request.config.overwrite:
         delete_output(output, console)
     begin(request)
-    say_failures(failures, console.say)
+    for name, reason in failures.items():
+        console.say(f"cannot be used: {name}: {reason}")
     planned = {part.output: part for part in parts}
     names, gone = read_parts(request, planned, console)
     if gone:
@@ -113,9 +111,8 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     if todo:
         (output / MANIFEST).delete()
         unusable = _score(outcome, todo, execute, console)
+        failures |= unusable
         if unusable:
-            say_failures(unusable, console.say)
-            failures |= unusable
             unused = [part.output for part in parts if part.name in failures]
             (output / PREDICTIONS).delete_files(unused)
             parts = [part for part in parts if part.name not in failures]
@@ -171,7 +168,9 @@ def _score(
                 in_work[report.task] = report.begins
             if report.ends:
                 in_work.pop(report.task, None)
-            unusable |= report.unusable
+            for name, reason in report.unusable.items():
+                console.say(f"cannot be used: {name}: {reason}")
+                unusable[name] = reason
             if report.counts is None:
                 continue
             outcome.counts.add(report.counts)
@@ -185,7 +184,7 @@ def _score(
             raise
         console.say_lines(str(error))
         names = sorted(set(itertools.chain(*in_work.values())))
-        at_work = f"in work were {', '.join(names[:_NAMED]) or 'no files yet'}"
+        at_work = f"in work were {', '.join(names[:10]) or 'no files yet'}"
         raise RunError(
             f"workers died again and again ({root_cause(error)}); {at_work}; "
             f"give the workers more memory, or take such a file out of --input; {_KEPT}"

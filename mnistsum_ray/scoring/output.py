@@ -49,26 +49,22 @@ _NOT_OURS: Final = "is not a file of this program"
 _AWAY: Final = "move it away, or choose another folder"
 
 
-def read_run(output: Location, *, any_version: bool = False) -> dict[str, Any] | None:
-    """The request that an output folder holds, by flag; None where no run began.
+def read_run(output: Location) -> dict[str, Any] | None:
+    """The request that an output folder holds, by flag, and its format; None where no run began.
 
-    RequestError: another program wrote it, or another version of this one.
+    RequestError: another program wrote it.
     """
     try:
         run = (output / RUN_FILE).read_json()
-        found, version, request = run["format"], run["version"], run["request"]
-        is_ours = found.startswith(_PROGRAM)
+        begun: dict[str, Any] = {"format": run["format"]} | run["request"]
     except MissingFileError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        is_ours = False
-    if not is_ours:
+    except (ValueError, TypeError, KeyError):
+        begun = {}
+    if not str(begun.get("format")).startswith(_PROGRAM):
         problem = f"its {RUN_FILE} is not of this program; choose another folder"
         raise _refusal(output, problem)
-    if found != RUN_FORMAT and not any_version:
-        versions = f"was begun by version {version} of mnistsum_ray, and this is {__version__}"
-        raise _refusal(output, f"{versions}; {_START_OVER}")
-    return dict(request)
+    return begun
 
 
 def begin(request: Request) -> None:
@@ -85,7 +81,7 @@ def begin(request: Request) -> None:
         with suppress(ExistingFileError):  # a second run began at the same time
             (output / RUN_FILE).create(run)
         begun = read_run(output) or {}
-    for flag, value in request.identity.items():
+    for flag, value in ({"format": RUN_FORMAT} | request.identity).items():
         if begun.get(flag) != value:
             differs = f"was begun with {flag} {begun.get(flag)}, and this run has {value}"
             raise _refusal(output, f"{differs}; give the same again, or {_START_OVER}")
@@ -113,7 +109,7 @@ def list_parts(output: Location) -> dict[str, Entry]:
 
 def delete_output(output: Location, console: Console) -> None:
     """Delete an earlier output, run.json last: until then all files are known to be ours."""
-    read_run(output, any_version=True)
+    read_run(output)
     parts = list_parts(output)
     list(_read_stamps(output, parts, console))  # refuses what is not of this program
     (output / MANIFEST).delete()

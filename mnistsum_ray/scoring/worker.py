@@ -139,7 +139,7 @@ def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
         StorageError: the storage does not give the file.
         UnusableFileError: it cannot be read, or decoded, although its footer could be read.
     """
-    path = request.root / parts[0].name
+    path, config = request.root / parts[0].name, request.config
     stop = parts[-1].first_row + parts[-1].rows
     with open_parquet(path, Entry(path.path, parts[0].size, parts[0].e_tag)) as file:
         schema = file.read_row_groups([]).schema
@@ -150,16 +150,13 @@ def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
                 pending: list[pa.RecordBatch] = []
             while sum(batch.num_rows for batch in pending) < part.rows:
                 pending.append(next(batches))
-            table = pa.Table.from_batches(pending, schema)
-            yield _decode(request, part, table.slice(0, part.rows))
-            pending = table.slice(part.rows).to_batches()
+            rows = pa.Table.from_batches(pending, schema)
+            table = rows.slice(0, part.rows)
+            images, bad_images = decode_images(one_chunk(table[config.image_column]))
+            numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
+            yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
+            pending = rows.slice(part.rows).to_batches()
             end = part.first_row + part.rows
-
-
-def _decode(request: Request, part: Part, table: pa.Table) -> DecodedPart:
-    images, bad_images = decode_images(one_chunk(table[request.config.image_column]))
-    numbers, bad_numbers = decode_numbers(one_chunk(table[request.config.number_column]))
-    return DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
 
 
 def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> RowCounts:

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray import __version__
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.reporting.results import ScoreResult
 from mnistsum_ray.scoring.driver import run
@@ -171,7 +170,7 @@ OTHER_VERSION = b'{"format": "mnistsum_ray.score/1", "version": "0.0.1", "reques
 AGAIN = "--overwrite deletes that output and scores everything again"
 BEGUN = f"was begun with {{}}, and this run has {{}}; give the same again, or {AGAIN}"
 CHANGED = f"{OF_A[0]} has rows of a.parquet, which has changed since; {AGAIN}"
-VERSION = f"version 0.0.1 of mnistsum_ray, and this is {__version__}; {AGAIN}"
+VERSION = BEGUN.format("format mnistsum_ray.score/1", "mnistsum_ray.score/2")
 AWAY = "move it away, or choose another folder"
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (bool, {"max_rows_per_file": None}, BEGUN.format("--max-rows-per-file 4", None)),
