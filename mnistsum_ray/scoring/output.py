@@ -129,44 +129,33 @@ def read_parts(
     RequestError: a part is of another request, its input has changed since, or a file is of another
     program.
     """
-    output = request.output
-    e_tags = {file.name: file.e_tag for file in request.files}
+    inputs = {file.name for file in request.files}
     done: set[str] = set()
     gone = 0
-    for name, stamp, rows in _read_stamps(output, list_parts(output), console):
-        source = stamp["input"]
+    for name, stamp, rows in _read_stamps(request.output, list_parts(request.output), console):
         part = planned.get(name)
-        expected = part and (part.name, part.first_row, part.rows)
-        problem = None
-        if stamp["request"] != request.digest:
-            problem = "is of another request"
-        elif source not in e_tags:
+        source = json.loads(stamp)["input"]
+        if part and (stamp, rows) == (part.stamp(request.digest), part.rows):
+            done.add(name)
+        elif source in inputs:
+            problem = f"has rows of {source}, which has changed since, or of another request"
+            raise _refusal(request.output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
+        else:
             gone += 1
-            continue
-        elif stamp["e_tag"] != e_tags[source]:
-            problem = f"has rows of {source}, which has changed since"
-        elif (source, stamp["first_row"], rows) != expected:
-            problem = f"has other rows of {source} than it should have"
-        if problem:
-            raise _refusal(output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
-        done.add(name)
     return done, gone
 
 
 def _read_stamps(
     output: Location, parts: Mapping[str, Entry], console: Console
-) -> Iterator[tuple[str, dict[str, Any], int]]:
+) -> Iterator[tuple[str, bytes, int]]:
     """Yield the name of each part, its stamp, and the rows in its file."""
 
-    def read(name: str) -> tuple[str, dict[str, Any], int]:
+    def read(name: str) -> tuple[str, bytes, int]:
         try:
-            footer = read_footer(output / PREDICTIONS / name, parts[name])
-        except UnusableFileError as error:
-            raise _refusal(output, f"{PREDICTIONS}/{name} {error}; {_AWAY}") from None
-        stamp = (footer.metadata.metadata or {}).get(STAMP_KEY)
-        if stamp is None:
-            raise _refusal(output, f"{PREDICTIONS}/{name} {_NOT_OURS}; {_AWAY}")
-        return name, json.loads(stamp), footer.metadata.num_rows
+            metadata = read_footer(output / PREDICTIONS / name, parts[name]).metadata
+            return name, metadata.metadata[STAMP_KEY], metadata.num_rows
+        except (UnusableFileError, TypeError, KeyError):  # no Parquet, no metadata, no stamp
+            raise _refusal(output, f"{PREDICTIONS}/{name} {_NOT_OURS}; {_AWAY}") from None
 
     progress = Progress(console.progress, "output files read", len(parts))
     return in_threads(output, read, list(parts), progress)

@@ -67,10 +67,10 @@ class Part(NamedTuple):
     first_row: int
     rows: int
 
-    def stamp(self, request: str) -> dict[bytes, bytes]:
-        """The entry of the output file's footer: the request's digest, the input, its first row."""
+    def stamp(self, request: str) -> bytes:
+        """For the output file's footer: the request's digest, the input and its first row."""
         stamp = {"request": request, "input": self.name, "e_tag": self.e_tag}
-        return {STAMP_KEY: json.dumps(stamp | {"first_row": self.first_row}).encode()}
+        return json.dumps(stamp | {"first_row": self.first_row}).encode()
 
 
 def split_into_parts(

@@ -26,7 +26,7 @@ from mnistsum_ray.errors import (
 )
 from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.scoring.output import RowCounts, columns_to_count, count_part, count_part_file
-from mnistsum_ray.scoring.parts import PREDICTIONS, Part
+from mnistsum_ray.scoring.parts import PREDICTIONS, STAMP_KEY, Part
 from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.storage.store import Entry
 
@@ -167,7 +167,7 @@ def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> R
     table = rows.table.drop_columns([request.config.image_column])
     table = predictions.append_to(table, rows.numbers, rows.reasons)
     # Without the input's own metadata, beside which Spark would see no other columns than theirs.
-    table = table.replace_schema_metadata(rows.part.stamp(request.digest))
+    table = table.replace_schema_metadata({STAMP_KEY: rows.part.stamp(request.digest)})
     try:
         (request.output / PREDICTIONS / rows.part.output).create(to_parquet(table))
     except ExistingFileError:

@@ -169,7 +169,7 @@ def replace_within_a_second(world: World) -> None:
 OTHER_VERSION = b'{"format": "mnistsum_ray.score/1", "version": "0.0.1", "request": {}}'
 AGAIN = "--overwrite deletes that output and scores everything again"
 BEGUN = f"was begun with {{}}, and this run has {{}}; give the same again, or {AGAIN}"
-CHANGED = f"{OF_A[0]} has rows of a.parquet, which has changed since; {AGAIN}"
+OTHER = "has rows of a.parquet, which has changed since, or of another request"
 VERSION = BEGUN.format("format mnistsum_ray.score/1", "mnistsum_ray.score/2")
 AWAY = "move it away, or choose another folder"
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
@@ -177,12 +177,12 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (bool, {"label_column": "number"}, BEGUN.format("--label-column None", "number")),
     (bool, {"precision": "bf16"}, BEGUN.format("--precision fp32", "bf16")),
     (write("out/run.json", OTHER_VERSION), {}, VERSION),
-    (lambda world: rewrite(world.file, number=[1] * 10), {}, CHANGED),
-    (replace_within_a_second, {}, CHANGED),
-    (copy(f"out/{OF_A[0]}", f"out/{OF_A[1]}"), {}, f"than it should have; {AGAIN}"),
-    (copy(f"other/{OF_A[1]}", f"out/{OF_A[1]}"), {}, f"{OF_A[1]} is of another request; {AGAIN}"),
+    (lambda world: rewrite(world.file, number=[1] * 10), {}, f"{OF_A[0]} {OTHER}; {AGAIN}"),
+    (replace_within_a_second, {}, f"{OF_A[0]} {OTHER}; {AGAIN}"),
+    (copy(f"out/{OF_A[0]}", f"out/{OF_A[1]}"), {}, f"{OF_A[1]} {OTHER}; {AGAIN}"),
+    (copy(f"other/{OF_A[1]}", f"out/{OF_A[1]}"), {}, f"{OF_A[1]} {OTHER}; {AGAIN}"),
     (write("out/notes.txt"), {}, f"notes.txt is not a file of this program; {AWAY}"),
-    (write(f"out/{OF_A[1]}"), {}, f"{OF_A[1]} is not Parquet, or was cut off; write it again"),
+    (write(f"out/{OF_A[1]}"), {}, f"{OF_A[1]} is not a file of this program"),
     (copy("in/deep/b.pq", f"out/{OF_A[1]}"), {}, f"{OF_A[1]} is not a file of this program"),
     (write("out/run.json"), {}, "its run.json is not of this program; choose another folder"),
 ]
