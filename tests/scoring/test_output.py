@@ -20,7 +20,7 @@ from mnistsum_ray.scoring.driver import run
 from mnistsum_ray.scoring.output import RUN_FORMAT
 from mnistsum_ray.storage.uri import locate
 from tests.conftest import check_predictions, plain_predictions, write_model
-from tests.scoring.conftest import CONSOLE, preflight_of, score_here, write_rows
+from tests.scoring.conftest import CONSOLE, files_in, preflight_of, score_here, write_rows
 from tests.storage.conftest import s3
 
 ADDED = [*PREDICTION_FIELDS.names, *PROBABILITY_FIELDS.names]
@@ -65,11 +65,8 @@ class World:
 
     def files(self) -> dict[str, bytes]:
         """The files in the output that have no time in them."""
-        files = [path for path in self.output.rglob("*") if path.is_file()]
-        found = {str(path.relative_to(self.output)): path.read_bytes() for path in files}
-        for timed in {"report.html", "manifest.json"} & found.keys():
-            del found[timed]
-        return found
+        timed = ("report.html", "manifest.json")
+        return {name: data for name, data in files_in(self.output).items() if name not in timed}
 
     def manifest(self) -> dict[str, Any]:
         value: dict[str, Any] = json.loads((self.output / "manifest.json").read_text())
