@@ -52,9 +52,8 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     Runs on the cluster that this process is connected to, else on the one that `connect` joins or
     starts; that connection stays open. Progress goes to standard error.
 
-    `callbacks` are `ray.train.UserCallback`s, which Ray Train calls in a process of its own. Each
-    report, after an epoch, has the metrics `epoch`, `train_loss`, `validation` and `test`. What a
-    callback raises counts as a failure.
+    `callbacks` are called by Ray Train in a process of its own, after an epoch with the metrics
+    `epoch`, `train_loss`, `validation` and `test`. What one raises counts as a failure.
 
     Raises:
         RequestError: the request is invalid; the message names the field and says what to do.
@@ -105,9 +104,9 @@ def _on_cluster(console: Console, run: str) -> Iterator[None]:
 def load_model(model: str | Path) -> "Network":
     """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI).
 
-    The network is in evaluation mode, float32, on the CPU. It takes images float32[n, 1, 28, 28],
-    which `mnistsum_ray.model.network.prepare_images` makes from pixels, and numbers int64[n], and
-    returns the scores (logits) of each head: of the digits [n, 10], of the sums [n, 19].
+    The network is in evaluation mode, on the CPU. It takes float32[n, 1, 28, 28] of
+    `model.network.prepare_images` and numbers int64[n], and returns the scores (logits) of the
+    digits [n, 10] and of the sums [n, 19].
 
     Raises:
         RequestError: there is no such model, it is damaged, or it is of another network.
@@ -156,10 +155,9 @@ def predict(model: Model, images: Any, numbers: Any, *, probabilities: bool = Fa
         predict(model, images, numbers)  # uint8[n, 28, 28] as in training, and integers[n] in 0..9
 
     Returns:
-        For a picture a `PicturePrediction`. Else an object with arrays of n: `digit` int8,
-        `digit_prob` float32, `sum` int8, `sum_prob` float32, and those of further heads; with
-        `probabilities` those of all classes, `digit_probs` float32[n, 10] and `sum_probs`
-        float32[n, 19].
+        For a picture a `PicturePrediction`. Else an object with arrays: `digit` and `sum` int8[n],
+        `digit_prob` and `sum_prob` float32[n]; with `probabilities` those of all classes,
+        `digit_probs` float32[n, 10] and `sum_probs` float32[n, 19].
 
     Raises:
         ValueError: wrong shape or dtype, or a number out of range.
@@ -216,21 +214,18 @@ def predict_rows(
     *,
     probabilities: bool = False,
 ) -> Any:
-    """Predict the digit and the sum of each row of a table.
+    """Predict the digit and the sum of each row of a table, as scoring does.
 
     The table is a Ray Dataset, which is scored as it is read, or anything with
     `__arrow_c_stream__`, as frames of pandas, Polars and DuckDB and tables of Arrow have it.
-    Images may have any form that scoring takes.
 
     Returns:
-        A Ray Dataset for one, else an Arrow table, with all rows in their order and the columns
-        that scoring adds, with `probabilities` those of all classes too. `reason` says why a row
-        cannot be scored; the others are null there.
+        A Ray Dataset for one, else an Arrow table: all rows in their order, with the columns that
+        scoring adds.
 
     Raises:
         TypeError: `rows` is something else.
-        ValueError: a column is missing, has a type that cannot be read, or has the name of one that
-            is added.
+        ValueError: a column is missing, cannot be read, or has the name of one that is added.
     """
     network = _loaded(model)
     if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):

@@ -83,7 +83,7 @@ def score(config: ScoreConfig) -> Result:
     """
     from mnistsum_ray import api
 
-    return api.score(config).line(labels=config.label_column is not None)
+    return api.score(config).line()
 
 
 def export_pairs(config: ExportPairsConfig) -> Result:

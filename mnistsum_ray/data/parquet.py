@@ -1,7 +1,8 @@
 """The one place that opens Parquet files, and says whether a file or the storage fails."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -103,29 +104,38 @@ def _read_metadata(stream: Any) -> pq.FileMetaData:
 
 
 def read_rows(
-    parquet: _ParquetFile,
-    rows: range,
-    columns: list[str] | None = None,
-) -> Iterator[pa.RecordBatch]:
-    """Read consecutive rows of a file, in batches of _BATCH_ROWS at most."""
+    parquet: _ParquetFile, ranges: Sequence[range], columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory."""
+    schema = parquet.read_row_groups([], columns).schema
+    waiting = deque(ranges)
+    pending: list[pa.RecordBatch] = []
     first = 0  # row of the file that the next batch begins with
     for group in range(parquet.num_row_groups):
         end = first + parquet.metadata.row_group(group).num_rows
-        if end <= rows.start:
+        if not waiting or end <= waiting[0].start:
             first = end
             continue
         options = {"row_groups": [group], "columns": columns, "use_threads": False}
         for batch in parquet.iter_batches(_BATCH_ROWS, **options):
-            wanted = batch[max(0, rows.start - first) : rows.stop - first]
-            if wanted.num_rows:
-                yield wanted
-            first += batch.num_rows
-            if first >= rows.stop:
+            stop = first + batch.num_rows
+            while waiting and waiting[0].start < stop:
+                rows = waiting[0]
+                pending.append(batch[max(0, rows.start - first) : rows.stop - first])
+                if rows.stop > stop:
+                    break
+                yield pa.Table.from_batches(pending, schema)
+                pending = []
+                waiting.popleft()
+            first = stop
+            if not waiting:
                 return
         if first < end:
             break
-    if first < rows.stop:
+    if any(waiting):
         raise UnusableFileError("has fewer rows than its footer says; write it again")
+    for _ in waiting:  # ranges of no rows
+        yield schema.empty_table()
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:

@@ -5,9 +5,10 @@ and decoded block by block.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -92,7 +93,8 @@ class Block:
 
     def blocks(self) -> Iterator["Block"]:
         """The rows in blocks of BLOCK_ROWS, the last of fewer."""
-        return _in_blocks([self])
+        for start in range(0, self.rows, BLOCK_ROWS):
+            yield self.slice(start, start + BLOCK_ROWS)
 
 
 @dataclass(frozen=True)
@@ -124,42 +126,32 @@ class FileGroup:
             RequestError: a file has changed, or cannot be read.
             StorageError: the storage does not give a file.
         """
-        return _in_blocks(self._decoded())
-
-    def _decoded(self) -> Iterator[Block]:
-        """The rows as they are read: row groups may have any number."""
-        for file in self.files:
-            first = 0
-            try:
-                with open_parquet(file.place, file.entry) as parquet:
-                    for rows in read_rows(parquet, range(file.rows), ["image", file.digit_column]):
-                        yield Block.decode(rows["image"], rows[file.digit_column], file.name, first)
-                        first += rows.num_rows
-            except UnusableFileError as error:
-                raise RequestError(f"{file.place.display}: {error}") from None
+        if len(self.files) == 1:
+            yield from _decoded(self.files[0])
+        elif self.rows:
+            yield _joined([block for file in self.files for block in _decoded(file)])
 
 
 Groups = list[Block | FileGroup]
 """What a source consists of: rows in memory, or in files."""
 
 
-def _in_blocks(decoded: Iterable[Block]) -> Iterator[Block]:
-    """The same rows in blocks of BLOCK_ROWS, the last of fewer."""
-    waiting: list[Block] = []
-    for some in decoded:
-        waiting.append(some)
-        while sum(block.rows for block in waiting) >= BLOCK_ROWS:
-            whole = _joined(waiting)
-            yield whole.slice(0, BLOCK_ROWS)
-            waiting = [whole.slice(BLOCK_ROWS, whole.rows)] if whole.rows > BLOCK_ROWS else []
-    if waiting:
-        yield _joined(waiting)
+def _decoded(file: LabelledFile) -> Iterator[Block]:
+    """The rows of a file in blocks; errors as of `FileGroup.blocks`."""
+    edges = [*range(0, file.rows, BLOCK_ROWS), file.rows]
+    ranges = [range(start, end) for start, end in pairwise(edges)]
+    try:
+        with open_parquet(file.place, file.entry) as parquet:
+            read = read_rows(parquet, ranges, ["image", file.digit_column])
+            for rows, table in zip(ranges, read, strict=True):
+                images, digits = one_chunk(table["image"]), one_chunk(table[file.digit_column])
+                yield Block.decode(images, digits, file.name, rows.start)
+    except UnusableFileError as error:
+        raise RequestError(f"{file.place.display}: {error}") from None
 
 
 def _joined(blocks: list[Block]) -> Block:
     """The rows of blocks that follow each other."""
-    if len(blocks) == 1:
-        return blocks[0]
     bad: BadRows = {}
     first = 0
     for block in blocks:

@@ -1,7 +1,6 @@
 """Export a model to ONNX, for programs without this package: from pixels to predictions."""
 
 import json
-import warnings
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -48,17 +47,15 @@ class ExportableModel(nn.Module):
 def export_onnx(model: Network, description: dict[str, Any]) -> bytes:
     """An ONNX file of ExportableModel; its metadata are the entries of model.json."""
     rows = torch.export.Dim("rows")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside PyTorch's own exporter
-        converted = torch.onnx.export(
-            ExportableModel(model),
-            (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)),
-            input_names=INPUTS,
-            output_names=OUTPUTS,
-            dynamic_shapes={name: {0: rows} for name in INPUTS},
-            dynamo=True,
-            verbose=False,
-        )
+    converted = torch.onnx.export(
+        ExportableModel(model).eval(),
+        (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)),
+        input_names=INPUTS,
+        output_names=OUTPUTS,
+        dynamic_shapes={name: {0: rows} for name in INPUTS},
+        dynamo=True,
+        verbose=False,
+    )
     assert converted
     proto = converted.model_proto
     for key, value in ({"version": __version__} | description).items():

@@ -46,7 +46,7 @@ def enable_determinism() -> None:
 
 
 def describe_cpu() -> dict[str, str]:
-    """The entries of the first core, such as `model name` and `flags`; empty on other systems."""
+    """Linux's entries of the first core, such as `model name` and `flags`; elsewhere none."""
     if not _CPUINFO.exists():
         return {}
     first = _CPUINFO.read_text().partition("\n\n")[0]
@@ -92,7 +92,7 @@ def _several_workers() -> bool:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Element-wise sum of a tensor over all workers, on every worker, as a new tensor."""
+    """Element-wise sum over all workers, on every worker, as a new tensor."""
     values = values.clone()
     if _several_workers():
         dist.all_reduce(values)

@@ -1,8 +1,4 @@
-"""Model folders: `model.safetensors` and `model.json`.
-
-The header of `model.safetensors` holds the description too, and `model.json` is a copy to read:
-no reader meets weights beside the description of others.
-"""
+"""Model folders: `model.safetensors`, whose header has a description, and a copy, `model.json`."""
 
 import hashlib
 import json
@@ -20,10 +16,9 @@ from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, Network, make_netw
 from mnistsum_ray.storage.store import Location
 
 MODEL_FORMAT: Final = "mnistsum_ray/5"
-"""Format of a model folder; since 5 the temperatures are folded into the weights."""
+"""Since 5 the temperatures are folded into the weights."""
 WEIGHTS_FILE: Final = "model.safetensors"
 DESCRIPTION_FILE: Final = "model.json"
-
 HEADER_KEY: Final = "mnistsum_ray"
 
 INTERFACE: Final = {
@@ -31,7 +26,7 @@ INTERFACE: Final = {
     "number": f"0..{NUMBERS - 1}",
     "output": {head.name: f"{head.classes} scores" for head in HEADS},
 }
-"""Entries of a description (`number` is one of `input`) without which a model cannot be used."""
+"""What the description must say for the model to be used; `number` is in its `input`."""
 
 Weights = dict[str, Tensor]
 """float32, but for buffers such as the number of batches of `nn.BatchNorm2d`."""
@@ -83,9 +78,7 @@ def write_model(folder: Location, weights: Weights, description: dict[str, Any])
 
 
 def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
-    """Load a model folder, or the `model` folder of a run: the network and its description.
-
-    The network is in evaluation mode.
+    """The network, in evaluation mode, and its description, of a model folder or of a run.
 
     RequestError: there is no model, or it is damaged, or of another network or version.
     """
@@ -114,14 +107,10 @@ def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
 def read_description(data: bytes) -> dict[str, Any]:
     """The description in the header of a `model.safetensors`.
 
-    ValueError: there is none, or it is of another version or network.
+    ValueError: it is of another version or network.
     """
-    try:
-        description: dict[str, Any] = json.loads(safetensors_header(data)[HEADER_KEY])
-        version = description["format"]
-    except (LookupError, TypeError, ValueError, RecursionError):
-        version = None
-    if version != MODEL_FORMAT:
+    description: dict[str, Any] = json.loads(safetensors_header(data).get(HEADER_KEY, "{}"))
+    if description.get("format") != MODEL_FORMAT:
         raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
     for name, expected in INTERFACE.items():
         found = (description | description["input"]).get(name)
@@ -133,7 +122,7 @@ def read_description(data: bytes) -> dict[str, Any]:
 def safetensors_header(data: bytes) -> dict[str, str]:
     """The metadata of a safetensors file: JSON, after its length in eight bytes."""
     length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     return metadata
 
 

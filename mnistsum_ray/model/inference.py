@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from mnistsum_ray.data.images import SIDE, Pixels
+from mnistsum_ray.data.images import SIDE, Numbers, Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
@@ -18,8 +18,6 @@ from mnistsum_ray.model.network import Network, Scores, make_network, undistorte
 CPU_BATCH: Final = 256
 """Rows of a forward pass on CPUs: 3 to 7 % faster than 64 on two cores, and as fast as more."""
 GPU_BATCH: Final = 2048
-
-Numbers = npt.NDArray[np.int64]
 
 
 Predictions = dict[str, npt.NDArray[Any]]
@@ -90,11 +88,10 @@ def predict_pairs(
     probs: bool = False,
     bf16: bool = False,
 ) -> Predictions:
-    """Predict uint8[n, 28, 28] with numbers int64[n] on the model's device.
+    """Predict uint8[n, 28, 28] with numbers int64[n]; with `probs` all probabilities too.
 
-    With `probs` the probabilities of all classes come too. The last batch is filled up with zeros:
-    kernels are chosen by the size of a batch, and a row has the same bits whatever rows are scored
-    with it.
+    The last batch is filled up with zeros: kernels are chosen by the size of a batch, and a row has
+    the same bits whatever rows are scored with it.
     """
     device = next(model.parameters()).device
     scores: list[Scores] = []

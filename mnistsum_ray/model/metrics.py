@@ -8,8 +8,7 @@ scores (logits) of a head are divided by its temperature before softmax.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any, Final
 
@@ -49,43 +48,6 @@ ScoredRows = Iterable[tuple[LabelledRows, Scores]]
 """Batches with scores by head: float32[n, k, classes]; k is NUMBERS, or 1 of digits."""
 
 
-@dataclass
-class Reliability:
-    """Predictions of a head in bins of equal width by the probability of the predicted class."""
-
-    rows: list[int] = field(default_factory=lambda: [0] * RELIABILITY_BINS)
-    probability: list[float] = field(default_factory=lambda: [0.0] * RELIABILITY_BINS)
-    """Sum of the probabilities in each bin."""
-    right: list[int] = field(default_factory=lambda: [0] * RELIABILITY_BINS)
-
-    @classmethod
-    def of(
-        cls, probability: npt.NDArray[np.floating[Any]], right: npt.NDArray[np.bool_]
-    ) -> "Reliability":
-        """Count n rows: the probability of the predicted class, and whether it is right."""
-        bins = (probability * RELIABILITY_BINS).astype(np.int64).clip(max=RELIABILITY_BINS - 1)
-        rows = np.bincount(bins, minlength=RELIABILITY_BINS)
-        sums = np.bincount(bins, probability.astype(np.float64), RELIABILITY_BINS)
-        of_right = np.bincount(bins[right], minlength=RELIABILITY_BINS)
-        return cls(rows.tolist(), sums.tolist(), of_right.tolist())
-
-    def add(self, other: "Reliability") -> None:
-        """Add the counts of other rows, in place."""
-        for name, counts in vars(other).items():
-            setattr(self, name, np.add(getattr(self, name), counts).tolist())
-
-    @property
-    def ece(self) -> float | None:
-        """Expected calibration error: mean distance of probability and accuracy; None: no rows."""
-        rows = sum(self.rows)
-        gaps = np.abs(np.array(self.probability) - np.array(self.right))
-        return float(gaps.sum() / rows) if rows else None
-
-    def as_json(self) -> dict[str, Any]:
-        """The error `ece`, and under `reliability` the counts behind it."""
-        return {"ece": self.ece, "reliability": vars(self)}
-
-
 @torch.no_grad()
 def score_rows(
     model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]
@@ -107,103 +69,104 @@ def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
 
 
 class AnswerCounts:
-    """Right answers and losses, summed on the device, and by `metrics` over the workers."""
+    """Rows, right answers and losses, summed on the device, and by `metrics` over the workers."""
 
     def __init__(self, device: torch.device) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        self.confusion = zeros(DIGITS, DIGITS)
-        """Rows by true digit d and predicted digit p: [d, p]."""
-        self.right = zeros(len(HEADS))
-        """Pairs that each head answers right."""
-        self.consistent = zeros(1)
-        """Pairs whose predicted sum is the predicted digit plus the number."""
-        self._id_sum = zeros(1)
+        # Rows, the sum of their mixed ids, consistent pairs, and right pairs of each head.
+        self._counts = torch.zeros(3 + len(HEADS), dtype=torch.int64, device=device)
         self._losses = torch.zeros(len(HEADS), dtype=torch.float64, device=device)
 
     def add(self, batch: LabelledRows, scores: Scores) -> None:
         """Count one batch with its scores, as `score_rows` yields them."""
-        digits = batch["digit"]
         answers = {}
-        truths = true_classes(digits, scores)
-        for index, head in enumerate(HEADS):
-            logits, truth = scores[index], truths[index]
+        right = []
+        truths = true_classes(batch["digit"], scores)
+        for index, (head, logits, truth) in enumerate(zip(HEADS, scores, truths, strict=True)):
             answers[head.name] = logits.argmax(2)
-            self.right[index] += (answers[head.name] == truth).expand(-1, NUMBERS).sum()
+            right.append((answers[head.name] == truth).expand(-1, NUMBERS).sum())
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
             self._losses[index] += loss / truth.size(1)
-        cells = digits * DIGITS + answers["digit"].squeeze(1)
-        self.confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
-        numbers = torch.arange(NUMBERS, device=digits.device)
-        self.consistent += (answers["sum"] == SUM.target(answers["digit"], numbers)).sum()
-        self._id_sum += mix_ids(batch["row_id"]).sum()
-
-    def shares(self) -> Metrics:
-        """`<head>_accuracy` and `consistency` over the rows that were added."""
-        pairs = NUMBERS * int(self.confusion.sum())
-        shares = {}
-        for head, right in zip(HEADS, self.right.tolist(), strict=True):
-            shares[f"{head.name}_accuracy"] = right / pairs
-        return shares | {"consistency": int(self.consistent) / pairs}
+        numbers = torch.arange(NUMBERS, device=batch["digit"].device)
+        consistent = (answers["sum"] == SUM.target(answers["digit"], numbers)).sum()
+        row_ids = batch["row_id"]
+        self._counts[0] += len(row_ids)
+        self._counts[1:] += torch.stack([mix_ids(row_ids).sum(), consistent, *right])
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
         """Sum over the workers and divide. RowCountError: a row was not counted exactly once."""
-        for counted in (self.confusion, self.right, self.consistent, self._id_sum, self._losses):
-            counted.copy_(all_reduce_sum(counted))
-        rows = int(self.confusion.sum())
-        check_row_counts(rows, int(self._id_sum), expected_rows, expected_id_sum, "evaluation")
-        loss = self._losses.mean().item() / rows
-        return {"rows": rows, "pairs": rows * NUMBERS, "loss": loss} | self.shares()
+        rows, id_sum, consistent, *right = all_reduce_sum(self._counts).tolist()
+        check_row_counts(rows, id_sum, expected_rows, expected_id_sum, "evaluation")
+        pairs = NUMBERS * rows
+        loss = all_reduce_sum(self._losses).mean().item() / rows
+        metrics = {"rows": rows, "pairs": pairs, "loss": loss}
+        for head, count in zip(HEADS, right, strict=True):
+            metrics[f"{head.name}_accuracy"] = count / pairs
+        return metrics | {"consistency": consistent / pairs}
 
 
-def analyse_errors(
-    scored: ScoredRows, device: torch.device, on_progress: Callable[[int], None] = lambda _: None
-) -> dict[str, Any]:
-    """The entry `error_analysis` of manifest.json: errors on rows, which are on the device.
+def analyse_errors(scored: ScoredRows, temperatures: Mapping[str, float]) -> dict[str, Any]:
+    """The entry `error_analysis` of manifest.json, of scores before they are calibrated.
 
     `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
-    `consistent`: see Metrics. `probabilities`: `Reliability.as_json` by head.
+    `probabilities`: by head the expected calibration error `ece`, and `reliability`, the counts
+    behind it: in bins of equal width by the probability of the predicted class the `rows`, the sum
+    of their `probability`, and the `right` ones.
     """
-    counts = AnswerCounts(device)
-    reliability = {head.name: Reliability() for head in HEADS}
+    confusion = np.zeros((DIGITS, DIGITS), np.int64)
+    bins = {head.name: np.zeros((3, RELIABILITY_BINS)) for head in HEADS}
     mistakes: list[dict[str, Any]] = []
     for batch, scores in scored:
-        counts.add(batch, scores)
+        answers = {}
+        confidence = torch.zeros(len(batch["digit"]), NUMBERS)
         truths = true_classes(batch["digit"], scores)
-        for of_head, logits, truth in zip(reliability.values(), scores, truths, strict=True):
-            probability, answer = (values.flatten().cpu() for values in logits.softmax(2).max(2))
-            right = (answer == truth.flatten().cpu()).numpy()
-            of_head.add(Reliability.of(probability.numpy(), right))
-        mistakes += _mistakes(batch, scores)
-        on_progress(len(batch["digit"]))
+        for head, logits, truth in zip(HEADS, scores, truths, strict=True):
+            probabilities = (logits / temperatures[head.name]).softmax(2)
+            probability, answer = (values.cpu() for values in probabilities.max(2))
+            wrong = answer != truth.cpu()
+            bins[head.name] += reliability_bins(probability.flatten(), ~wrong.flatten())
+            answers[f"pred_{head.name}"] = answer.expand(-1, NUMBERS)
+            answers[f"{head.name}_prob"] = probability.expand(-1, NUMBERS)
+            confidence = torch.maximum(confidence, probability * wrong)
+        np.add.at(confusion, (batch["digit"].cpu(), answers["pred_digit"][:, 0]), 1)
+        mistakes += _mistakes(batch, answers, confidence)
     return {
-        "confusion": counts.confusion.tolist(),
+        "confusion": confusion.tolist(),
         "mistakes": sorted(mistakes, key=itemgetter("confidence"), reverse=True)[:MAX_MISTAKES],
-        "consistent": counts.shares()["consistency"],
-        "probabilities": {name: of_head.as_json() for name, of_head in reliability.items()},
+        "probabilities": {name: describe_bins(counts) for name, counts in bins.items()},
     }
 
 
-def _mistakes(batch: LabelledRows, scores: Scores) -> Iterator[dict[str, Any]]:
+def reliability_bins(probability: Tensor, right: Tensor) -> npt.NDArray[np.float64]:
+    """By bin: rows, sum of the probability of the predicted class, right rows: float64[3, bins]."""
+    bins = (probability * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
+    weights = (None, probability, right)
+    return np.stack([np.bincount(bins, values, RELIABILITY_BINS) for values in weights])
+
+
+def describe_bins(bins: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """The expected calibration error, mean distance of probability and accuracy, and the counts."""
+    rows, probability, right = bins
+    counts = {
+        "rows": rows.astype(int).tolist(),
+        "probability": probability.tolist(),
+        "right": right.astype(int).tolist(),
+    }
+    return {"ece": float(np.abs(probability - right).sum() / rows.sum()), "reliability": counts}
+
+
+def _mistakes(
+    batch: LabelledRows, answers: dict[str, Tensor], confidence: Tensor
+) -> Iterator[dict[str, Any]]:
     """The images with a wrong answer, each with the number whose wrong answer is the surest.
 
-    `confidence` is the probability of that answer.
+    `answers` are by column name and number; `confidence` is the probability of the surest wrong
+    answer, float32[n, NUMBERS], 0 where all are right.
     """
-    answers: dict[str, Tensor] = {}
-    wrong = torch.zeros(len(batch["digit"]), NUMBERS)
-    truths = true_classes(batch["digit"], scores)
-    for head, logits, truth in zip(HEADS, scores, truths, strict=True):
-        probability, answer = logits.softmax(2).max(2)
-        answers[f"pred_{head.name}"] = answer.expand(-1, NUMBERS).cpu()
-        answers[f"{head.name}_prob"] = probability.expand(-1, NUMBERS).cpu()
-        of_head = (probability * (answer != truth)).expand(-1, NUMBERS).cpu()
-        wrong = torch.maximum(wrong, of_head)
-    confidence, numbers = wrong.max(1)
-    for row in confidence.nonzero().flatten().tolist():
+    surest, numbers = confidence.max(1)
+    for row in surest.nonzero().flatten().tolist():
         number = int(numbers[row])
         mistake = {name: batch[name][row].item() for name in ("row_id", "digit")}
-        mistake |= {"number": number, "confidence": confidence[row].item()}
+        mistake |= {"number": number, "confidence": surest[row].item()}
         yield mistake | {name: values[row, number].item() for name, values in answers.items()}
 
 
@@ -216,13 +179,6 @@ def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
         truth = torch.cat([classes[index].flatten() for _, classes in batches])
         temperatures[head.name] = fit_temperature(logits.cpu(), truth.cpu())
     return temperatures
-
-
-def calibrated(scored: ScoredRows, temperatures: Mapping[str, float]) -> ScoredRows:
-    """The rows with each head's scores divided by its temperature, as `fold_temperatures` does."""
-    for batch, scores in scored:
-        by_head = zip(HEADS, scores, strict=True)
-        yield batch, tuple(logits / temperatures[head.name] for head, logits in by_head)
 
 
 def fit_temperature(scores: Tensor, classes: Tensor) -> float:

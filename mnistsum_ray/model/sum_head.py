@@ -1,12 +1,10 @@
 """Fine-tuning of the heads after the digit's on synthetic digit scores, after the last epoch.
 
-The distribution of the sum is that of the digit, shifted by the number. But a trained network gives
-hardly any of its training images scores between two digits. The sum head has not seen such scores,
-and predicts a sum there that differs from digit + number. Fine-tuning shows it many of them, mixed
-from the scores of training rows. The convolutions stay as they are, and so do the digits.
+The distribution of the sum is that of the digit, shifted by the number. But the sum head has hardly
+seen scores between two digits, and predicts another sum there. Fine-tuning shows it many of them,
+mixed from the scores of training rows. The convolutions stay as they are, and so do the digits.
 """
 
-from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -32,7 +30,6 @@ def finetune_sum_head(
     digit_scores: Tensor,
     steps: int,
     seed: int,
-    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Train all heads but the digit's on the distribution of their answer, as of digit + number.
 
@@ -57,7 +54,6 @@ def finetune_sum_head(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        on_progress(1)
 
 
 def class_distribution(head: Head, digit_scores: Tensor, numbers: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from mnistsum_ray.export.model import export_onnx
 from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE, load_model
-from mnistsum_ray.reporting.report import (
-    PICTURES,
-    REPORT,
-    epoch_metrics,
-    epoch_seconds,
-    split_metrics,
-)
+from mnistsum_ray.reporting.report import PICTURES, REPORT
 from mnistsum_ray.storage.store import Location
 
 
@@ -32,13 +27,17 @@ def log_run(
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     config = manifest["config"]
+    uri = config["mlflow"]
     # A client alone: the caller's own tracking URI and active run stay as they are.
-    client = mlflow.MlflowClient(config["mlflow"])
+    client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name(config["mlflow_experiment"])
     if experiment:
         experiment_id = experiment.experiment_id
     else:
-        artifacts = _artifacts_of(config["mlflow"])
+        artifacts = None
+        if uri.startswith("sqlite:///"):
+            # MLflow would take the working folder, which Ray deletes after a submitted job.
+            artifacts = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
         experiment_id = client.create_experiment(config["mlflow_experiment"], artifacts)
     run = client.create_run(experiment_id, run_name=config["name"])
     run_id = str(run.info.run_id)
@@ -47,13 +46,10 @@ def log_run(
     said |= manifest["versions"]
     tags = [RunTag(key, str(value)) for key, value in said.items()]
     client.log_batch(run_id, params=params, tags=tags)
-    # The final metrics are of the published model, whose sum head was fine-tuned after its epoch.
-    logged = [("epoch", epoch_metrics(entry), entry) for entry in history]
-    logged.append(("final", split_metrics(description), history[-1]))
-    for prefix, metrics, entry in logged:
-        time = int(1000 * (entry["started"] + epoch_seconds(entry)))
-        values = [Metric(f"{prefix}/{key}", metrics[key], time, entry["epoch"]) for key in metrics]
-        client.log_batch(run_id, values)
+    for entry in history:
+        client.log_batch(run_id, _metrics("epoch", entry, entry["epoch"]))
+    # Of the published model, whose sum head was fine-tuned after the last epoch.
+    client.log_batch(run_id, _metrics("final", description, history[-1]["epoch"]))
     with tempfile.TemporaryDirectory() as copy:
         weights, model_json = f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"
         for name in (*PICTURES, REPORT, "history.jsonl", weights, model_json):
@@ -74,11 +70,10 @@ def log_run(
     return run_id
 
 
-def _artifacts_of(uri: str) -> str | None:
-    """Where artifacts of a new experiment go: for SQLite beside its file, else as MLflow chooses.
-
-    Its own choice would be the working folder, which Ray deletes after a submitted job.
-    """
-    if not uri.startswith("sqlite:///"):
-        return None
-    return Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
+def _metrics(prefix: str, line: dict[str, Any], epoch: int) -> list[Metric]:
+    """Figures of a line of history.jsonl, or of model.json, e.g. `epoch/test/digit_accuracy`."""
+    values = {"train/loss": line["train_loss"]} if "train_loss" in line else {}
+    for split in ("validation", "test"):
+        values |= {f"{split}/{name}": value for name, value in line[split].items()}
+    now = int(1000 * time.time())
+    return [Metric(f"{prefix}/{name}", value, now, epoch) for name, value in values.items()]

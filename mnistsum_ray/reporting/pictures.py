@@ -1,7 +1,7 @@
-"""Pictures of training and scoring runs as PNG files.
+"""Pictures of training runs as PNG files, drawn from numbers that are also in the run's JSON files.
 
-Each is drawn from numbers that are also in the run's JSON files. Blue is the digit and what is
-right, orange the sum and what is wrong: they differ with any kind of colour blindness.
+Blue is the digit and what is right, orange the sum and what is wrong: they differ with any kind of
+colour blindness.
 """
 
 import io
@@ -16,19 +16,13 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mnistsum_ray.model.heads import HEADS, Head
-
-_GREY: Final = "#666666"
-_STYLES: Final = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "v"))
-"""Colour and marker of each head, of the palette of Okabe and Ito."""
+from mnistsum_ray.model.heads import HEADS
 
 _STYLE: Final[dict[Any, Any]] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    "axes.grid": True,
     "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "legend.fontsize": 9,
-    "lines.markersize": 5,
     "figure.constrained_layout.use": True,
     "figure.dpi": 150,
 }
@@ -41,12 +35,12 @@ def png(draw: Callable[..., Figure], *arguments: Any) -> bytes:
     """What one of these functions draws, in the common style, as a PNG file."""
     file = io.BytesIO()
     # A user's matplotlibrc may ask for LaTeX, which may be missing.
-    with style.context(["default", _STYLE]):
+    with style.context(["default", "tableau-colorblind10", _STYLE]):
         FigureCanvasAgg(draw(*arguments)).print_png(file)  # type: ignore[no-untyped-call]
     return file.getvalue()
 
 
-def draw_history(history: list[dict[str, Any]], description: dict[str, Any]) -> Figure:
+def draw_history(history: list[dict[str, Any]]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch."""
     figure = Figure(figsize=(9, 4))
     losses, errors = figure.subplots(1, 2)
@@ -56,33 +50,23 @@ def draw_history(history: list[dict[str, Any]], description: dict[str, Any]) -> 
         steps = entry["step_losses"][-1][0]
         times += [entry["epoch"] - 1 + step / steps for step, _ in entry["step_losses"]]
         means += [loss for _, loss in entry["step_losses"]]
-    losses.plot(times, means, color=_GREY, linewidth=1, label="training")
-    for split, dashes, face in (("validation", ":", "white"), ("test", "-", None)):
+    losses.plot(times, means, color="grey", linewidth=1, label="training")
+    for split, line in (("validation", "o:"), ("test", "o-")):
         means = [entry[split]["loss"] for entry in history]
-        losses.plot(epochs, means, f"D{dashes}", color="black", markerfacecolor=face, label=split)
-        for head, (color, marker) in zip(HEADS, _STYLES, strict=False):
-            wrong = [_error(entry[split], head) for entry in history]
-            form = {"color": color, "markerfacecolor": face, "label": f"{head.name}, {split}"}
-            errors.plot(epochs, wrong, marker + dashes, **form)
-    for head, (color, _) in zip(HEADS, _STYLES, strict=False):
-        star = {"markersize": 12, "color": color, "markeredgecolor": "black"}
-        errors.plot(description["epoch"], _error(description["test"], head), "*", **star)
+        losses.plot(epochs, means, line, color="black", label=split)
+        for index, head in enumerate(HEADS):
+            wrong = [100 - 100 * entry[split][f"{head.name}_accuracy"] for entry in history]
+            errors.plot(epochs, wrong, line, color=f"C{index}", label=f"{head.name}, {split}")
     losses.set(title="loss, nats (mean of the heads)", yscale="log")
-    errors.set(title="error, % (stars: finished model)")
+    errors.set(title="error, %")
     errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all
     errors.set_ylim(bottom=0)
     errors.yaxis.set_major_formatter("{x:g}")
     for axes in (losses, errors):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid()
         axes.legend(loc="upper right")
     return figure
-
-
-def _error(metrics: dict[str, Any], head: Head) -> float:
-    """Percentage of wrong answers."""
-    return 100 - 100 * float(metrics[f"{head.name}_accuracy"])
 
 
 def draw_confusion(confusion: list[list[int]]) -> Figure:
@@ -92,15 +76,15 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
     # On a logarithmic scale a mistake can be seen beside a thousand right ones.
     shades = LogNorm(0.3, max(10, counts.max()))(np.maximum(counts, 0.3))
     colors = np.where(right[..., None], colormaps["Blues"](shades), colormaps["Oranges"](shades))
-    colors[counts == 0] = 1
     figure = Figure(figsize=(6.5, 6))
     axes = figure.subplots()
     axes.imshow(colors)
+    axes.grid(visible=False)
     for (true, predicted), count in np.ndenumerate(counts):
         color = "white" if shades[true, predicted] > 0.6 else "black"
         text = f"{count:,}" if count else ""
         axes.text(predicted, true, text, ha="center", va="center", fontsize=9, color=color)
-    share = np.trace(counts) / max(1, counts.sum())
+    share = np.trace(counts) / counts.sum()
     axes.set_title(f"digits: {share:.2%} of {counts.sum():,} rows correct")
     axes.set(xlabel="predicted digit", ylabel="true digit")
     axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
@@ -111,8 +95,7 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
     """Each mistake of the manifest's error analysis with its image, uint8[n, 28, 28]."""
     down = max(1, -(-len(mistakes) // _ACROSS))
     figure = Figure(figsize=(9, 0.6 + 2.1 * down))
-    kind = "the most confident" if mistakes else "no"
-    figure.suptitle(f"{kind} mistakes on test images")
+    figure.suptitle(f"the {len(mistakes)} most confident mistakes on test images")
     panels = figure.subplots(down, _ACROSS, squeeze=False).ravel()
     for axes in panels:
         axes.axis("off")
@@ -129,22 +112,17 @@ def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8])
 
 
 def draw_reliability(heads: dict[str, Any]) -> Figure:
-    """Reliability diagram of each head: accuracy by predicted probability, in equal bins.
-
-    `heads` has the `ece` (expected calibration error) of each, and in `reliability` by bin the
-    number of `rows`, of `right` ones, and the sum of their `probability`.
-    """
+    """Accuracy of each head by predicted probability; `heads` as `analyse_errors` returns them."""
     figure = Figure(figsize=(4.5 * len(heads), 4))
     panels = figure.subplots(1, len(heads), squeeze=False).ravel()
-    for name, (color, marker), axes in zip(heads, _STYLES, panels, strict=False):
-        bins = {key: np.array(counts) for key, counts in heads[name]["reliability"].items()}
-        used = bins["rows"] > 0
-        probability = bins["probability"][used] / bins["rows"][used]
-        accuracy = bins["right"][used] / bins["rows"][used]
-        axes.plot([0, 1], [0, 1], "--", color=_GREY, linewidth=1, label="perfect calibration")
-        axes.plot(probability, accuracy, marker, color=color, label="accuracy")
-        axes.set_title(f"{name}: expected calibration error {heads[name]['ece']:.4f}")
+    for index, (name, head) in enumerate(heads.items()):
+        bins = head["reliability"]
+        used = np.array(bins["rows"]) > 0
+        rows, probability, right = (np.array(bins[key])[used] for key in bins)
+        axes = panels[index]
+        axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect calibration")
+        axes.plot(probability / rows, right / rows, "o", color=f"C{index}", label="accuracy")
+        axes.set_title(f"{name}: expected calibration error {head['ece']:.4f}")
         axes.set(xlabel="predicted probability", ylabel="accuracy")
         axes.legend(loc="lower right")
-        axes.grid()
     return figure

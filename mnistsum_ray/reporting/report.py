@@ -1,23 +1,20 @@
-"""Readable records of a run: report.html, the versions of the software, the names of metrics.
+"""The page report.html of a run.
 
-Here and in mlflow.py `manifest` is the content of manifest.json, `description`
-that of model.json, `history` are the lines of history.jsonl, and `pictures` are PNG files by their
-names.
+`manifest` is the content of manifest.json, `description` that of model.json, `history` are the
+lines of history.jsonl, and `pictures` are PNG files by their names.
 """
 
 import platform
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Final
 
 import jinja2
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.images import Pixels, ReasonCounts
-from mnistsum_ray.errors import one_line, percent, printable
+from mnistsum_ray.errors import percent
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.storage.store import Location
@@ -42,53 +39,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "mnistsum_ray": __version__} | packages
 
 
-def epoch_seconds(entry: dict[str, Any]) -> float:
-    """Time of a line of history.jsonl with its evaluation; not what a kill has cost."""
-    return float(entry["seconds"] + entry["evaluation_seconds"])
-
-
-def epoch_metrics(entry: dict[str, Any]) -> dict[str, float]:
-    """Figures of a line of history.jsonl, such as `train/loss` and `test/digit_accuracy`."""
-    metrics = {"train/loss": entry["train_loss"]}
-    for name in ("learning_rate", "rows_per_second", "waiting"):
-        metrics[f"train/{name}"] = entry[name]
-    return metrics | split_metrics(entry)
-
-
-def split_metrics(metrics: dict[str, Any]) -> dict[str, float]:
-    """Losses and accuracies of a line of history.jsonl, or of model.json."""
-    names = ("loss", *(f"{head.name}_accuracy" for head in HEADS))
-    splits = ("validation", "test")
-    return {f"{split}/{name}": metrics[split][name] for split in splits for name in names}
-
-
-def draw_pictures(
-    wanted: dict[str, tuple[Any, ...]], say: Callable[[str], None]
-) -> dict[str, bytes]:
-    """Draw PNG files: for `{"history.png": arguments}` what `pictures.draw_history` draws of them.
-
-    What cannot be drawn costs a console line and never the run.
-    """
-    drawn = {}
-    for name, arguments in wanted.items():
-        try:
-            # A second to import, and a user's settings may break it.
-            from mnistsum_ray.reporting import pictures
-
-            draw = getattr(pictures, f"draw_{Path(name).stem}")
-            drawn[name] = pictures.png(draw, *arguments)
-        except Exception as error:
-            say(f"{name} cannot be drawn: {one_line(error)}; the report is without it")
-    return drawn
-
-
 def report_page(
     manifest: dict[str, Any],
     description: dict[str, Any],
-    history: list[dict[str, Any]],
     pictures: dict[str, bytes],
 ) -> str:
-    """Render the HTML page of a finished training: accuracies, pictures, epochs, configuration."""
+    """Render the HTML page of a finished training: accuracies, pictures, configuration."""
     data, test = manifest["data"], description["test"]
     figures = [(percent(test[f"{head.name}_accuracy"]), f"{head.name} correct") for head in HEADS]
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
@@ -100,16 +56,8 @@ def report_page(
         f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number.",
         f"To score: mnistsum score --model {run} --input PAIRS --output SCORED",
     ]
-    names = [name.replace("_", " ") for name in epoch_metrics(history[0])]
-    rows = []
-    for entry in history:
-        values = epoch_metrics(entry).values()
-        rows.append((entry["epoch"], *(f"{value:,.5g}" for value in values)))
-    tables = [
-        _reasons("Rows left out", data["bad_rows"]),
-        ("Epochs", ("epoch", *names), rows),
-        _settings(manifest, {key: description[key] for key in ("parameters", "sha256")}),
-    ]
+    weights = {key: description[key] for key in ("parameters", "sha256")}
+    tables = [_reasons("Rows left out", data["bad_rows"]), _settings(manifest, weights)]
     title = f"{manifest['config']['name']}: {accuracies(test)}"
     return _render(title, lines, figures, pictures, tables)
 
@@ -165,11 +113,7 @@ def _render(
     tables: list[Table],
 ) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        # As on the console: a file name may hold control characters.
-        finalize=lambda value: printable(value) if type(value) is str else value,
+        loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."), autoescape=True
     )
     return environment.get_template("report.html.j2").render(
         title=title,
@@ -183,21 +127,20 @@ def _render(
 def write_report(
     folder: Location,
     manifest: dict[str, Any],
-    card: dict[str, Any],
+    description: dict[str, Any],
     history: list[dict[str, Any]],
     mistake_images: Pixels,
-    say: Callable[[str], None],
 ) -> None:
     """Write the pictures and report.html of a run."""
+    from mnistsum_ray.reporting import pictures  # takes a second to import
+
     analysis = manifest["error_analysis"]
-    wanted = {
-        "history.png": (history, card),
-        "confusion.png": (analysis["confusion"],),
-        "mistakes.png": (analysis["mistakes"], mistake_images),
-        "reliability.png": (analysis["probabilities"],),
+    drawn = {
+        "history.png": pictures.png(pictures.draw_history, history),
+        "confusion.png": pictures.png(pictures.draw_confusion, analysis["confusion"]),
+        "mistakes.png": pictures.png(pictures.draw_mistakes, analysis["mistakes"], mistake_images),
+        "reliability.png": pictures.png(pictures.draw_reliability, analysis["probabilities"]),
     }
-    drawn = draw_pictures(wanted, say)
     for name, picture in drawn.items():
         (folder / name).write(picture)
-    page = report_page(manifest, card, history, drawn)
-    (folder / REPORT).write(page.encode())
+    (folder / REPORT).write(report_page(manifest, description, drawn).encode())

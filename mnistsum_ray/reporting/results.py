@@ -10,23 +10,25 @@ class Result(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    def line(self) -> dict[str, Any]:
+        """The command's JSON line: the fields that were given."""
+        return self.model_dump(exclude_unset=True)
+
 
 class SplitRows(Result):
-    """Rows of each split, and where they come from."""
+    """Rows of each split, and their source: `sample`, `mnist` or `parquet`."""
 
     source: str
-    """`sample`, `mnist` or `parquet`."""
     train_rows: int
     validation_rows: int
     test_rows: int
 
 
 class HeldOutMetrics(Result):
-    """Quality on the test rows, with every number for each image. Accuracies are in 0..1."""
+    """Quality on the test rows, each with every number. Accuracies are in 0..1."""
 
     rows: int
     pairs: int
-    """Each row with each number."""
     loss: float
     """Mean of the heads' cross-entropies, in nats."""
     digit_accuracy: float
@@ -34,12 +36,10 @@ class HeldOutMetrics(Result):
 
 
 class TrainResult(Result):
-    """Result of a finished training."""
+    """Result of a finished training: folders or URIs, counts and metrics."""
 
     run: str
-    """Run folder, or its URI."""
     model: str
-    """Model folder, or its URI."""
     parameters: int
     data: SplitRows
     test: HeldOutMetrics
@@ -47,16 +47,12 @@ class TrainResult(Result):
     """Training rows per second without the first epoch, unless it is the only one."""
     seconds: float
 
-    def line(self) -> dict[str, Any]:
-        """The command's JSON line."""
-        return self.model_dump()
-
 
 class ScoreResult(Result):
     """Result of a finished scoring. input_rows = scored_rows + rejected_rows + failed_rows."""
 
     output: str
-    """Output folder, or its URI."""
+    """A folder or URI."""
     input_rows: int
     """Over the files whose number of rows is known."""
     scored_rows: int
@@ -70,10 +66,5 @@ class ScoreResult(Result):
     rows_per_second: float
     seconds: float
     digit_accuracy: float | None = None
-    """Accuracies in 0..1; None without a labelled row."""
+    """Accuracies in 0..1, where a label column was named; None without a labelled row."""
     sum_accuracy: float | None = None
-
-    def line(self, *, labels: bool) -> dict[str, Any]:
-        """The command's JSON line; `labels`: with accuracies, since a label column was named."""
-        accuracies = {"digit_accuracy", "sum_accuracy"}
-        return self.model_dump(exclude=None if labels else accuracies)

@@ -25,7 +25,6 @@ from mnistsum_ray.cluster.resources import (
 )
 from mnistsum_ray.cluster.tasks import ray_data_options
 from mnistsum_ray.errors import (
-    RequestError,
     RowCountError,
     RunError,
     RunInterrupted,
@@ -53,7 +52,7 @@ from mnistsum_ray.scoring.parts import (
     make_tasks,
     split_into_parts,
 )
-from mnistsum_ray.scoring.request import Request, say_failures
+from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.scoring.result import Outcome, publish
 from mnistsum_ray.scoring.worker import Report, Score
 
@@ -62,9 +61,6 @@ _KEPT: Final = "what is scored is kept, and the same command goes on"
 _RESTARTS: Final = 10
 """How often Ray starts one worker again that died or lost its node. Retries of a task are not
 counted: until Ray knows that a node is gone, it uses them up within a second."""
-
-_NAMED: Final = 10
-"""Files in work that a message names."""
 
 Execute = Callable[[Request, Sequence[Part]], Iterator[Report]]
 """Scores parts and reports."""
@@ -81,7 +77,10 @@ def score(request: Request, console: Console) -> ScoreResult:
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        with reserve(_worker_request(request), console.say) as plan:
+        config = request.config
+        workers = (config.num_workers, config.num_workers) if config.num_workers else None
+        wanted = WorkerRequest(workers, config.use_gpu, config.wait_seconds)
+        with reserve(wanted, console.say) as plan:
             request = replace(request, precision=_choose_precision(request, plan))
         return run(request, partial(_on_ray, plan, console), console)
     except KeyboardInterrupt:
@@ -97,15 +96,11 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     output = request.output
     parts, failures = split_into_parts(request.files, request.config.max_rows_per_file)
     if request.config.overwrite:
-        if not parts:
-            nothing = "nothing was deleted, since no file of --input can be used"
-            raise RequestError(f"--overwrite: {nothing}")
         delete_output(output, console)
     begin(request)
-    say_failures(failures, console.say)
+    for name, reason in failures.items():
+        console.say(f"cannot be used: {name}: {reason}")
     planned = {part.output: part for part in parts}
-    # Asked before the parts are: a manifest that a second run writes meanwhile is true.
-    was_finished = (output / MANIFEST).status() is not None
     names, gone = read_parts(request, planned, console)
     if gone:
         files = counted(gone, "output file")
@@ -114,12 +109,10 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     todo = [part for part in parts if part.output not in names]
     outcome = Outcome(request, failures, count_parts(request, done, console), gone)
     if todo:
-        if was_finished:
-            (output / MANIFEST).delete()
+        (output / MANIFEST).delete()
         unusable = _score(outcome, todo, execute, console)
+        failures |= unusable
         if unusable:
-            say_failures(unusable, console.say)
-            failures |= unusable
             unused = [part.output for part in parts if part.name in failures]
             (output / PREDICTIONS).delete_files(unused)
             parts = [part for part in parts if part.name not in failures]
@@ -133,22 +126,17 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
 def _check_complete(
     outcome: Outcome, planned: Mapping[str, Part], parts: Sequence[Part], console: Console
 ) -> None:
-    """Check that these parts are in the output, no other planned one, and their rows were counted.
+    """RowCountError: the output lacks one of these parts, has another, or others were counted.
 
     The name of a part says which rows of which file it has, so each row is there exactly once.
-
-    RowCountError: there is another part, or other rows.
     """
     done, _ = read_parts(outcome.request, planned, console)
     for name in sorted(done ^ {part.output for part in parts}):
-        part = planned[name]
-        rows = f"{part.name}: its rows {part.first_row:,} to {part.first_row + part.rows - 1:,}"
-        problem = "should not be" if name in done else "are not"
-        raise RowCountError(f"{rows} {problem} in {PREDICTIONS}/{name}; {_KEPT}")
-    rows_there = sum(part.rows for part in parts)
-    if outcome.counts.rows != rows_there:
-        were_counted = f"{outcome.counts.rows:,} rows were counted"
-        difference = f"{were_counted}, and {rows_there:,} are in the output"
+        problem = "should not be" if name in done else "is not"
+        raise RowCountError(f"{PREDICTIONS}/{name} {problem} in the output; {_KEPT}")
+    there, added = sum(part.rows for part in parts), outcome.counts.rows
+    if added != there:
+        difference = f"{added:,} rows were counted, and {there:,} are in the output"
         raise RowCountError(f"{difference}; {_KEPT}")
 
 
@@ -170,23 +158,23 @@ def _score(
     progress = Progress(console.progress, "rows scored", rows)
     unusable: dict[str, str] = {}
     in_work: dict[int, Sequence[str]] = {}  # files by task
-    started = float("inf")
-    ended = 0.0
+    started: float | None = None
     try:
         for report in execute(request, todo):
+            started = started or time.monotonic()
             if report.failed:
                 raise RunError(f"{report.failed}; {_KEPT}")
             if report.begins:
                 in_work[report.task] = report.begins
             if report.ends:
                 in_work.pop(report.task, None)
-            unusable |= report.unusable
+            for name, reason in report.unusable.items():
+                console.say(f"cannot be used: {name}: {reason}")
+                unusable[name] = reason
             if report.counts is None:
                 continue
             outcome.counts.add(report.counts)
-            started = min(started, report.started)
-            ended = max(ended, report.ended)
-            outcome.seconds = ended - started
+            outcome.seconds = time.monotonic() - started
             progress(report.counts.rows)
             new_rows = outcome.counts.rows - resumed_rows
             metrics.count(rows=new_rows, rejected_rows=outcome.counts.bad.total)
@@ -196,20 +184,12 @@ def _score(
             raise
         console.say_lines(str(error))
         names = sorted(set(itertools.chain(*in_work.values())))
-        at_work = "no file was in work yet"
-        if names:
-            at_work = f"in work were {', '.join(names[:_NAMED])}"
+        at_work = f"in work were {', '.join(names[:10]) or 'no files yet'}"
         raise RunError(
             f"workers died again and again ({root_cause(error)}); {at_work}; "
             f"give the workers more memory, or take such a file out of --input; {_KEPT}"
         ) from error
     return unusable
-
-
-def _worker_request(request: Request) -> WorkerRequest:
-    config = request.config
-    workers = (config.num_workers, config.num_workers) if config.num_workers else None
-    return WorkerRequest(workers, config.use_gpu, config.wait_seconds)
 
 
 def _choose_precision(request: Request, plan: WorkerPlan) -> str:

@@ -49,26 +49,22 @@ _NOT_OURS: Final = "is not a file of this program"
 _AWAY: Final = "move it away, or choose another folder"
 
 
-def read_run(output: Location, *, any_version: bool = False) -> dict[str, Any] | None:
-    """The request that an output folder holds, by flag; None where no run began.
+def read_run(output: Location) -> dict[str, Any] | None:
+    """The request that an output folder holds, by flag, and its format; None where no run began.
 
-    RequestError: another program wrote it, or another version of this one.
+    RequestError: another program wrote it.
     """
     try:
         run = (output / RUN_FILE).read_json()
-        found, version, request = run["format"], run["version"], run["request"]
-        is_ours = found.startswith(_PROGRAM)
+        begun: dict[str, Any] = {"format": run["format"]} | run["request"]
     except MissingFileError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        is_ours = False
-    if not is_ours:
+    except (ValueError, TypeError, KeyError):
+        begun = {}
+    if not str(begun.get("format")).startswith(_PROGRAM):
         problem = f"its {RUN_FILE} is not of this program; choose another folder"
         raise _refusal(output, problem)
-    if found != RUN_FORMAT and not any_version:
-        versions = f"was begun by version {version} of mnistsum_ray, and this is {__version__}"
-        raise _refusal(output, f"{versions}; {_START_OVER}")
-    return dict(request)
+    return begun
 
 
 def begin(request: Request) -> None:
@@ -85,7 +81,7 @@ def begin(request: Request) -> None:
         with suppress(ExistingFileError):  # a second run began at the same time
             (output / RUN_FILE).create(run)
         begun = read_run(output) or {}
-    for flag, value in request.identity.items():
+    for flag, value in ({"format": RUN_FORMAT} | request.identity).items():
         if begun.get(flag) != value:
             differs = f"was begun with {flag} {begun.get(flag)}, and this run has {value}"
             raise _refusal(output, f"{differs}; give the same again, or {_START_OVER}")
@@ -113,7 +109,7 @@ def list_parts(output: Location) -> dict[str, Entry]:
 
 def delete_output(output: Location, console: Console) -> None:
     """Delete an earlier output, run.json last: until then all files are known to be ours."""
-    read_run(output, any_version=True)
+    read_run(output)
     parts = list_parts(output)
     list(_read_stamps(output, parts, console))  # refuses what is not of this program
     (output / MANIFEST).delete()
@@ -133,44 +129,33 @@ def read_parts(
     RequestError: a part is of another request, its input has changed since, or a file is of another
     program.
     """
-    output = request.output
-    e_tags = {file.name: file.e_tag for file in request.files}
+    inputs = {file.name for file in request.files}
     done: set[str] = set()
     gone = 0
-    for name, stamp, rows in _read_stamps(output, list_parts(output), console):
-        source = stamp["input"]
+    for name, stamp, rows in _read_stamps(request.output, list_parts(request.output), console):
         part = planned.get(name)
-        expected = part and (part.name, part.first_row, part.rows)
-        problem = None
-        if stamp["request"] != request.digest:
-            problem = "is of another request"
-        elif source not in e_tags:
+        source = json.loads(stamp)["input"]
+        if part and (stamp, rows) == (part.stamp(request.digest), part.rows):
+            done.add(name)
+        elif source in inputs:
+            problem = f"has rows of {source}, which has changed since, or of another request"
+            raise _refusal(request.output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
+        else:
             gone += 1
-            continue
-        elif stamp["e_tag"] != e_tags[source]:
-            problem = f"has rows of {source}, which has changed since"
-        elif (source, stamp["first_row"], rows) != expected:
-            problem = f"has other rows of {source} than it should have"
-        if problem:
-            raise _refusal(output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
-        done.add(name)
     return done, gone
 
 
 def _read_stamps(
     output: Location, parts: Mapping[str, Entry], console: Console
-) -> Iterator[tuple[str, dict[str, Any], int]]:
+) -> Iterator[tuple[str, bytes, int]]:
     """Yield the name of each part, its stamp, and the rows in its file."""
 
-    def read(name: str) -> tuple[str, dict[str, Any], int]:
+    def read(name: str) -> tuple[str, bytes, int]:
         try:
-            footer = read_footer(output / PREDICTIONS / name, parts[name])
-        except UnusableFileError as error:
-            raise _refusal(output, f"{PREDICTIONS}/{name} {error}; {_AWAY}") from None
-        stamp = (footer.metadata.metadata or {}).get(STAMP_KEY)
-        if stamp is None:
-            raise _refusal(output, f"{PREDICTIONS}/{name} {_NOT_OURS}; {_AWAY}")
-        return name, json.loads(stamp), footer.metadata.num_rows
+            metadata = read_footer(output / PREDICTIONS / name, parts[name]).metadata
+            return name, metadata.metadata[STAMP_KEY], metadata.num_rows
+        except (UnusableFileError, TypeError, KeyError):  # no Parquet, no metadata, no stamp
+            raise _refusal(output, f"{PREDICTIONS}/{name} {_NOT_OURS}; {_AWAY}") from None
 
     progress = Progress(console.progress, "output files read", len(parts))
     return in_threads(output, read, list(parts), progress)

@@ -67,27 +67,10 @@ class Part(NamedTuple):
     first_row: int
     rows: int
 
-    def stamp(self, request: str) -> dict[bytes, bytes]:
-        """The entry of the output file's footer: the request's digest, the input, its first row."""
+    def stamp(self, request: str) -> bytes:
+        """For the output file's footer: the request's digest, the input and its first row."""
         stamp = {"request": request, "input": self.name, "e_tag": self.e_tag}
-        return {STAMP_KEY: json.dumps(stamp | {"first_row": self.first_row}).encode()}
-
-
-def parts_of(file: InputFile, max_rows_per_file: int | None) -> list[Part]:
-    """The parts of a file, of one size but for the last: one of no rows where it has none."""
-    rows = file.rows or 0
-    size = max_rows_per_file or min(_MOST_ROWS, max(_LEAST_ROWS, ceil(rows / 4)))
-    count = max(1, ceil(rows / size))
-    path = PurePosixPath(file.name)
-    parts = []
-    for index in range(count):
-        output = file.name
-        if count > 1:
-            output = str(path.with_name(f"{path.stem}-{index:05d}-of-{count:05d}{path.suffix}"))
-        first_row = index * size
-        part_rows = min(size, rows - first_row)
-        parts.append(Part(output, file.name, file.size, file.e_tag, first_row, part_rows))
-    return parts
+        return json.dumps(stamp | {"first_row": self.first_row}).encode()
 
 
 def split_into_parts(
@@ -98,28 +81,36 @@ def split_into_parts(
     failures: dict[str, str] = {}
     taken: dict[str, str] = {}  # input file by output file
     for file in files:
+        of_file = _parts_of(file, max_rows_per_file)
+        same = [part.output for part in of_file if part.output in taken]
         if file.error:
             failures[file.name] = file.error
-            continue
-        of_file = parts_of(file, max_rows_per_file)
-        errors = [_name_error(part.output, taken) for part in of_file]
-        error = next(filter(None, errors), None)
-        if error:
-            failures[file.name] = error
-            continue
-        taken.update((part.output, file.name) for part in of_file)
-        parts += of_file
+        elif is_hidden(file.name):
+            skipped = "readers of Parquet skip, as all names with . or _ in front"
+            failures[file.name] = f"would be written to a name that {skipped}; rename it"
+        elif same:
+            needed = f"would need the name {same[0]} in the output"
+            failures[file.name] = f"{needed}, as does {taken[same[0]]}; rename it"
+        else:
+            taken.update((part.output, file.name) for part in of_file)
+            parts += of_file
     return parts, failures
 
 
-def _name_error(output: str, taken: dict[str, str]) -> str | None:
-    """Why an output file cannot have this name; None if it can."""
-    if is_hidden(output):
-        skipped = "readers of Parquet skip, as all names with . or _ in front"
-        return f"would be written to a name that {skipped}; rename it"
-    if output in taken:
-        return f"would need the name {output} in the output, as does {taken[output]}; rename it"
-    return None
+def _parts_of(file: InputFile, max_rows_per_file: int | None) -> list[Part]:
+    """The parts of a file, of one size but for the last: one of no rows where it has none."""
+    rows = file.rows or 0
+    size = max_rows_per_file or min(_MOST_ROWS, max(_LEAST_ROWS, ceil(rows / 4)))
+    count = max(1, ceil(rows / size))
+    path = PurePosixPath(file.name)
+    parts = []
+    for index in range(count):
+        number = f"-{index:05d}-of-{count:05d}" if count > 1 else ""
+        output = str(path.with_name(path.stem + number + path.suffix))
+        first_row = index * size
+        part_rows = min(size, rows - first_row)
+        parts.append(Part(output, file.name, file.size, file.e_tag, first_row, part_rows))
+    return parts
 
 
 def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[Part]]:

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Final
+from typing import Any
 
 import numpy.typing as npt
 
@@ -14,15 +12,12 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import Footer, column_error, read_footer
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, shortened
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import InputFile
 from mnistsum_ray.storage.store import Location, in_threads
-from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused
-
-_MAX_FILES: Final = 1000
-"""Unusable files that the console names; files.parquet has all."""
+from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder
 
 
 @dataclass(frozen=True)
@@ -69,11 +64,6 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
         RunError: the storage does not give an input file.
     """
     output = locate(config.output, "--output", output_base_folder())
-    if output.is_local:
-        output = output.at(os.path.realpath(output.path))
-    with refused("--output"):
-        if output.status():
-            raise RequestError(f"--output {output.display}: is a file; name a folder")
     inputs = list_inputs(config.input, output)
     report_skipped(inputs.skipped, console.say)
     model = locate_existing(config.model, "--model")
@@ -94,12 +84,6 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
     )
 
 
-def say_failures(failures: Mapping[str, str], say: Callable[[str], None]) -> None:
-    """Name the files that cannot be used, one line each with the reason."""
-    for name in list(failures)[:_MAX_FILES]:
-        say(f"cannot be used: {name}: {failures[name]}")
-
-
 def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[InputFile]:
     """Read the footers of all input files.
 
@@ -115,13 +99,11 @@ def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[
     for flag, column in _columns(config).items():
         lack = f"has no column {column!r}"
         if readable and all((file.error or "").startswith(lack) for file in readable):
-            missing = f"{flag} {column}: no file of --input has such a column"
-            error = str(readable[0].error).partition(";")[0]
-            raise RequestError(f"{missing}; {readable[0].name} {error}")
+            example = f"{readable[0].name} {readable[0].error}"
+            raise RequestError(f"{flag} {column}: no file of --input has it; {example}")
     recast = sorted({column for file in files for column in file.recast})
     if recast:
-        names = ", ".join(recast)
-        said = f"columns whose type changes in the output: {names}"
+        said = f"columns whose type changes in the output: {', '.join(recast)}"
         console.say(f"{said}; they become timestamps in microseconds")
     return files
 
@@ -135,10 +117,11 @@ def _read_footer(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
         footer = read_footer(inputs.root / name, entry)
     except UnusableFileError as error:
         return unread._replace(error=str(error))
-    image = f"{config.image_column}."
-    recast = [f"{path} (INT96)" for path in footer.int96 if not f"{path}.".startswith(image)]
-    rows = footer.metadata.num_rows
-    return unread._replace(rows=rows, recast=tuple(recast), error=_file_error(footer, config))
+    return unread._replace(
+        rows=footer.metadata.num_rows,
+        recast=tuple(f"{path} (INT96)" for path in footer.int96),
+        error=_file_error(footer, config),
+    )
 
 
 def _columns(config: ScoreConfig) -> dict[str, str]:
@@ -155,9 +138,7 @@ def _file_error(footer: Footer, config: ScoreConfig) -> str | None:
     type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
     for flag, name in _columns(config).items():
         if name not in names:
-            some = ", ".join(map(repr, names[:10]))
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            return f"has no column {name!r} but {some}{more}; {flag} names another"
+            return f"has no column {name!r} but {shortened(', '.join(names))}; {flag} names another"
         error = column_error(footer.schema, name, type_errors.get(flag, lambda _: None))
         if error:
             return f"{error}, or {flag} names another"

@@ -46,7 +46,7 @@ class Outcome:
     resumed_rows: int = 0
     """Rows that earlier runs had scored."""
     seconds: float = 0.0
-    """From the start of the first part to the end of the last one, on the workers' clocks."""
+    """From the first report of a worker to the last one."""
 
     def totals(self) -> dict[str, Any]:
         """The fields of the job's last line, but for `seconds`."""
@@ -88,11 +88,8 @@ def publish(outcome: Outcome, started: float, console: Console) -> ScoreResult:
         (output / MANIFEST).delete()  # one of a run without --strict
         rows = counted(counts.bad.total, "row")
         files = counted(len(outcome.failures), "file")
-        raise RunError(
-            f"--strict: {rows} and {files} cannot be used, so there is no {MANIFEST}; "
-            f"{REPORT} and {FILES_TABLE} say why, "
-            f"and the same command without --strict finishes at once"
-        )
+        why = f"so there is no {MANIFEST}; {REPORT} and {FILES_TABLE} say why"
+        raise RunError(f"--strict: {rows} and {files} cannot be used, {why}")
     (output / MANIFEST).write(manifest)
     return ScoreResult(**totals)
 
@@ -101,12 +98,11 @@ def _files_table(outcome: Outcome) -> pa.Table:
     rows = []
     for file in outcome.request.files:
         rejected = outcome.counts.rejected[file.name]
-        row = {"file": file.name, "rows": file.rows, "rejected": rejected, "failed": 0}
+        row = {"file": file.name, "rows": file.rows, "rejected": rejected, "status": "scored"}
+        row |= {"scored": (file.rows or 0) - rejected, "failed": 0}
         if file.name in outcome.failures:
             reason = outcome.failures[file.name]
             row |= {"scored": 0, "failed": file.rows, "status": "failed", "reason": reason}
-        else:
-            row |= {"scored": (file.rows or 0) - rejected, "status": "scored"}
         rows.append(row)
     return pa.Table.from_pylist(rows, FILES_TABLE_SCHEMA)
 
@@ -140,8 +136,7 @@ def _say_result(outcome: Outcome, totals: dict[str, Any], say: Callable[[str], N
     if totals["failed_files"]:
         failed = counted(totals["failed_files"], "file")
         known = counted(totals["failed_rows"], "known row")
-        why = f"{totals['output']}/{FILES_TABLE} says why"
-        say(f"{failed} with {known} could not be used: {why}")
+        say(f"{failed} with {known} could not be used: {FILES_TABLE} says why")
     if totals["rejected_rows"]:
         rejected = counted(totals["rejected_rows"], "row")
         say(f"{rejected} rejected, null in the output: {counts.bad.describe()}")

@@ -6,10 +6,8 @@ wrote it, or how often.
 
 import itertools
 import pickle
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -28,7 +26,7 @@ from mnistsum_ray.errors import (
 )
 from mnistsum_ray.model.inference import Predictions, Predictor, append_predictions
 from mnistsum_ray.scoring.output import RowCounts, columns_to_count, count_part, count_part_file
-from mnistsum_ray.scoring.parts import PREDICTIONS, Part
+from mnistsum_ray.scoring.parts import PREDICTIONS, STAMP_KEY, Part
 from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.storage.store import Entry
 
@@ -48,9 +46,6 @@ class Report:
     ends: bool = False
     counts: RowCounts | None = None
     """Of the parts that were put."""
-    started: float = 0.0
-    ended: float = 0.0
-    """When they were begun and put, in seconds since 1970."""
     unusable: dict[str, str] = field(default_factory=dict)
     """Input files that cannot be used although their footers could be read: name and reason."""
     failed: str | None = None
@@ -78,14 +73,11 @@ class Score:
     def __init__(self, request: Request, device: str) -> None:
         """`request.precision` is known; `device` is PyTorch's name of it."""
         self._request = request
-        self._device = torch.device(device)
-
-    @cached_property
-    def _predictor(self) -> Predictor:
         # Ray's arrays cannot be written, so the tensors are copies.
-        weights = {name: torch.tensor(value) for name, value in self._request.weights.items()}
-        batch_size = self._request.config.batch_size
-        return Predictor(weights, self._device, str(self._request.precision), batch_size)
+        weights = {name: torch.tensor(value) for name, value in request.weights.items()}
+        self._predictor = Predictor(
+            weights, torch.device(device), str(request.precision), request.config.batch_size
+        )
 
     def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
         """Take a task, a row, and give its pickled reports, a row each."""
@@ -107,8 +99,6 @@ class Score:
         yield Report(ends=True)
 
     def _score(self, parts: Sequence[Part]) -> Iterator[Report]:
-        predictor = self._predictor  # the first task loads it
-        started = time.time()
         most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
         batch: list[DecodedPart] = []
         for name, group in itertools.groupby(parts, lambda part: part.name):
@@ -116,20 +106,19 @@ class Score:
                 for decoded in read_file(self._request, list(group)):
                     batch.append(decoded)
                     if sum(rows.part.rows for rows in batch) >= most_rows:
-                        yield self._predict_and_put(predictor, batch, started)
+                        yield self._predict_and_put(batch)
                         batch = []
             except UnusableFileError as error:
                 yield Report(unusable={name: str(error)})
         if batch:
-            yield self._predict_and_put(predictor, batch, started)
+            yield self._predict_and_put(batch)
 
-    def _predict_and_put(
-        self, predictor: Predictor, batch: list[DecodedPart], started: float
-    ) -> Report:
+    def _predict_and_put(self, batch: list[DecodedPart]) -> Report:
         """Predict the rows of several parts together, and put each part."""
         images = np.concatenate([rows.images for rows in batch])
         numbers = np.concatenate([rows.numbers for rows in batch])
-        predictions = predictor.predict(images, numbers, self._request.config.probabilities)
+        probabilities = self._request.config.probabilities
+        predictions = self._predictor.predict(images, numbers, probabilities)
         counts = RowCounts()
         unusable = {}
         start = 0
@@ -138,12 +127,10 @@ class Score:
             try:
                 answers = {name: values[start:end] for name, values in predictions.items()}
                 counts.add(put_part(self._request, rows, answers))
-            except pa.ArrowException as error:
-                if isinstance(error, MemoryError):
-                    raise
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
             start = end
-        return Report(counts=counts, unusable=unusable, started=started, ended=time.time())
+        return Report(counts=counts, unusable=unusable)
 
 
 def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
@@ -153,27 +140,13 @@ def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
         StorageError: the storage does not give the file.
         UnusableFileError: it cannot be read, or decoded, although its footer could be read.
     """
-    path = request.root / parts[0].name
-    stop = parts[-1].first_row + parts[-1].rows
+    path, config = request.root / parts[0].name, request.config
+    ranges = [range(part.first_row, part.first_row + part.rows) for part in parts]
     with open_parquet(path, Entry(path.path, parts[0].size, parts[0].e_tag)) as file:
-        schema = file.read_row_groups([]).schema
-        end = -1
-        for part in parts:
-            if part.first_row != end:  # the first, or one after parts that are done already
-                batches = read_rows(file, range(part.first_row, stop))
-                pending: list[pa.RecordBatch] = []
-            while sum(batch.num_rows for batch in pending) < part.rows:
-                pending.append(next(batches))
-            table = pa.Table.from_batches(pending, schema)
-            yield _decode(request, part, table.slice(0, part.rows))
-            pending = table.slice(part.rows).to_batches()
-            end = part.first_row + part.rows
-
-
-def _decode(request: Request, part: Part, table: pa.Table) -> DecodedPart:
-    images, bad_images = decode_images(one_chunk(table[request.config.image_column]))
-    numbers, bad_numbers = decode_numbers(one_chunk(table[request.config.number_column]))
-    return DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
+        for part, table in zip(parts, read_rows(file, ranges), strict=True):
+            images, bad_images = decode_images(one_chunk(table[config.image_column]))
+            numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
+            yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
 
 
 def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> RowCounts:
@@ -184,7 +157,7 @@ def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> R
     table = rows.table.drop_columns([request.config.image_column])
     table = append_predictions(table, predictions, rows.numbers, rows.reasons)
     # Without the input's own metadata, beside which Spark would see no other columns than theirs.
-    table = table.replace_schema_metadata(rows.part.stamp(request.digest))
+    table = table.replace_schema_metadata({STAMP_KEY: rows.part.stamp(request.digest)})
     try:
         (request.output / PREDICTIONS / rows.part.output).create(to_parquet(table))
     except ExistingFileError:

@@ -15,13 +15,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Final
 
-from mnistsum_ray.errors import (
-    ExistingFileError,
-    MissingFileError,
-    RunError,
-    StorageError,
-    TryAgainError,
-)
+from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, TryAgainError
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import refused
 
@@ -39,10 +33,8 @@ class FolderLock:
         self._name = f"{flag} {folder.display}"
 
     def read_holder(self) -> str:
-        """Id of the run that holds the folder; empty where there is none."""
-        with suppress(MissingFileError):
-            return self.file.read_bytes().decode(errors="replace").partition(" ")[0]
-        return ""
+        """Id of the run that holds the folder."""
+        return self.file.read_bytes().decode(errors="replace").partition(" ")[0]
 
     def check(self) -> None:
         """RunError: another run has taken the folder. StorageError: the storage does not say."""
@@ -57,13 +49,11 @@ class FolderLock:
 
     def put(self, last: Any) -> None:
         """Write the object if it is still as the store said at `last`; None: if there is none."""
-        mode: Any = "create"
-        if last:
-            mode = {name: last[name] for name in ("e_tag", "version") if last[name]}
+        mode: Any = {name: last[name] for name in ("e_tag", "version") if last and last[name]}
         # Each record is another one, since an ETag may be that of the content.
         record = f"{self.holder} {secrets.token_hex(4)}".encode()
         with self.file.answers("written"):
-            self.file.store.put(self.file.path, record, mode=mode)
+            self.file.store.put(self.file.path, record, mode=mode or "create")
 
 
 @contextmanager
@@ -109,8 +99,7 @@ def _hold_object(lock: FolderLock, say: Callable[[str], None]) -> Iterator[None]
     try:
         lock.put(found)
     except ExistingFileError:
-        if lock.read_holder() != lock.holder:  # else the answer to a first attempt was lost
-            raise lock.refusal() from None
+        raise lock.refusal() from None
     ended = Event()
 
     def renew() -> None:

@@ -1,7 +1,7 @@
 """Files on a disk, and objects in S3, Google Cloud Storage and Azure: read, write, list, delete.
 
 Each write puts a whole file: a reader sees the old content or the new one, whatever kills the
-writer. Object stores are reached through obstore, which retries. A disk needs no library.
+writer. Object stores are reached through obstore, which retries.
 """
 
 import io
@@ -18,14 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
-from mnistsum_ray.errors import (
-    ExistingFileError,
-    MissingFileError,
-    RequestError,
-    StorageError,
-    one_line,
-    shortened,
-)
+from obstore import exceptions  # noqa: TID251
+from obstore.store import from_url  # noqa: TID251
+
+from mnistsum_ray.errors import ExistingFileError, MissingFileError, StorageError, shortened
 
 if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wait for it
     import pyarrow as pa
@@ -33,17 +29,10 @@ if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wa
 Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
 """Content of a file; a dict is written as JSON, which has no infinite numbers and no NaN."""
 
-_PARTIAL: Final = ".mnistsum-partial-"
-"""Start of the name of a file that is being written to a disk; a killed process leaves it."""
-
 _RETRIES: Final[Any] = {
     "max_retries": 100,
     "retry_timeout": timedelta(seconds=50),
-    "backoff": {
-        "init_backoff": timedelta(seconds=1),
-        "max_backoff": timedelta(seconds=5),
-        "base": 2,
-    },
+    "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=5)},
 }
 
 _THREADS: Final = 16
@@ -83,7 +72,7 @@ class Location:
 
     def __truediv__(self, name: str) -> "Location":
         path = f"{self.path.rstrip('/')}/{name}"
-        return replace(self, path=path if self.is_local else path.lstrip("/"))
+        return self.at(path if self.is_local else path.lstrip("/"))
 
     @property
     def is_local(self) -> bool:
@@ -96,21 +85,23 @@ class Location:
             return self.path
         return f"{self.bucket}/{self.path}".rstrip("/") + (f"?{self.query}" if self.query else "")
 
+    @property
+    def store(self) -> Any:
+        return open_store(self.bucket, self.query)
+
     def at(self, path: str) -> "Location":
         """Another path on the same disk or in the same bucket."""
         return replace(self, path=path)
 
     def status(self) -> Entry | None:
         """The file here; None where there is none, or a folder."""
-        with self.answers("read"):
-            try:
-                if self.is_local:
-                    path = Path(self.path)
-                    return self._entry(path.stat()) if path.is_file() else None
-                # Asked for the key "", a store answers for the bucket.
-                return self._entry(self.store.head(self.path)) if self.path else None
-            except FileNotFoundError:
-                return None
+        with self.answers("read"), suppress(FileNotFoundError):
+            if self.is_local:
+                path = Path(self.path)
+                return _disk_entry(self.path, path.stat()) if path.is_file() else None
+            # Asked for the key "", a store answers for the bucket.
+            return _object_entry(self.store.head(self.path)) if self.path else None
+        return None
 
     def is_folder(self) -> bool:
         """Whether this is a folder, or a prefix of keys."""
@@ -126,19 +117,13 @@ class Location:
     def read_bytes(self) -> bytes:
         """The whole file."""
         with self.answers("read"):
-            if not self.is_local:
-                return bytes(self.store.get(self.path).bytes())
-            path = Path(self.path)
-            if path.exists() and not path.is_file():  # a pipe may give nothing, a device never end
-                raise OSError("it is a folder, a pipe or a device, and no file")
-            return path.read_bytes()
+            if self.is_local:
+                return Path(self.path).read_bytes()
+            return bytes(self.store.get(self.path).bytes())
 
     def read_json(self) -> Any:
-        """The JSON value of the file. ValueError: it is not JSON, or nested too deeply."""
-        try:
-            return json.loads(self.read_bytes())
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
+        """The JSON value of the file. ValueError: it is not JSON."""
+        return json.loads(self.read_bytes())
 
     def open(self, listed: Entry | None = None) -> Any:
         """The file, open for reading at any position.
@@ -155,7 +140,7 @@ class Location:
 
             file = pa.OSFile(self.path)
             # Of the open file, which stays readable when another one takes its name.
-            if disk_e_tag(os.fstat(file.fileno())) != listed.e_tag:
+            if _disk_entry(self.path, os.fstat(file.fileno())).e_tag != listed.e_tag:
                 file.close()
                 raise FileExistsError
             return file
@@ -169,22 +154,31 @@ class Location:
             if self.is_local:
                 found = (self.at(str(path)).status() for path in Path(self.path).rglob("*"))
                 # None are folders, pipes, devices and links that lead nowhere.
-                return sorted(entry for entry in found if entry and is_utf8(entry.path))
-            entries = [self._entry(meta) for page in self.store.list(self.path) for meta in page]
+                return sorted(filter(None, found))
+            entries = [_object_entry(meta) for page in self.store.list(self.path) for meta in page]
             # Consoles mark a folder by an empty object of its name.
             folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
             return sorted(entry for entry in entries if entry.size or entry.path not in folders)
 
     def write(self, data: Data) -> None:
         """Write the whole file, in place of the one that is there."""
-        self._put(_encoded(data), "overwrite")
+        self._put(data, "overwrite")
 
     def create(self, data: Data) -> None:
         """Write the whole file, but only if there is none; else raise ExistingFileError.
 
         It may be this process that has written it: where an answer is lost, obstore asks again.
         """
-        self._put(_encoded(data), "create")
+        self._put(data, "create")
+
+    def _put(self, data: Data, mode: str) -> None:
+        if isinstance(data, dict):
+            data = (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
+        with self.answers("written"):
+            if self.is_local:
+                _put_on_disk(Path(self.path), data, mode)
+            else:
+                self.store.put(self.path, memoryview(data).cast("B"), mode=mode)
 
     def delete_files(self, names: Sequence[str]) -> None:
         """Delete files in this folder; missing ones are no error."""
@@ -206,56 +200,36 @@ class Location:
         folder, _, name = self.path.rpartition("/")
         self.at(folder).delete_files([name])
 
-    @property
-    def store(self) -> Any:
-        return open_store(self.bucket, self.query)
-
-    def _entry(self, found: Any) -> Entry:
-        if self.is_local:
-            return Entry(self.path, found.st_size, disk_e_tag(found))
-        e_tag = found["e_tag"] or f"{found['last_modified']} {found['size']}"
-        # Azure leaves the quotes out where it lists.
-        return Entry(found["path"], found["size"], e_tag if e_tag.endswith('"') else f'"{e_tag}"')
-
-    def _put(self, data: "bytes | pa.Buffer", mode: str) -> None:
-        with self.answers("written"):
-            if self.is_local:
-                _put_on_disk(Path(self.path), data, mode)
-            else:
-                self.store.put(self.path, memoryview(data).cast("B"), mode=mode)
-
     @contextmanager
     def answers(self, what: str) -> Iterator[None]:
         """Raise errors of the storage in the block as StorageError: this cannot be `what`."""
-        from obstore import exceptions  # noqa: TID251
-
         try:
             yield
         except StorageError:
             raise
-        except FileNotFoundError as error:
-            if what == "written":  # a folder that cannot be made, as in /proc
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
+            raise ExistingFileError(f"{self.display}: was written by another") from None
+        except (exceptions.BaseError, OSError) as error:
+            if not isinstance(error, FileNotFoundError) or what == "written":
                 raise self.error(error, what) from error
             shared = ", or not on this node; a local path must be on storage that all nodes share"
             missing = f"{self.display}: is not there{shared if self.is_local else ''}"
             raise MissingFileError(missing) from None
-        except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
-            raise ExistingFileError(f"{self.display}: was written by another") from None
-        except (exceptions.BaseError, OSError) as error:
-            raise self.error(error, what) from error
 
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
-        # obstore adds pages for its developers.
-        first = " ".join(str(error).partition("\n\nDebug source")[0].split())
-        cause = getattr(error, "strerror", None) or shortened(first) or type(error).__name__
+        cause = getattr(error, "strerror", None) or _first_line(error)
         if "Received redirect without LOCATION" in cause:
             cause += "; give its region as ?region=… or in AWS_REGION"
         return StorageError(f"{self.display}: cannot be {what}: {cause}")
 
 
 class _ObjectFile(io.RawIOBase):
-    """An object that is open for reading, by requests for ranges of the one that was listed."""
+    """An object that is open for reading, by requests for ranges of the one that was listed.
+
+    obstore's own reader does not ask for the ETag, and its errors look like those of a damaged
+    file.
+    """
 
     def __init__(self, location: Location, listed: Entry) -> None:
         self._location = location
@@ -265,15 +239,9 @@ class _ObjectFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._listed.size}
         self._position = starts[whence] + offset
-        return self._position
-
-    def tell(self) -> int:
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -288,9 +256,16 @@ class _ObjectFile(io.RawIOBase):
         return count
 
 
-def disk_e_tag(status: os.stat_result) -> str:
-    """What tells a file from an earlier one: one that is replaced has another inode."""
-    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+def _disk_entry(path: str, status: os.stat_result) -> Entry:
+    # A file that is replaced has another inode.
+    e_tag = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+    return Entry(path, status.st_size, e_tag)
+
+
+def _object_entry(meta: Any) -> Entry:
+    e_tag = meta["e_tag"] or f"{meta['last_modified']} {meta['size']}"
+    # Azure leaves the quotes out where it lists.
+    return Entry(meta["path"], meta["size"], e_tag if e_tag.endswith('"') else f'"{e_tag}"')
 
 
 def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
@@ -298,8 +273,9 @@ def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotADirectoryError(f"{path.parent} is a file") from None
-    # Readers of Parquet skip a hidden name. It is short, however long the final one is.
-    partial = path.with_name(f"{_PARTIAL}{secrets.token_hex(8)}")
+    # A killed process leaves it, and readers of Parquet skip a hidden name. It is short, however
+    # long the final one is.
+    partial = path.with_name(f".mnistsum-partial-{secrets.token_hex(8)}")
     try:
         partial.write_bytes(data)
         if mode == "create":
@@ -310,22 +286,14 @@ def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _encoded(data: Data) -> "bytes | pa.Buffer":
-    if isinstance(data, dict):
-        return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
-    return data
-
-
 @cache
 def open_store(bucket: str, query: str) -> Any:
     """The obstore store of a bucket, which takes its keys from the environment.
 
-    RequestError: the options name something that is not there.
+    StorageError: an option, or a variable of the environment, is wrong.
     """
-    from obstore import exceptions, store  # noqa: TID251
-
     given = dict(parse_qsl(query))
-    config: dict[str, Any] = {}
+    config: Any = {}
     if "region" in given:
         config["region"] = given["region"]
     endpoint = given.get("endpoint_override")
@@ -334,11 +302,16 @@ def open_store(bucket: str, query: str) -> Any:
     if endpoint:
         config["base_url" if bucket.startswith("gs:") else "endpoint"] = endpoint
     options: Any = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
-    from_url: Any = store.from_url  # its overloads name each option of each store
     try:
         return from_url(bucket, config=config, **options)
     except (exceptions.BaseError, ValueError) as error:
-        raise RequestError(f"{bucket}: {one_line(error).partition(' Debug source')[0]}") from None
+        raise StorageError(f"{bucket}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    """An error's message without the pages that obstore adds for its developers."""
+    text = " ".join(str(error).partition("Debug source")[0].split())
+    return shortened(text) or type(error).__name__
 
 
 def in_threads(

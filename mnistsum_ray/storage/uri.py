@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from mnistsum_ray.errors import RequestError, StorageError
-from mnistsum_ray.storage.store import Location, is_utf8, open_store
+from mnistsum_ray.storage.store import Location, open_store
 
 KEYS_REFUSED: Final = (
     "must have no user info, and no query but region, endpoint_override, scheme and allow_…; "
@@ -21,13 +21,17 @@ KEYS_REFUSED: Final = (
 )
 """Message on a text that `may_hold_keys`, which it must not quote."""
 
-_AZURE: Final = re.compile(r"abfss?://[a-z0-9-]+@")
-"""The container or account of Azure, which is no key."""
-
 _PUBLIC_QUERY: Final = re.compile(r"region|endpoint_override|scheme|allow_\w+")
 
-_ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
-"""Other names of schemes, and what obstore and Arrow both call them."""
+_SCHEMES: Final = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gs",
+    "gcs": "gs",
+    "abfs": "abfs",
+    "abfss": "abfs",
+}
+"""What obstore and Arrow both call a scheme."""
 
 
 def locate(text: str, flag: str, base: Path | None = None) -> Location:
@@ -37,32 +41,21 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
     """
     if may_hold_keys(text):
         raise RequestError(f"{flag}: {KEYS_REFUSED}")
-    if not is_utf8(text) or not text.replace("\n", " ").isprintable():
-        problem = "holds characters that no path can have; write it as UTF-8, without NUL"
-        raise RequestError(f"{flag} {text}: {problem}")
+    if not text.isprintable():
+        raise RequestError(f"{flag} {text}: holds control characters, or is not UTF-8")
     scheme, colon, rest = text.partition("://")
-    if colon and scheme != "file":
-        return _locate_object(text, flag)
-    try:
-        path = Path(rest if colon else text).expanduser()
-    except RuntimeError:
-        raise RequestError(f"{flag} {text}: there is no home folder of that name") from None
-    return Location(os.path.normpath((base or Path.cwd()) / path))
-
-
-def _locate_object(uri: str, flag: str) -> Location:
-    scheme, _, rest = uri.partition("://")
-    scheme = _ALIASES.get(scheme, scheme)
-    if scheme not in ("s3", "gs", "abfs"):
+    if not colon or scheme == "file":
+        # Unlike pathlib's, it leaves the name of an unknown user as it is.
+        path = os.path.expanduser(rest if colon else text)  # noqa: PTH111
+        return Location(os.path.normpath((base or Path.cwd()) / path))
+    if scheme not in _SCHEMES:
         problem = f"there is no storage {scheme}://, but s3://, gs:// and abfs://"
-        raise RequestError(f"{flag} {uri}: {problem}")
+        raise RequestError(f"{flag} {text}: {problem}")
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
-    location = Location(key.strip("/"), f"{scheme}://{bucket}", query)
-    try:
+    location = Location(key.strip("/"), f"{_SCHEMES[scheme]}://{bucket}", query)
+    with refused(flag):
         open_store(location.bucket, location.query)
-    except RequestError as error:
-        raise RequestError(f"{flag} {error}") from None
     return location
 
 
@@ -102,18 +95,17 @@ def output_base_folder() -> Path:
 
 
 def may_hold_keys(text: str) -> bool:
-    """Whether a path or URI, perhaps mistyped, has user info, or a query that may be a key."""
-    scheme = re.match(r"[A-Za-z][\w+.-]*:/+", text)
-    if scheme is None:
-        is_local = re.match(r"[.~]|/(?!/)", text) is not None
-        return not is_local and re.search(r":\S*@", text) is not None
-    begin = _AZURE.match(text) or scheme
-    address, _, query = text[begin.end() :].partition("?")
-    host, _, path = address.partition("/")
-    has_port = re.search(r":\d+$", host) is not None
-    if "@" in host or (":" in host and not has_port):
+    """Whether a URI has user info, or a query that may be a key."""
+    address, _, query = text.partition("?")
+    if "://" not in address:
+        return False
+    try:
+        parts = urlsplit(address)
+        _ = parts.port
+    except ValueError:  # what stands for the port is a key with a slash in it
         return True
-    if has_port and "@" in path:  # a key that begins with digits and a slash
+    # The user of Azure is its container.
+    if parts.password is not None or (parts.username and not parts.scheme.startswith("abfs")):
         return True
     values = parse_qsl(query, keep_blank_values=True)
     return any("@" in value or not _PUBLIC_QUERY.fullmatch(name) for name, value in values)

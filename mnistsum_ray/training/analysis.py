@@ -21,12 +21,7 @@ from mnistsum_ray.errors import percent
 from mnistsum_ray.model import sum_head
 from mnistsum_ray.model.device import hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
-from mnistsum_ray.model.metrics import (
-    analyse_errors,
-    calibrated,
-    fit_temperatures,
-    score_rows,
-)
+from mnistsum_ray.model.metrics import analyse_errors, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, make_network
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.checkpoint import load_weights, read_checkpoint
@@ -101,7 +96,7 @@ def finish_model(
     fitted = score_rows(model, _at_most(_FITTED_BATCHES, scored["validation"]))
     temperatures = fit_temperatures(fitted)
     analysed = score_rows(model, _at_most(_ANALYSED_BATCHES, scored["test"]))
-    analysis = analyse_errors(calibrated(analysed, temperatures), device)
+    analysis = analyse_errors(analysed, temperatures)
     model.fold_temperatures(temperatures)
     weights = copy_weights(model)
     some = data.blocks.fetch(sample(data.order.ids, _BACKGROUND_ROWS))[0]
@@ -115,7 +110,7 @@ def finish_model(
     ) | {
         "trained_sha256": checksum(trained),
         "temperatures_in_weights": temperatures,
-        "probabilities": {"consistent": analysis["consistent"], **errors},
+        "probabilities": errors,
     }
     mistakes = np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64)
     return FinishedModel(
@@ -138,10 +133,9 @@ def _finetune(
     steps = parameters.sum_head_steps
     worker.note(f"fine-tuning the sum head, {steps:,} steps")
     seed = step_seed(parameters.seed, parameters.epochs, 0, RandomStream.SUM_HEAD)
-    on_progress = worker.progress("fine-tuning steps", steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two take nearly twice as long for steps as small as these
-    sum_head.finetune_sum_head(model, digit_scores, steps, seed, on_progress)
+    sum_head.finetune_sum_head(model, digit_scores, steps, seed)
     torch.set_num_threads(threads)
 
 

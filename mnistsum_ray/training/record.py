@@ -17,7 +17,7 @@ from mnistsum_ray.data.sources import Source
 from mnistsum_ray.errors import RequestError, RunError, counted, one_line, shell_command
 from mnistsum_ray.model.folder import write_model
 from mnistsum_ray.reporting.console import accuracies
-from mnistsum_ray.reporting.report import REPORT, epoch_seconds, versions, write_report
+from mnistsum_ray.reporting.report import REPORT, versions, write_report
 from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.analysis import FinishedModel
@@ -139,9 +139,9 @@ class RunRecord:
         manifest = self._manifest | finished.manifest
         manifest["status"] = "finished"
         manifest["metrics"] = result.line()
-        manifest["training_seconds"] = round(sum(map(epoch_seconds, self.history)), 1)
-        images = finished.mistake_images
-        write_report(folder, manifest, description, self.history, images, self._say)
+        seconds = sum(line["seconds"] + line["evaluation_seconds"] for line in self.history)
+        manifest["training_seconds"] = round(seconds, 1)
+        write_report(folder, manifest, description, self.history, finished.mistake_images)
         rows = f"{counted(description['test']['rows'], 'row')}, all {NUMBERS} numbers"
         self._say(f"test: {accuracies(description['test'])} ({rows})")
         self._say(f"report: {(folder / REPORT).display}")

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from ray import serve
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.export.model import export_model
 from tests.conftest import plain_predictions
-from tests.integration.conftest import ROOT
+from tests.integration.conftest import ROOT, history_of
 
 pytestmark = pytest.mark.slow
 
@@ -74,12 +75,25 @@ def test_ray_serve_answers_for_a_picture(cluster: str, folder: Path) -> None:
 
 
 def test_ray_tune_finds_the_best_trial(cluster: str, folder: Path) -> None:
-    sample = pq.read_table(SAMPLE)
-    pq.write_table(sample.take(pa.array(range(0, len(sample), 10))), folder / "rows.parquet")
-    smaller = f'data="{folder / "rows.parquet"}", sum_head_steps=5'
-    results = run_recipe("Ray Tune", ('data="sample"', smaller))["results"]
+    results = run_recipe("Ray Tune", few_rows(folder))["results"]
     assert not results.errors
     assert len(results) == 2
+
+
+def test_tensorboard_shows_each_epoch(cluster: str, folder: Path) -> None:
+    trained = run_recipe("TensorBoard", few_rows(folder))["trained"]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for name in ("loss", "digit_accuracy", "sum_accuracy"):
+        shown = {event.step: event.value for event in events.Scalars(f"test/{name}")}
+        expected = {line["epoch"]: line["test"][name] for line in history_of(trained.run)}
+        assert shown == pytest.approx(expected)
+
+
+def few_rows(folder: Path) -> tuple[str, str]:
+    """Replaces the sample in a recipe by a tenth of it."""
+    sample = pq.read_table(SAMPLE)
+    pq.write_table(sample.take(pa.array(range(0, len(sample), 10))), folder / "rows.parquet")
+    return 'data="sample"', f'data="{folder / "rows.parquet"}", sum_head_steps=5'
 
 
 def write_picture(file: Path) -> None:

@@ -194,7 +194,7 @@ def test_s3_gives_what_a_disk_gives(source: Path, scored: Scored, model: Path) -
 
 def test_a_wrong_request_names_the_flag(model: Path, source: Path, tmp_path: Path) -> None:
     request: dict[str, Any] = {"model": str(model), "output": str(tmp_path / "out")}
-    said = r"^--image-column picture: no file of --input has such a column"
+    said = r"^--image-column picture: no file of --input has it; "
     with pytest.raises(RequestError, match=said):
         score(ScoreConfig(**request, input=(str(source),), image_column="picture"))
 

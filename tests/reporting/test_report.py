@@ -4,9 +4,9 @@ import re
 from typing import Any
 
 from mnistsum_ray.reporting.report import report_page
-from tests.reporting.test_tensorboard import entry
 
-CARD: dict[str, Any] = {"parameters": 220_125, "sha256": "f" * 64, **entry(1)}
+TEST = {"rows": 10, "pairs": 100, "loss": 0.25, "digit_accuracy": 0.91, "sum_accuracy": 0.8}
+DESCRIPTION = {"parameters": 220_125, "sha256": "f" * 64, "epoch": 1, "test": TEST}
 MANIFEST: dict[str, Any] = {
     "config": {"seed": 0, "name": "a <b> & c", "data": "sample", "precision": None},
     "hardware": {"cpu": "a CPU", "cores": 2, "gpu": None},
@@ -22,7 +22,7 @@ MANIFEST: dict[str, Any] = {
 
 
 def test_it_shows_what_a_person_looks_up_and_can_be_mailed() -> None:
-    page = report_page("mine", MANIFEST, CARD, [entry(1), entry(2)], {"history.png": b"png"})
+    page = report_page(MANIFEST, DESCRIPTION, {"history.png": b"png"})
     for shown in ("91.00 %", "80.00 %", "1,234", "4,321 s", "cpu a CPU", "NOT the full MNIST"):
         assert shown in page, shown
     assert "a &lt;b&gt; &amp; c" in page

@@ -58,3 +58,9 @@ def write_rows(path: Path, ids: Sequence[int], group: int = 4, bad: int | None =
     labels = [row % 10 for row in ids]
     table = pa.table({"id": ids, "image": images, "number": numbers, "label": labels})
     pq.write_table(table, path, row_group_size=group)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, by their names in it."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

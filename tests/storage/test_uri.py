@@ -1,8 +1,6 @@
 """Paths and URIs are resolved; one that holds a key is refused and shown nowhere."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -54,28 +52,22 @@ def test_a_submitted_job_writes_to_the_home_folder(
         empty_output("runs")
 
 
-REFUSED = {
-    "nonsense://x/y": "--output nonsense://x/y: there is no storage nonsense://, but s3://, gs://",
-    "~nosuchuser/data": "--output ~nosuchuser/data: there is no home folder of that name",
-    "/tmp/caf\udce9": "holds characters that no path can have",
-    "/tmp/a\0b": "holds characters that no path can have",
-    "s3:/AKIA:topsecret@b/in": "--output: must have no user info",
-}
-
-
-@pytest.mark.parametrize("text", REFUSED)
-def test_a_path_is_refused_with_the_reason(text: str) -> None:
-    with pytest.raises(RequestError) as refused:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nonsense://x/y", "there is no storage nonsense://, but s3://, gs:// and abfs://"),
+        ("/tmp/caf\udce9", "holds control characters, or is not UTF-8"),
+        ("/tmp/a\0b", "holds control characters, or is not UTF-8"),
+    ],
+)
+def test_a_path_is_refused_with_the_reason(text: str, said: str) -> None:
+    with pytest.raises(RequestError, match=f"^--output {text}: {said}"):
         locate(text, "--output")
-    assert REFUSED[text] in str(refused.value)
-    assert "topsecret" not in str(refused.value)
 
 
 KEYS = """
-s3://AKIA:topsecret@b/in s3:/AKIA:topsecret@b/in s3:AKIA:topsecret@b/in s3//AKIA:topsecret@b/in
-//AKIA:topsecret@b/in AKIA:topsecret@b/in s3://topsecret@b/in s3://AKIA:top/secret@b/in
-s3://AKIA:1/topsecret@b/in s3://AKIA:topsecret%40b/in s3://AKIA:topsecret@[x/y
-s3://b/in?key=topsecret s3://b/in?region=x&topsecret
+s3://AKIA:topsecret@b/in s3://AKIA:top/secret@b/in s3://topsecret@b/in
+s3://AKIA:topsecret%40b/in s3://AKIA:topsecret@[x/y s3://b/in?key=topsecret s3://b/in?region=x&topsecret
 s3://b/in?endpoint_override=http%3A%2F%2Fme%3Atopsecret%40h
 abfs://account:topsecret@container/in abfs://container@a.dfs.core.windows.net/in?sig=topsecret
 gs://anonymous@b/in gs://topsecret@b/in https://me:topsecret@host
@@ -90,7 +82,6 @@ http://127.0.0.1:5000 http://[::1]:5000 sqlite:////tmp/store.db
 
 
 def test_a_text_that_may_hold_a_key_is_known() -> None:
-    """Also where its scheme is mistyped or missing."""
     assert [text for text in KEYS.split() if not may_hold_keys(text)] == []
     assert [text for text in NO_KEYS.split() if may_hold_keys(text)] == []
 
@@ -111,25 +102,18 @@ def test_a_uri_with_a_key_is_refused_by_each_flag_and_shown_nowhere(
     """Before Ray is joined, whose table of jobs has the command line; alike in config files."""
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("connected to Ray"))
     monkeypatch.chdir(tmp_path)
-    first, second, *_ = KEYS.split()
-    requests = [["predict", first, "--number", "5"], ["train", first]]
+    uri = KEYS.split()[0]
+    requests = [f"predict {uri} --number 5", f"train {uri}"]
     for command, flags in FLAGS.items():
-        requests += [[command, flag, uri] for flag in flags.split() for uri in (first, second)]
-    texts = {"a.yaml": f"data: {first}", "b.yaml": f"epochs: {first}", "c.yaml": f"x: {first}: ]"}
+        requests += [f"{command} {flag} {uri}" for flag in flags.split()]
+    texts = {"a.yaml": f"data: {uri}", "b.yaml": f"epochs: {uri}", "c.yaml": f"x: {uri}: ]"}
     for name, text in texts.items():
         Path(name).write_text(text)
-        requests.append(["train", "--config", name])
-    for command, *words in requests:
-        with pytest.raises(RequestError) as refused:
-            cli._run_command(command, words)
-        expected = {"c.yaml": "is not YAML", "--nonsense": "no such flag"}
-        said = [expected[word] for word in words if word in expected]
-        assert (*said, "keys belong in the environment")[0] in str(refused.value), words
-        assert not re.search("topsecret|AKIA", str(refused.value))
-    assert cli.main([first]) == 2
-    job = Path(__file__).parents[2] / "jobs" / "train.py"
-    done = subprocess.run([sys.executable, job, "--data", first], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: --data: must have no user info")
-    assert not re.search("topsecret|AKIA", done.stderr + "".join(capfd.readouterr()))
+        requests.append(f"train --config {name}")
+    for request in requests:
+        assert cli.main(request.split()) == 2
+        said = capfd.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1), request
+        assert re.search("keys belong in the env|is not YAML|no such flag", said.err), request
+        assert not re.search("topsecret|AKIA", said.err)
     assert len(list(tmp_path.iterdir())) == 3, "nothing is written"
