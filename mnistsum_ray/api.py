@@ -1,5 +1,6 @@
 """Python API of the jobs: train and score on a cluster."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -63,7 +64,9 @@ def _on_cluster(console: Console, run: str) -> Iterator[None]:
     console.run = run
     console.say(connect())
     import_module("ray.data")  # sets the level of its logger
-    with quiet_logger("ray", "ray.data"):
+    with quiet_logger("ray", "ray.data"), warnings.catch_warnings():
+        # Ray 2.60 has no other way to limit how often a process is started again.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         try:
             yield
         except RunError as error:

@@ -99,7 +99,7 @@ import atexit, sys, time
 from mnistsum_ray import cli
 from mnistsum_ray.errors import RunInterrupted
 
-def work(argv):
+def work():
     try:
         print("ready", file=sys.stderr, flush=True)
         time.sleep({work})
@@ -109,7 +109,7 @@ def work(argv):
     return {{"done": True}}
 
 atexit.register(time.sleep, 1)
-sys.exit(cli.run(work, []))
+sys.exit(cli.run(work, True))
 """
 
 
@@ -164,11 +164,11 @@ _PRINTING_JOB = """
 import sys
 from mnistsum_ray import cli
 
-def work(argv):
+def work():
     print("progress")
     return {"done": True}
 
-code = cli.run(work, sys.argv[1:])
+code = cli.run(work, "--json" in sys.argv or not sys.stdout.isatty())
 print("restored", code)
 """
 

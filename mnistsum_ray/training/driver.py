@@ -175,7 +175,7 @@ class _Driver:
         """Why Ray Train has given up, in one line."""
         resume = self.run.how_to_resume()
         if self.late:
-            return TryAgainError(f"{resources.shortage(self.plan, self.late)}; {resume}")
+            return TryAgainError(f"{self.plan.shortage(self.late)}; {resume}")
         if isinstance(error, ray.train.WorkerGroupError):
             failures = counted(self.run.config.max_failures + 1, "failure")
             return RunError(f"gave up after {failures} of workers, see above; {resume}")
@@ -223,7 +223,7 @@ class _Driver:
             say(source.notice)
         report_skipped(source.skipped, say)
         files = {"--storage-path": run.folder / LOCK_NAME, **run.first_file()}
-        check_shared_storage(files, say)
+        check_shared_storage(files)
         say(check_space(source.rows))
         source, blocks, sha256 = load_blocks(
             source,

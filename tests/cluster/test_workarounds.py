@@ -16,7 +16,7 @@ from ray.data._internal.execution.node_trackers import actor_location
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.cluster import workarounds
-from mnistsum_ray.cluster.connection import connect, disconnect
+from mnistsum_ray.cluster.connection import connect
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     connect()
     yield
-    disconnect()
+    ray.shutdown()
 
 
 @pytest.mark.slow
@@ -48,15 +48,15 @@ _CONSUME_SLOWLY = """
 import time
 import numpy as np
 import ray
-from mnistsum_ray.cluster.tasks import ray_data_options
+from mnistsum_ray.cluster.nodes import set_data_options
 
 def make(batch):
     return {"x": np.zeros((1, 1_000_000), np.uint8)}
 
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
-with ray_data_options(preserve_order=True, object_store_bytes=4_000_000):
-    dataset = ray.data.range(40, override_num_blocks=40).map_batches(make)
-blocks = iter(dataset.iter_batches(batch_size=None))
+dataset = ray.data.range(40, override_num_blocks=40)
+set_data_options(dataset, preserve_order=True, object_store_bytes=4_000_000)
+blocks = iter(dataset.map_batches(make).iter_batches(batch_size=None))
 next(blocks)
 before = time.process_time()
 for _ in range(10):

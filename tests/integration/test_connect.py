@@ -80,7 +80,7 @@ def head(home: Path) -> Iterator[Head]:
 
 JOIN = """
 import os, ray, sys
-from mnistsum_ray.cluster.connection import connect, disconnect
+from mnistsum_ray.cluster.connection import connect
 
 ray.__version__ = os.environ.get("OTHER_VERSION", ray.__version__)
 for address in sys.argv[1:]:
@@ -90,7 +90,7 @@ for address in sys.argv[1:]:
     except Exception as error:
         sys.exit(f"{type(error).__name__}: {error}")
     ray.get(ray.remote(lambda: None).remote())
-    disconnect()
+    ray.shutdown()
 """
 
 
