@@ -41,7 +41,7 @@ TRAINING: list[Any] = [
 @pytest.mark.parametrize(("here", "request_", "workers", "per_worker"), TRAINING)
 def test_training(here: ClusterResources, request_: Any, workers: Any, per_worker: Any) -> None:
     made = plan(here, group=True, **request_)
-    assert (made.worker_range, made.needed, made.per_worker) == (workers, workers[0], per_worker)
+    assert (made.worker_range, made.per_worker) == (workers, per_worker)
     assert here.can_grow or here.workers_that_fit(per_worker) >= workers[0]
 
 
@@ -63,7 +63,7 @@ SCORING: list[Any] = [
 def test_scoring(here: Any, gib: int, request_: Any, workers: int, per_worker: Any) -> None:
     """It uses the whole cluster."""
     made = plan(here, gib, **request_)
-    assert (made.workers, made.needed, made.per_worker) == (workers, 1, per_worker)
+    assert (made.worker_range, made.per_worker) == ((1, workers), per_worker)
 
 
 @pytest.mark.parametrize("group", [True, False])
