@@ -78,7 +78,11 @@ def test_a_list_flag_takes_several_words_and_may_come_again(tmp_path: Path) -> N
         (TrainConfig, ["--data", "a", LONG], "xxx…"),
         (PredictConfig, ["--number", "5", "--model", "m"], "PICTURE: required"),
         (ScoreConfig, [], "--model, --input, --output: required, on the command line or in the"),
-        (ScoreConfig, [*SCORE, "--image-column", ""], "--image-column: string should have at least 1"),
+        (
+            ScoreConfig,
+            [*SCORE, "--image-column", ""],
+            "--image-column: string should have at least 1",
+        ),
     ],
 )
 def test_an_error_is_one_short_line(kind: type[JobConfig], argv: list[str], message: str) -> None:

@@ -114,7 +114,7 @@ def start(work: float = 30, cleanup: float = 0, ignored: int | None = None) -> A
             signal.signal(ignored, signal.SIG_IGN)
 
     command = [sys.executable, "-c", _JOB.format(work=work, cleanup=cleanup)]
-    job = subprocess.Popen(command, preexec_fn=before, **PIPES)
+    job: Any = subprocess.Popen(command, preexec_fn=before, **PIPES)
     assert job.stderr.readline() == "ready\n"
     return job
 
@@ -155,7 +155,7 @@ def test_a_signal_after_the_result_changes_nothing() -> None:
 def test_a_terminal_gets_json_when_asked(flags: list[str], model: Path, file: str) -> None:
     """And else the result in words, which are the job's own lines on standard error."""
     leader, follower = pty.openpty()
-    command = [MNISTSUM, "predict", file, "--number", "5", "--model", model, *flags]
+    command = [str(MNISTSUM), "predict", file, "--number", "5", "--model", str(model), *flags]
     done = subprocess.run(command, stdout=follower, stderr=subprocess.PIPE, text=True)
     os.write(follower, b"end")
     shown = os.read(leader, 1000)

@@ -16,12 +16,4 @@ def test_both_commands(data: Path) -> None:
         done = run_job("benchmark", what, "--data", data, "--rows", "600")
         ways = done.line["ways"]
         assert list(ways) == ["original", "bare", "guide", "project"]
-        for figures in ways.values():
-            assert min(figures.values()) > 0, ways
-        assert ways["guide"]["times_guide"] == 1
-        assert done.out.splitlines()[0].split() == [
-            what,
-            "rows_per_second",
-            "seconds",
-            "times_guide",
-        ]
+        assert min(way["rows_per_second"] for way in ways.values()) > 0, ways
