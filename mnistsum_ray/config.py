@@ -131,19 +131,13 @@ class TrainConfig(JobConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        low, high = self.worker_range or (1, 1)
-        if low < 1 or high < low:
+        asked = self.num_workers if self.num_workers is not None else 1
+        low, high = asked if isinstance(asked, tuple) else (asked, asked)
+        if not 1 <= low <= high:
             raise ValueError("`num_workers`: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
         if self.resume and self.name is None:
             raise ValueError("`resume`: needs `name`, the run to continue")
         return self
-
-    @property
-    def worker_range(self) -> tuple[int, int] | None:
-        """(minimum, maximum) number of workers; None: as many as the cluster suggests."""
-        if isinstance(self.num_workers, int):
-            return self.num_workers, self.num_workers
-        return self.num_workers
 
 
 @dataclass(frozen=True)

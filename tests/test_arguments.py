@@ -108,7 +108,7 @@ def test_so_is_one_of_the_config_file(tmp_path: Path, text: str, message: str) -
 
 def test_in_python_the_fields_are_those_of_the_flags() -> None:
     """mypy knows them, or it would call the `ignore` unused."""
-    assert TrainConfig(data="sample", epochs=2, num_workers=(1, 4)).worker_range == (1, 4)
+    assert TrainConfig(data="sample", epochs=2, num_workers=(1, 4)).num_workers == (1, 4)
     assert ScoreConfig(model="runs/mine", input=("pairs/",), output="scored/").strict is False
     with pytest.raises(ValueError, match="`resume`: needs `name`, the run to continue"):
         TrainConfig(resume=True)

@@ -12,6 +12,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import Resources, on_node, usable_nodes
+from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError, TryAgainError, counted
 
 _TRAINING_CPUS: Final = 0.75
@@ -56,21 +57,6 @@ class ClusterResources:
     def __str__(self) -> str:
         totals = {kind: self.total(kind) for kind in ("CPU", "GPU")}
         return f"{_format(totals)} on {counted(len(self.nodes), 'node')}"
-
-
-@dataclass(frozen=True)
-class WorkerRequest:
-    """Workers that a job asks for."""
-
-    workers: tuple[int, int] | None
-    """Minimum and maximum number; None: as many as are of use."""
-    use_gpu: bool | None
-    """None: on GPUs if the cluster has any that PyTorch can use."""
-    wait_seconds: float
-    group: bool = False
-    """They train together, and the minimum starts at once. Else they score, and one is enough."""
-    useful_gpus: int = 1
-    """Number of GPUs above which a training is not faster."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +120,13 @@ class WorkerPlan:
 
 
 @contextmanager
-def reserve(request: WorkerRequest, say: Callable[[str], None]) -> Iterator[WorkerPlan]:
+def reserve(
+    config: TrainConfig | ScoreConfig, say: Callable[[str], None], useful_gpus: int = 1
+) -> Iterator[WorkerPlan]:
     """Plan a job's workers, wait until enough of them fit, and hold their resources for the block.
 
-    While they are held no other job takes them, and no autoscaler removes a node as idle.
+    While they are held no other job takes them, and no autoscaler removes a node as idle. A
+    training is not faster on more than `useful_gpus`.
 
     Raises:
         RequestError: a cluster that this process has started is too small, or PyTorch finds no CUDA
@@ -146,37 +135,45 @@ def reserve(request: WorkerRequest, say: Callable[[str], None]) -> Iterator[Work
     """
     cluster = inspect_cluster()
     gpu: Gpu | None = None
-    if cluster.total("GPU") and request.use_gpu is not False:
-        gpu = _ask_for_cuda(request, say)
-    plan = plan_workers(request, cluster, gpu)
+    if cluster.total("GPU") and config.use_gpu is not False:
+        gpu = _ask_for_cuda(config.use_gpu, say)
+    plan = plan_workers(config, cluster, gpu, useful_gpus)
     needed, most = plan.worker_range
-    elastic = request.group and cluster.can_grow and most > needed
+    elastic = isinstance(config, TrainConfig) and cluster.can_grow and most > needed
     if elastic and cluster.workers_that_fit(plan.per_worker) < most:
         # Ray Train asks for all of them at once, and Ray's autoscaler v2 grants all or none.
         limit = f"only if the autoscaler's limits allow all {most} workers"
         say(f"more than {needed} workers run as nodes come, {limit}")
-    with plan.reserved(request.wait_seconds, say):
+    with plan.reserved(config.wait_seconds, say):
         if gpu or not plan.use_gpu:
             yield plan
             return
     # An autoscaler has started the nodes with GPUs meanwhile.
-    with reserve(request, say) as plan:
+    with reserve(config, say, useful_gpus) as plan:
         yield plan
 
 
-def plan_workers(ask: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None) -> WorkerPlan:
+def plan_workers(
+    config: TrainConfig | ScoreConfig,
+    cluster: ClusterResources,
+    gpu: Gpu | None,
+    useful_gpus: int,
+) -> WorkerPlan:
     """Choose workers and devices: as requested, else by what the cluster has.
 
-    `gpu` is None if there is none yet that PyTorch can use. Errors are those of `reserve`.
+    Those that train start together; of those that score, one is enough to start. `gpu` is None if
+    there is none yet that PyTorch can use. Errors are those of `reserve`.
     """
-    use_gpu = gpu is not None if ask.use_gpu is None else ask.use_gpu
+    asked = config.num_workers
+    low, high = (asked, asked) if isinstance(asked, int) else asked or (0, 0)
+    use_gpu = gpu is not None if config.use_gpu is None else config.use_gpu
     kind = "GPU" if use_gpu else "CPU"
     present = int(cluster.total(kind))
     if use_gpu and not present and not cluster.can_grow:
         raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
-    if ask.group:
-        useful = min(present, ask.useful_gpus) if use_gpu else len(cluster.nodes)
-        workers = ask.workers or (max(1, useful), max(1, useful))
+    if isinstance(config, TrainConfig):
+        useful = min(present, useful_gpus) if use_gpu else len(cluster.nodes)
+        workers = (low or max(1, useful), high or max(1, useful))
         plan = WorkerPlan(workers, {kind: 1.0 if use_gpu else _TRAINING_CPUS}, gpu)
     else:
         sharing = 1  # workers on one GPU, as its memory and the cores beside it allow
@@ -184,15 +181,13 @@ def plan_workers(ask: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None)
             cores = int(cluster.total("CPU") / present)
             in_memory = gpu.memory_bytes // _WORKER_GPU_BYTES
             sharing = max(1, min(_MAX_WORKERS_PER_GPU, cores, in_memory))
-        most = sharing * max(present, _ASSUMED_LIMIT[kind] if cluster.can_grow else 1)
-        if ask.workers:
-            most = ask.workers[1]
-            sharing = min(sharing, math.ceil(most / max(1, present)))
+        most = high or sharing * max(present, _ASSUMED_LIMIT[kind] if cluster.can_grow else 1)
+        sharing = min(sharing, math.ceil(most / max(1, present)))
         plan = WorkerPlan((1, most), {kind: 1 / sharing}, gpu)
     fitting = cluster.workers_that_fit(plan.per_worker)
-    if ask.workers and ask.workers[0] > fitting and not cluster.can_grow:
+    if low > fitting and not cluster.can_grow:
         fit = f"only {fitting} of them, with {_format(plan.per_worker)} each, fit on the nodes"
-        raise RequestError(f"--num-workers {ask.workers[0]}: {fit} ({cluster})")
+        raise RequestError(f"--num-workers {low}: {fit} ({cluster})")
     return plan
 
 
@@ -219,7 +214,7 @@ def _format(resources: Resources) -> str:
     return " and ".join(amounts)
 
 
-def _ask_for_cuda(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | None:
+def _ask_for_cuda(required: bool | None, say: Callable[[str], None]) -> Gpu | None:
     """The GPU of a node that counts some, if PyTorch can use it; else None, with a console line.
 
     Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver alone.
@@ -241,7 +236,7 @@ def _ask_for_cuda(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | N
     gpu: Gpu | None = ray.get(answer, timeout=_CUDA_SECONDS)
     if gpu is None:
         problem = f"Ray counts GPUs on node {node['NodeManagerAddress']}, but PyTorch has no CUDA"
-        if request.use_gpu:
+        if required:
             advice = "install a CUDA build that fits its driver, or leave --use-gpu out"
             raise RequestError(f"--use-gpu true: {problem} there; {advice}")
         say(f"running on CPUs: {problem} there")

@@ -18,7 +18,6 @@ from ray.data import ActorPoolStrategy
 from mnistsum_ray.cluster.nodes import check_shared_storage, set_data_options
 from mnistsum_ray.cluster.resources import (
     WorkerPlan,
-    WorkerRequest,
     explain_worker_silence,
     inspect_cluster,
     reserve,
@@ -80,7 +79,7 @@ def score(request: Request, console: Console) -> ScoreResult:
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        with reserve(_worker_request(request), console.say) as plan:
+        with reserve(request.config, console.say) as plan:
             request = replace(request, precision=_choose_precision(request, plan))
         return run(request, partial(_on_ray, plan, console), console)
     except KeyboardInterrupt:
@@ -203,12 +202,6 @@ def _score(
             f"give the workers more memory, or take such a file out of --input; {_KEPT}"
         ) from error
     return unusable
-
-
-def _worker_request(request: Request) -> WorkerRequest:
-    config = request.config
-    workers = (config.num_workers, config.num_workers) if config.num_workers else None
-    return WorkerRequest(workers, config.use_gpu, config.wait_seconds)
 
 
 def _choose_precision(request: Request, plan: WorkerPlan) -> str:

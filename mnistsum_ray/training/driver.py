@@ -210,9 +210,7 @@ class _Driver:
         """Wait for what the workers need, and read the rows while it is held."""
         config = self.run.config
         gpus = max(1, self.run.hyperparameters.batch_size // _ROWS_PER_GPU)
-        wanted = (config.worker_range, config.use_gpu, config.wait_seconds)
-        request = resources.WorkerRequest(*wanted, group=True, useful_gpus=gpus)
-        with resources.reserve(request, self.console.say) as self.plan:
+        with resources.reserve(config, self.console.say, gpus) as self.plan:
             self.threads = choose_threads(self.run, self.plan)
             self._read_rows()
 

@@ -40,7 +40,7 @@ def test_busy_cpus_are_waited_for_until_the_time_limit(
     ):
         fit(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
     ray.kill(holder)
-    assert "waiting for 0.75 CPUs; free now: 0 CPUs" in capsys.readouterr().err
+    assert "waiting for 0.75 CPUs; only 0 CPUs" in capsys.readouterr().err
 
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")
