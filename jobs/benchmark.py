@@ -9,15 +9,13 @@ guide     Ray's guides for Ray Train with Ray Data, and for batch inference, as 
           this project's network and step
 project   `fit` or `score`
 
-Each way runs in a process of its own. Training: rows/s after the first epoch, one worker with all
-cores. Scoring: rows/s of the whole command; `original` and `bare` loop over 10,000 rows.
+Training: rows/s after the first epoch, one worker with all cores. Scoring: rows/s with the start of
+Ray and the writing of files; `original` and `bare` loop over 10,000 rows.
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from operator import itemgetter
@@ -102,6 +100,7 @@ def project_step() -> Callable[[Tensor, Tensor], None]:
     matrices = torch.from_numpy(distortions(0, 0, np.arange(BATCH), 0.5)).to(DEVICE)
     dtype = torch.bfloat16 if faster_with_bf16(DEVICE) else torch.float32
     model = network.make_network().to(DEVICE)
+    objective = network.Objective(model, 0.0, dtype)
     optimizer = MuonAdamW(model, 0.01, dtype)
     optimizer.set_learning_rate(0.01)
 
@@ -109,9 +108,7 @@ def project_step() -> Callable[[Tensor, Tensor], None]:
         optimizer.zero_grad()
         numbers = torch.randint(0, 10, digits.shape, device=DEVICE)
         images = network.distort(network.prepare_images(pixels), matrices[: len(digits)])
-        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            scores = model(images, numbers)
-        loss, _ = network.joint_loss(scores, digits, numbers)
+        loss, _ = objective(images, numbers, digits, None)
         torch.autograd.backward(loss / BATCH)
         optimizer.step()
 
@@ -213,29 +210,22 @@ def main() -> None:
     parser.add_argument("what", choices=["train", "score"])
     parser.add_argument("--data", default="sample", help="as for jobs/train.py (default: sample)")
     parser.add_argument("--rows", type=int, help="to train with or to score (20000, 400000)")
-    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)  # a way, and where its rows are
     args = parser.parse_args()
-    what, rows = args.what, args.rows or {"train": 20_000, "score": 400_000}[args.what]
-    if args.alone:
-        way, folder = args.alone
-        started = time.perf_counter()
-        rate = globals()[f"{what}_{way}"](folder)  # None: all seconds count
-        seconds = time.perf_counter() - started
-        print(json.dumps({"rows_per_second": rate or rows / seconds, "seconds": seconds}))
-        return
-    environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "RAY_ADDRESS": "local"}
+    rows = args.rows or {"train": 20_000, "score": 400_000}[args.what]
+    os.environ["RAY_ADDRESS"] = "local"
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one GPU
     ways = {}
     with TemporaryDirectory() as folder:
         pairs: dict[str, Any] = {"data": args.data, "split": "train", "rows": rows, "files": 8}
         export_pairs(ExportPairsConfig(**pairs, output=f"{folder}/rows"), print)
         save_model(network.make_network(), f"{folder}/model")  # the speed depends on no weights
         for way in ("original", "bare", "guide", "project"):
-            command = [sys.executable, __file__, what, "--rows", str(rows), "--alone", way, folder]
-            out = subprocess.check_output(command, env=environment, text=True)
-            # Ray prints too.
-            ways[way] = json.loads([line for line in out.splitlines() if line[:1] == "{"][-1])
-            print(f"{way:10}{ways[way]['rows_per_second']:12,.1f} rows/s")
-    print(json.dumps({"what": what, "rows": rows, "cores": CORES, "gpu": CUDA, "ways": ways}))
+            started = time.perf_counter()
+            rate = globals()[f"{args.what}_{way}"](folder)  # None: all seconds count
+            ways[way] = rate or rows / (time.perf_counter() - started)
+            ray.shutdown()
+            print(f"{way:10}{ways[way]:12,.1f} rows/s", flush=True)
+    print(json.dumps({"rows": rows, "cores": CORES, "gpu": CUDA, "rows_per_second": ways}))
 
 
 if __name__ == "__main__":
