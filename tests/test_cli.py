@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,6 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray import __version__, cli
-from mnistsum_ray.config import PredictConfig
-from mnistsum_ray.errors import percent
 from tests.conftest import default_signals
 
 ROOT = Path(__file__).parents[1]
@@ -60,30 +59,6 @@ def test_help_fits_a_terminal_and_imports_nothing_large(monkeypatch: pytest.Monk
         assert f"usage: mnistsum {command} " in text
     job = run(sys.executable, ROOT / "jobs" / "export_pairs.py", "--help").stdout
     assert job.startswith("usage: python jobs/export_pairs.py ")
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    """A picture of a one."""
-    picture = Image.new("L", (300, 400), 255)
-    picture.paste(0, (140, 50, 160, 350))
-    picture.save(tmp_path / "one.png")
-    return str(tmp_path / "one.png")
-
-
-def test_one_picture_is_answered(
-    model: Path, file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In words, and as JSON."""
-    answer = cli.predict(PredictConfig(picture=file, number=5, model=str(model)))
-    line = json.loads(json.dumps(answer))
-    names = "picture number digit digit_prob sum sum_prob consistent unsure"
-    assert list(line) == names.split()
-    assert (line["picture"], line["number"], line["unsure"]) == (file, 5, True)
-    answers, unsure = capsys.readouterr().err.splitlines()
-    digit, total = (f"{line[head]} ({percent(line[f'{head}_prob'])})" for head in ("digit", "sum"))
-    assert answers == f"digit: {digit}, digit + 5: {total}"
-    assert unsure == "unsure: the digit's probability is below 90 %", "the weights are random"
 
 
 _JOB = """
@@ -152,14 +127,29 @@ def test_a_signal_after_the_result_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_terminal_gets_json_when_asked(flags: list[str], model: Path, file: str) -> None:
-    """And else the result in words, which are the job's own lines on standard error."""
+def test_a_picture_is_answered_and_a_terminal_gets_json_when_asked(
+    flags: list[str], model: Path, tmp_path: Path
+) -> None:
+    """The result in words is on standard error."""
+    file = str(tmp_path / "one.png")
+    picture = Image.new("L", (300, 400), 255)
+    picture.paste(0, (140, 50, 160, 350))
+    picture.save(file)
     leader, follower = pty.openpty()
     command = [str(MNISTSUM), "predict", file, "--number", "5", "--model", str(model), *flags]
     done = subprocess.run(command, stdout=follower, stderr=subprocess.PIPE, text=True)
     os.write(follower, b"end")
-    shown = os.read(leader, 1000)
+    shown = os.read(leader, 1000).decode()
     os.close(leader)
     os.close(follower)
-    assert done.returncode == 0, done.stderr
-    assert shown.startswith(b'{"picture": ' if flags else b"end")
+    answers, unsure = done.stderr.splitlines()
+    assert re.fullmatch(r"digit: \d \([0-9.]+ %\), digit \+ 5: \d+ \([0-9.]+ %\)", answers)
+    assert unsure == "unsure: the digit's probability is below 90 %", "the weights are random"
+    assert shown.endswith("end")
+    if flags:
+        line = json.loads(shown.removesuffix("end"))
+        names = "picture number digit digit_prob sum sum_prob consistent unsure"
+        assert list(line) == names.split()
+        assert (line["picture"], line["number"], line["unsure"]) == (file, 5, True)
+    else:
+        assert shown == "end"
