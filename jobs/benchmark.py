@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
-from torchvision.transforms.functional import to_tensor
 
 from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, save_model, score
 from mnistsum_ray.config import ExportPairsConfig
@@ -53,22 +52,17 @@ def decode(images: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(bytearray(b"".join(images)), np.uint8).reshape(-1, 28, 28)
 
 
-def read_rows(folder: str, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_rows(folder: str, count: int | None = None) -> tuple[Tensor, Tensor]:
     table = pq.read_table(f"{folder}/rows")[:count]  # noqa: TID251 - the benchmark's own files
-    return decode(table["image"].to_pylist()), table["digit"].to_numpy().astype(np.int64)
-
-
-def batches_in_memory(folder: str, device: torch.device, count: int | None = None) -> Any:
-    columns = (torch.tensor(column, device=device) for column in read_rows(folder, count))
-    return list(zip(*(torch.split(column, BATCH) for column in columns), strict=True))
+    digits = table["digit"].to_numpy().astype(np.int64)
+    return torch.from_numpy(decode(table["image"].to_pylist())), torch.from_numpy(digits)
 
 
 def original_batches(folder: str, count: int | None = None) -> Any:
     """Batches of images, random numbers and digits, of which each row is made when it is read."""
 
     def collate(rows: Any) -> Any:
-        made = [(to_tensor(image[:, :, None]), randrange(10), digit) for image, digit in rows]
-        return default_collate(made)
+        return default_collate([(image[None] / 255, randrange(10), digit) for image, digit in rows])
 
     rows: Any = list(zip(*read_rows(folder, count), strict=True))
     return DataLoader(rows, BATCH, shuffle=True, collate_fn=collate)
@@ -131,7 +125,8 @@ def train_original(folder: str) -> float:
 
 
 def train_bare(folder: str) -> float:
-    return timed([batches_in_memory(folder, DEVICE)] * EPOCHS, project_step())
+    images, digits = (torch.split(column.to(DEVICE), BATCH) for column in read_rows(folder))
+    return timed([list(zip(images, digits, strict=True))] * EPOCHS, project_step())
 
 
 def train_guide(folder: str) -> float:
@@ -188,10 +183,10 @@ def score_original(folder: str) -> float:
 def score_bare(folder: str) -> float:
     predictor = Scorer(folder).predictor
     torch.set_num_threads(CORES)  # the predictor has set one, since there is one for each core
-    batches = batches_in_memory(folder, torch.device("cpu"), 10_000)
-    return timed(
-        [batches] * 2, lambda *batch: predictor.predict(batch[0].numpy(), batch[1].numpy())
-    )
+    images, numbers = (column.numpy() for column in read_rows(folder, 10_000))
+    parts = [slice(start, start + BATCH) for start in range(0, len(images), BATCH)]
+    batches = [(images[part], numbers[part]) for part in parts]
+    return timed([batches] * 2, predictor.predict)
 
 
 def score_guide(folder: str) -> None:
