@@ -175,7 +175,7 @@ class _Driver:
         """Why Ray Train has given up, in one line."""
         resume = self.run.how_to_resume()
         if self.late:
-            return TryAgainError(f"{resources.shortage(self.plan, self.late)}; {resume}")
+            return TryAgainError(f"{self.plan.shortage(self.late)}; {resume}")
         if isinstance(error, ray.train.WorkerGroupError):
             failures = counted(self.run.config.max_failures + 1, "failure")
             return RunError(f"gave up after {failures} of workers, see above; {resume}")
@@ -210,9 +210,7 @@ class _Driver:
         """Wait for what the workers need, and read the rows while it is held."""
         config = self.run.config
         gpus = max(1, self.run.hyperparameters.batch_size // _ROWS_PER_GPU)
-        wanted = (config.worker_range, config.use_gpu, config.wait_seconds)
-        request = resources.WorkerRequest(*wanted, group=True, useful_gpus=gpus)
-        with resources.reserve(request, self.console.say) as self.plan:
+        with resources.reserve(config, self.console.say, gpus) as self.plan:
             self.threads = choose_threads(self.run, self.plan)
             self._read_rows()
 
@@ -223,7 +221,7 @@ class _Driver:
             say(source.notice)
         report_skipped(source.skipped, say)
         files = {"--storage-path": run.folder / LOCK_NAME, **run.first_file()}
-        check_shared_storage(files, say)
+        check_shared_storage(files)
         say(check_space(source.rows))
         source, blocks, sha256 = load_blocks(
             source,
