@@ -7,6 +7,7 @@ import math
 import socket
 import struct
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,10 +17,8 @@ from mnistsum_ray.data.images import SIDE, Pixels
 from mnistsum_ray.errors import RequestError
 
 IDX_FILES: Final = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
+    ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
 
 _DOWNLOAD_TIMEOUT_SECONDS: Final = 3
@@ -29,31 +28,27 @@ _DOWNLOAD_TIMEOUT_SECONDS: Final = 3
 def find_idx(root: Path) -> Path | None:
     """The folder with IDX files: `root`/MNIST/raw or `root`/raw, as in torchvision, or `root`."""
     for folder in (root / "MNIST" / "raw", root / "raw", root):
-        if any((folder / name).exists() for name in IDX_FILES):
+        if any((folder / name).exists() for names in IDX_FILES for name in names):
             return folder
     return None
 
 
-def read_idx(folder: Path) -> list[tuple[Pixels, Pixels]]:
-    """Images uint8[n, 28, 28] and labels uint8[n], of the training files and of the test files.
+def read_idx(folder: Path) -> Iterator[tuple[Pixels, Pixels, str]]:
+    """Images uint8[n, 28, 28], labels uint8[n] and their file; of training, then of the test.
 
     RequestError: a file is missing, is not IDX, or does not match the others.
     """
-    splits = []
-    for images_file, labels_file in (IDX_FILES[:2], IDX_FILES[2:]):
+    for images_file, labels_file in IDX_FILES:
         images = _read_idx_file(folder / images_file, (SIDE, SIDE))
         labels = _read_idx_file(folder / labels_file, ())
         if len(images) != len(labels):
             differ = f"has {len(labels):,} labels, and {images_file} {len(images):,} images"
             raise RequestError(f"{folder / labels_file}: {differ}")
-        splits.append((images, labels))
-    return splits
+        yield images, labels, labels_file
 
 
 def _read_idx_file(path: Path, shape: tuple[int, ...]) -> Pixels:
     """The n elements of this shape of an IDX file: uint8[n, *shape]."""
-    if not path.is_file():  # reading a pipe would wait for its writer
-        raise RequestError(f"{path}: is missing, or still gzipped; gunzip it")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -70,10 +65,8 @@ def _read_idx_file(path: Path, shape: tuple[int, ...]) -> Pixels:
 def download_mnist(root: Path) -> Path:
     """Download MNIST to the folder `root`/MNIST/raw, which appears only when it is complete.
 
-    torchvision knows mirrors and MD5 sums. Without a network this fails within seconds.
-
-    Raises:
-        OSError, RuntimeError: no mirror has some file, or they cannot be written.
+    OSError, RuntimeError: no mirror has some file, or they cannot be written. Without a network
+    this fails within seconds.
     """
     from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
 

@@ -1,4 +1,4 @@
-"""Order of training rows, and the random draws of each: pure functions of seed, epoch and row id.
+"""Order, number and distortion of training rows: pure functions of seed, epoch and row id.
 
 Ten rows in five blocks of two, windows of two blocks, batches of 4 on two workers, seed 0, epoch 0:
 
@@ -36,8 +36,14 @@ Window = tuple[int, ...]
 NUMBERS: Final = 10
 """Numbers are 0..NUMBERS - 1: a training row gets one at random, a row to be scored has its own."""
 
-DISTORTION_DRAWS: Final = 6
-"""Draws for an image: one for rotation, two for scale, one for shear, two for translation."""
+AFFINE_VALUES: Final = 6
+"""Elements of the matrix of a distortion."""
+
+# Largest distortion at strength 1.
+_ROTATION_DEGREES: Final = 10.0
+_LOG_SCALE: Final = 0.1  # natural logarithm of the factor along each axis
+_SHEAR: Final = 0.1  # horizontal shift in pixels for each pixel down
+_SHIFT: Final = 3 / 14  # pixels, of those from the middle of an image to its edge
 
 BLOCK_ROWS: Final = 8192
 """Most rows of a block."""
@@ -87,14 +93,33 @@ def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.sig
     return numbers.astype(integer_type(NUMBERS))
 
 
-def distortion_draws(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.float32]:
-    """Draws for the distortion of each image, uniform in -1..1: float32[n, DISTORTION_DRAWS]."""
+def distortions(seed: int, epoch: int, row_ids: RowIds, strength: float) -> npt.NDArray[np.float32]:
+    """The random distortion of each training image in an epoch, as of `affine_matrices`."""
     bits = _bits(seed, epoch, RandomStream.DISTORTION, row_ids)
-    draws = np.empty((len(row_ids), DISTORTION_DRAWS), np.float32)
-    for column in range(DISTORTION_DRAWS):
-        draws[:, column] = (bits >> np.uint64(40)) * (2 / 2**24) - 1
+    draws = np.empty((len(row_ids), 6), np.float32)
+    for column in draws.T:
+        column[:] = (bits >> np.uint64(40)) * (2 / 2**24) - 1
         bits = _mix(bits)
-    return draws
+    return affine_matrices(draws, strength)
+
+
+def affine_matrices(draws: npt.NDArray[np.float32], strength: float) -> npt.NDArray[np.float32]:
+    """Matrices float32[n, AFFINE_VALUES] of small rotations, scalings, shears and shifts.
+
+    Each is two rows that take a place (x, y, 1) in the distorted image to one in the image, where
+    x and y run from -1 to 1: `distort` in `model/network.py` applies them. `draws`, float32[n, 6]
+    in -1..1, are multiplied by `strength`. As in Simard et al., "Best Practices for Convolutional
+    Neural Networks Applied to Visual Document Analysis" (2003).
+    """
+    # On a GPU they would be twenty kernels of each step. In float64, so that the rounded values
+    # hardly depend on how a machine computes sines.
+    rotation, log_width, log_height, shear, x, y = (strength * draws.astype(np.float64)).T
+    angle = np.radians(rotation * _ROTATION_DEGREES)
+    cos, sin = np.cos(angle), np.sin(angle)
+    width, height = np.exp(log_width * _LOG_SCALE), np.exp(log_height * _LOG_SCALE)
+    x_row = [cos * width, shear * _SHEAR - sin * height, x * _SHIFT]
+    y_row = [sin * width, cos * height, y * _SHIFT]
+    return np.stack(x_row + y_row, axis=1, dtype=np.float32)
 
 
 def step_seed(seed: int, epoch: int, step: int, purpose: RandomStream) -> int:

@@ -1,8 +1,8 @@
 """The one place that opens Parquet files, and says whether a file or the storage fails."""
 
-import base64
 import io
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -21,15 +21,8 @@ TypeCheck = Callable[[pa.DataType], str | None]
 _TAIL_BYTES: Final = 64 * 1024
 """Read from the end of a file in the first request: most footers are shorter."""
 
-_WHOLE_BYTES: Final = 4 * 2**20
-"""Largest file that is read whole from an object store: its columns would take more requests."""
-
 _BATCH_ROWS: Final = 8192
 """Rows that are decompressed at once."""
-
-_ARROW_SCHEMA: Final = b"ARROW:schema"
-_RAY: Final = b"ray.data."
-"""How the names of Ray's Arrow types begin."""
 
 
 @contextmanager
@@ -43,25 +36,15 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
         StorageError: the block failed since the storage did, or for want of memory.
         UnusableFileError: it failed for any other reason.
     """
-    with _opened(file, listed) as source:
-        stream = source
-        if not file.is_local and source.seek(0, io.SEEK_END) <= _WHOLE_BYTES:
-            source.seek(0)
-            stream = pa.BufferReader(source.read())
-        yield _ParquetFile(
-            stream,
-            metadata=_read_metadata(_footer_bytes(stream)),
-            page_checksum_verification=True,
-            coerce_int96_timestamp_unit="us",
-        )
-
-
-@contextmanager
-def _opened(file: Location, listed: Entry | None) -> Iterator[Any]:
-    """Open a file for the block, whose errors are raised as `open_parquet` says."""
     try:
         with file.open(listed) as source:
-            yield source
+            yield _ParquetFile(
+                source,
+                metadata=_read_metadata(source),
+                page_checksum_verification=True,
+                coerce_int96_timestamp_unit="us",
+                pre_buffer=not file.is_local,  # one request for all columns of a row group
+            )
     except ExistingFileError:
         raise UnusableFileError("has changed since the run began; run the command again") from None
     except (UnusableFileError, StorageError):
@@ -93,89 +76,66 @@ class Footer:
 
 def read_footer(file: Location, listed: Entry) -> Footer:
     """Read the footer of a file that was listed; errors as of `open_parquet`."""
-    with _opened(file, listed) as source:
-        metadata = _read_metadata(_footer_bytes(source))
-        groups = range(metadata.num_row_groups)
-        if sum(metadata.row_group(group).num_rows for group in groups) != metadata.num_rows:
-            raise UnusableFileError("has a damaged footer (its rows do not add up); write it again")
-        schema = metadata.schema
-        columns = [schema.column(index) for index in range(len(schema))]
+    with open_parquet(file, listed) as parquet:
+        columns = [parquet.schema.column(index) for index in range(len(parquet.schema))]
         int96 = [column.path for column in columns if column.physical_type == "INT96"]
-        return Footer(metadata, schema.to_arrow_schema(), int96)
+        return Footer(parquet.metadata, parquet.schema_arrow, int96)
 
 
-def _footer_bytes(stream: Any) -> bytes:
-    """The footer of an open file, and the eight bytes after it."""
-    stream.seek(0, io.SEEK_END)
-    size = stream.tell()
-    if not size:
-        raise UnusableFileError("is empty (0 bytes); write it again")
+def _read_metadata(stream: Any) -> pq.FileMetaData:
+    """The footer of an open file, whose columns have the types of Parquet alone.
+
+    The schema of Arrow types that many writers add is hidden. It may name types of Ray, which
+    registers them in the process, and one of them holds pickles: they run code when its values are
+    looked at, here or by a reader of what is scored.
+    """
+    size = stream.seek(0, io.SEEK_END)
     start = max(0, size - _TAIL_BYTES)
     stream.seek(start)
     tail = bytes(stream.read(size - start))
-    if tail[-4:] not in (b"PAR1", b"PARE"):  # with PARE the footer is encrypted, as Arrow will say
+    length = int.from_bytes(tail[-8:-4], "little") + 8  # with itself and a mark
+    if tail[-4:] != b"PAR1" or length > size:
         raise UnusableFileError("is not Parquet, or was cut off; write it again")
-    length = int.from_bytes(tail[-8:-4], "little") + 8
-    if length > size - 4:
-        raise UnusableFileError("has a damaged footer (longer than the file); write it again")
     if length > len(tail):
         stream.seek(size - length)
-        return bytes(stream.read(length))
-    return tail[-length:]
-
-
-def _read_metadata(footer: bytes) -> pq.FileMetaData:
-    """The metadata of a footer, which keep the columns' Arrow types only where these are plain.
-
-    The Arrow schema, in base64, is hidden where it names other types:
-
-    - Ray's. Ray registers them in the process, and one of them holds pickles, which run code when
-      its values are looked at, here or by a reader of what is scored.
-    - Views of strings and bytes, whose rows pyarrow can neither take nor filter.
-    """
-    name = _ARROW_SCHEMA.lower()
-    hidden = pq.read_metadata(pa.BufferReader(footer.replace(_ARROW_SCHEMA, name)))  # noqa: TID251
-    if footer.count(_ARROW_SCHEMA) > 1:
-        return hidden
-    encoded = (hidden.metadata or {}).get(name, b"")
-    schema = base64.b64decode(encoded + b"==")  # some writers leave the padding out
-    if _RAY in schema:
-        return hidden
-    shown = pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
-    return hidden if any(map(_has_views, shown.schema.to_arrow_schema().types)) else shown
-
-
-def _has_views(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
-        return True
-    return any(_has_views(kind.field(index).type) for index in range(kind.num_fields))
+        tail = bytes(stream.read(length))
+    footer = tail[-length:].replace(b"ARROW:schema", b"arrow:schema")
+    return pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
 
 
 def read_rows(
-    parquet: _ParquetFile,
-    rows: range,
-    columns: list[str] | None = None,
-) -> Iterator[pa.RecordBatch]:
-    """Read consecutive rows of a file, in batches of _BATCH_ROWS at most."""
+    parquet: _ParquetFile, ranges: Sequence[range], columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory."""
+    schema = parquet.read_row_groups([], columns).schema
+    waiting = deque(ranges)
+    pending: list[pa.RecordBatch] = []
     first = 0  # row of the file that the next batch begins with
     for group in range(parquet.num_row_groups):
         end = first + parquet.metadata.row_group(group).num_rows
-        if end <= rows.start:
+        if not waiting or end <= waiting[0].start:
             first = end
             continue
         options = {"row_groups": [group], "columns": columns, "use_threads": False}
         for batch in parquet.iter_batches(_BATCH_ROWS, **options):
-            wanted = batch[max(0, rows.start - first) : rows.stop - first]
-            if wanted.num_rows:
-                yield wanted
-            first += batch.num_rows
-            if first >= rows.stop:
+            stop = first + batch.num_rows
+            while waiting and waiting[0].start < stop:
+                rows = waiting[0]
+                pending.append(batch[max(0, rows.start - first) : rows.stop - first])
+                if rows.stop > stop:
+                    break
+                yield pa.Table.from_batches(pending, schema)
+                pending = []
+                waiting.popleft()
+            first = stop
+            if not waiting:
                 return
         if first < end:
-            short = "has fewer rows in a row group than its footer says"
-            raise UnusableFileError(f"{short}; write it again")
+            break
+    if any(waiting):
+        raise UnusableFileError("has fewer rows than its footer says; write it again")
+    for _ in waiting:  # ranges of no rows
+        yield schema.empty_table()
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:

@@ -1,16 +1,15 @@
 """A picture of a handwritten digit, prepared as MNIST's own images were (LeCun et al. 1998)."""
 
 import io
-import warnings
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from mnistsum_ray.data.images import SIDE, Pixels
-from mnistsum_ray.errors import RequestError, StorageError, one_line
+from mnistsum_ray.errors import RequestError, StorageError
 from mnistsum_ray.storage.uri import locate_existing
 
 Picture: TypeAlias = str | Path | bytes | Image.Image
@@ -68,20 +67,13 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
         if isinstance(picture, str | Path):
             place = locate_existing(str(picture), "picture")
             name, picture = place.display, place.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(picture, bytes):
-                picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
-            image = ImageOps.exif_transpose(picture)
-            if image.mode.startswith("I;16"):  # a scan, which `convert` would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGBA")
+        if isinstance(picture, bytes):
+            picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
+        image = ImageOps.exif_transpose(picture).convert("RGBA")
     except (RequestError, StorageError) as error:
         raise RequestError(str(error)) from None
-    except Exception as error:  # Pillow's decoders raise many types
-        unknown = isinstance(error, UnidentifiedImageError)
-        why = f"it is none of {', '.join(_FORMATS)}" if unknown else one_line(error)
-        raise RequestError(f"{name}: cannot be read as a picture ({why}); save it as PNG") from None
+    except Exception:  # Pillow's decoders raise many types
+        raise RequestError(f"{name}: cannot be read as a picture; save it as PNG") from None
     image.thumbnail((_WORKING_SIDE, _WORKING_SIDE))
     white = Image.new("RGBA", image.size, "white")
     return name, np.asarray(Image.alpha_composite(white, image).convert("L"), np.float32)

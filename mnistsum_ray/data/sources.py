@@ -1,30 +1,44 @@
 """Data sources: MNIST's IDX files, Parquet files or the bundled sample, and the rows of each split.
 
-IDX files and the sample are read at once, of Parquet files only the footers.
+IDX files and the sample are read at once, of Parquet files only the footers: their rows are read
+and decoded block by block.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from mnistsum_ray.data.blocks import BadRows, Block, FileGroup, Groups, LabelledFile, joined
 from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
 from mnistsum_ray.data.images import (
+    DIGITS,
+    BadRow,
+    Pixels,
     ReasonCounts,
+    decode_images,
+    decode_numbers,
     image_type_error,
+    join_reasons,
     number_type_error,
     one_chunk,
     pixels_array,
 )
 from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.order import BLOCK_ROWS, RowIds, hold_out
-from mnistsum_ray.data.parquet import column_error, read_footer, read_table
+from mnistsum_ray.data.parquet import (
+    column_error,
+    open_parquet,
+    read_footer,
+    read_rows,
+    read_table,
+)
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -40,19 +54,111 @@ SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
 _DIGIT_COLUMNS: Final = ("digit", "label")
 
-_SPLITS: Final = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "test": "test",
-    "testing": "test",
-}
-"""Words in names of files and folders, in upper or lower case, that name a split."""
+_SPLIT: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(?![a-z])")
+"""A word in the name of a file or folder, in lower case, that names a split."""
 
-_MIN_TRAIN_ROWS: Final = 10
 _MAX_HELD_OUT_ROWS: Final = 5000
+
+Digits = npt.NDArray[np.int8]
+
+BadRows = dict[int, BadRow]
+"""Rows that cannot be used, by their index."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Decoded rows: images uint8[n, 28, 28] and digits int8[n], zeros in bad rows."""
+
+    images: Pixels
+    digits: Digits
+    bad: BadRows
+
+    @classmethod
+    def decode(cls, images: pa.Array, digits: pa.Array, file: str, first: int = 0) -> "Block":
+        """Decode the rows of a file from its row `first` on."""
+        pixels, bad_images = decode_images(images)
+        values, bad_digits = decode_numbers(digits, DIGITS)
+        reasons = join_reasons(bad_images, bad_digits, "digit")
+        bad = {row: (file, first + row, reason) for row, reason in reasons.items()}
+        return cls(pixels, values.astype(np.int8), bad)
+
+    @property
+    def rows(self) -> int:
+        return len(self.digits)
+
+    def slice(self, start: int, stop: int) -> "Block":
+        """Some consecutive rows."""
+        bad = {row - start: why for row, why in self.bad.items() if start <= row < stop}
+        return Block(self.images[start:stop], self.digits[start:stop], bad)
+
+    def blocks(self) -> Iterator["Block"]:
+        """The rows in blocks of BLOCK_ROWS, the last of fewer."""
+        for start in range(0, self.rows, BLOCK_ROWS):
+            yield self.slice(start, start + BLOCK_ROWS)
+
+
+@dataclass(frozen=True)
+class LabelledFile:
+    """A Parquet file with images and digits, as its footer describes it."""
+
+    place: Location
+    entry: Entry
+    name: str
+    """Relative to the folder that was listed."""
+    rows: int
+    digit_column: str
+
+
+@dataclass(frozen=True)
+class FileGroup:
+    """One Parquet file, or several that together have the rows of one block at most."""
+
+    files: list[LabelledFile]
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    def blocks(self) -> Iterator[Block]:
+        """Read and decode the rows, in their order, in blocks of BLOCK_ROWS, the last of fewer.
+
+        Raises:
+            RequestError: a file has changed, or cannot be read.
+            StorageError: the storage does not give a file.
+        """
+        if len(self.files) == 1:
+            yield from _decoded(self.files[0])
+        elif self.rows:
+            yield _joined([block for file in self.files for block in _decoded(file)])
+
+
+Groups = list[Block | FileGroup]
+"""What a source consists of: rows in memory, or in files."""
+
+
+def _decoded(file: LabelledFile) -> Iterator[Block]:
+    """The rows of a file in blocks; errors as of `FileGroup.blocks`."""
+    edges = [*range(0, file.rows, BLOCK_ROWS), file.rows]
+    ranges = [range(start, end) for start, end in pairwise(edges)]
+    try:
+        with open_parquet(file.place, file.entry) as parquet:
+            read = read_rows(parquet, ranges, ["image", file.digit_column])
+            for rows, table in zip(ranges, read, strict=True):
+                images, digits = one_chunk(table["image"]), one_chunk(table[file.digit_column])
+                yield Block.decode(images, digits, file.name, rows.start)
+    except UnusableFileError as error:
+        raise RequestError(f"{file.place.display}: {error}") from None
+
+
+def _joined(blocks: list[Block]) -> Block:
+    """The rows of blocks that follow each other."""
+    bad: BadRows = {}
+    first = 0
+    for block in blocks:
+        bad |= {first + row: why for row, why in block.bad.items()}
+        first += block.rows
+    images = np.concatenate([block.images for block in blocks])
+    return Block(images, np.concatenate([block.digits for block in blocks]), bad)
 
 
 @dataclass(frozen=True)
@@ -82,9 +188,8 @@ class Source:
     def without(self, bad: BadRows, *, skip: bool) -> "Source":
         """The source without bad rows, by their ids. Other rows stay in their splits.
 
-        Raises:
-            RequestError: there are bad rows, and they are not to be skipped; or too few others are
-                left. It counts them, and names the first.
+        RequestError: there are bad rows, and they are not to be skipped; or too few others are
+        left. It counts them, and names the first.
         """
         if not bad:
             return self
@@ -96,11 +201,18 @@ class Source:
         ids = np.array([*bad], np.int64)
         splits = (self.train, self.validation, self.test)
         train, validation, test = (np.setdiff1d(split, ids, assume_unique=True) for split in splits)
-        if len(train) < _MIN_TRAIN_ROWS or not len(validation) or not len(test):
-            left = f"{len(train):,} training, {len(validation):,} validation and {len(test):,} test"
-            few = f"without {len(bad):,} bad rows only {left} rows are left: {counts.describe()}"
-            raise RequestError(f"--data {self.location}: {few}")
-        return replace(self, train=train, validation=validation, test=test, bad=counts)
+        rest = replace(self, train=train, validation=validation, test=test, bad=counts)
+        return rest.checked()
+
+    def checked(self) -> "Source":
+        """The source itself. RequestError: it has too few rows."""
+        train, validation, test = map(len, (self.train, self.validation, self.test))
+        if not (train and validation and test):
+            has = f"has {train:,} training, {validation:,} validation and {test:,} test rows"
+            bad = f" beside {self.bad.total:,} bad ones: {self.bad.describe()}"
+            too_few = f"{has}{bad if self.bad.total else ''}; each split needs some"
+            raise RequestError(f"--data {self.location}: {too_few}")
+        return self
 
 
 Counter = Callable[[str, int], Callable[[int], None]]
@@ -150,16 +262,17 @@ def _full_mnist(*, fall_back: bool) -> Source:
 
 
 def _idx(folder: Path) -> Source:
-    parts = []
-    for (images, labels), file in zip(read_idx(folder), (IDX_FILES[1], IDX_FILES[3]), strict=True):
-        parts.append(Block.decode(pixels_array(images), pa.array(labels), file))
-    rows = joined(parts)
-    ids = {"train": np.arange(parts[0].rows), "test": np.arange(parts[0].rows, rows.rows)}
+    train, test = (
+        Block.decode(pixels_array(images), pa.array(labels), labels_file)
+        for images, labels, labels_file in read_idx(folder)
+    )
+    rows = _joined([train, test])
+    ids = {"train": np.arange(train.rows), "test": np.arange(train.rows, rows.rows)}
     return _with_splits("mnist", str(folder), [rows], ids)
 
 
 def _parquet(data: str, place: Location, counter: Counter) -> Source:
-    idx = f"IDX files ({IDX_FILES[0]}, …, not gzipped) on a local disk"
+    idx = f"IDX files ({IDX_FILES[0][0]}, …, not gzipped) on a local disk"
     found = list_inputs([data], flag="--data", none=f"holds neither {idx} nor Parquet files")
     root = found.root
     if found.unusable:
@@ -173,7 +286,7 @@ def _parquet(data: str, place: Location, counter: Counter) -> Source:
         raise RequestError(f"--data {place.display}: {mixed}")
     split_of_row = np.repeat(names, [file.rows for file in files])
     ids = {str(name): np.flatnonzero(split_of_row == name) for name in set(names)}
-    source = _with_splits("parquet", place.display, _grouped(root, files), ids)
+    source = _with_splits("parquet", place.display, _grouped(files), ids)
     return replace(source, skipped=found.skipped)
 
 
@@ -194,45 +307,38 @@ def _describe(root: Location, listed: tuple[str, Entry]) -> LabelledFile:
         wrong = column_error(footer.schema, column, type_error)
         if wrong:
             raise RequestError(f"{file.display}: {wrong}")
-    return LabelledFile(name, entry, footer.metadata.num_rows, digit)
+    return LabelledFile(file, entry, name, footer.metadata.num_rows, digit)
 
 
-def _grouped(root: Location, files: list[LabelledFile]) -> Groups:
+def _grouped(files: list[LabelledFile]) -> Groups:
     """Small files that follow each other share a block, up to its rows."""
-    groups: Groups = []
-    waiting: list[LabelledFile] = []
+    groups = [FileGroup([])]
     for file in files:
-        if waiting and sum(small.rows for small in waiting) + file.rows > BLOCK_ROWS:
-            groups.append(FileGroup(root, tuple(waiting)))
-            waiting = []
-        waiting.append(file)
-    return [*groups, FileGroup(root, tuple(waiting))]
+        if groups[-1].files and groups[-1].rows + file.rows > BLOCK_ROWS:
+            groups.append(FileGroup([]))
+        groups[-1].files.append(file)
+    return [*groups]
 
 
 def _split_of_name(file: str) -> str:
     """The split that the file names or, failing that, its folder; "" where neither does."""
     for name in reversed(file.split("/")[-2:]):
-        for word in re.findall("[a-z]+", name.lower()):
-            if word in _SPLITS:
-                return _SPLITS[word]
+        found = _SPLIT.search(name.lower())
+        if found:
+            return found[1]
     return ""
 
 
 def _with_splits(name: str, location: str, groups: Groups, ids: dict[str, RowIds]) -> Source:
-    """A source whose rows belong to these splits, or to none: "".
+    """A source with the rows of these splits: train, val and test, or "" for all.
 
-    A missing split is held out of the training rows.
+    A missing split is held out of the training rows. RequestError: there are too few rows.
     """
     train = ids.get("train", ids.get("", np.empty(0, np.int64)))
-    if len(train) < _MIN_TRAIN_ROWS:
-        few = f"has {len(train)} training rows; at least {_MIN_TRAIN_ROWS} are needed"
-        raise RequestError(f"--data {location}: {few}")
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
-    test, validation = ids.get("test"), ids.get("validation")
+    test, validation = ids.get("test"), ids.get("val")
     if test is None:
         train, test = hold_out(train, count)
     if validation is None:
         train, validation = hold_out(train, count)
-    if not len(validation) or not len(test):
-        raise RequestError(f"--data {location}: its validation or test files have no rows")
-    return Source(name, location, groups, train, validation, test)
+    return Source(name, location, groups, train, validation, test).checked()

@@ -44,7 +44,7 @@ def to_channels_last(images: Tensor) -> Tensor:
 
 
 def distort(images: Tensor, matrices: Tensor) -> Tensor:
-    """Distort prepared images float32[n, 1, 28, 28] by float32[n, 6] of `data/distortion.py`."""
+    """Distort prepared images float32[n, 1, 28, 28] by float32[n, 6] of `data/order.py`."""
     rows = len(images)
     if not rows:
         return images

@@ -141,23 +141,12 @@ def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
         UnusableFileError: it cannot be read, or decoded, although its footer could be read.
     """
     path, config = request.root / parts[0].name, request.config
-    stop = parts[-1].first_row + parts[-1].rows
+    ranges = [range(part.first_row, part.first_row + part.rows) for part in parts]
     with open_parquet(path, Entry(path.path, parts[0].size, parts[0].e_tag)) as file:
-        schema = file.read_row_groups([]).schema
-        end = -1
-        for part in parts:
-            if part.first_row != end:  # the first, or one after parts that are done already
-                batches = read_rows(file, range(part.first_row, stop))
-                pending: list[pa.RecordBatch] = []
-            while sum(batch.num_rows for batch in pending) < part.rows:
-                pending.append(next(batches))
-            rows = pa.Table.from_batches(pending, schema)
-            table = rows.slice(0, part.rows)
+        for part, table in zip(parts, read_rows(file, ranges), strict=True):
             images, bad_images = decode_images(one_chunk(table[config.image_column]))
             numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
             yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
-            pending = rows.slice(part.rows).to_batches()
-            end = part.first_row + part.rows
 
 
 def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> RowCounts:

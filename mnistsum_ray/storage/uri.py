@@ -109,19 +109,3 @@ def may_hold_keys(text: str) -> bool:
         return True
     values = parse_qsl(query, keep_blank_values=True)
     return any("@" in value or not _PUBLIC_QUERY.fullmatch(name) for name, value in values)
-
-
-def split_glob(text: str) -> tuple[str, tuple[str, ...] | None]:
-    """The leading folders without wildcards, and the other components of a glob.
-
-    None where there are no wildcards. In a URI a question mark begins the query, which belongs to
-    the folders.
-    """
-    path, question, query = text, "", ""
-    if "://" in text:
-        path, question, query = text.partition("?")
-    pattern = re.search(r"[^/]*[*?\[].*", path)
-    if pattern is None:
-        return text, None
-    folder = path[: pattern.start()] or "."
-    return folder + question + query, tuple(part for part in pattern[0].split("/") if part)

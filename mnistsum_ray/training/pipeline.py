@@ -21,10 +21,16 @@ from ray.data import ActorPoolStrategy
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.nodes import set_data_options
-from mnistsum_ray.data.blocks import Digits
-from mnistsum_ray.data.distortion import AFFINE_VALUES, distortions
 from mnistsum_ray.data.images import Pixels, pixels_array
-from mnistsum_ray.data.order import RowIds, TrainingOrder, positions_of_rank, random_numbers
+from mnistsum_ray.data.order import (
+    AFFINE_VALUES,
+    RowIds,
+    TrainingOrder,
+    distortions,
+    positions_of_rank,
+    random_numbers,
+)
+from mnistsum_ray.data.sources import Digits
 from mnistsum_ray.training.rows import TrainingData
 
 _FIRST_TASK_ROWS: Final = 8192

@@ -12,9 +12,8 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
-from mnistsum_ray.data.blocks import FileGroup
 from mnistsum_ray.data.inputs import parts_below, real_path
-from mnistsum_ray.data.sources import Counter, Source, open_source
+from mnistsum_ray.data.sources import Counter, FileGroup, Source, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.store import Location, is_hidden
 from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused
@@ -45,7 +44,7 @@ class TrainingRun:
         group = self.source.groups[0]
         if not isinstance(group, FileGroup):
             return {}
-        return {"--data": group.root / group.files[0].name}
+        return {"--data": group.files[0].place}
 
     def ray_storage(self, name: str) -> str:
         """A folder of the run as Ray Train takes it: Arrow decodes percent signs in a URI."""

@@ -17,10 +17,9 @@ import ray
 import ray.exceptions
 
 from mnistsum_ray.cluster.nodes import usable_nodes
-from mnistsum_ray.data.blocks import BadRows, Block, Digits, FileGroup, Groups
 from mnistsum_ray.data.images import PIXELS, SIDE, Pixels
 from mnistsum_ray.data.order import RowIds, TrainingOrder
-from mnistsum_ray.data.sources import Source
+from mnistsum_ray.data.sources import BadRows, Block, Digits, FileGroup, Groups, Source
 from mnistsum_ray.errors import RequestError, RowCountError, RunError, counted
 
 _ROW_BYTES: Final = PIXELS + 1

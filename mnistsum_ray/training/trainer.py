@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.distortion import AFFINE_VALUES
 from mnistsum_ray.data.images import IMAGE_TYPE, SIDE, one_chunk, pixels_view
 from mnistsum_ray.data.order import (
+    AFFINE_VALUES,
     RandomStream,
     TrainingOrder,
     check_row_counts,

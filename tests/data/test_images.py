@@ -1,7 +1,6 @@
 """Every accepted form of an image decodes to the same pixels; what is no image gives a reason."""
 
 import io
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,6 @@ FORMS = {
     "tensor": TENSOR,
     "tensor_with_channel": pa.ExtensionArray.from_storage(CHANNEL, TENSOR.storage),
     "ray_tensor": ArrowTensorArray.from_numpy(IMAGES),
-    "ray_of_any_shape": pa.array([{"data": values, "shape": [28, 28]} for values in LISTS]),
     "png": pa.array(PNG),
     "huggingface": pa.array([{"bytes": data, "path": None} for data in PNG]),
 }
@@ -84,14 +82,14 @@ BAD = [
     (bytes(784), None, "the image is null"),
     (bytes(784), b"", f"0 bytes are {NEITHER}"),
     (bytes(784), PNG[0][:60], NEITHER),
-    (bytes(784), encoded(np.zeros((10, 12), np.uint8)), "12 x 10 pixels, not 28 x 28"),
-    (bytes(784), encoded(IMAGES[0], mode="RGB"), "mode RGB, not L"),
+    (bytes(784), encoded(np.zeros((10, 12), np.uint8)), "12 x 10 pixels of mode L, not 28 x 28"),
+    (bytes(784), encoded(IMAGES[0], mode="RGB"), "28 x 28 pixels of mode RGB, not"),
     (bytes(784), encoded(np.zeros((20_000, 20_000), np.uint8)), "(DecompressionBombError)"),
     (LIST, [1, 2, 3], UNLIKE),
     (LIST, [256, *LIST[1:]], UNLIKE),
     (LIST, [None, *LIST[1:]], UNLIKE),
     (NESTED, [*NESTED[1:], [0] * 29], UNLIKE),
-    ({"bytes": bytes(784), "path": None}, PATH_ALONE, "put the picture itself"),
+    ({"bytes": bytes(784), "path": None}, PATH_ALONE, "the image, or its bytes, is null"),
 ]
 
 
@@ -104,27 +102,22 @@ def test_what_is_no_image_says_why_and_is_left_out(good: Any, value: Any, reason
 
 
 def test_a_column_that_cannot_hold_images_or_numbers_is_named() -> None:
-    wrong_shape = ArrowTensorArray.from_numpy(IMAGES.reshape(3, 56, 14)).type
-    turned = pa.fixed_shape_tensor(pa.uint8(), [28, 28], permutation=[1, 0])
     lists = [pa.list_(pa.float32()), pa.list_(pa.list_(pa.list_(pa.uint8())))]
     structs = [pa.struct({"path": pa.string()}), pa.struct({"bytes": pa.int32()})]
-    for kind in (pa.string(), pa.int64(), wrong_shape, turned, *lists, *structs):
-        assert image_type_error(kind) is not None, kind
-    for kind in (pa.int8(), pa.uint64(), pa.dictionary(pa.int8(), pa.int16()), pa.null()):
+    for kind in (pa.string(), pa.int64(), *lists, *structs):
+        assert "which holds no images" in str(image_type_error(kind)), kind
+    for kind in (pa.int8(), pa.uint64(), pa.null()):
         assert number_type_error(kind) is None
     for kind in (pa.float64(), pa.string(), pa.bool_(), pa.list_(pa.int8())):
         assert "not an integer type" in str(number_type_error(kind))
 
 
 LABELS = [
-    (pa.array([0, None, 9, 10], pa.dictionary(pa.int8(), pa.int16())).slice(1), [1]),
-    (pa.array([0, 9, -1], pa.int8()), [0, 1]),
+    (pa.array([8, 0, None, 9, 10], pa.int16()).slice(1), [0, 2]),
     (pa.array([2**64 - 1, 2**63, 3], pa.uint64()), [2]),
+    (pa.array([3.0, 3.5, float("nan"), float("inf"), -0.0, None, -1.0]), [0, 4]),
     (pa.nulls(2), []),
-    (pa.array([3.0, 3.5, float("nan"), float("inf"), -0.0, None]), [0, 4]),
-    (pa.array([Decimal("7.00"), Decimal("7.01"), Decimal(10)]), [0]),
-    (pa.array([True, False]), []),
-    (pa.array(["3"]).dictionary_encode(), []),
+    (pa.array(["3"]), []),
 ]
 
 
@@ -146,4 +139,4 @@ def test_sums_of_reasons_stay_small() -> None:
     assert counts.total == 3000
     assert counts.examples == [("00", row, f"the digit is {row}") for row in range(5)]
     assert counts.describe().startswith("00: row 0: the digit is 0 | 00: row 1: ")
-    assert " | …; most often: 2,980 x other reasons | " in counts.describe()
+    assert counts.describe().endswith(" | …")

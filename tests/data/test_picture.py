@@ -1,6 +1,7 @@
 """Pictures that people draw become what MNIST's own are; what is none is refused in one line."""
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,9 @@ def large(image: Pixels, side: int = 280) -> Image.Image:
 
 
 def page(image: Pixels, ink: Any = (30, 30, 60), paper: Any = (245, 245, 240)) -> Image.Image:
-    strength = np.asarray(large(image))[..., None] / 255
+    """Larger than the image, which is in a corner."""
+    strength = np.pad(np.asarray(large(image)), ((20, 400), (200, 10)))[..., None] / 255
     return Image.fromarray((strength * ink + (1 - strength) * paper).astype(np.uint8))
-
-
-def in_a_corner(image: Pixels) -> Image.Image:
-    whole = Image.new("RGB", (500, 700), (245, 245, 240))
-    whole.paste(page(image), (20, 400))
-    return whole
 
 
 def photographed(image: Pixels) -> bytes:
@@ -43,14 +39,10 @@ def photographed(image: Pixels) -> bytes:
 
 FORMS: dict[str, Callable[[Pixels], Picture]] = {
     "as it is": Image.fromarray,
-    "dark, as it is": lambda image: Image.fromarray(255 - image),
-    "very large": lambda image: large(image, 2000),
-    "on white": page,
-    "on a blackboard": lambda image: page(image, (250, 250, 240), (30, 70, 50)),
+    "dark, very large": lambda image: large(255 - image, 2000),
     "pencil": lambda image: page(image, (205, 205, 205)),
-    "in a corner": in_a_corner,
+    "on a blackboard": lambda image: page(image, (250, 250, 240), (30, 70, 50)),
     "transparent": lambda image: Image.merge("LA", [Image.new("L", (280, 280), 40), large(image)]),
-    "16 bits": lambda image: Image.fromarray((255 - image).astype(np.uint16) << 8),
     "photographed": photographed,
 }
 """How an image of MNIST may be drawn."""
@@ -73,23 +65,17 @@ def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, sample: pa.
         assert np.abs(np.array(mass) - 14).max() <= 0.51
 
 
-@pytest.mark.timeout(30)
-def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
-    Image.new("L", (100, 100), 255).save(tmp_path / "large.png")
+def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     Image.new("L", (50, 50), 255).save(tmp_path / "white.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "white.png").read_bytes()[:60])
     refused: list[tuple[Picture, str]] = [
-        (Path(__file__), "cannot be read as a picture .it is none of PNG, JPEG"),
+        (Path(__file__), "cannot be read as a picture; save it as PNG"),
         (tmp_path / "cut.png", "cannot be read as a picture"),
-        (tmp_path / "large.png", r"cannot be read as a picture \(Image size \(10000 pixels\)"),
         (tmp_path / "white.png", "nothing is drawn on it"),
         (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), "nothing is drawn on it"),
         (tmp_path / "nowhere.png", "is not there"),
     ]
     for picture, said in refused:
-        with pytest.raises(RequestError, match=said) as error:
+        name = str(picture) if isinstance(picture, Path) else "the picture"
+        with pytest.raises(RequestError, match=f"^{re.escape(name)}: {said}"):
             prepare_picture(picture)
-        name = str(picture) if isinstance(picture, str | Path) else "the picture"
-        assert str(error.value).startswith(f"{name}: ")
-        assert "\n" not in str(error.value)

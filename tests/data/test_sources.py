@@ -1,16 +1,14 @@
 """Every source gives whole rows and disjoint splits; what cannot be used is refused by name."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import os
 import re
 import shutil
 import socket
 import struct
-import threading
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from werkzeug import Response
+from werkzeug.middleware.shared_data import SharedDataMiddleware
 
-from mnistsum_ray.data.blocks import Block
 from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
-from mnistsum_ray.data.sources import Source, open_source
+from mnistsum_ray.data.sources import Block, Source, open_source
 from mnistsum_ray.errors import RequestError, StorageError
+from tests.storage.conftest import serving
 
 
 def blocks_of(source: Source) -> list[Block]:
@@ -59,7 +59,7 @@ def idx(tmp_path: Path, sample: pa.Table) -> Path:
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
     contents = (images[:400], digits[:400], images[400:], digits[400:])
-    for name, values in zip(IDX_FILES, contents, strict=True):
+    for name, values in zip(chain(*IDX_FILES), contents, strict=True):
         write_idx(folder / name, values)
     return tmp_path
 
@@ -79,10 +79,10 @@ def test_sample_and_idx_files(idx: Path, sample: pa.Table, monkeypatch: pytest.M
         assert (source.name, source.notice) == ("mnist", "")
 
 
-IMAGES, LABELS = IDX_FILES[0], IDX_FILES[3]
+IMAGES, LABELS = IDX_FILES[0][0], IDX_FILES[1][1]
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     (IMAGES, lambda path: os.truncate(path, 5000), "n x 28 x 28, or is damaged"),
-    (LABELS, Path.unlink, " is missing, or still gzipped"),
+    (LABELS, Path.unlink, ": cannot be read: No such file"),
     (LABELS, lambda path: path.write_bytes(b"hello there"), "is not an IDX file of unsigned"),
     (LABELS, lambda path: write_idx(path, np.zeros(9, np.uint8)), "has 9 labels, and t10k-images"),
 ]
@@ -101,9 +101,9 @@ REFUSED: list[tuple[dict[str, Callable[[pa.Table], pa.Table] | bytes], str]] = [
     ({"a": lambda rows: rows.drop_columns(["digit"])}, "a column 'digit' or 'label', has image"),
     ({"a": lambda rows: pa.table({"image": rows[1], "digit": rows[1]})}, "'image' has type int8"),
     ({"a": lambda rows: rows.append_column("digit", rows[1])}, "more than one column 'digit'"),
-    ({"a": lambda rows: rows[:5]}, "has 5 training rows"),
+    ({"a": lambda rows: rows[:5]}, "has 5 training, 0 validation and 0 test rows; each split"),
     ({"a": lambda rows: rows, "test": lambda rows: rows}, "some files are named train or test"),
-    ({"train": lambda rows: rows, "test": lambda rows: rows[:0]}, "test files have no rows"),
+    ({"train": lambda rows: rows, "test": lambda rows: rows[:0]}, "validation and 0 test rows;"),
 ]
 
 
@@ -130,15 +130,13 @@ SPLITS = [
 
 @pytest.mark.parametrize("names", SPLITS)
 def test_names_of_files_and_folders_tell_the_split(
-    tmp_path: Path,
-    sample: pa.Table,
-    names: Sequence[str],
+    tmp_path: Path, sample: pa.Table, names: Sequence[str]
 ) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(sample[::50].rename_columns({"digit": "label"}), tmp_path / name)
-    order = sorted(names)
-    expected = [[*range(100 * order.index(name), 100 * order.index(name) + 100)] for name in names]
+    starts = [100 * sorted(names).index(name) for name in names]
+    expected = [[*range(start, start + 100)] for start in starts]
     assert splits_of(open_source(str(tmp_path))) == expected
 
 
@@ -167,7 +165,6 @@ def test_a_block_has_8192_rows_of_a_file_or_those_of_many_small_files(
 
 
 def test_a_bad_label_of_an_idx_folder_is_named_and_some_rows_must_be_left(idx: Path) -> None:
-    """Those of Parquet files: tests/integration/test_rows.py."""
     write_idx(idx / "MNIST" / "raw" / LABELS, np.arange(100, dtype=np.uint8) // 9)
     source = open_source(str(idx))
     (block,) = blocks_of(source)
@@ -175,7 +172,7 @@ def test_a_bad_label_of_an_idx_folder_is_named_and_some_rows_must_be_left(idx: P
     assert places == {row: (LABELS, row - 400) for row in range(490, 500)}
     assert splits_of(source.without(block.bad, skip=True))[2] == [*range(400, 490)]
     bad = {row: ("a", row, "bad") for row in source.test.tolist()}
-    left = "without 100 bad rows only 360 training, 40 validation and 0 test rows are left"
+    left = "360 training, 40 validation and 0 test rows beside 100 bad ones: a: row 400: bad"
     with pytest.raises(RequestError, match=left):
         source.without(bad, skip=True)
 
@@ -197,17 +194,15 @@ def test_a_file_that_has_changed_or_is_gone_is_named(tmp_path: Path, sample: pa.
 def test_mnist_is_downloaded_and_without_a_network_auto_takes_the_sample_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idx: Path, sample: pa.Table
 ) -> None:
-    """From a web server on this machine."""
     from torchvision.datasets import MNIST
 
-    served, resources = tmp_path / "served", []
     (tmp_path / "work").mkdir()
-    served.mkdir()
-    for name in IDX_FILES:
+    served, resources = tmp_path / "work", []
+    for name in chain(*IDX_FILES):
         data = gzip.compress((idx / "MNIST" / "raw" / name).read_bytes())
         (served / f"{name}.gz").write_bytes(data)
         resources.append((f"{name}.gz", hashlib.md5(data).hexdigest()))
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(served)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(MNIST, "resources", resources)
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens there
@@ -216,10 +211,7 @@ def test_mnist_is_downloaded_and_without_a_network_auto_takes_the_sample_and_say
     with pytest.raises(RequestError, match=r"cannot be downloaded \(.*Connection refused"):
         open_source("mnist")
     assert not list((tmp_path / "home" / ".cache" / "mnistsum_ray").iterdir())
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    with serving(SharedDataMiddleware(Response(status=404), {"/": str(served)})) as port:
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
         check(open_source("mnist"), sample[::10], 360, 40, 100)
-        server.shutdown()
     assert socket.getdefaulttimeout() is None

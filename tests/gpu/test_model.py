@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.data.distortion import distortions
+from mnistsum_ray.data.order import distortions
 from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.network import Network, Objective, distort, make_network, prepare_images

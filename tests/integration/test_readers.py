@@ -64,7 +64,6 @@ def write_extras(folder: Path, images: Pixels, numbers: np.ndarray) -> None:
         "map": pa.array(keys, pa.map_(pa.string(), pa.int64())),
         "when": pa.array([row * 10**9 for row in count], pa.timestamp("ns", "UTC")),
         "price": pa.array(list(count)).cast(pa.decimal128(30, 4)),
-        "category": pa.array(["x", "y", None] * (len(count) // 3)).dictionary_encode(),
     }
     table = pa.table(extras, metadata={SPARK: "{}"})
     pq.write_table(table, folder / "pyarrow.parquet", row_group_size=7, compression="zstd")

@@ -12,9 +12,13 @@ import ray
 import torch
 from ray._private.internal_api import memory_summary
 
-from mnistsum_ray.data.distortion import distortions
 from mnistsum_ray.data.images import pixels_array, pixels_view
-from mnistsum_ray.data.order import TrainingOrder, positions_of_rank, random_numbers
+from mnistsum_ray.data.order import (
+    TrainingOrder,
+    distortions,
+    positions_of_rank,
+    random_numbers,
+)
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.training import driver, pipeline

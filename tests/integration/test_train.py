@@ -242,7 +242,7 @@ def test_a_wrong_request_is_one_line_and_begins_nothing(tmp_path: Path) -> None:
     done = run_job("train", "--data", tmp_path, cwd=tmp_path)
     assert (done.code, done.out) == (2, "")
     (error,) = done.err.splitlines()
-    assert error.startswith(f"error: {tmp_path}/a.parquet: has a damaged footer")
+    assert error.startswith(f"error: {tmp_path}/a.parquet: is not Parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 

@@ -15,7 +15,6 @@ from mnistsum_ray.storage.uri import (
     locate_existing,
     may_hold_keys,
     output_base_folder,
-    split_glob,
 )
 
 
@@ -33,9 +32,6 @@ def test_a_path_or_uri_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for text, display in (here | there).items():
         assert locate(text, "--output").display == str(display)
     assert (locate(f"s3://b/c?{query}", "--output") / "d").display == f"s3://b/c/d?{query}"
-    assert split_glob(f"s3://b/c/**/*.p?{query}") == (f"s3://b/c/?{query}", ("**", "*.p"))
-    assert split_glob("c/[ab]?/d") == ("c/", ("[ab]?", "d"))
-    assert split_glob("s3://b/c?region=x") == ("s3://b/c?region=x", None)
 
 
 def test_a_submitted_job_writes_to_the_home_folder(

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from mnistsum_ray.data.blocks import Block
 from mnistsum_ray.data.order import TrainingOrder
-from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.data.sources import Block, open_source
 from mnistsum_ray.training.pipeline import tasks
 from mnistsum_ray.training.rows import load_blocks
 
