@@ -13,6 +13,7 @@ from typing import Final
 
 import ray.data
 import ray.exceptions
+import torch
 from ray.data import ActorPoolStrategy
 
 from mnistsum_ray.cluster.nodes import check_shared_storage, set_data_options
@@ -29,7 +30,7 @@ from mnistsum_ray.errors import (
     counted,
     root_cause,
 )
-from mnistsum_ray.model.device import cpu_faster_with_bf16
+from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
@@ -195,7 +196,7 @@ def _choose_precision(request: Request, plan: WorkerPlan) -> str:
     if run_there and run_there["--precision"]:
         return str(run_there["--precision"])
     # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
-    bf16 = plan.gpu.bf16 if plan.gpu else cpu_faster_with_bf16()
+    bf16 = plan.gpu.bf16 if plan.gpu else faster_with_bf16(torch.device("cpu"))
     return "bf16" if bf16 else "fp32"
 
 
