@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ def _on_cluster(console: Console, run: str) -> Iterator[None]:
     # Their advice is not for the user of a job, whose console reports the progress.
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray 2.60 has no other way to limit how often a process is started again.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     try:
         yield
     except RunError as error:

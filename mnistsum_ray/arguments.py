@@ -1,26 +1,21 @@
-"""Command line and config file of a command: tyro splits the words, pydantic checks the values."""
+"""Command line and config file of a job: argparse splits the words, pydantic checks the values."""
 
 import re
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import make_dataclass
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from inspect import formatannotation
-from io import StringIO
-from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from io import BytesIO
+from typing import Any, Final, NoReturn, TypeVar
 
-import tyro
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from tyro.constructors import PrimitiveConstructorSpec
 
 from mnistsum_ray.config import JobConfig
-from mnistsum_ray.errors import RequestError, TextAsked, did_you_mean, one_line, shortened
-from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
+from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
+from mnistsum_ray.storage.uri import locate, may_hold_keys, refused
 
 Config = TypeVar("Config", bound=JobConfig)
 
-_UNSET: Final = "\0"  # the value of a flag that is not given: no word of a command line can be so
 _METAVARS: Final = {
     "bool": "true|false",
     "int": "N",
@@ -28,73 +23,75 @@ _METAVARS: Final = {
     "str": "TEXT",
     "tuple[int, int]": "MIN,MAX",
 }
-_CONFIG_HELP: Final = "YAML file with any of these settings; flags win"
 
 
-def parse(kind: type[Config], argv: list[str], description: str, command: str = "") -> Config:
+class Parser(ArgumentParser):
+    """Its errors are a RequestError. A flag that is not given has no value."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(
+            prog=command,
+            usage=f"{command} [flags]",
+            description=description,
+            formatter_class=RawDescriptionHelpFormatter,
+            argument_default=SUPPRESS,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message.removeprefix("argument "))
+
+
+def parse(kind: type[Config], argv: list[str], description: str = "", command: str = "") -> Config:
     """Make a config from the command line and the YAML file of `--config`; the command line wins.
 
     Raises:
         RequestError: an unknown flag or key, an invalid value, an unreadable file.
-        TextAsked: the text of `--help`: the description, then the flags of the command.
+        SystemExit: `--help` is printed: the description, then the flags of the command.
     """
-    config = FieldInfo(annotation=str, default=None, description=_CONFIG_HELP)
-    fields = kind.model_fields | {"config": config}
-    words: Any = make_dataclass("Words", [_flag_of(name, field) for name, field in fields.items()])
-    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as box:
-        try:
-            parsed, unknown = tyro.cli(words, prog=command, args=argv, return_unknown_args=True)
-        except SystemExit as end:
-            if end.code:
-                text = re.sub("[╭╮╰╯│─]|-{4,}", " ", box.getvalue())
-                raise RequestError(" ".join(text.split())) from None
-            raise TextAsked(f"{description}\n{out.getvalue().rstrip()}") from None
+    parser = Parser(command, description)
+    for name, field in kind.model_fields.items():
+        _add_flag(parser, name, field)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with any of these settings; flags win"
+    )
+    given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = shortened(unknown[0].partition("=")[0])
         if may_hold_keys(flag):
-            raise RequestError(f"a path or URI {KEYS_REFUSED}")
-        hint = did_you_mean(flag, map(_flag, fields))
+            flag = "this"
+        hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config"])
         raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
-    flags = {name: value for name, value in vars(parsed).items() if value not in (_UNSET, ())}
-    if "input" in flags:
-        flags["input"] = sum(flags["input"], ())  # one tuple for each time that the flag is given
+    flags = vars(given)
     file = flags.pop("config", None)
+    settings = _read_yaml(file) if file else {}
     try:
-        return kind(**(_read_yaml(file) if file else {}) | flags)
+        return kind(**settings | flags)
     except ValidationError as error:
         raise RequestError(_message(error.errors(), kind, flags)) from None
 
 
-def _flag_of(name: str, field: FieldInfo) -> tuple[str, Any, Any]:
-    """A flag, for `make_dataclass`. Its value stays text, which pydantic converts and checks."""
+def _add_flag(parser: Parser, name: str, field: FieldInfo) -> None:
+    """Add the flag of a field. Its value stays text, which pydantic converts and checks."""
     pattern = r"'\w+'|tuple\[int, int\]|\b(?:bool|int|float|str)\b"
     types = re.findall(pattern, formatannotation(field.annotation))
-    hint = f"(default: {field.default})"
+    text = " ".join((field.description or "").split())
     if field.is_required():
-        hint = "(required)"
-    elif field.default is None:
-        hint = ""  # the description says what it means
-    shown = tyro.conf.arg(
-        metavar="|".join(_METAVARS.get(kind, kind.strip("'")) for kind in types),
-        help=" ".join((field.description or "").split()),
-        help_behavior_hint=hint,
-    )
-    if name == "input":  # several words, as a shell expands `*.parquet`, and the flag again
-        return name, Annotated[tuple[tuple[str, ...], ...], shown, tyro.conf.UseAppendAction], ()
-    if name == "picture":
-        return name, Annotated[str, shown, tyro.conf.Positional], _UNSET
+        text += " (required)"
+    elif field.default is not None:  # the text says what None means
+        text += f" (default: {field.default})"
+    options: dict[str, Any] = {
+        "metavar": "|".join(_METAVARS.get(kind, kind.strip("'")) for kind in types),
+        "help": text,
+    }
     if "bool" in types:
-        return name, Annotated[str, shown, _TRUE_OR_WORD], _UNSET
-    return name, Annotated[str, shown], _UNSET
-
-
-_TRUE_OR_WORD: Final = PrimitiveConstructorSpec(
-    nargs=(0, 1),
-    metavar="",
-    instance_from_str=lambda words: " ".join(words) or "true",  # a bare flag says true
-    is_instance=lambda _: True,
-    str_from_instance=lambda _: [],
-)
+        options |= {"nargs": "?", "const": "true"}
+    elif name == "input":  # several words, as a shell expands `*.parquet`, and the flag again
+        options |= {"nargs": "+", "action": "extend"}
+    elif name == "picture":
+        parser.add_argument(name, nargs="?", metavar="PICTURE", help=text)
+        return
+    parser.add_argument(_flag(name), **options)
 
 
 def _flag(field: str) -> str:
@@ -103,20 +100,19 @@ def _flag(field: str) -> str:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     """Values of the config file by field name, as text: YAML 1.1 would read 010 as 8."""
-    if may_hold_keys(path):
-        raise RequestError(f"--config: {KEYS_REFUSED}")
+    with refused("--config"):
+        text = locate(path, "--config").read_bytes()
     try:
-        with Path(path).open("rb") as file:  # errors quote a text, and with it keys, but no stream
-            values = yaml.load(file, yaml.BaseLoader)
-    except OSError as error:
-        raise RequestError(f"--config {path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: it is not UTF-8
+        values = yaml.load(BytesIO(text), yaml.BaseLoader)  # errors quote a text, but no stream
+    except yaml.YAMLError as error:
         problem = shortened(one_line(error))
         raise RequestError(f"--config {path}: is not YAML: {problem}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise RequestError(f"--config {path}: must hold `key: value` lines, keys as flags")
-    named = {key.replace("-", "_"): value for key, value in values.items()}
-    return {name: None if value in ("", "~", "null") else value for name, value in named.items()}
+    settings = {}
+    for key, value in values.items():
+        settings[key.replace("-", "_")] = None if value in ("", "~", "null") else value
+    return settings
 
 
 def _message(errors: list[Any], kind: type[JobConfig], flags: dict[str, Any]) -> str:

@@ -6,17 +6,18 @@ import json
 import os
 import signal
 import sys
+import time
+from argparse import SUPPRESS
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Final, TextIO
+from types import FrameType
+from typing import Any, Final
 
 from mnistsum_ray import __version__
-from mnistsum_ray.arguments import parse
-from mnistsum_ray.cluster.connection import disconnect
-from mnistsum_ray.cluster.signals import StopOnSignals
+from mnistsum_ray.arguments import Parser, parse
 from mnistsum_ray.config import (
     ExportModelConfig,
     ExportPairsConfig,
@@ -27,21 +28,15 @@ from mnistsum_ray.config import (
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
-    TextAsked,
     TryAgainError,
     counted,
-    did_you_mean,
     percent,
     printable,
     shell_command,
 )
-from mnistsum_ray.storage.uri import may_hold_keys
 
-DONE: Final = 0
-FAILED: Final = 1
-BAD_REQUEST: Final = 2
-TRY_AGAIN: Final = os.EX_TEMPFAIL
-"""75: the same command may work later; Kubernetes, cron and Airflow can tell it from a typo."""
+_REPEAT_SECONDS: Final = 2.0
+"""A signal so soon after another is the same one: `timeout` and terminals send it twice."""
 
 _HELP: Final = """
 The value of an unset flag is in brackets below; a bare flag that takes true or
@@ -154,34 +149,27 @@ COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
 }
 """What a command runs, the class of its config, and its meaning."""
 
-_USAGE: Final = "usage: mnistsum COMMAND [flags], or COMMAND --help, or --version"
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command, given by name and flags, or as this process was; return its exit code."""
-    command, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if command in COMMANDS:
-        return run(partial(_run_command, command), flags)
-    if command in ("-h", "--help", "help"):
-        lines = "".join(f"  {name:<14}{meaning}\n" for name, (*_, meaning) in COMMANDS.items())
-        return _write(f"{_USAGE}\n\n{lines}", sys.stdout)
-    if command == "--version":
-        return _write(f"mnistsum_ray {__version__}\n", sys.stdout)
-    if may_hold_keys(command):
-        command = "this"
-    hint = did_you_mean(command, COMMANDS)
-    _say(f"error: {command}: there is no such command{hint} (mnistsum --help lists them)")
-    return BAD_REQUEST
+    words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    commands = "".join(f"  {name:<14}{meaning}\n" for name, (*_, meaning) in COMMANDS.items())
+    parser = Parser("mnistsum COMMAND", f"{commands}\nCOMMAND --help lists its flags")
+    parser.add_argument("command", choices=COMMANDS, help=SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}")
+    show_json = "--json" in words or not sys.stdout.isatty()
+    try:
+        name = parser.parse_args(words[:1]).command
+        job, kind, _ = COMMANDS[name]
+        flags = [word for word in words[1:] if word != "--json"]
+        description = f"{inspect.getdoc(job)}\n{_HELP}"
+        config = parse(kind, flags, description, shell_command(name))
+    except RequestError as error:
+        return _explain(error, None)
+    return run(partial(job, config), show_json)
 
 
-def _run_command(name: str, argv: list[str]) -> Result:
-    command, kind, _ = COMMANDS[name]
-    flags = [word for word in argv if word != "--json"]  # which is for `run`
-    description = f"{inspect.getdoc(command)}\n{_HELP}"
-    return command(parse(kind, flags, description, shell_command(name)))
-
-
-def run(job: Callable[[list[str]], Result], argv: list[str]) -> int:
+def run(job: Callable[[], Result], show_json: bool) -> int:
     """Run a job, whose result is the last line on standard output; return its exit code.
 
     SIGINT, SIGTERM or SIGHUP stops it: one line says how to go on, and the code is 128 + signal.
@@ -189,47 +177,51 @@ def run(job: Callable[[list[str]], Result], argv: list[str]) -> int:
     stdout, stop = sys.stdout, StopOnSignals()
     with redirect_stdout(sys.stderr):  # what Ray's threads print at any time
         try:
-            result = job(argv)
-            code = stop.exit_code = DONE  # once it is printed, a signal does not change the code
-            if "--json" in argv or not stdout.isatty():
-                code = _write(json.dumps(result, allow_nan=False) + "\n", stdout)
-        except TextAsked as asked:
-            code = _write(f"{asked}\n", stdout)
+            result = job()
+            code = stop.exit_code = 0
+            if show_json:
+                print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
         except (RequestError, RunError, KeyboardInterrupt) as error:
-            code = _explain(error, stop.received)
-        stop.exit_code = code
-        disconnect()
-    _write("", sys.stderr)  # what could not be written: Python would try again, and exit with 120
+            code = stop.exit_code = _explain(error, stop.received)
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()  # a cluster of this process ends with its processes
     gc.freeze()  # Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
     return code
 
 
+class StopOnSignals:
+    """From here on a stop signal raises KeyboardInterrupt, and a second one ends the process."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.exit_code: int | None = None
+        """Of a job that is over: no signal changes it any more."""
+        self._received_at = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # `nohup` ignores SIGHUP, and a script's `&` SIGINT.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), now
+            if self.exit_code is None:
+                raise KeyboardInterrupt
+        elif now - self._received_at > _REPEAT_SECONDS:
+            os._exit(128 + self.received if self.exit_code is None else self.exit_code)
+
+
 def _explain(error: BaseException, received: signal.Signals | None) -> int:
     """Say why the job has ended, and how to go on; return the exit code."""
-    if received or isinstance(error, KeyboardInterrupt):
-        received = received or signal.SIGINT
+    text, code = f"error: {error}", 1
+    if received:
         how = str(error) or "nothing was begun, and the same command begins again"
-        _say(f"stopped by {received.name}; {how}")
-        return 128 + received
-    _say(f"error: {error}")
-    if isinstance(error, TryAgainError):
-        return TRY_AGAIN
-    return BAD_REQUEST if isinstance(error, RequestError) else FAILED
-
-
-def _say(text: str) -> None:
-    """Write a line to standard error."""
-    _write(f"{printable(text)}\n", sys.stderr)
-
-
-def _write(text: str, stream: TextIO) -> int:
-    """Write at once; return the exit code. The reader of a pipe may close it, as `head` does."""
-    try:
-        stream.write(text)
-        stream.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what comes later
-        if not isinstance(error, BrokenPipeError):
-            _say(f"error: standard output cannot be written ({error.strerror})")
-            return FAILED
-    return DONE
+        text, code = f"stopped by {received.name}; {how}", 128 + received
+    elif isinstance(error, RequestError):
+        code = 2
+    elif isinstance(error, TryAgainError):
+        code = os.EX_TEMPFAIL  # 75: Kubernetes, cron and Airflow can tell it from a typo
+    with suppress(OSError):  # the reader of standard error may have closed it
+        print(printable(text), file=sys.stderr, flush=True)
+    return code

@@ -45,10 +45,6 @@ class RunInterrupted(KeyboardInterrupt):
     """The run was interrupted; the message says what is kept and how to continue."""
 
 
-class TextAsked(SystemExit):
-    """The command line asks for a text, such as that of `--help`, in place of a job."""
-
-
 def one_line(error: BaseException) -> str:
     """The message of an error on one line; its class name if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

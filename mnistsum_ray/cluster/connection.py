@@ -8,8 +8,6 @@ import logging
 import os
 import signal
 import socket
-import sys
-import threading
 from typing import Any, Final
 
 from mnistsum_ray.errors import RequestError, TryAgainError, one_line, root_cause, shortened
@@ -43,12 +41,13 @@ def connect() -> str:
 
     from mnistsum_ray.cluster.workarounds import last_cluster_address
 
-    asked = os.environ.get("RAY_ADDRESS", "")
     if not ray.is_initialized():
+        asked = os.environ.get("RAY_ADDRESS", "")
         address = last_cluster_address() if asked in ("", "auto") else asked
         # `ray.init` tries for minutes to reach a cluster that is gone.
-        answers = address not in (None, "local") and _answers(str(address))
-        if asked == "local" or not (asked or answers):
+        if address and address != "local" and _answers(address):
+            _init(address, f"the Ray cluster at {address} cannot be joined")
+        elif asked in ("", "local"):
             # The dashboard takes seconds to start.
             _init("local", "Ray cannot be started here", include_dashboard=False)
             _started = ray.get_runtime_context().gcs_address
@@ -57,10 +56,9 @@ def connect() -> str:
                 # Ray itself waits for it at the end of a training, for 10 s.
                 why = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it"
             return f"started Ray on this machine, for this job alone{why}"
-        if address and not answers:
-            raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {address}; {_GONE}")
-        where = address or "this machine"
-        _init(address or "auto", f"the Ray cluster at {where} cannot be joined")
+        else:
+            where = address or "this machine"
+            raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {where}; {_GONE}")
     return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
 
 
@@ -84,9 +82,8 @@ def _init(address: str, problem: str, **options: Any) -> None:
                 raise RequestError(f"{problem}; {advice}") from error
         raise TryAgainError(problem) from error
     finally:
-        # Ray's own handler prints a stack of C++ and aborts.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if signal.getsignal(signal.SIGTERM) is not before:  # Ray's prints a stack of C++ and aborts
+            signal.signal(signal.SIGTERM, before)
     if stopped:
         signal.raise_signal(signal.SIGTERM)
 
@@ -105,22 +102,16 @@ def head_answers() -> bool:
     return _answers(ray.get_runtime_context().gcs_address)
 
 
-def disconnect() -> None:
-    """Disconnect from the cluster. One that this process has started ends with its processes."""
-    if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
-
-
 def _answers(address: str) -> bool:
     """Whether a server accepts TCP connections at this address."""
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65_536:
+    if not host or "/" in host or not port.isdecimal():
         raise RequestError(
             f"RAY_ADDRESS={address}: must be HOST:PORT, as `ray start` prints it; the dashboard's "
             "is for `ray job submit`, and Ray Client (ray://) is not supported"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_SECONDS).close()
-    except OSError:
+    except (OSError, OverflowError):  # a port has 16 bits
         return False
     return True

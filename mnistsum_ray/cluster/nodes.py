@@ -1,6 +1,7 @@
-"""Nodes of the cluster: run something on one, and compare the paths that they see."""
+"""Nodes of the cluster: options of what runs on them, and the paths that they see."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,6 +9,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mnistsum_ray.cluster.workarounds import PatientExecution
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.store import Location
 
@@ -31,7 +33,33 @@ def usable_nodes() -> list[dict[str, Any]]:
     return [node for node in alive if {"CPU", "GPU"} & node["Resources"].keys()]
 
 
-def check_shared_storage(files: Mapping[str, Location], say: Callable[[str], None]) -> None:
+def set_data_options(
+    dataset: Any,
+    *,
+    preserve_order: bool,
+    object_store_bytes: int | None = None,
+    block_bytes: int | None = None,
+) -> None:
+    """Set options of a Ray Dataset of this program, and of those that are derived from it.
+
+    No task is started, and the execution sleeps, while blocks of `object_store_bytes` wait for the
+    consumer; None: half of the store. What a task yields is passed on once it has `block_bytes`.
+    """
+    context = dataset.context
+    # The jobs report progress themselves; Ray's bars and plans would repeat it.
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    options = context.execution_options
+    options.preserve_order = preserve_order
+    if block_bytes is not None:
+        context.target_max_block_size = block_bytes
+    if object_store_bytes is not None:
+        context.custom_execution_callback_classes += [PatientExecution]
+        limits = options.resource_limits.copy(object_store_memory=object_store_bytes)
+        options.resource_limits = limits
+
+
+def check_shared_storage(files: Mapping[str, Location]) -> None:
     """Check that other nodes see the same local files as this one: they might write there.
 
     There is one for each flag: a file that the job reads, or that it has written to its output.
@@ -43,17 +71,17 @@ def check_shared_storage(files: Mapping[str, Location], say: Callable[[str], Non
     if not paths:
         return
     here, expected = ray.get_runtime_context().get_node_id(), _first_bytes(paths)
-    nodes = [node for node in usable_nodes() if node["NodeID"] != here]
     # Neither retried nor placed elsewhere: an answer of another node says nothing about this one.
     look = ray.remote(max_retries=0)(_first_bytes)
-    answers = [look.options(**on_node(node["NodeID"])).remote(paths) for node in nodes]
-    for node, answer in zip(nodes, answers, strict=True):
-        address = node["NodeManagerAddress"]
-        try:
+    answers = {}
+    for node in usable_nodes():
+        if node["NodeID"] != here:
+            answer = look.options(**on_node(node["NodeID"])).remote(paths)
+            answers[node["NodeManagerAddress"]] = answer
+    for address, answer in answers.items():
+        seen = expected
+        with suppress(ray.exceptions.RayError):  # the node is busy, has gone, or is about to
             seen = ray.get(answer, timeout=_LOOK_SECONDS)
-        except ray.exceptions.RayError:  # it is busy, has gone, or is about to
-            say(f"the node {address} does not answer, so it may not see {' and '.join(paths)}")
-            continue
         for flag, path in paths.items():
             if seen[flag] != expected[flag]:
                 raise RequestError(
@@ -66,9 +94,7 @@ def _first_bytes(files: dict[str, str]) -> dict[str, bytes | None]:
     """First bytes of each file; None where this node cannot read it."""
     seen: dict[str, bytes | None] = {}
     for flag, path in files.items():
-        try:
-            with Path(path).open("rb") as file:
-                seen[flag] = file.read(4096)
-        except OSError:
-            seen[flag] = None
+        seen[flag] = None
+        with suppress(OSError), Path(path).open("rb") as file:
+            seen[flag] = file.read(4096)
     return seen

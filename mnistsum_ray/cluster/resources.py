@@ -12,6 +12,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import Resources, on_node, usable_nodes
+from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError, TryAgainError, counted
 
 _TRAINING_CPUS: Final = 0.75
@@ -27,10 +28,6 @@ _WORKER_GPU_BYTES: Final = 4 * 2**30
 _CUDA_SECONDS: Final = 120.0
 """Longest wait for the import of PyTorch on another node."""
 _REPORT_SECONDS: Final = 10.0
-_GRACE_SECONDS: Final = 1.0
-"""Time in which Ray counts what was given back; no wait is shorter, and this one is silent."""
-_EPSILON: Final = 1e-9
-"""Ray rounds fractions of a resource to 0.0001: a smaller difference is a rounding error."""
 
 
 @dataclass(frozen=True)
@@ -51,35 +48,15 @@ class ClusterResources:
     def total(self, kind: str) -> float:
         return sum(node.get(kind, 0.0) for node in self.nodes)
 
-    def workers_that_fit(self, bundle: Resources) -> int:
-        """Number of workers that fit on the nodes if each reserves this bundle on one of them."""
-        return sum(self.workers_on(node, bundle) for node in self.nodes)
-
-    @staticmethod
-    def workers_on(node: Resources, bundle: Resources) -> int:
-        """Number of workers that fit on one node."""
-        counts = (node.get(kind, 0) / amount for kind, amount in bundle.items())
-        return int(min(counts) + _EPSILON)
+    def workers_that_fit(self, per_worker: Resources) -> int:
+        """Number of workers that fit on the nodes; each reserves an amount of one kind."""
+        ((kind, amount),) = per_worker.items()
+        # Where k share a GPU, 1 / (1 / k) may be less than k.
+        return sum(int(node.get(kind, 0.0) / amount + 1e-9) for node in self.nodes)
 
     def __str__(self) -> str:
-        """A text such as `2 CPUs and 0 GPUs on 1 node`."""
         totals = {kind: self.total(kind) for kind in ("CPU", "GPU")}
         return f"{_format(totals)} on {counted(len(self.nodes), 'node')}"
-
-
-@dataclass(frozen=True)
-class WorkerRequest:
-    """Workers that a job asks for."""
-
-    workers: tuple[int, int] | None
-    """Minimum and maximum number; None: as many as are of use."""
-    use_gpu: bool | None
-    """None: on GPUs if the cluster has any that PyTorch can use."""
-    wait_seconds: float
-    group: bool = False
-    """They train together, and the minimum starts at once. Else they score, and one is enough."""
-    useful_gpus: int = 1
-    """Number of GPUs above which a training is not faster."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +64,7 @@ class WorkerPlan:
     """Workers of a job and what each of them reserves."""
 
     worker_range: tuple[int, int]
-    """Minimum and maximum number; fewer than the maximum run where less is free."""
-    needed: int
-    """Number of workers that have to fit for the job to start."""
+    """Number that has to fit for the job to start, and maximum number."""
     per_worker: Resources
     """Reserved: CPU, or GPU without a CPU beside it, as in Ray Train; 1 / k where k share one."""
     gpu: Gpu | None = None
@@ -109,12 +84,49 @@ class WorkerPlan:
         number = "" if low == high else f"{low} to "
         return number + counted(high, "GPU worker" if self.use_gpu else "CPU worker")
 
+    def shortage(self, waited: float) -> str:
+        """Message that the workers could not be had: what is there and what is missing."""
+        free = f"after {waited:.0f} s only {_free()}"
+        why = "other jobs hold the rest, or the cluster has not grown, and `ray status` tells why"
+        advice = "ask for fewer --num-workers or give more --wait-seconds"
+        return f"needs {self._needed()}, but {free}: {why}; {advice}"
+
+    @contextmanager
+    def reserved(self, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
+        """Wait for what the workers need, and hold it for the block, by a placement group.
+
+        Ray would wait without limit or message. After these seconds it is a TryAgainError.
+        """
+        started = time.monotonic()
+        next_report = 0.0
+        group = placement_group([self.per_worker] * self.worker_range[0])
+        try:
+            # Ray takes up to a second to count what was given back.
+            while not group.wait(1.0):
+                waited = time.monotonic() - started
+                if waited >= seconds:
+                    raise TryAgainError(self.shortage(waited))
+                if waited >= next_report:
+                    next_report = waited + _REPORT_SECONDS
+                    left = f"giving up in {seconds - waited:.0f} s"
+                    say(f"waiting for {self._needed()}; only {_free()}; {left}")
+            yield
+        finally:
+            remove_placement_group(group)
+
+    def _needed(self) -> str:
+        number = self.worker_range[0]
+        return ("" if number == 1 else f"{number} times ") + _format(self.per_worker)
+
 
 @contextmanager
-def reserve(request: WorkerRequest, say: Callable[[str], None]) -> Iterator[WorkerPlan]:
+def reserve(
+    config: TrainConfig | ScoreConfig, say: Callable[[str], None], useful_gpus: int = 1
+) -> Iterator[WorkerPlan]:
     """Plan a job's workers, wait until enough of them fit, and hold their resources for the block.
 
-    While they are held no other job takes them, and no autoscaler removes a node as idle.
+    While they are held no other job takes them, and no autoscaler removes a node as idle. A
+    training is not faster on more than `useful_gpus`.
 
     Raises:
         RequestError: a cluster that this process has started is too small, or PyTorch finds no CUDA
@@ -123,55 +135,60 @@ def reserve(request: WorkerRequest, say: Callable[[str], None]) -> Iterator[Work
     """
     cluster = inspect_cluster()
     gpu: Gpu | None = None
-    if cluster.total("GPU") and request.use_gpu is not False:
-        gpu = _ask_for_cuda(request, say)
-    plan = plan_workers(request, cluster, gpu)
-    elastic = request.group and cluster.can_grow and plan.workers > plan.needed
-    if elastic and cluster.workers_that_fit(plan.per_worker) < plan.workers:
+    if cluster.total("GPU") and config.use_gpu is not False:
+        gpu = _ask_for_cuda(config.use_gpu, say)
+    plan = plan_workers(config, cluster, gpu, useful_gpus)
+    needed, most = plan.worker_range
+    elastic = isinstance(config, TrainConfig) and cluster.can_grow and most > needed
+    if elastic and cluster.workers_that_fit(plan.per_worker) < most:
         # Ray Train asks for all of them at once, and Ray's autoscaler v2 grants all or none.
-        limit = f"only if the autoscaler's limits allow all {plan.workers} workers"
-        say(f"more than {plan.needed} workers run as nodes come, {limit}")
-    with _reserved(plan, request.wait_seconds, say):
+        limit = f"only if the autoscaler's limits allow all {most} workers"
+        say(f"more than {needed} workers run as nodes come, {limit}")
+    with plan.reserved(config.wait_seconds, say):
         if gpu or not plan.use_gpu:
             yield plan
             return
     # An autoscaler has started the nodes with GPUs meanwhile.
-    with reserve(request, say) as plan:
+    with reserve(config, say, useful_gpus) as plan:
         yield plan
 
 
-def plan_workers(ask: WorkerRequest, cluster: ClusterResources, gpu: Gpu | None) -> WorkerPlan:
+def plan_workers(
+    config: TrainConfig | ScoreConfig,
+    cluster: ClusterResources,
+    gpu: Gpu | None,
+    useful_gpus: int,
+) -> WorkerPlan:
     """Choose workers and devices: as requested, else by what the cluster has.
 
-    `gpu` is None if there is none yet that PyTorch can use. Errors are those of `reserve`.
+    Those that train start together; of those that score, one is enough to start. `gpu` is None if
+    there is none yet that PyTorch can use. Errors are those of `reserve`.
     """
-    use_gpu = gpu is not None if ask.use_gpu is None else ask.use_gpu
+    asked = config.num_workers
+    low, high = (asked, asked) if isinstance(asked, int) else asked or (0, 0)
+    use_gpu = gpu is not None if config.use_gpu is None else config.use_gpu
     kind = "GPU" if use_gpu else "CPU"
     present = int(cluster.total(kind))
     if use_gpu and not present and not cluster.can_grow:
         raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
-    if ask.group:
-        default = min(present, ask.useful_gpus) if use_gpu else len(cluster.nodes)
-        low, high = ask.workers or (max(1, default), max(1, default))
-        plan = WorkerPlan((low, high), low, {kind: 1.0 if use_gpu else _TRAINING_CPUS}, gpu)
+    if isinstance(config, TrainConfig):
+        useful = min(present, useful_gpus) if use_gpu else len(cluster.nodes)
+        workers = (low or max(1, useful), high or max(1, useful))
+        plan = WorkerPlan(workers, {kind: 1.0 if use_gpu else _TRAINING_CPUS}, gpu)
     else:
-        sharing = _workers_per_gpu(cluster, gpu) if use_gpu and gpu else 1
-        default = sharing * max(present, _ASSUMED_LIMIT[kind] if cluster.can_grow else 1)
-        low, high = ask.workers or (default, default)
-        sharing = min(sharing, math.ceil(high / max(1, present)))
-        plan = WorkerPlan((low, high), 1, {kind: 1 / sharing}, gpu)
+        sharing = 1  # workers on one GPU, as its memory and the cores beside it allow
+        if gpu:
+            cores = int(cluster.total("CPU") / present)
+            in_memory = gpu.memory_bytes // _WORKER_GPU_BYTES
+            sharing = max(1, min(_MAX_WORKERS_PER_GPU, cores, in_memory))
+        most = high or sharing * max(present, _ASSUMED_LIMIT[kind] if cluster.can_grow else 1)
+        sharing = min(sharing, math.ceil(most / max(1, present)))
+        plan = WorkerPlan((1, most), {kind: 1 / sharing}, gpu)
     fitting = cluster.workers_that_fit(plan.per_worker)
-    if ask.workers and low > fitting and not cluster.can_grow:
+    if low > fitting and not cluster.can_grow:
         fit = f"only {fitting} of them, with {_format(plan.per_worker)} each, fit on the nodes"
         raise RequestError(f"--num-workers {low}: {fit} ({cluster})")
     return plan
-
-
-def _workers_per_gpu(cluster: ClusterResources, gpu: Gpu) -> int:
-    """How many scoring workers share a GPU: as its memory and the cores beside it allow."""
-    cores = int(cluster.total("CPU") / cluster.total("GPU"))
-    in_memory = gpu.memory_bytes // _WORKER_GPU_BYTES
-    return max(1, min(_MAX_WORKERS_PER_GPU, cores, in_memory))
 
 
 def inspect_cluster() -> ClusterResources:
@@ -182,50 +199,13 @@ def inspect_cluster() -> ClusterResources:
 
 def explain_worker_silence() -> str:
     """Possible reasons why no worker reports, for a console line."""
-    why = "they are being started or replaced, or wait for data"
-    return f"{why}; the cluster has {inspect_cluster()}, free: {_free()}"
-
-
-@contextmanager
-def _reserved(plan: WorkerPlan, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold what the workers need by a placement group, which also makes an autoscaler add nodes.
-
-    Ray would wait for it without limit or message. After these seconds it is a TryAgainError.
-    """
-    seconds = max(seconds, _GRACE_SECONDS)
-    started = time.monotonic()
-    next_report = _GRACE_SECONDS
-    group = placement_group([plan.per_worker] * plan.needed)
-    try:
-        while not group.wait(0.5):  # short, since no signal interrupts it
-            waited = time.monotonic() - started
-            if waited >= seconds:
-                raise TryAgainError(shortage(plan, waited))
-            if waited >= next_report:
-                next_report += _REPORT_SECONDS
-                free = f"free now: {_free()} ({inspect_cluster()})"
-                say(f"waiting for {_needed(plan)}; {free}; giving up in {seconds - waited:.0f} s")
-        yield
-    finally:
-        remove_placement_group(group)
-
-
-def shortage(plan: WorkerPlan, waited: float) -> str:
-    """Message that the workers could not be had: what is there and what is missing."""
-    free = f"after {waited:.0f} s only {_free()} are free ({inspect_cluster()})"
-    why = "other jobs hold the rest, or the cluster has not grown, and `ray status` tells why"
-    advice = "ask for fewer --num-workers or give more --wait-seconds"
-    return f"needs {_needed(plan)}, but {free}: {why}; {advice}"
-
-
-def _needed(plan: WorkerPlan) -> str:
-    times = "" if plan.needed == 1 else f"{plan.needed} times "
-    return times + _format(plan.per_worker)
+    return f"they are being started or replaced, or wait for data; {_free()}"
 
 
 def _free() -> str:
     free = ray.available_resources()
-    return _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
+    amounts = _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
+    return f"{amounts} are free ({inspect_cluster()})"
 
 
 def _format(resources: Resources) -> str:
@@ -234,7 +214,7 @@ def _format(resources: Resources) -> str:
     return " and ".join(amounts)
 
 
-def _ask_for_cuda(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | None:
+def _ask_for_cuda(required: bool | None, say: Callable[[str], None]) -> Gpu | None:
     """The GPU of a node that counts some, if PyTorch can use it; else None, with a console line.
 
     Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver alone.
@@ -255,10 +235,9 @@ def _ask_for_cuda(request: WorkerRequest, say: Callable[[str], None]) -> Gpu | N
     answer = ray.remote(max_calls=1)(ask).options(**on_node(node["NodeID"])).remote()
     gpu: Gpu | None = ray.get(answer, timeout=_CUDA_SECONDS)
     if gpu is None:
-        where = f"node {node['NodeManagerAddress']}"
-        problem = f"Ray counts GPUs on {where}, but PyTorch has no CUDA there"
-        if request.use_gpu:
+        problem = f"Ray counts GPUs on node {node['NodeManagerAddress']}, but PyTorch has no CUDA"
+        if required:
             advice = "install a CUDA build that fits its driver, or leave --use-gpu out"
-            raise RequestError(f"--use-gpu true: {problem}; {advice}")
-        say(f"running on CPUs: {problem}")
+            raise RequestError(f"--use-gpu true: {problem} there; {advice}")
+        say(f"running on CPUs: {problem} there")
     return gpu

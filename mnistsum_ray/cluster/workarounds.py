@@ -23,9 +23,6 @@ _DATA_ACTORS: Final = {
 }
 """Functions that create detached actors, by their modules in `ray.data._internal`."""
 
-_FIRST_PAUSE_SECONDS: Final = 0.001
-_LONGEST_PAUSE_SECONDS: Final = 0.05
-
 
 def last_cluster_address() -> str | None:
     """HOST:PORT of the cluster that `ray start` started last on this machine, running or not.
@@ -49,12 +46,9 @@ def detached_data_actors() -> None:
 
 
 def in_order(dataset: Any) -> Any:
-    """A Dataset whose rows come in their order; by default it is that of the fastest task.
-
-    The given one keeps its options, unless Ray cannot copy it.
-    """
+    """A Dataset whose rows come in their order; by default it is that of the fastest task."""
     with suppress(*_GONE):
-        dataset = dataset.copy(dataset, _deep_copy=True)
+        dataset = dataset.copy(dataset, _deep_copy=True)  # the given one keeps its options
     dataset.context.execution_options.preserve_order = True
     return dataset
 
@@ -86,7 +80,7 @@ class PatientExecution:
 
     def __init__(self) -> None:
         self._seen: list[tuple[int, int]] = []
-        self._pause = _FIRST_PAUSE_SECONDS
+        self._pause = 0.001
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None  # the other hooks of `ExecutionCallback`, a private class
@@ -97,7 +91,7 @@ class PatientExecution:
             metrics = [operator.metrics for operator in executor._topology]
             done = [(one.num_tasks_submitted, one.num_task_outputs_generated) for one in metrics]
             if done != self._seen:
-                self._seen, self._pause = done, _FIRST_PAUSE_SECONDS
+                self._seen, self._pause = done, 0.001
                 return
             time.sleep(self._pause)
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+            self._pause = min(2 * self._pause, 0.05)

@@ -54,26 +54,19 @@ def describe_cpu() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in entries}
 
 
-def cpu_faster_with_bf16() -> bool:
-    """True if this CPU multiplies bfloat16 faster than float32.
+def faster_with_bf16(device: torch.device) -> bool:
+    """True if this kind of hardware multiplies bfloat16 faster than float32.
 
-    AVX512-BF16 alone is not enough on Intel: without AMX it does half as much as float32 (162
-    against 322 GFLOP/s on two cores of an Emerald Rapids). AMD's cores do twice as much with it.
+    A measurement would one day come out the other way and change the numbers of a run. On Intel
+    AVX512-BF16 is not enough: without AMX it does half as much as float32 (162 against 322 GFLOP/s
+    on two cores of an Emerald Rapids). AMD's cores do twice as much with it.
     """
+    if device.type == "cuda":
+        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
     cpu = describe_cpu()
     flags = cpu.get("flags", "").split()
     is_intel = cpu.get("vendor_id") == "GenuineIntel"
     return "amx_bf16" in flags or ("avx512_bf16" in flags and not is_intel)
-
-
-def faster_with_bf16(device: torch.device) -> bool:
-    """True if this kind of hardware multiplies bfloat16 faster than float32.
-
-    A measurement would one day come out the other way and change the numbers of a run.
-    """
-    if device.type == "cuda":
-        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
-    return cpu_faster_with_bf16()
 
 
 def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:

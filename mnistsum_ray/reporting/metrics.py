@@ -25,12 +25,10 @@ class JobMetrics:
     def __init__(self, kind: str, run: str, rows: int = 0) -> None:
         """Args: rows that an earlier job has done, which do not count here."""
         tags = {"kind": kind, "run": run}
-
-        def tagged(metric: type[Any], name: str, text: str) -> Any:
-            return metric(name, text, (*tags,)).set_default_tags(tags)
-
-        self._counters = {name: tagged(Counter, name, text) for name, text in COUNTERS.items()}
-        self._gauges = {name: tagged(Gauge, name, text) for name, text in GAUGES.items()}
+        self._metrics: dict[str, Any] = {}
+        for metric, texts in ((Counter, COUNTERS), (Gauge, GAUGES)):
+            for name, text in texts.items():
+                self._metrics[name] = metric(name, text, (*tags,)).set_default_tags(tags)
         self._counted = {"mnistsum_rows": rows, "mnistsum_rejected_rows": 0}
 
     def count(self, **totals: int) -> None:
@@ -41,10 +39,10 @@ class JobMetrics:
         for short, total in totals.items():
             name = f"mnistsum_{short}"
             if total > self._counted[name]:
-                self._counters[name].inc(total - self._counted[name])
+                self._metrics[name].inc(total - self._counted[name])
                 self._counted[name] = total
 
     def set(self, **values: float) -> None:
         """Set gauges, named without `mnistsum_`."""
         for name, value in values.items():
-            self._gauges[f"mnistsum_{name}"].set(value)
+            self._metrics[f"mnistsum_{name}"].set(value)

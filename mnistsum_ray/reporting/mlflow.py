@@ -8,7 +8,7 @@ from typing import Any
 
 import mlflow.onnx
 import onnx
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 
 from mnistsum_ray.export.model import export_onnx
 from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE, load_model
@@ -42,17 +42,14 @@ def log_run(
     run = client.create_run(experiment_id, run_name=config["name"])
     run_id = str(run.info.run_id)
     params = [Param(key, str(value)) for key, value in config.items()]
-    said = {f"data.{key}": manifest["data"][key] for key in ("source", "location", "sha256")}
-    said |= manifest["versions"]
-    tags = [RunTag(key, str(value)) for key, value in said.items()]
-    client.log_batch(run_id, params=params, tags=tags)
+    client.log_batch(run_id, params=params)
     for entry in history:
         client.log_batch(run_id, _metrics("epoch", entry, entry["epoch"]))
     # Of the published model, whose sum head was fine-tuned after the last epoch.
     client.log_batch(run_id, _metrics("final", description, history[-1]["epoch"]))
     with tempfile.TemporaryDirectory() as copy:
         weights, model_json = f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"
-        for name in (*PICTURES, REPORT, "history.jsonl", weights, model_json):
+        for name in (*PICTURES, REPORT, "history.jsonl", "manifest.json", weights, model_json):
             Path(copy, name).parent.mkdir(exist_ok=True)
             Path(copy, name).write_bytes((folder / name).read_bytes())
         # ONNX holds no pickle. MLflow would find the requirements by running the model.

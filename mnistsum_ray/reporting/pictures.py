@@ -76,6 +76,7 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
     # On a logarithmic scale a mistake can be seen beside a thousand right ones.
     shades = LogNorm(0.3, max(10, counts.max()))(np.maximum(counts, 0.3))
     colors = np.where(right[..., None], colormaps["Blues"](shades), colormaps["Oranges"](shades))
+    colors[counts == 0] = 1
     figure = Figure(figsize=(6.5, 6))
     axes = figure.subplots()
     axes.imshow(colors)

@@ -13,17 +13,16 @@ from typing import Final
 
 import ray.data
 import ray.exceptions
+import torch
 from ray.data import ActorPoolStrategy
 
-from mnistsum_ray.cluster.nodes import check_shared_storage
+from mnistsum_ray.cluster.nodes import check_shared_storage, set_data_options
 from mnistsum_ray.cluster.resources import (
     WorkerPlan,
-    WorkerRequest,
     explain_worker_silence,
     inspect_cluster,
     reserve,
 )
-from mnistsum_ray.cluster.tasks import ray_data_options
 from mnistsum_ray.errors import (
     RowCountError,
     RunError,
@@ -31,7 +30,7 @@ from mnistsum_ray.errors import (
     counted,
     root_cause,
 )
-from mnistsum_ray.model.device import cpu_faster_with_bf16
+from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
@@ -77,10 +76,7 @@ def score(request: Request, console: Console) -> ScoreResult:
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        config = request.config
-        workers = (config.num_workers, config.num_workers) if config.num_workers else None
-        wanted = WorkerRequest(workers, config.use_gpu, config.wait_seconds)
-        with reserve(wanted, console.say) as plan:
+        with reserve(request.config, console.say) as plan:
             request = replace(request, precision=_choose_precision(request, plan))
         return run(request, partial(_on_ray, plan, console), console)
     except KeyboardInterrupt:
@@ -200,7 +196,7 @@ def _choose_precision(request: Request, plan: WorkerPlan) -> str:
     if run_there and run_there["--precision"]:
         return str(run_there["--precision"])
     # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
-    bf16 = plan.gpu.bf16 if plan.gpu else cpu_faster_with_bf16()
+    bf16 = plan.gpu.bf16 if plan.gpu else faster_with_bf16(torch.device("cpu"))
     return "bf16" if bf16 else "fp32"
 
 
@@ -209,7 +205,7 @@ def _on_ray(
 ) -> Iterator[Report]:
     """Score parts with actors of Ray Data; their reports come at once, in any order."""
     first_files = {"--output": request.output / RUN_FILE, "--input": request.root / parts[0].name}
-    check_shared_storage(first_files, console.say)
+    check_shared_storage(first_files)
     kind = "GPU worker" if plan.use_gpu else "CPU worker"
     console.say(f"scoring with up to {counted(plan.workers, kind)}, {request.precision}")
     tasks = make_tasks(parts, GPU_TASK_ROWS if plan.use_gpu else CPU_TASK_ROWS, plan.workers)
@@ -227,19 +223,20 @@ def _on_ray(
     # Workers need no files but those of their tasks.
     arguments = (replace(request, files=[]), "cuda" if plan.use_gpu else "cpu")
     # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     # With small blocks each report comes at once.
-    with ray_data_options(preserve_order=False, block_bytes=1):
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            Score,
-            fn_constructor_args=arguments,
-            compute=pool,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=plan.per_worker.get("CPU", 0),
-            num_gpus=plan.per_worker.get("GPU", 0),
-            max_restarts=_RESTARTS,  # by itself Ray Data sets no limit
-            max_task_retries=-1,
-        )
+    set_data_options(dataset, preserve_order=False, block_bytes=1)
+    dataset = dataset.map_batches(
+        Score,
+        fn_constructor_args=arguments,
+        compute=pool,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=plan.per_worker.get("CPU", 0),
+        num_gpus=plan.per_worker.get("GPU", 0),
+        max_restarts=_RESTARTS,  # by itself Ray Data sets no limit
+        max_task_retries=-1,
+    )
     dataset.set_name("score-files")
     with console.waiting_for("the workers", explain_worker_silence):
         # Prefetched, a report would wait for the next one, and a task that dies has none.

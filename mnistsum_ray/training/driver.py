@@ -30,7 +30,6 @@ from mnistsum_ray.errors import (
     root_cause,
 )
 from mnistsum_ray.model.folder import Weights, load_model
-from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import TrainResult
@@ -108,7 +107,6 @@ class _Driver:
                 if len(self.record.history) < self.run.hyperparameters.epochs:
                     self._train(events)
                 finished = self._finish(events)
-            self.record.write_config(self.plan, self.threads, finished.manifest["precision"])
             return self.record.publish(finished)
         except KeyboardInterrupt:
             self.record.mark("stopped")
@@ -158,9 +156,10 @@ class _Driver:
             detached_data_actors()
         self.abort = make_interruptible(trainer)
         self.waiting_since = time.monotonic()
+        for name, value in _train_environment().items():
+            os.environ.setdefault(name, value)
         try:
-            with default_environment(_train_environment()):
-                failure = trainer.fit().return_value
+            failure = trainer.fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             raise self._explained(error) from error
         except KeyboardInterrupt:
@@ -175,7 +174,7 @@ class _Driver:
         """Why Ray Train has given up, in one line."""
         resume = self.run.how_to_resume()
         if self.late:
-            return TryAgainError(f"{resources.shortage(self.plan, self.late)}; {resume}")
+            return TryAgainError(f"{self.plan.shortage(self.late)}; {resume}")
         if isinstance(error, ray.train.WorkerGroupError):
             failures = counted(self.run.config.max_failures + 1, "failure")
             return RunError(f"gave up after {failures} of workers, see above; {resume}")
@@ -210,9 +209,7 @@ class _Driver:
         """Wait for what the workers need, and read the rows while it is held."""
         config = self.run.config
         gpus = max(1, self.run.hyperparameters.batch_size // _ROWS_PER_GPU)
-        wanted = (config.worker_range, config.use_gpu, config.wait_seconds)
-        request = resources.WorkerRequest(*wanted, group=True, useful_gpus=gpus)
-        with resources.reserve(request, self.console.say) as self.plan:
+        with resources.reserve(config, self.console.say, gpus) as self.plan:
             self.threads = choose_threads(self.run, self.plan)
             self._read_rows()
 
@@ -223,7 +220,7 @@ class _Driver:
             say(source.notice)
         report_skipped(source.skipped, say)
         files = {"--storage-path": run.folder / LOCK_NAME, **run.first_file()}
-        check_shared_storage(files, say)
+        check_shared_storage(files)
         say(check_space(source.rows))
         source, blocks, sha256 = load_blocks(
             source,
@@ -288,10 +285,8 @@ class _Driver:
         """Show an event of the workers, and do what it asks for besides."""
         try:
             self.console.show(event)
-            if event["kind"] == "precision":
+            if event["kind"] == "begin":
                 self.waiting_since = None
-                # Only now that the workers have chosen it: config.yaml says all.
-                self.record.write_config(self.plan, self.threads, event["precision"])
             elif event["kind"] == "failure":
                 self.waiting_since = time.monotonic()
             elif event["kind"] == "progress":

@@ -16,15 +16,9 @@ from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.errors import RunError, counted, root_cause
-from mnistsum_ray.model.device import (
-    all_reduce_sum,
-    broadcast_state,
-    faster_with_bf16,
-)
+from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, faster_with_bf16
 from mnistsum_ray.model.folder import Weights
-from mnistsum_ray.model.network import (
-    Network,
-)
+from mnistsum_ray.model.network import Network
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.checkpoint import (
@@ -84,7 +78,7 @@ def _train(config: LoopConfig) -> None:
     saved = latest_state(config.checkpoint)
     state = saved[0] if saved else TrainerState(0, [], "")
     state.precision = state.precision or parameters.precision or _best_precision(worker)
-    worker.send("precision", precision=state.precision)
+    worker.send("begin")
     if state.epochs_done == parameters.epochs:  # a worker was lost after the last checkpoint
         return
     trainer = Trainer(parameters, worker, state.precision)

@@ -20,7 +20,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 from ray.train import DataConfig
 
-from mnistsum_ray.cluster.tasks import ray_data_options
+from mnistsum_ray.cluster.nodes import set_data_options
 from mnistsum_ray.data.images import Pixels, pixels_array
 from mnistsum_ray.data.order import (
     AFFINE_VALUES,
@@ -51,8 +51,9 @@ _RETRIES: Final = 3
 def epochs_from(first: int, epochs: int) -> ray.data.Dataset:
     """The epochs that a run trains which starts from the epoch `first`: one row each."""
     rows = [{"epoch": epoch} for epoch in range(first, epochs)]
-    with ray_data_options(preserve_order=True):
-        return ray.data.from_items(rows, override_num_blocks=1)
+    dataset = ray.data.from_items(rows, override_num_blocks=1)
+    set_data_options(dataset, preserve_order=True)
+    return dataset
 
 
 class StepsInOrder(DataConfig):
@@ -88,18 +89,19 @@ class StepsInOrder(DataConfig):
         actors = ActorPoolStrategy(
             size=min(self._readers, len(items)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT
         )
-        with ray_data_options(preserve_order=True, object_store_bytes=_AHEAD_BYTES):
-            # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the
-            # workers hold all CPUs.
-            rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-                ReadSteps,
-                fn_constructor_args=(self._data, self._distortion, rank, world_size),
-                batch_size=1,
-                num_cpus=0,
-                compute=actors,
-                max_restarts=_RETRIES,
-                max_task_retries=_RETRIES,
-            )
+        # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the
+        # workers hold all CPUs.
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        set_data_options(dataset, preserve_order=True, object_store_bytes=_AHEAD_BYTES)
+        rows = dataset.map_batches(
+            ReadSteps,
+            fn_constructor_args=(self._data, self._distortion, rank, world_size),
+            batch_size=1,
+            num_cpus=0,
+            compute=actors,
+            max_restarts=_RETRIES,
+            max_task_retries=_RETRIES,
+        )
         rows.set_name("train-rows")
         return rows.iterator()
 

@@ -51,6 +51,7 @@ class RunRecord:
         not those of the run that goes on.
         """
         run = self._run
+        self._plan, self._threads = plan, threads
         stored = self._manifest.get("data", {"sha256": sha256})
         if sha256 != stored["sha256"]:
             raise RequestError(
@@ -93,13 +94,13 @@ class RunRecord:
             self._lock.check()
             (self._run.folder / MANIFEST).write(self._manifest | {"status": status})
 
-    def write_config(self, plan: WorkerPlan, threads: int | None, precision: str) -> None:
+    def _write_config(self, precision: str) -> None:
         """Write config.yaml: the config of the run, with what it has chosen, for another run."""
-        low, high = plan.worker_range
+        low, high = self._plan.worker_range
         chosen = {
             "num_workers": low if low == high else (low, high),
-            "use_gpu": plan.use_gpu,
-            "threads": threads,
+            "use_gpu": self._plan.use_gpu,
+            "threads": self._threads,
             "precision": precision,
         }
         config = self._run.config.model_copy(update=chosen)
@@ -123,6 +124,7 @@ class RunRecord:
         self.history = finished.history
         self._lock.check()
         write_model(folder / "model", finished.weights, description)
+        self._write_config(finished.manifest["precision"])
         self._write_history()
         # The first epoch includes one-time work such as loading kernels.
         steady = self.history[1:] or self.history

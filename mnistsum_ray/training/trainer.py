@@ -24,10 +24,7 @@ from mnistsum_ray.data.order import (
     step_seed,
 )
 from mnistsum_ray.errors import RequestError, RunError
-from mnistsum_ray.model.device import (
-    all_reduce_sum,
-    array_to_device,
-)
+from mnistsum_ray.model.device import all_reduce_sum, array_to_device
 from mnistsum_ray.model.network import (
     Objective,
     distort,

@@ -1,62 +1,29 @@
 """Private names of Ray, run against the installed one: a failure shows what has changed."""
 
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import ray
 import ray.train
 from ray.data import Dataset
 from ray.data._internal.execution.node_trackers import actor_location
-from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.cluster import workarounds
-from mnistsum_ray.cluster.connection import connect, disconnect
-
-
-@pytest.fixture
-def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    ray.shutdown()
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    connect()
-    yield
-    disconnect()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("connected")
-def test_a_training_is_ended_from_outside(tmp_path: Path) -> None:
-    """And SIGINT is left to this process: Ray Train's own handler would end it with exit code 0."""
-    run = ray.train.RunConfig(storage_path=str(tmp_path))
-    trainer = TorchTrainer(lambda: time.sleep(600), run_config=run)
-    before = signal.getsignal(signal.SIGINT)
-    abort = workarounds.make_interruptible(trainer)
-    threading.Timer(5.0, abort).start()
-    begun = time.monotonic()
-    with pytest.raises((ray.exceptions.RayActorError, ray.train.TrainingFailedError)):
-        trainer.fit()
-    assert time.monotonic() - begun < 60
-    assert signal.getsignal(signal.SIGINT) is before
-
 
 _CONSUME_SLOWLY = """
 import time
 import numpy as np
 import ray
-from mnistsum_ray.cluster.tasks import ray_data_options
+from mnistsum_ray.cluster.nodes import set_data_options
 
 def make(batch):
     return {"x": np.zeros((1, 1_000_000), np.uint8)}
 
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
-with ray_data_options(preserve_order=True, object_store_bytes=4_000_000):
-    dataset = ray.data.range(40, override_num_blocks=40).map_batches(make)
-blocks = iter(dataset.iter_batches(batch_size=None))
+dataset = ray.data.range(40, override_num_blocks=40)
+set_data_options(dataset, preserve_order=True, object_store_bytes=4_000_000)
+blocks = iter(dataset.map_batches(make).iter_batches(batch_size=None))
 next(blocks)
 before = time.process_time()
 for _ in range(10):
@@ -74,8 +41,8 @@ def test_an_execution_that_waits_for_its_consumer_does_not_spin() -> None:
     assert float(done.stdout.splitlines()[-1]) < 1.5, done.stderr
 
 
-@pytest.mark.usefixtures("connected")
 def test_a_name_that_ray_no_longer_has_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="error")
     monkeypatch.delattr(actor_location, "get_or_create_actor_location_tracker")
     workarounds.detached_data_actors()
     monkeypatch.delattr(Dataset, "copy")
@@ -84,3 +51,4 @@ def test_a_name_that_ray_no_longer_has_is_done_without(monkeypatch: pytest.Monke
     monkeypatch.delattr(ray._private.utils, "read_ray_address")
     assert workarounds.last_cluster_address() is None
     workarounds.PatientExecution().on_execution_step(object())
+    ray.shutdown()

@@ -1,68 +1,44 @@
-"""What a job asks of a cluster: CPUs that others hold, GPUs that PyTorch cannot use, metrics."""
+"""A job on a cluster: CPUs that others hold, GPUs that PyTorch cannot use, metrics."""
 
 import re
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray import TrainConfig, fit
-from mnistsum_ray.cluster import resources
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.errors import RequestError, RunError, TryAgainError
+from mnistsum_ray.errors import RequestError, TryAgainError
 from mnistsum_ray.export.pairs import export_pairs
 from tests.integration.conftest import run_job, score_here, start_cluster, train_here
-
-
-class Holder:
-    """Another job's actor."""
-
-
-def hold(**resources: float) -> Any:
-    """An actor that holds CPUs or GPUs."""
-    actor = ray.remote(Holder).options(**resources).remote()
-    ray.get(actor.__ray_ready__.remote())
-    return actor
 
 
 @pytest.mark.usefixtures("cluster")
 def test_busy_cpus_are_waited_for_until_the_time_limit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    holder = hold(num_cpus=2)
-    with pytest.raises(
-        TryAgainError, match=r"^needs 0.75 CPUs, but after 3 s only 0 CPUs and 0 GPUs are free"
-    ):
+    held = placement_group([{"CPU": 2}])
+    assert held.wait(30)
+    said = r"^needs 0.75 CPUs, but after 3 s only 0 CPUs and 0 GPUs are free"
+    with pytest.raises(TryAgainError, match=said):
         fit(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
-    ray.kill(holder)
-    assert "waiting for 0.75 CPUs; free now: 0 CPUs" in capsys.readouterr().err
+    remove_placement_group(held)
+    assert "waiting for 0.75 CPUs; only 0 CPUs" in capsys.readouterr().err
 
 
-no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")
-
-
-@pytest.fixture
-def counted_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cluster with two CPUs and one logical GPU that does not exist.
-
-    As Ray counts one on a Mac, or where PyTorch is a CPU build. The cluster ends with the test: Ray
-    keeps what workers that cannot start hold until the process that has asked for them leaves.
-    """
-    ray.shutdown()
-    monkeypatch.setenv("RAY_ADDRESS", start_cluster(num_cpus=2, num_gpus=1))
-    yield
-    ray.shutdown()
-
-
-@no_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")
 @pytest.mark.slow
-@pytest.mark.usefixtures("counted_gpu")
-def test_a_job_runs_on_cpus_and_says_so(model: Path, data: Path, tmp_path: Path) -> None:
+def test_without_cuda_a_job_runs_on_cpus_and_says_so(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Ray counts a GPU on a Mac, and where PyTorch is a CPU build."""
+    ray.shutdown()
+    start_cluster(num_cpus=2, num_gpus=1)
     said = r"^--use-gpu true: Ray counts GPUs on node .*, but PyTorch has no CUDA there; install"
     with pytest.raises(RequestError, match=said):
         train_here(data=data, storage_path=tmp_path, use_gpu=True, wait_seconds=0)
@@ -70,42 +46,7 @@ def test_a_job_runs_on_cpus_and_says_so(model: Path, data: Path, tmp_path: Path)
     assert scored.line["scored_rows"] == 1000
     assert scored.said.count("running on CPUs: Ray counts GPUs on node ") == 1
     assert "1 CPU worker" in scored.said
-
-
-@pytest.fixture
-def believed_gpu(counted_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its GPU, which the jobs of this process take for real: they go as far as one can without."""
-    gpu = resources.Gpu(bf16=True, memory_bytes=80 * 2**30)
-    monkeypatch.setattr(resources, "_ask_for_cuda", lambda *_: gpu)
-
-
-# A CPU build of PyTorch says the one, a CUDA build the other.
-NO_CUDA = "(Torch not compiled with CUDA|NVIDIA|NCCL)"
-
-
-@no_cuda
-@pytest.mark.slow
-@pytest.mark.usefixtures("believed_gpu")
-def test_scoring_waits_for_a_gpu_and_its_workers_get_it(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
-    request: dict[str, Any] = {"number_column": "digit", "use_gpu": True}
-    holder = hold(num_gpus=0.5, num_cpus=0)
-    with pytest.raises(
-        TryAgainError, match=r"^needs 1 GPU, but after 2 s only 2 CPUs and 0.5 GPUs are free"
-    ):
-        score_here(model, tmp_path / "out", data, **request, wait_seconds=2)
-    ray.kill(holder)
-    with pytest.raises(RunError, match=f"{NO_CUDA}.*; what is scored is kept"):
-        score_here(model, tmp_path / "out", data, **request)
-
-
-@no_cuda
-@pytest.mark.slow
-@pytest.mark.usefixtures("believed_gpu")
-def test_training_workers_get_the_gpu(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"{NO_CUDA}.*; checkpoints are kept"):
-        train_here(data=data, storage_path=tmp_path, use_gpu=True, max_failures=0)
+    ray.shutdown()
 
 
 def metrics(run: Path) -> dict[str, float]:
