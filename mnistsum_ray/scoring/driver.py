@@ -24,13 +24,7 @@ from mnistsum_ray.cluster.resources import (
     reserve,
 )
 from mnistsum_ray.cluster.tasks import ray_data_options
-from mnistsum_ray.errors import (
-    RowCountError,
-    RunError,
-    RunInterrupted,
-    counted,
-    root_cause,
-)
+from mnistsum_ray.errors import RowCountError, RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import cpu_faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
@@ -197,7 +191,7 @@ def _choose_precision(request: Request, plan: WorkerPlan) -> str:
     if request.precision:
         return request.precision
     run_there = None if request.config.overwrite else read_run(request.output)
-    if run_there and run_there["--precision"]:
+    if run_there and run_there.get("--precision"):
         return str(run_there["--precision"])
     # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
     bf16 = plan.gpu.bf16 if plan.gpu else cpu_faster_with_bf16()

@@ -40,8 +40,7 @@ RUN_FILE: Final = "run.json"
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
 
-_PROGRAM: Final = "mnistsum_ray.score/"
-RUN_FORMAT: Final = f"{_PROGRAM}2"
+RUN_FORMAT: Final = "mnistsum_ray.score/2"
 """Format of run.json and the manifest, of the stamps, and of how files are cut into parts."""
 
 _START_OVER: Final = "--overwrite deletes that output and scores everything again"
@@ -56,15 +55,11 @@ def read_run(output: Location) -> dict[str, Any] | None:
     """
     try:
         run = (output / RUN_FILE).read_json()
-        begun: dict[str, Any] = {"format": run["format"]} | run["request"]
+        return {"format": run["format"]} | dict(run["request"])
     except MissingFileError:
         return None
     except (ValueError, TypeError, KeyError):
-        begun = {}
-    if not str(begun.get("format")).startswith(_PROGRAM):
-        problem = f"its {RUN_FILE} is not of this program; choose another folder"
-        raise _refusal(output, problem)
-    return begun
+        raise _refusal(output, f"{RUN_FILE} {_NOT_OURS}; {_AWAY}") from None
 
 
 def begin(request: Request) -> None:

@@ -115,7 +115,7 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (copy("in/deep/b.pq", OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
     (write(OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
     (write("notes.txt"), {}, f"notes.txt {AWAY}"),
-    (write("run.json"), {}, "its run.json is not of this program; choose another folder"),
+    (write("run.json"), {}, f"run.json {AWAY}"),
 ]
 
 
