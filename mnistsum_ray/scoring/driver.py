@@ -207,9 +207,7 @@ def _on_ray(
     kind = "GPU worker" if plan.use_gpu else "CPU worker"
     console.say(f"scoring with up to {counted(plan.workers, kind)}, {request.precision}")
     tasks = make_tasks(parts, GPU_TASK_ROWS if plan.use_gpu else CPU_TASK_ROWS, plan.workers)
-    rows = []
-    for index, task in enumerate(tasks):
-        rows.append({"task": index, "parts": [part._asdict() for part in task]})
+    rows = [{"task": index, "parts": pickle.dumps(task)} for index, task in enumerate(tasks)]
     workers = min(plan.workers, len(tasks))
     fitting = inspect_cluster().workers_that_fit(plan.per_worker)
     pool = ActorPoolStrategy(

@@ -82,8 +82,7 @@ class Score:
     def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
         """Take a task, a row, and give its pickled reports, a row each."""
         (row,) = task.to_pylist()
-        parts = [Part(**part) for part in row["parts"]]
-        for report in self.score(parts):
+        for report in self.score(pickle.loads(row["parts"])):
             data = pickle.dumps(replace(report, task=row["task"]))
             yield pa.table({"report": [data]})
 
