@@ -17,7 +17,8 @@ PREDICTIONS: Final = "predictions"
 """Folder of the parts in the output."""
 
 STAMP_KEY: Final = b"mnistsum_ray.part"
-"""Key of a part's stamp in the metadata of its Parquet file."""
+COUNTS_KEY: Final = b"mnistsum_ray.counts"
+"""Keys of a part's stamp, and of the counts of its rows, in the footer of its Parquet file."""
 
 _LEAST_ROWS: Final = 8_192
 _MOST_ROWS: Final = 32_768

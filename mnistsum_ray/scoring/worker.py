@@ -5,8 +5,10 @@ wrote it, or how often.
 """
 
 import itertools
+import json
 import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -25,8 +27,8 @@ from mnistsum_ray.errors import (
     one_line,
 )
 from mnistsum_ray.model.inference import Predictions, Predictor
-from mnistsum_ray.scoring.output import RowCounts, columns_to_count, count_part, count_part_file
-from mnistsum_ray.scoring.parts import PREDICTIONS, STAMP_KEY, Part
+from mnistsum_ray.scoring.output import count_part
+from mnistsum_ray.scoring.parts import COUNTS_KEY, PREDICTIONS, STAMP_KEY, Part
 from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.storage.store import Entry
 
@@ -44,8 +46,9 @@ class Report:
     begins: Sequence[str] = ()
     """At the beginning the input files of the task."""
     ends: bool = False
-    counts: RowCounts | None = None
-    """Of the parts that were put."""
+    rows: int = 0
+    rejected_rows: int = 0
+    """In the parts that were put."""
     unusable: dict[str, str] = field(default_factory=dict)
     """Input files that cannot be used although their footers could be read: name and reason."""
     failed: str | None = None
@@ -118,17 +121,18 @@ class Score:
         numbers = np.concatenate([rows.numbers for rows in batch])
         probabilities = self._request.config.probabilities
         predictions = self._predictor.predict(images, numbers, probabilities)
-        counts = RowCounts()
+        rejected_rows = 0
         unusable = {}
         start = 0
         for rows in batch:
             end = start + rows.part.rows
             try:
-                counts.add(put_part(self._request, rows, predictions.slice(start, end)))
+                put_part(self._request, rows, predictions.slice(start, end))
+                rejected_rows += len(rows.reasons)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
             start = end
-        return Report(counts=counts, unusable=unusable)
+        return Report(rows=start, rejected_rows=rejected_rows, unusable=unusable)
 
 
 def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
@@ -158,20 +162,16 @@ def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
             end = part.first_row + part.rows
 
 
-def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> RowCounts:
-    """Put the output file of a part if there is none; return the counts of its rows.
-
-    RunError: it cannot be written.
-    """
+def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> None:
+    """Put the output file of a part if there is none. RunError: it cannot be written."""
     table = rows.table.drop_columns([request.config.image_column])
     table = predictions.append_to(table, rows.numbers, rows.reasons)
+    counts = json.dumps(count_part(table, rows.part, request.config))
+    entries = {STAMP_KEY: rows.part.stamp(request.digest), COUNTS_KEY: counts.encode()}
     # Without the input's own metadata, beside which Spark would see no other columns than theirs.
-    table = table.replace_schema_metadata({STAMP_KEY: rows.part.stamp(request.digest)})
+    data = to_parquet(table.replace_schema_metadata(entries))
     try:
-        (request.output / PREDICTIONS / rows.part.output).create(to_parquet(table))
-    except ExistingFileError:
-        # Of a process that died, or of a second run: on other hardware the last bits may be others.
-        return count_part_file(request, rows.part)
+        with suppress(ExistingFileError):  # of a process that died, or of a second run
+            (request.output / PREDICTIONS / rows.part.output).create(data)
     except StorageError as error:
         raise RunError(f"--output {error}") from None
-    return count_part(table.select(columns_to_count(request.config)), rows.part, request.config)
