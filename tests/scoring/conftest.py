@@ -72,11 +72,10 @@ class World:
         (self.input / "broken.parquet").write_bytes(b"not Parquet")
 
     def score(self, execute: Any = score_here, **settings: Any) -> ScoreResult:
-        given: dict[str, Any] = {"model": self.model, "input": (self.input,), "output": self.output}
-        given |= {"precision": "fp32", "batch_size": 2, "max_rows_per_file": 4} | settings
-        paths = {"model": str(given["model"]), "output": str(given["output"])}
-        config = ScoreConfig(**given | paths | {"input": tuple(map(str, given["input"]))})
-        return run(preflight(config, CONSOLE), execute, CONSOLE)
+        given: dict[str, Any] = {"precision": "fp32", "batch_size": 2, "max_rows_per_file": 4}
+        given |= {"model": str(self.model), "output": str(self.output)} | settings
+        request = preflight(ScoreConfig(input=(str(self.input),), **given), CONSOLE)
+        return run(request, execute, CONSOLE)
 
     def files(self, *but: str) -> dict[str, bytes]:
         """The files in the output, by their names there."""

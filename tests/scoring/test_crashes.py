@@ -102,7 +102,7 @@ def overwrite(world: World) -> None:
 
 
 def another_model(world: World) -> None:
-    model = write_model(world.folder / "other", 1)
+    model = str(write_model(world.folder / "other", 1))
     if score(world, model=model) == "done":  # nothing had begun
         assert score(world) == "refused"
         assert score(world, overwrite=True) == "done"

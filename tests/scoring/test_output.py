@@ -123,7 +123,7 @@ def test_what_is_refused_changes_nothing(
 ) -> None:
     """Where it is offered, --overwrite then gives what an empty folder would."""
     world.score()
-    world.score(output=world.folder / "other", precision="bf16")
+    world.score(output=str(world.folder / "other"), precision="bf16")
     others = dict.fromkeys((".notes", "predictions/.DS_Store"), b"of another program")
     for name in others:
         write(name)(world)
@@ -145,7 +145,7 @@ def test_output_of_input_that_is_gone_stays(world: World) -> None:
     world.score(overwrite=True)
     before = world.files(*TIMED)
     with pytest.raises(RequestError, match="was begun with --model with SHA-256"):
-        world.score(model=write_model(world.folder / "model", 1))
+        world.score(model=str(write_model(world.folder / "model", 1)))
     world.file.rename(world.folder / "a.parquet")
     assert world.score().resumed_rows == 3
     assert manifest_of(world)["files_of_earlier_input"] == 3
