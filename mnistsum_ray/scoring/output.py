@@ -21,12 +21,7 @@ from mnistsum_ray import __version__
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, ReasonCounts, decode_numbers, one_chunk
 from mnistsum_ray.data.parquet import read_footer
-from mnistsum_ray.errors import (
-    ExistingFileError,
-    MissingFileError,
-    RequestError,
-    UnusableFileError,
-)
+from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, UnusableFileError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
@@ -202,7 +197,7 @@ def _read_footers(
         with suppress(UnusableFileError):
             metadata = read_footer(output / PREDICTIONS / name, parts[name]).metadata
             entries = metadata.metadata or {}
-            if {STAMP_KEY, COUNTS_KEY} <= entries.keys():
+            if STAMP_KEY in entries:
                 return name, entries, metadata.num_rows
         raise _refusal(output, f"{PREDICTIONS}/{name} {_NOT_OURS}; {_AWAY}")
 
