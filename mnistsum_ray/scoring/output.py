@@ -62,46 +62,33 @@ def begin(request: Request) -> None:
     then.
     """
     output = request.output
-    begun = read_run(output)
-    if begun is None:
-        list_parts(output)
+    if read_run(output) is None:
+        others = list_files(output)
+        if others and read_run(output) is None:  # else a second run has begun
+            raise _refusal(output, f"{next(iter(others))} {_NOT_OURS}; {_AWAY}")
         run = {"format": RUN_FORMAT, "version": __version__, "request": request.identity}
         with suppress(ExistingFileError):  # a second run began at the same time
             (output / RUN_FILE).create(run)
-        begun = read_run(output) or {}
+    begun = read_run(output) or {}
     for flag, value in ({"format": RUN_FORMAT} | request.identity).items():
         if begun.get(flag) != value:
             differs = f"was begun with {flag} {begun.get(flag)}, and this run has {value}"
             raise _refusal(output, f"{differs}; give the same again, or {_START_OVER}")
 
 
-def list_parts(output: Location) -> dict[str, Entry]:
-    """The parts in an output folder, by their names; hidden files do not count.
-
-    RequestError: it holds files of other programs.
-    """
-    parts = {}
-    listed = output.files()
-    # Asked after the listing: run.json is older than any part in it.
-    is_begun = (output / RUN_FILE).status() is not None
-    for entry in listed:
-        name = entry.path.removeprefix(output.path).lstrip("/")
-        folder, _, below = name.partition("/")
-        if is_hidden(name) or (is_begun and name in (RUN_FILE, FILES_TABLE, REPORT, MANIFEST)):
-            continue
-        if not (is_begun and folder == PREDICTIONS and below):
-            raise _refusal(output, f"{name} {_NOT_OURS}; {_AWAY}")
-        parts[below] = entry
-    return parts
+def list_files(folder: Location) -> dict[str, Entry]:
+    """The files below a folder by their names there; hidden ones do not count."""
+    found = {file.path.removeprefix(folder.path).lstrip("/"): file for file in folder.files()}
+    return {name: file for name, file in found.items() if not is_hidden(name)}
 
 
 def delete_output(output: Location, console: Console) -> None:
     """Delete an earlier output, run.json last: until then all files are known to be ours."""
-    read_run(output)
-    parts = list_parts(output)
-    list(_read_footers(output, parts, console))  # refuses what is not of this program
+    if read_run(output) is None:
+        return
+    names = [name for name, _, _ in _read_footers(output, console)]
     (output / MANIFEST).delete()
-    output.delete_files([FILES_TABLE, REPORT, *(f"{PREDICTIONS}/{name}" for name in parts)])
+    output.delete_files([FILES_TABLE, REPORT, *(f"{PREDICTIONS}/{name}" for name in names)])
     (output / RUN_FILE).delete()
 
 
@@ -173,7 +160,7 @@ def read_parts(
     done: set[str] = set()
     counts = RowCounts()
     gone = 0
-    for name, footer, rows in _read_footers(request.output, list_parts(request.output), console):
+    for name, footer, rows in _read_footers(request.output, console):
         part = planned.get(name)
         stamp = footer[STAMP_KEY]
         source = json.loads(stamp)["input"]
@@ -189,9 +176,13 @@ def read_parts(
 
 
 def _read_footers(
-    output: Location, parts: Mapping[str, Entry], console: Console
+    output: Location, console: Console
 ) -> Iterator[tuple[str, Mapping[bytes, bytes], int]]:
-    """Yield the name of each part, the entries of its footer, and the rows in its file."""
+    """Yield the name of each part, the entries of its footer, and the rows in its file.
+
+    RequestError: it is no part.
+    """
+    parts = list_files(output / PREDICTIONS)
 
     def read(name: str) -> tuple[str, Mapping[bytes, bytes], int]:
         with suppress(UnusableFileError):

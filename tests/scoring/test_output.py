@@ -112,7 +112,7 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (copy(f"other/{OF_A[1]}", OF_A[1]), {}, f"{OF_A[1]} {OTHER}"),
     (copy("in/deep/b.pq", OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
     (write(OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
-    (write("notes.txt"), {}, f"notes.txt {AWAY}"),
+    (lambda world: (world.output / "run.json").unlink(), {}, f"files.parquet {AWAY}"),
     (write("run.json"), {}, f"run.json {AWAY}"),
 ]
 
