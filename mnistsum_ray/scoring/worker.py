@@ -30,7 +30,6 @@ from mnistsum_ray.model.inference import Predictions, Predictor
 from mnistsum_ray.scoring.output import count_part
 from mnistsum_ray.scoring.parts import COUNTS_KEY, PREDICTIONS, STAMP_KEY, Part
 from mnistsum_ray.scoring.request import Request
-from mnistsum_ray.storage.store import Entry
 
 _BATCH_ROWS: Final = 2048
 """Small parts are predicted together, up to this number of rows or a larger batch: a forward pass
@@ -144,7 +143,7 @@ def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
     """
     path, config = request.root / parts[0].name, request.config
     stop = parts[-1].first_row + parts[-1].rows
-    with open_parquet(path, Entry(path.path, parts[0].size, parts[0].e_tag)) as file:
+    with open_parquet(path, parts[0].entry) as file:
         schema = file.read_row_groups([]).schema
         end = -1
         for part in parts:
