@@ -99,11 +99,12 @@ def _parsed(text: str, flag: str) -> _Value:
     # In a URI a question mark begins the query, which belongs to the folder.
     path, question, query = text.partition("?") if "://" in text else (text, "", "")
     wild = re.search(r"[^/]*[*?\[].*", path, re.DOTALL)
+    folder = text
     glob: Parts = ()
     if wild and not os.path.lexists(text):  # a file's name may contain wildcards
         glob = tuple(part for part in wild[0].split("/") if part)
-        text_of_folder = (path[: wild.start()] or ".") + question + query
-    place = locate_existing(text_of_folder if glob else text, flag)
+        folder = (path[: wild.start()] or ".") + question + query
+    place = locate_existing(folder, flag)
     with refused(flag):
         if not glob and place.status() is None:
             glob = ("**", "*")

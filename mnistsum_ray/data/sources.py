@@ -86,15 +86,12 @@ class Block:
     def rows(self) -> int:
         return len(self.digits)
 
-    def slice(self, start: int, stop: int) -> "Block":
-        """Some consecutive rows."""
-        bad = {row - start: why for row, why in self.bad.items() if start <= row < stop}
-        return Block(self.images[start:stop], self.digits[start:stop], bad)
-
     def blocks(self) -> Iterator["Block"]:
         """The rows in blocks of BLOCK_ROWS, the last of fewer."""
         for start in range(0, self.rows, BLOCK_ROWS):
-            yield self.slice(start, start + BLOCK_ROWS)
+            stop = start + BLOCK_ROWS
+            bad = {row - start: why for row, why in self.bad.items() if start <= row < stop}
+            yield Block(self.images[start:stop], self.digits[start:stop], bad)
 
 
 @dataclass(frozen=True)

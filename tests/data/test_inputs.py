@@ -66,17 +66,17 @@ def test_folders_files_and_globs_are_found_as_a_shell_does(
         assert [(inputs.root / name).path for name in inputs.files] == paths
 
 
+MISSING = {
+    "missing": r"^--input .*/missing: there is no such file or folder \(/",
+    "*.txt": r"there is no Parquet file \(\.parquet, \.pq, \.parq\)",
+    "/*/nobody-has-such-a-file": "there is no Parquet file",  # /proc is not read
+}
+
+
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("missing", r"^--input .*/missing: there is no such file or folder \(/"),
-        ("*.txt", r"there is no Parquet file \(\.parquet, \.pq, \.parq\)"),
-        ("/*/nobody-has-such-a-file", "there is no Parquet file"),  # /proc is not read
-    ],
-)
-def test_what_is_not_there_is_named(folder: Path, text: str, said: str) -> None:
-    with pytest.raises(RequestError, match=said):
+@pytest.mark.parametrize("text", MISSING)
+def test_what_is_not_there_is_named(folder: Path, text: str) -> None:
+    with pytest.raises(RequestError, match=MISSING[text]):
         find(folder / text)
 
 
@@ -107,11 +107,11 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
     (folder / "gone.parquet").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.parquet")
     inputs = find(folder)
+    nowhere = "is a link that leads nowhere, or no file"
     assert inputs.unusable == {
         "caf\\udce9.parquet": "its name is not UTF-8; rename it",
         "b/two\\nlines.parquet": "its name holds a control character; rename it",
-        "gone.parquet": "is a link that leads nowhere, or no file",
-        "pipe.parquet": "is a link that leads nowhere, or no file",
+        **dict.fromkeys(("gone.parquet", "pipe.parquet"), nowhere),
     }
     assert set(inputs.files) == {*NAMES, *inputs.unusable, good, "latest.parquet"}
 
