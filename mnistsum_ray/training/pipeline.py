@@ -51,9 +51,7 @@ _RETRIES: Final = 3
 def epochs_from(first: int, epochs: int) -> ray.data.Dataset:
     """The epochs that a run trains which starts from the epoch `first`: one row each."""
     rows = [{"epoch": epoch} for epoch in range(first, epochs)]
-    dataset = ray.data.from_items(rows, override_num_blocks=1)
-    set_data_options(dataset, preserve_order=True)
-    return dataset
+    return ray.data.from_items(rows, override_num_blocks=1)
 
 
 class StepsInOrder(DataConfig):
