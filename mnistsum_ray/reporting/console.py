@@ -122,16 +122,18 @@ class Console:
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show how far some work is: by a bar of its own, or in a log by a line now and then."""
         self._heard = time.monotonic()
+        if done >= total:  # some totals are estimates
+            self._close_bar()
+            return
         with suppress(OSError):
-            if self._bar is None or self._bar.desc != what or self._bar.n > done:
+            bar = self._bar
+            if bar is None or (bar.desc, bar.total) != (what, total) or bar.n > done:
                 self._close_bar()
                 options = self._bar_options | {"total": total, "initial": done}
                 self._bar = tqdm(desc=what, leave=False, unit="", **options)
             self._bar.n = done
             self._bar.set_postfix_str(note, refresh=self._has_bars)
-            if done >= total:
-                self._close_bar()
-            elif not self._has_bars and self._heard - self._line_time >= LINE_SECONDS:
+            if not self._has_bars and self._heard - self._line_time >= LINE_SECONDS:
                 self.say(str(self._bar))
 
     def _close_bar(self) -> None:

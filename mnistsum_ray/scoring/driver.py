@@ -6,7 +6,7 @@ input files ──▶ parts, less those that exist ─tasks─▶ Score: read, p
 import itertools
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -23,13 +23,7 @@ from mnistsum_ray.cluster.resources import (
     inspect_cluster,
     reserve,
 )
-from mnistsum_ray.errors import (
-    RowCountError,
-    RunError,
-    RunInterrupted,
-    counted,
-    root_cause,
-)
+from mnistsum_ray.errors import RowCountError, RunError, RunInterrupted, counted, root_cause
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
@@ -38,7 +32,6 @@ from mnistsum_ray.scoring.output import (
     MANIFEST,
     RUN_FILE,
     begin,
-    count_parts,
     delete_output,
     read_parts,
     read_run,
@@ -97,13 +90,13 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     for name, reason in failures.items():
         console.say(f"cannot be used: {name}: {reason}")
     planned = {part.output: part for part in parts}
-    names, gone = read_parts(request, planned, console)
+    names, counts, gone = read_parts(request, planned, console)
     if gone:
         files = counted(gone, "output file")
         console.say(f"left as they are: {files} of input that is not there now")
     done = [part for part in parts if part.output in names]
     todo = [part for part in parts if part.output not in names]
-    outcome = Outcome(request, failures, count_parts(request, done, console), gone)
+    outcome = Outcome(request, failures, counts, gone)
     if todo:
         (output / MANIFEST).delete()
         unusable = _score(outcome, todo, execute, console)
@@ -112,46 +105,32 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
             unused = [part.output for part in parts if part.name in failures]
             (output / PREDICTIONS).delete_files(unused)
             parts = [part for part in parts if part.name not in failures]
-            # Again, without what was scored of those files.
-            outcome.counts = count_parts(request, parts, console)
-    _check_complete(outcome, planned, parts, console)
+        names, outcome.counts, _ = read_parts(request, planned, console)
+    # The name of a part says which rows of which file it has, so each row is there exactly once.
+    for name in sorted(names ^ {part.output for part in parts}):
+        problem = "should not be" if name in names else "is not"
+        raise RowCountError(f"{PREDICTIONS}/{name} {problem} in the output; {_KEPT}")
     outcome.resumed_rows = sum(part.rows for part in done if part.name not in failures)
     return publish(outcome, started, console)
-
-
-def _check_complete(
-    outcome: Outcome, planned: Mapping[str, Part], parts: Sequence[Part], console: Console
-) -> None:
-    """RowCountError: the output lacks one of these parts, has another, or others were counted.
-
-    The name of a part says which rows of which file it has, so each row is there exactly once.
-    """
-    done, _ = read_parts(outcome.request, planned, console)
-    for name in sorted(done ^ {part.output for part in parts}):
-        problem = "should not be" if name in done else "is not"
-        raise RowCountError(f"{PREDICTIONS}/{name} {problem} in the output; {_KEPT}")
-    there, added = sum(part.rows for part in parts), outcome.counts.rows
-    if added != there:
-        difference = f"{added:,} rows were counted, and {there:,} are in the output"
-        raise RowCountError(f"{difference}; {_KEPT}")
 
 
 def _score(
     outcome: Outcome, todo: Sequence[Part], execute: Execute, console: Console
 ) -> dict[str, str]:
-    """Score parts, and add what the workers report to the outcome.
+    """Score parts; the outcome gets the seconds.
 
     Returns:
         Input files that could not be read although their footers could: name and reason.
     """
     request = outcome.request
     resumed_rows = outcome.counts.rows
-    rows = sum(part.rows for part in todo)
+    total = sum(part.rows for part in todo)
     before = f", {resumed_rows:,} done by an earlier run" if resumed_rows else ""
     files = f"{counted(len(request.files), 'file')} below {request.root.display}"
-    console.say(f"{counted(rows, 'row')} to score{before}; {files}")
+    console.say(f"{counted(total, 'row')} to score{before}; {files}")
     metrics = JobMetrics("score", request.output.display)
-    progress = Progress(console.progress, "rows scored", rows)
+    progress = Progress(console.progress, "rows scored", total)
+    rows = rejected_rows = 0
     unusable: dict[str, str] = {}
     in_work: dict[int, Sequence[str]] = {}  # files by task
     started: float | None = None
@@ -167,14 +146,12 @@ def _score(
             for name, reason in report.unusable.items():
                 console.say(f"cannot be used: {name}: {reason}")
                 unusable[name] = reason
-            if report.counts is None:
-                continue
-            outcome.counts.add(report.counts)
+            rows += report.rows
+            rejected_rows += report.rejected_rows
             outcome.seconds = time.monotonic() - started
-            progress(report.counts.rows)
-            new_rows = outcome.counts.rows - resumed_rows
-            metrics.count(rows=new_rows, rejected_rows=outcome.counts.bad.total)
-            metrics.set(rows_per_second=new_rows / max(outcome.seconds, 1e-9))
+            progress(report.rows)
+            metrics.count(rows=rows, rejected_rows=rejected_rows)
+            metrics.set(rows_per_second=rows / max(outcome.seconds, 1e-9))
     except ray.exceptions.RayActorError as error:
         if error.actor_init_failed:  # an exception, such as for want of CUDA, and no death
             raise
@@ -193,7 +170,7 @@ def _choose_precision(request: Request, plan: WorkerPlan) -> str:
     if request.precision:
         return request.precision
     run_there = None if request.config.overwrite else read_run(request.output)
-    if run_there and run_there["--precision"]:
+    if run_there and run_there.get("--precision"):
         return str(run_there["--precision"])
     # Without GPUs, the CPU of this machine stands in for the CPUs of the nodes that score.
     bf16 = plan.gpu.bf16 if plan.gpu else faster_with_bf16(torch.device("cpu"))
@@ -209,9 +186,7 @@ def _on_ray(
     kind = "GPU worker" if plan.use_gpu else "CPU worker"
     console.say(f"scoring with up to {counted(plan.workers, kind)}, {request.precision}")
     tasks = make_tasks(parts, GPU_TASK_ROWS if plan.use_gpu else CPU_TASK_ROWS, plan.workers)
-    rows = []
-    for index, task in enumerate(tasks):
-        rows.append({"task": index, "parts": [part._asdict() for part in task]})
+    rows = [{"task": index, "parts": pickle.dumps(task)} for index, task in enumerate(tasks)]
     workers = min(plan.workers, len(tasks))
     fitting = inspect_cluster().workers_that_fit(plan.per_worker)
     pool = ActorPoolStrategy(

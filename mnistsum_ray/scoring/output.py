@@ -8,10 +8,9 @@ OUTPUT/manifest.json                 written last: while it exists, the output i
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -21,18 +20,12 @@ import pyarrow.compute as pc
 from mnistsum_ray import __version__
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, ReasonCounts, decode_numbers, one_chunk
-from mnistsum_ray.data.parquet import open_parquet, read_footer
-from mnistsum_ray.errors import (
-    ExistingFileError,
-    MissingFileError,
-    RequestError,
-    RunError,
-    UnusableFileError,
-)
+from mnistsum_ray.data.parquet import read_footer
+from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, UnusableFileError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
-from mnistsum_ray.scoring.parts import PREDICTIONS, STAMP_KEY, Part
+from mnistsum_ray.scoring.parts import COUNTS_KEY, PREDICTIONS, STAMP_KEY, Part
 from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
 
@@ -40,8 +33,7 @@ RUN_FILE: Final = "run.json"
 FILES_TABLE: Final = "files.parquet"
 MANIFEST: Final = "manifest.json"
 
-_PROGRAM: Final = "mnistsum_ray.score/"
-RUN_FORMAT: Final = f"{_PROGRAM}2"
+RUN_FORMAT: Final = "mnistsum_ray.score/3"
 """Format of run.json and the manifest, of the stamps, and of how files are cut into parts."""
 
 _START_OVER: Final = "--overwrite deletes that output and scores everything again"
@@ -56,15 +48,11 @@ def read_run(output: Location) -> dict[str, Any] | None:
     """
     try:
         run = (output / RUN_FILE).read_json()
-        begun: dict[str, Any] = {"format": run["format"]} | run["request"]
+        return {"format": run["format"]} | dict(run["request"])
     except MissingFileError:
         return None
     except (ValueError, TypeError, KeyError):
-        begun = {}
-    if not str(begun.get("format")).startswith(_PROGRAM):
-        problem = f"its {RUN_FILE} is not of this program; choose another folder"
-        raise _refusal(output, problem)
-    return begun
+        raise _refusal(output, f"{RUN_FILE} {_NOT_OURS}; {_AWAY}") from None
 
 
 def begin(request: Request) -> None:
@@ -74,95 +62,34 @@ def begin(request: Request) -> None:
     then.
     """
     output = request.output
-    begun = read_run(output)
-    if begun is None:
-        list_parts(output)
+    if read_run(output) is None:
+        others = list_files(output)
+        if others and read_run(output) is None:  # else a second run has begun
+            raise _refusal(output, f"{next(iter(others))} {_NOT_OURS}; {_AWAY}")
         run = {"format": RUN_FORMAT, "version": __version__, "request": request.identity}
         with suppress(ExistingFileError):  # a second run began at the same time
             (output / RUN_FILE).create(run)
-        begun = read_run(output) or {}
+    begun = read_run(output) or {}
     for flag, value in ({"format": RUN_FORMAT} | request.identity).items():
         if begun.get(flag) != value:
             differs = f"was begun with {flag} {begun.get(flag)}, and this run has {value}"
             raise _refusal(output, f"{differs}; give the same again, or {_START_OVER}")
 
 
-def list_parts(output: Location) -> dict[str, Entry]:
-    """The parts in an output folder, by their names; hidden files do not count.
-
-    RequestError: it holds files of other programs.
-    """
-    parts = {}
-    listed = output.files()
-    # Asked after the listing: run.json is older than any part in it.
-    is_begun = (output / RUN_FILE).status() is not None
-    for entry in listed:
-        name = entry.path.removeprefix(output.path).lstrip("/")
-        folder, _, below = name.partition("/")
-        if is_hidden(name) or (is_begun and name in (RUN_FILE, FILES_TABLE, REPORT, MANIFEST)):
-            continue
-        if not (is_begun and folder == PREDICTIONS and below):
-            raise _refusal(output, f"{name} {_NOT_OURS}; {_AWAY}")
-        parts[below] = entry
-    return parts
+def list_files(folder: Location) -> dict[str, Entry]:
+    """The files below a folder by their names there; hidden ones do not count."""
+    found = {file.path.removeprefix(folder.path).lstrip("/"): file for file in folder.files()}
+    return {name: file for name, file in found.items() if not is_hidden(name)}
 
 
 def delete_output(output: Location, console: Console) -> None:
     """Delete an earlier output, run.json last: until then all files are known to be ours."""
-    read_run(output)
-    parts = list_parts(output)
-    list(_read_stamps(output, parts, console))  # refuses what is not of this program
+    if read_run(output) is None:
+        return
+    names = [name for name, _, _ in _read_footers(output, console)]
     (output / MANIFEST).delete()
-    output.delete_files([FILES_TABLE, REPORT, *(f"{PREDICTIONS}/{name}" for name in parts)])
+    output.delete_files([FILES_TABLE, REPORT, *(f"{PREDICTIONS}/{name}" for name in names)])
     (output / RUN_FILE).delete()
-
-
-def read_parts(
-    request: Request, planned: Mapping[str, Part], console: Console
-) -> tuple[set[str], int]:
-    """Read the footers of all parts in the output folder, and compare them with the plan.
-
-    Returns:
-        Names of the planned parts that are there, whole and of this request; and the number of
-        parts whose input file is not there now.
-
-    RequestError: a part is of another request, its input has changed since, or a file is of another
-    program.
-    """
-    inputs = {file.name for file in request.files}
-    done: set[str] = set()
-    gone = 0
-    for name, stamp, rows in _read_stamps(request.output, list_parts(request.output), console):
-        part = planned.get(name)
-        source = json.loads(stamp)["input"]
-        if part and (stamp, rows) == (part.stamp(request.digest), part.rows):
-            done.add(name)
-        elif source in inputs:
-            problem = f"has rows of {source}, which has changed since, or of another request"
-            raise _refusal(request.output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
-        else:
-            gone += 1
-    return done, gone
-
-
-def _read_stamps(
-    output: Location, parts: Mapping[str, Entry], console: Console
-) -> Iterator[tuple[str, bytes, int]]:
-    """Yield the name of each part, its stamp, and the rows in its file."""
-
-    def read(name: str) -> tuple[str, bytes, int]:
-        try:
-            metadata = read_footer(output / PREDICTIONS / name, parts[name]).metadata
-            return name, metadata.metadata[STAMP_KEY], metadata.num_rows
-        except (UnusableFileError, TypeError, KeyError):  # no Parquet, no metadata, no stamp
-            raise _refusal(output, f"{PREDICTIONS}/{name} {_NOT_OURS}; {_AWAY}") from None
-
-    progress = Progress(console.progress, "output files read", len(parts))
-    return in_threads(output, read, list(parts), progress)
-
-
-def _refusal(output: Location, problem: str) -> RequestError:
-    return RequestError(f"--output {output.display}: {problem}")
 
 
 @dataclass
@@ -181,64 +108,93 @@ class RowCounts:
     right: Counter[str] = field(default_factory=Counter)
     """Labelled rows that a head predicts right, by its name."""
 
-    def add(self, other: "RowCounts") -> None:
-        """Add the counts of other rows, in place."""
-        self.rows += other.rows
-        self.bad.add_reasons(other.bad)
-        self.rejected.update(other.rejected)
-        self.consistent += other.consistent
-        self.labelled += other.labelled
-        self.right.update(other.right)
+    def add(self, part: Part, counts: Mapping[str, Any]) -> None:
+        """Add what `count_part` has counted, in place."""
+        bad = ReasonCounts(Counter(counts["reasons"]), list(map(tuple, counts["examples"])))
+        self.rows += part.rows
+        self.bad.add_reasons(bad)
+        if bad.total:
+            self.rejected[part.name] += bad.total
+        self.consistent += counts["consistent"]
+        self.labelled += counts["labelled"]
+        self.right.update(counts["right"])
 
 
-def columns_to_count(config: ScoreConfig) -> list[str]:
-    """Columns of an output file that `count_part` needs."""
-    columns = {"consistent", "reason"}
-    if config.label_column:
-        columns |= {config.number_column, config.label_column}
-        columns |= {f"pred_{head.name}" for head in HEADS}
-    return sorted(columns)
-
-
-def count_part(output: pa.Table, part: Part, config: ScoreConfig) -> RowCounts:
-    """Count the rows of a part; `output` has the columns of its output file."""
+def count_part(output: pa.Table, part: Part, config: ScoreConfig) -> dict[str, Any]:
+    """Counts of a part's rows, as its footer has them; `output` has the columns of its file."""
     is_bad = output["reason"].is_valid()
     bad_rows = part.first_row + np.flatnonzero(is_bad.to_numpy())
     reasons = output["reason"].drop_null().to_pylist()
     bad = [(part.name, row, reason) for row, reason in zip(bad_rows.tolist(), reasons, strict=True)]
-    counts = RowCounts(part.rows, ReasonCounts.of(bad))
-    if bad:
-        counts.rejected[part.name] = len(bad)
-    counts.consistent = pc.sum(output["consistent"]).as_py() or 0
+    labelled = 0
+    right = {}
     if config.label_column:
-        good = output.filter(pc.invert(is_bad))
+        predicted = [f"pred_{head.name}" for head in HEADS]
+        columns = {config.number_column, config.label_column, *predicted}
+        good = output.select(sorted(columns)).filter(pc.invert(is_bad))
         numbers, _ = decode_numbers(one_chunk(good[config.number_column]))
         labels, unknown = decode_numbers(one_chunk(good[config.label_column]), DIGITS)
-        counts.labelled = len(labels) - len(unknown)
+        labelled = len(labels) - len(unknown)
         for head in HEADS:
-            right = good[f"pred_{head.name}"].to_numpy() == head.target(labels, numbers)
-            right[list(unknown)] = False
-            counts.right[head.name] = int(right.sum())
-    return counts
+            is_right = good[f"pred_{head.name}"].to_numpy() == head.target(labels, numbers)
+            is_right[list(unknown)] = False
+            right[head.name] = int(is_right.sum())
+    consistent = pc.sum(output["consistent"]).as_py() or 0
+    counts = {"consistent": consistent, "labelled": labelled, "right": right}
+    return vars(ReasonCounts.of(bad)) | counts
 
 
-def count_part_file(request: Request, part: Part) -> RowCounts:
-    """Count the rows of a part that is in the output folder. RunError: it is damaged."""
-    file = request.output / PREDICTIONS / part.output
-    try:
-        with open_parquet(file) as parquet:
-            table = parquet.read(columns_to_count(request.config))
-    except UnusableFileError as error:
-        again = "delete it, and the same command scores it again"
-        raise RunError(f"--output {file.display} {error}; {again}") from None
-    return count_part(table, part, request.config)
+def read_parts(
+    request: Request, planned: Mapping[str, Part], console: Console
+) -> tuple[set[str], RowCounts, int]:
+    """Read the footers of all parts in the output folder, and compare them with the plan.
 
+    Returns:
+        Names of the planned parts that are there, whole and of this request; the counts of their
+        rows; and the number of parts whose input file is not there now.
 
-def count_parts(request: Request, parts: Sequence[Part], console: Console) -> RowCounts:
-    """Count the rows of parts that are in the output folder."""
+    RequestError: a part is of another request, its input has changed since, or a file is of another
+    program.
+    """
+    inputs = {file.name for file in request.files}
+    done: set[str] = set()
     counts = RowCounts()
-    progress = Progress(console.progress, "output files counted", len(parts))
-    count = partial(count_part_file, request)
-    for of_part in in_threads(request.output, count, parts, progress):
-        counts.add(of_part)
-    return counts
+    gone = 0
+    for name, footer, rows in _read_footers(request.output, console):
+        part = planned.get(name)
+        stamp = footer[STAMP_KEY]
+        source = json.loads(stamp)["input"]
+        if part and (stamp, rows) == (part.stamp(request.digest), part.rows):
+            done.add(name)
+            counts.add(part, json.loads(footer[COUNTS_KEY]))
+        elif source in inputs:
+            problem = f"has rows of {source}, which has changed since, or of another request"
+            raise _refusal(request.output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
+        else:
+            gone += 1
+    return done, counts, gone
+
+
+def _read_footers(
+    output: Location, console: Console
+) -> Iterator[tuple[str, Mapping[bytes, bytes], int]]:
+    """Yield the name of each part, the entries of its footer, and the rows in its file.
+
+    RequestError: it is no part.
+    """
+    parts = list_files(output / PREDICTIONS)
+
+    def read(name: str) -> tuple[str, Mapping[bytes, bytes], int]:
+        with suppress(UnusableFileError):
+            metadata = read_footer(output / PREDICTIONS / name, parts[name]).metadata
+            entries = metadata.metadata or {}
+            if STAMP_KEY in entries:
+                return name, entries, metadata.num_rows
+        raise _refusal(output, f"{PREDICTIONS}/{name} {_NOT_OURS}; {_AWAY}")
+
+    progress = Progress(console.progress, "output files read", len(parts))
+    return in_threads(output, read, list(parts), progress)
+
+
+def _refusal(output: Location, problem: str) -> RequestError:
+    return RequestError(f"--output {output.display}: {problem}")

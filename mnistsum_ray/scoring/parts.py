@@ -11,13 +11,14 @@ from math import ceil
 from pathlib import PurePosixPath
 from typing import Final, NamedTuple
 
-from mnistsum_ray.storage.store import is_hidden
+from mnistsum_ray.storage.store import Entry, is_hidden
 
 PREDICTIONS: Final = "predictions"
 """Folder of the parts in the output."""
 
 STAMP_KEY: Final = b"mnistsum_ray.part"
-"""Key of a part's stamp in the metadata of its Parquet file."""
+COUNTS_KEY: Final = b"mnistsum_ray.counts"
+"""Keys of a part's stamp, and of the counts of its rows, in the footer of its Parquet file."""
 
 _LEAST_ROWS: Final = 8_192
 _MOST_ROWS: Final = 32_768
@@ -45,8 +46,7 @@ class InputFile(NamedTuple):
 
     name: str
     """Relative to the input's root."""
-    size: int
-    e_tag: str
+    entry: Entry
     rows: int | None
     """None where its footer cannot be read."""
     recast: tuple[str, ...] = ()
@@ -62,14 +62,13 @@ class Part(NamedTuple):
     """The output file, relative to the folder of predictions."""
     name: str
     """The input file, relative to the input's root."""
-    size: int
-    e_tag: str
+    entry: Entry
     first_row: int
     rows: int
 
     def stamp(self, request: str) -> bytes:
         """For the output file's footer: the request's digest, the input and its first row."""
-        stamp = {"request": request, "input": self.name, "e_tag": self.e_tag}
+        stamp = {"request": request, "input": self.name, "e_tag": self.entry.e_tag}
         return json.dumps(stamp | {"first_row": self.first_row}).encode()
 
 
@@ -109,7 +108,7 @@ def _parts_of(file: InputFile, max_rows_per_file: int | None) -> list[Part]:
         output = str(path.with_name(path.stem + number + path.suffix))
         first_row = index * size
         part_rows = min(size, rows - first_row)
-        parts.append(Part(output, file.name, file.size, file.e_tag, first_row, part_rows))
+        parts.append(Part(output, file.name, file.entry, first_row, part_rows))
     return parts
 
 

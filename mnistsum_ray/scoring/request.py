@@ -110,7 +110,7 @@ def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[
 
 def _read_footer(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
     entry = inputs.files[name]
-    unread = InputFile(name, entry.size, entry.e_tag, None)
+    unread = InputFile(name, entry, None)
     if name in inputs.unusable:
         return unread._replace(error=inputs.unusable[name])
     try:

@@ -5,8 +5,10 @@ wrote it, or how often.
 """
 
 import itertools
+import json
 import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -25,10 +27,9 @@ from mnistsum_ray.errors import (
     one_line,
 )
 from mnistsum_ray.model.inference import Predictions, Predictor, append_predictions
-from mnistsum_ray.scoring.output import RowCounts, columns_to_count, count_part, count_part_file
-from mnistsum_ray.scoring.parts import PREDICTIONS, STAMP_KEY, Part
+from mnistsum_ray.scoring.output import count_part
+from mnistsum_ray.scoring.parts import COUNTS_KEY, PREDICTIONS, STAMP_KEY, Part
 from mnistsum_ray.scoring.request import Request
-from mnistsum_ray.storage.store import Entry
 
 _BATCH_ROWS: Final = 2048
 """Small parts are predicted together, up to this number of rows or a larger batch: a forward pass
@@ -44,8 +45,9 @@ class Report:
     begins: Sequence[str] = ()
     """At the beginning the input files of the task."""
     ends: bool = False
-    counts: RowCounts | None = None
-    """Of the parts that were put."""
+    rows: int = 0
+    rejected_rows: int = 0
+    """In the parts that were put."""
     unusable: dict[str, str] = field(default_factory=dict)
     """Input files that cannot be used although their footers could be read: name and reason."""
     failed: str | None = None
@@ -82,8 +84,7 @@ class Score:
     def __call__(self, task: pa.Table) -> Iterator[pa.Table]:
         """Take a task, a row, and give its pickled reports, a row each."""
         (row,) = task.to_pylist()
-        parts = [Part(**part) for part in row["parts"]]
-        for report in self.score(parts):
+        for report in self.score(pickle.loads(row["parts"])):
             data = pickle.dumps(replace(report, task=row["task"]))
             yield pa.table({"report": [data]})
 
@@ -119,18 +120,19 @@ class Score:
         numbers = np.concatenate([rows.numbers for rows in batch])
         probabilities = self._request.config.probabilities
         predictions = self._predictor.predict(images, numbers, probabilities)
-        counts = RowCounts()
+        rejected_rows = 0
         unusable = {}
         start = 0
         for rows in batch:
             end = start + rows.part.rows
             try:
                 answers = {name: values[start:end] for name, values in predictions.items()}
-                counts.add(put_part(self._request, rows, answers))
+                put_part(self._request, rows, answers)
+                rejected_rows += len(rows.reasons)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
             start = end
-        return Report(counts=counts, unusable=unusable)
+        return Report(rows=start, rejected_rows=rejected_rows, unusable=unusable)
 
 
 def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
@@ -142,27 +144,23 @@ def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
     """
     path, config = request.root / parts[0].name, request.config
     ranges = [range(part.first_row, part.first_row + part.rows) for part in parts]
-    with open_parquet(path, Entry(path.path, parts[0].size, parts[0].e_tag)) as file:
+    with open_parquet(path, parts[0].entry) as file:
         for part, table in zip(parts, read_rows(file, ranges), strict=True):
             images, bad_images = decode_images(one_chunk(table[config.image_column]))
             numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
             yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
 
 
-def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> RowCounts:
-    """Put the output file of a part if there is none; return the counts of its rows.
-
-    RunError: it cannot be written.
-    """
+def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> None:
+    """Put the output file of a part if there is none. RunError: it cannot be written."""
     table = rows.table.drop_columns([request.config.image_column])
     table = append_predictions(table, predictions, rows.numbers, rows.reasons)
+    counts = json.dumps(count_part(table, rows.part, request.config))
+    entries = {STAMP_KEY: rows.part.stamp(request.digest), COUNTS_KEY: counts.encode()}
     # Without the input's own metadata, beside which Spark would see no other columns than theirs.
-    table = table.replace_schema_metadata({STAMP_KEY: rows.part.stamp(request.digest)})
+    data = to_parquet(table.replace_schema_metadata(entries))
     try:
-        (request.output / PREDICTIONS / rows.part.output).create(to_parquet(table))
-    except ExistingFileError:
-        # Of a process that died, or of a second run: on other hardware the last bits may be others.
-        return count_part_file(request, rows.part)
+        with suppress(ExistingFileError):  # of a process that died, or of a second run
+            (request.output / PREDICTIONS / rows.part.output).create(data)
     except StorageError as error:
         raise RunError(f"--output {error}") from None
-    return count_part(table.select(columns_to_count(request.config)), rows.part, request.config)

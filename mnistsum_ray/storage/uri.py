@@ -23,15 +23,8 @@ KEYS_REFUSED: Final = (
 
 _PUBLIC_QUERY: Final = re.compile(r"region|endpoint_override|scheme|allow_\w+")
 
-_SCHEMES: Final = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gs",
-    "gcs": "gs",
-    "abfs": "abfs",
-    "abfss": "abfs",
-}
-"""What obstore and Arrow both call a scheme."""
+_ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
+"""Other names of schemes, and what obstore and Arrow both call them."""
 
 
 def locate(text: str, flag: str, base: Path | None = None) -> Location:
@@ -48,12 +41,13 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
         # Unlike pathlib's, it leaves the name of an unknown user as it is.
         path = os.path.expanduser(rest if colon else text)  # noqa: PTH111
         return Location(os.path.normpath((base or Path.cwd()) / path))
-    if scheme not in _SCHEMES:
+    scheme = _ALIASES.get(scheme, scheme)
+    if scheme not in ("s3", "gs", "abfs"):
         problem = f"there is no storage {scheme}://, but s3://, gs:// and abfs://"
         raise RequestError(f"{flag} {text}: {problem}")
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
-    location = Location(key.strip("/"), f"{_SCHEMES[scheme]}://{bucket}", query)
+    location = Location(key.strip("/"), f"{scheme}://{bucket}", query)
     with refused(flag):
         open_store(location.bucket, location.query)
     return location

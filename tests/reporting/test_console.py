@@ -34,6 +34,8 @@ def test_a_log_has_lines_with_the_time_and_the_run_and_progress_after_some_time(
     time.sleep(0.3)
     written.show(PROGRESS | {"rows": 6000})
     written.show(PROGRESS | {"rows": 7000})
+    written.progress("files read", 0, 0)
+    written.progress("rows evaluated", 300, 200)  # an estimate
     line, epoch, progress = log.getvalue().splitlines()
     said = "epoch 2: loss 0.5000, test digit 99.46 %, sum 99.27 %, 123,456 rows/s"
     assert line == "a\\tline", "no name of a file steers the terminal"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.console import Console
@@ -20,9 +21,17 @@ from mnistsum_ray.scoring.worker import Report, Score
 
 CONSOLE = Console(io.StringIO())
 
+TIMED = ("manifest.json", "report.html")
+"""Files in which the time is."""
 
 _SCORERS: dict[str, Score] = {}
 """By model: to load one takes longer than to score a few rows."""
+
+# pyarrow cannot take rows of views, and cannot cast a slice of structs with a null child.
+VIEWS = {
+    "view": pa.array([None, *"bcdefghij"], pa.string_view()),
+    "null_in_a_struct": pa.array([{"a": [{"b": row, "c": None}]} for row in range(10)]),
+}
 
 
 def score_here(request: Request, parts: Sequence[Part]) -> Iterator[Report]:
@@ -36,31 +45,48 @@ def score_here(request: Request, parts: Sequence[Part]) -> Iterator[Report]:
             yield replace(report, task=index)
 
 
-def preflight_of(
-    model: Path | str, inputs: Path | str, output: Path | str, **settings: Any
-) -> Request:
-    given: dict[str, Any] = {"precision": "fp32", "batch_size": 2} | settings
-    config = ScoreConfig(model=str(model), input=(str(inputs),), output=str(output), **given)
-    return preflight(config, CONSOLE)
-
-
-def score(
-    model: Path | str, inputs: Path | str, output: Path | str, **settings: Any
-) -> ScoreResult:
-    return run(preflight_of(model, inputs, output, **settings), score_here, CONSOLE)
-
-
-def write_rows(path: Path, ids: Sequence[int], group: int = 4, bad: int | None = None) -> None:
-    """Rows whose pixels are random and follow from their `id`; `bad` has no number in 0..9."""
+def write_rows(path: Path, ids: Sequence[int], **columns: Any) -> None:
+    """Rows whose pixels are random and follow from their `id`, and other columns."""
     images = [np.random.default_rng(row).integers(0, 256, 784, np.uint8).tobytes() for row in ids]
-    numbers = [99 if row == bad else row % 10 for row in ids]
+    digits = [row % 10 for row in ids]
     path.parent.mkdir(parents=True, exist_ok=True)
-    labels = [row % 10 for row in ids]
-    table = pa.table({"id": ids, "image": images, "number": numbers, "label": labels})
-    pq.write_table(table, path, row_group_size=group)
+    table = pa.table({"id": ids, "image": images, "number": digits, "label": digits} | columns)
+    pq.write_table(table, path, row_group_size=4, write_page_checksum=True)
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, by their names in it."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+class World:
+    """Input of ten rows in three parts, of three rows, of none, and of no Parquet; the output."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.input, self.output = folder / "in", folder / "out"
+        self.file = self.input / "a.parquet"
+        write_rows(self.file, range(10))
+        images = pq.read_table(self.file)["image"].to_pylist()
+        images[6] = None
+        numbers, labels = [0, 1, 2, 99, *range(4, 10)], [0, 12, None, *range(3, 10)]
+        columns: dict[str, Any] = {"image": pa.array(images, pa.binary_view()), "number": numbers}
+        write_rows(self.file, range(10), label=labels, **columns, **VIEWS)
+        write_rows(self.input / "deep" / "b.pq", range(10, 13))
+        write_rows(self.input / "none.parquet", [])
+        (self.input / "broken.parquet").write_bytes(b"not Parquet")
+
+    def score(self, execute: Any = score_here, **settings: Any) -> ScoreResult:
+        given: dict[str, Any] = {"precision": "fp32", "batch_size": 2, "max_rows_per_file": 4}
+        given |= {"model": str(self.model), "output": str(self.output)} | settings
+        request = preflight(ScoreConfig(input=(str(self.input),), **given), CONSOLE)
+        return run(request, execute, CONSOLE)
+
+    def files(self, *but: str) -> dict[str, bytes]:
+        """The files in the output, by their names there."""
+        found = {}
+        for path in self.output.rglob("*"):
+            name = str(path.relative_to(self.output))
+            if path.is_file() and name not in but:
+                found[name] = path.read_bytes()
+        return found
+
+
+@pytest.fixture
+def world(tmp_path: Path, model: Path) -> World:
+    return World(tmp_path, model)

@@ -8,7 +8,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -17,7 +17,7 @@ import pytest
 from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.storage.store import Location
 from tests.conftest import write_model
-from tests.scoring.conftest import files_in, score, write_rows
+from tests.scoring.conftest import TIMED, World, write_rows
 
 OPERATIONS = ("write", "create", "delete_files")
 
@@ -52,74 +52,45 @@ class Store:
         return call
 
 
-class World:
-    """Input, output and the commands on them."""
+def score(world: World, **settings: Any) -> str:
+    """Score; how it ended. A refusal must change nothing."""
+    before = world.files()
+    try:
+        world.score(**settings)
+    except RequestError:
+        assert world.files() == before
+        return "refused"
+    except (RunError, StorageError):
+        return "failed"
+    except Crash:
+        return "crashed"
+    finally:
+        check(world)
+    assert "manifest.json" in world.files()
+    return "done"
 
-    def __init__(self, folder: Path) -> None:
-        self.models = [write_model(folder / str(seed), seed) for seed in (0, 1)]
-        self.input, self.output = folder / "in", folder / "out"
-        self.more = [folder / "more.parquet", self.input / "more.parquet"]
-        write_rows(self.input / "a.parquet", [0, 1, 2], bad=2)
-        write_rows(self.input / "sub" / "b.parquet", [3])
-        write_rows(self.more[0], [4, 5])
-        (self.input / "bad.parquet").write_bytes(b"not Parquet")
 
-    def begin(self, more: bool) -> None:
-        """An empty output but for a file of another program; and two input files, or one more."""
-        if self.more[not more].exists():
-            self.more[not more].rename(self.more[more])
-        shutil.rmtree(self.output, ignore_errors=True)
-        self.output.mkdir()
-        (self.output / ".notes").write_text("of another program")
-
-    def score(self, model: int = 0, **settings: Any) -> str:
-        """Score; how it ended. A refusal must change nothing."""
-        before = files_in(self.output)
-        try:
-            score(self.models[model], self.input, self.output, max_rows_per_file=2, **settings)
-        except RequestError:
-            assert files_in(self.output) == before
-            return "refused"
-        except (RunError, StorageError):
-            return "failed"
-        except Crash:
-            return "crashed"
-        finally:
-            rows = self.check()
-        for path in {*self.input.rglob("*.parquet")} - {self.input / "bad.parquet"}:
-            assert rows[str(path.relative_to(self.input))] == pq.read_table(path)["id"].to_pylist()
-        assert "manifest.json" in files_in(self.output)
-        return "done"
-
-    def predictions(self) -> dict[str, bytes]:
-        """The files in which no time is."""
-        timed = ("manifest.json", "report.html", "run.json", ".notes")
-        return {name: data for name, data in files_in(self.output).items() if name not in timed}
-
-    def check(self) -> dict[str, list[int]]:
-        """Each file is whole and of one request; with a manifest each row is there once.
-
-        Returns the rows by input file.
-        """
-        files = files_in(self.output)
-        assert files[".notes"] == b"of another program"
-        rows: dict[str, list[int]] = {}
-        requests = set()
-        for path in sorted((self.output / "predictions").rglob("[!.]*.parquet")):
-            table = pq.read_table(path)
-            stamp = json.loads(pq.read_metadata(path).metadata[b"mnistsum_ray.part"])
-            requests.add(stamp["request"])
-            assert table["reason"].is_null().equals(table["pred_sum"].is_valid())
-            rows.setdefault(stamp["input"], []).extend(table["id"].to_pylist())
-        assert len(requests) <= 1
-        every = list(itertools.chain(*rows.values()))
-        assert len(every) == len(set(every))
-        if "manifest.json" in files:
-            listed = pq.read_table(self.output / "files.parquet").to_pylist()
-            scored = {row["file"]: row["rows"] for row in listed if row["status"] == "scored"}
-            assert {name: len(ids) for name, ids in rows.items()} == scored
-            assert {"run.json", "report.html"} <= files.keys()
-        return rows
+def check(world: World) -> None:
+    """Each file is whole and of one request; with a manifest each row is there once."""
+    files = world.files()
+    assert files[".notes"] == b"of another program"
+    rows: dict[str, list[int]] = {}
+    requests = set()
+    for path in sorted((world.output / "predictions").rglob("[!.]*.p*q*")):
+        table = pq.read_table(path)
+        stamp = json.loads(pq.read_metadata(path).metadata[b"mnistsum_ray.part"])
+        requests.add(stamp["request"])
+        assert table["reason"].is_null().equals(table["pred_sum"].is_valid())
+        rows.setdefault(stamp["input"], []).extend(table["id"].to_pylist())
+    assert len(requests) <= 1
+    every = list(itertools.chain(*rows.values()))
+    assert len(every) == len(set(every))
+    if "manifest.json" in files:
+        assert {"run.json", "report.html"} <= files.keys()
+        listed = pq.read_table(world.output / "files.parquet").to_pylist()
+        assert rows.keys() == {row["file"] for row in listed if row["status"] == "scored"}
+        for name, ids in rows.items():
+            assert ids == pq.read_table(world.input / name)["id"].to_pylist()
 
 
 def same(world: World) -> None:
@@ -127,18 +98,23 @@ def same(world: World) -> None:
 
 
 def overwrite(world: World) -> None:
-    assert world.score(overwrite=True) == "done"
+    assert score(world, overwrite=True) == "done"
 
 
 def another_model(world: World) -> None:
-    if world.score(model=1) == "done":  # nothing had begun
-        assert world.score() == "refused"
-        assert world.score(overwrite=True) == "done"
+    model = str(write_model(world.folder / "other", 1))
+    if score(world, model=model) == "done":  # nothing had begun
+        assert score(world) == "refused"
+        assert score(world, overwrite=True) == "done"
+
+
+def add_file(world: World) -> None:
+    (world.folder / "more.parquet").rename(world.input / "more.parquet")
 
 
 def new_file(world: World) -> None:
-    world.more[0].rename(world.more[1])
-    assert world.score() == "done"
+    add_file(world)
+    assert score(world) == "done"
 
 
 CASES: list[Any] = [(first, same) for first in ("begin", "overwrite", "go on", "add")]
@@ -149,34 +125,46 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 @pytest.mark.parametrize(("first", "command"), CASES)
 def test_a_crash_at_any_operation_loses_and_repeats_nothing(
-    first: str, command: Callable[[World], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: str, command: Callable[[World], None], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a first run, one with --overwrite, one that goes on, and one that finds a new file."""
-    world, store = World(tmp_path), Store(monkeypatch)
-    more = first == "add" or command is new_file
-    world.begin(more)
-    assert world.score() == "done"
-    undisturbed = world.predictions()
+    store = Store(monkeypatch)
+    write_rows(world.input / "more.parquet", [20, 21])
+    timed = (*TIMED, "run.json", ".notes")
+    begin(world)
+    if first == "add" or command is new_file:
+        add_file(world)
+    assert score(world) == "done"
+    undisturbed = world.files(*timed)
     hit = 0
     for how in ("crashes before", "crashes after", "fails"):
         for n in itertools.count(1):
-            world.begin(more=False)
+            begin(world)
             if first in ("overwrite", "add"):
-                world.score()
+                score(world)
             if first == "add":
-                world.more[0].rename(world.more[1])
+                add_file(world)
             if first == "go on":
-                store.left, store.how = 3, "crashes after"
-                assert world.score() == "crashed"
+                store.left, store.how = 4, "crashes after"
+                assert score(world) == "crashed"
             store.left, store.how = n, how
-            ended = world.score(overwrite=first == "overwrite")
+            ended = score(world, overwrite=first == "overwrite")
             is_over = store.left > 0
             store.left = -1
             assert ended == ("done" if is_over else "failed" if how == "fails" else "crashed")
             command(world)
-            assert world.score() == "done"
-            assert world.predictions() == undisturbed
+            assert score(world) == "done"
+            assert world.files(*timed) == undisturbed
             if is_over:
                 break
             hit += 1
     assert hit >= 3 * 4
+
+
+def begin(world: World) -> None:
+    """An empty output but for a file of another program; and the four input files."""
+    with suppress(FileNotFoundError):
+        (world.input / "more.parquet").rename(world.folder / "more.parquet")
+    shutil.rmtree(world.output, ignore_errors=True)
+    world.output.mkdir()
+    (world.output / ".notes").write_text("of another program")

@@ -11,11 +11,14 @@ from mnistsum_ray.scoring.parts import (
     make_tasks,
     split_into_parts,
 )
+from mnistsum_ray.storage.store import Entry
+
+ENTRY = Entry("file", 9, "e")
 
 
 def input_files(*rows: int, names: list[str] | None = None) -> list[InputFile]:
     names = names or [f"f{index}.parquet" for index in range(len(rows))]
-    return [InputFile(name, 9, "e", count) for name, count in zip(names, rows, strict=True)]
+    return [InputFile(name, ENTRY, count) for name, count in zip(names, rows, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_parts_cover_the_rows_in_order_and_are_of_one_size_but_for_the_last(
 def test_a_name_that_cannot_be_one_of_the_output_costs_that_file_alone() -> None:
     hidden = ["_b.parquet", "_d/b.parquet", "d/.c.parquet", "../a.parquet", "b/../../c.parquet"]
     names = ["deep/a-00000-of-00002.pq", "d..x", "deep/a.pq", *hidden]
-    unread = InputFile("unread.parquet", 9, "e", None, error="is empty")
+    unread = InputFile("unread.parquet", ENTRY, None, error="is empty")
     parts, failures = split_into_parts([*input_files(1, 1, *[20] * 6, names=names), unread], 10)
     assert [part.output for part in parts] == names[:2]
     taken = "would need the name deep/a-00000-of-00002.pq in the output, as does deep/a-00000-of"

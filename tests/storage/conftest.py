@@ -5,7 +5,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from http.client import HTTPConnection
 from pathlib import Path
@@ -21,11 +21,9 @@ from werkzeug.serving import make_server
 from mnistsum_ray.storage.store import Location, open_store
 from mnistsum_ray.storage.uri import locate
 
-AZURITE = {
-    "account_name": "devstoreaccount1",  # its documentation has the key
-    "account_key": "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/"
-    "K1SZFPTOtr/KBHBeksoGMGw==",
-}
+KEY = (  # of Azurite, as its documentation has it
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
 
 
 @pytest.fixture(scope="package", params=["disk", "s3", "azure"])
@@ -34,14 +32,12 @@ def bucket(
 ) -> Iterator[Location]:
     """An empty folder on a disk, and an empty bucket in a store of each kind."""
     folder = tmp_path_factory.mktemp("bucket")
-    kinds = {"disk": disk, "s3": s3, "azure": azure}
-    with pytest.MonkeyPatch.context() as patch, kinds[request.param](patch, folder) as uri:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as servers:
+        uri = str(folder)
+        if request.param != "disk":
+            server = s3 if request.param == "s3" else azure
+            uri = servers.enter_context(server(patch, folder))
         yield locate(uri, "--output")
-
-
-@contextmanager
-def disk(_: pytest.MonkeyPatch, folder: Path) -> Iterator[str]:
-    yield str(folder)
 
 
 @contextmanager
@@ -68,18 +64,28 @@ def azure(patch: pytest.MonkeyPatch, _: Path) -> Iterator[str]:
     command = shutil.which("azurite-blob") or pytest.skip(
         "azurite-blob is not installed: npm install -g azurite"
     )
-    with running(
-        command, "--silent", "--inMemoryPersistence", "--skipApiVersionCheck", "--blobPort"
-    ) as port:
-        address = dict.fromkeys(
-            ("blob_storage_authority", "dfs_storage_authority"), f"127.0.0.1:{port}"
-        )
-        schemes = dict.fromkeys(("blob_storage_scheme", "dfs_storage_scheme"), "http")
-        AzureFileSystem(**AZURITE, **address, **schemes).create_dir("bucket")
-        patch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
-        patch.setenv("AZURITE_BLOB_STORAGE_URL", f"http://127.0.0.1:{port}")
-        open_store.cache_clear()  # of an earlier server, whose port no URI tells
-        yield "abfs://bucket"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    flags = ("--silent", "--inMemoryPersistence", "--skipApiVersionCheck", "--blobPort", str(port))
+    with subprocess.Popen([command, *flags], stdout=-3, stderr=-3) as server:
+        try:
+            while socket.socket().connect_ex(("127.0.0.1", port)):
+                assert server.poll() is None
+                time.sleep(0.1)
+            AzureFileSystem(
+                account_name="devstoreaccount1",
+                account_key=KEY,
+                blob_storage_authority=f"127.0.0.1:{port}",
+                blob_storage_scheme="http",
+                dfs_storage_authority=f"127.0.0.1:{port}",
+                dfs_storage_scheme="http",
+            ).create_dir("bucket")
+            patch.setenv("AZURE_STORAGE_USE_EMULATOR", "true")
+            patch.setenv("AZURITE_BLOB_STORAGE_URL", f"http://127.0.0.1:{port}")
+            open_store.cache_clear()  # of an earlier server, whose port no URI tells
+            yield "abfs://bucket"
+        finally:
+            server.kill()
 
 
 @contextmanager
@@ -88,22 +94,6 @@ def serving(app: Any) -> Iterator[int]:
     Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_port
     server.shutdown()
-
-
-@contextmanager
-def running(*command: str) -> Iterator[int]:
-    """Run a server whose last argument is a free port, and yield that."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([*command, str(port)], **silent) as server:
-        try:
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert server.poll() is None
-                time.sleep(0.1)
-            yield port
-        finally:
-            server.kill()
 
 
 def ask(
