@@ -129,7 +129,7 @@ def save_model(model: "Network", folder: str | Path) -> None:
 
     output = empty_output(str(folder))
     weights = copy_weights(model)
-    description = describe_model(weights, epoch=0, metrics={}, background=model.background)
+    description = describe_model(weights, epoch=0, metrics={})
     with refused("--output"):
         write_model(output, weights, description)
 
@@ -189,8 +189,6 @@ def _predict_picture(model: Model, picture: Picture, number: int) -> PicturePred
     number = int(number)
     pixels = prepare_picture(picture)  # before the import of PyTorch: a refusal comes at once
     network = _loaded(model)
-    if network.background:
-        pixels = 255 - pixels
 
     from mnistsum_ray.model.inference import predict_pairs
 

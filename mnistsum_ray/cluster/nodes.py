@@ -9,7 +9,6 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray.cluster.workarounds import PatientExecution
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.store import Location
 
@@ -42,8 +41,8 @@ def set_data_options(
 ) -> None:
     """Set options of a Ray Dataset of this program, and of those that are derived from it.
 
-    No task is started, and the execution sleeps, while blocks of `object_store_bytes` wait for the
-    consumer; None: half of the store. What a task yields is passed on once it has `block_bytes`.
+    No task is started while blocks of `object_store_bytes` wait for the consumer; None: half of
+    the store. What a task yields is passed on once it has `block_bytes`.
     """
     context = dataset.context
     # The jobs report progress themselves; Ray's bars and plans would repeat it.
@@ -54,7 +53,6 @@ def set_data_options(
     if block_bytes is not None:
         context.target_max_block_size = block_bytes
     if object_store_bytes is not None:
-        context.custom_execution_callback_classes += [PatientExecution]
         limits = options.resource_limits.copy(object_store_memory=object_store_bytes)
         options.resource_limits = limits
 

@@ -85,11 +85,6 @@ def _first(mass: npt.NDArray[np.float32]) -> int:
     return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))
 
 
-def background_of(images: npt.NDArray[Any]) -> int:
-    """The brightness of most of the edge of images [..., height, width], as 0 or 255; of none 0."""
-    return 255 if images.size and np.median(_border(images)) > 127 else 0
-
-
 def _border(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
     sides = [images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]]
     return np.concatenate(sides, axis=-1)

@@ -46,18 +46,15 @@ def describe_model(
     epoch: int,
     metrics: dict[str, Any],
     sum_head: dict[str, Any] | None = None,
-    background: int = 0,
 ) -> dict[str, Any]:
-    """The description of weights of an epoch; `metrics` are by split, `background` is of images."""
-    ink = 255 - background
+    """The description of weights of an epoch; `metrics` are by split."""
     return {
         "format": MODEL_FORMAT,
         "network": INTERFACE["network"],
         "parameters": sum(parameter.numel() for parameter in make_network().parameters()),
         "sha256": checksum(weights),
         "input": {
-            "image": f"28 x 28 grayscale, uint8, {background} background, {ink} ink",
-            "background": background,
+            "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",
             "scaled": "(image / 255 - mean) / std",
             "mean": PIXEL_MEAN,
             "std": PIXEL_STD,
@@ -97,7 +94,6 @@ def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
             raise ValueError("it is damaged (the SHA-256 of its weights differs)")
         network = make_network().eval()
         network.load_state_dict(weights)
-        network.background = int(description["input"]["background"])
     except Exception as error:  # of bytes that anybody may have written, libraries raise many types
         why = shortened(one_line(error))
         raise RequestError(f"{folder.display}: {WEIGHTS_FILE} cannot be used: {why}") from None

@@ -70,8 +70,6 @@ class Network(nn.Module, ABC):
 
     one_hot: Tensor
     """Row k is the one-hot vector of number k."""
-    background: int = 0
-    """Brightness, 0 or 255, of the background of its training images; 0 is MNIST's."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,14 @@ from mnistsum_ray.cluster.resources import (
     inspect_cluster,
     reserve,
 )
-from mnistsum_ray.errors import RowCountError, RunError, RunInterrupted, counted, root_cause
+from mnistsum_ray.errors import (
+    RequestError,
+    RowCountError,
+    RunError,
+    RunInterrupted,
+    counted,
+    root_cause,
+)
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
@@ -53,6 +60,9 @@ _KEPT: Final = "what is scored is kept, and the same command goes on"
 _RESTARTS: Final = 10
 """How often Ray starts one worker again that died or lost its node. Retries of a task are not
 counted: until Ray knows that a node is gone, it uses them up within a second."""
+
+_NAMED: Final = 1000
+"""Most files that cannot be used and get a line."""
 
 Execute = Callable[[Request, Sequence[Part]], Iterator[Report]]
 """Scores parts and reports."""
@@ -85,9 +95,12 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     output = request.output
     parts, failures = split_into_parts(request.files, request.config.max_rows_per_file)
     if request.config.overwrite:
+        if not parts:
+            nothing = "nothing was deleted, since no file of --input can be used"
+            raise RequestError(f"--overwrite: {nothing}")
         delete_output(output, console)
     begin(request)
-    for name, reason in failures.items():
+    for name, reason in [*failures.items()][:_NAMED]:  # files.parquet has all
         console.say(f"cannot be used: {name}: {reason}")
     planned = {part.output: part for part in parts}
     names, counts, gone = read_parts(request, planned, console)

@@ -16,7 +16,6 @@ from torch import Tensor
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RandomStream, sample, step_seed
-from mnistsum_ray.data.picture import background_of
 from mnistsum_ray.errors import percent
 from mnistsum_ray.model import sum_head
 from mnistsum_ray.model.device import hardware
@@ -33,9 +32,6 @@ _FITTED_BATCHES: Final = 20
 
 _ANALYSED_BATCHES: Final = 400
 """Most batches of test rows whose errors are analysed; the accuracies count all."""
-
-_BACKGROUND_ROWS: Final = 512
-"""Maximum number of training rows that say whether the background is dark or light."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +95,9 @@ def finish_model(
     analysis = analyse_errors(analysed, temperatures)
     model.fold_temperatures(temperatures)
     weights = copy_weights(model)
-    some = data.blocks.fetch(sample(data.order.ids, _BACKGROUND_ROWS))[0]
     errors = {name: {"ece": of["ece"]} for name, of in analysis["probabilities"].items()}
     description = describe_model(
-        weights,
-        epoch=state.epochs_done,
-        metrics=metrics,
-        sum_head=tuning,
-        background=background_of(some),
+        weights, epoch=state.epochs_done, metrics=metrics, sum_head=tuning
     ) | {
         "trained_sha256": checksum(trained),
         "temperatures_in_weights": temperatures,

@@ -29,7 +29,7 @@ _LISTS += ["cluster_synced_files", "rsync_exclude", "rsync_filter"]
 
 
 @contextmanager
-def autoscaling_cluster(folder: Path) -> Iterator[str]:
+def autoscaling_cluster(version: str, folder: Path) -> Iterator[str]:
     """The address of a head without CPUs, to which up to 3 nodes with CPUs and 2 with a GPU come.
 
     `ray.cluster_utils.AutoscalingCluster` is this with a `ray stop --force`, which would end other
@@ -67,8 +67,9 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
     }
     (folder / "scaling.yaml").write_text(json.dumps(config))
     given = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    given |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": _HEAD_ID}
     given |= {"RAY_AUTH_MODE": "disabled"}
+    if version == "v2":
+        given |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": _HEAD_ID}
     command = [str(RAY), "start", "--head", "--block", "--num-cpus=0", f"--port={port}"]
     command += [f"--autoscaling-config={folder / 'scaling.yaml'}", "--include-dashboard=false"]
     command += [f"--object-store-memory={200 * 2**20}"]
@@ -90,8 +91,9 @@ def workers() -> list[dict[str, float]]:
     return [node["Resources"] for node in alive if node["NodeID"] != _HEAD_ID]
 
 
+@pytest.mark.parametrize("version", ["v2", pytest.param("v1", marks=pytest.mark.nightly)])
 def test_nodes_come_work_and_all_go(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None comes with a GPU, and a training leaves no process that keeps its node up."""
     rows = tmp_path / "rows.parquet"
@@ -101,7 +103,7 @@ def test_nodes_come_work_and_all_go(
     score = ["--model", model, "--input", rows, "--output", tmp_path / "out"]
     score += ["--number-column", "digit"]
     ray.shutdown()
-    with autoscaling_cluster(tmp_path) as address:
+    with autoscaling_cluster(version, tmp_path) as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
         connect()
         for job, flags, nodes in (("train", train, 2), ("score", score, 1)):
