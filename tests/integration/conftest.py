@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -134,51 +133,37 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass
-class Scored:
-    """A finished scoring run in this process."""
+class Result:
+    """What a job in this process has returned, and said."""
 
     line: dict[str, Any]
     said: str
-    output: Path
 
-    def table(self, names: str) -> pa.Table:
-        """The predictions in the files of these names, in their order."""
-        paths = sorted((self.output / "predictions").glob(names))
-        # `pq.read_table` would also add columns from the names of the folders.
-        return pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
+    def weights(self) -> bytes:
+        """Those that a training has written."""
+        model = locate(self.line["model"], "--model")
+        return bytes((model / "model.safetensors").read_bytes())
 
 
 def score_here(
     model: Path | str, output: Path | str, *inputs: Path | str, **settings: Any
-) -> Scored:
+) -> Result:
     """Score on this process's cluster: in float32, as plain PyTorch, with one worker."""
     given: dict[str, Any] = {"precision": "fp32", "num_workers": 1} | settings
     paths = tuple(map(str, inputs))
     config = ScoreConfig(model=str(model), input=paths, output=str(output), **given)
     with redirect_stderr(io.StringIO()) as said:
         result = score(config)
-    return Scored(result.model_dump(), said.getvalue(), Path(output))
+    return Result(result.model_dump(), said.getvalue())
 
 
-@dataclass
-class Trained:
-    """A finished training in this process."""
-
-    line: dict[str, Any]
-    said: str
-
-    def weights(self) -> bytes:
-        model = locate(self.line["model"], "--model")
-        return bytes((model / "model.safetensors").read_bytes())
-
-
-def train_here(**settings: Any) -> Trained:
+def train_here(**settings: Any) -> Result:
     """Train on the cluster that this process is connected to."""
     for name, value in settings.items():
         settings[name] = str(value) if isinstance(value, Path) else value
     with redirect_stderr(io.StringIO()) as said:
         result = fit(TrainConfig(**settings))
-    return Trained(result.model_dump(), said.getvalue())
+    return Result(result.model_dump(), said.getvalue())
 
 
 @dataclass

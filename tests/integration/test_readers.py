@@ -20,7 +20,7 @@ from PIL import Image
 
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from tests.conftest import check_predictions, plain_predictions
-from tests.integration.conftest import Scored, score_here
+from tests.integration.conftest import score_here
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -71,13 +71,13 @@ def write_with_libraries(folder: Path, images: Pixels, numbers: np.ndarray) -> N
     written.rename(folder / "ray.parquet")
 
 
-def write_with_arrow(folder: Path, images: Pixels, numbers: np.ndarray) -> None:
+def arrow_table(images: Pixels, numbers: np.ndarray) -> pa.Table:
     """Columns of many types beside the image, and metadata as of Spark."""
     count = range(ROWS)
     keys = [[(f"k{row}", row)] for row in count]
     columns = {
-        "number": pa.array(numbers).cast(pa.uint64()),
         "image": pa.array(images.reshape(ROWS, -1).tolist()),
+        "number": pa.array(numbers).cast(pa.uint64()),
         "text": [None if row % 7 == 0 else f"row {row}" for row in count],
         "tags": [[f"t{row}"] * (row % 3) for row in count],
         "deep": [{"a": [{"b": row, "c": None}], "d": {"e": row / 2}} for row in count],
@@ -86,50 +86,42 @@ def write_with_arrow(folder: Path, images: Pixels, numbers: np.ndarray) -> None:
         "price": pa.array(list(count)).cast(pa.decimal128(30, 4)),
         "category": pa.array(["x", "y", None] * (ROWS // 3)).dictionary_encode(),
     }
-    table = pa.table(columns, metadata={SPARK: "{}"})
-    pq.write_table(table, folder / "pyarrow.parquet", row_group_size=7, compression="zstd")
+    return pa.table(columns, metadata={SPARK: "{}"})
 
 
 @pytest.fixture(scope="module")
-def scored(
+def predictions(
     model: Path, rows: tuple[Pixels, np.ndarray], tmp_path_factory: pytest.TempPathFactory
-) -> Scored:
-    """The days and the files of all libraries, scored at once."""
+) -> Path:
+    """The folder of what was made of the days and of the files of all libraries."""
     folder = tmp_path_factory.mktemp("libraries")
     forms, days = folder / "in" / "forms", folder / "in" / "days"
     forms.mkdir(parents=True)
     write_with_libraries(forms, *rows)
-    write_with_arrow(forms, *rows)
+    pq.write_table(arrow_table(*rows), forms / "arrow.parquet", row_group_size=7)
     images, numbers = rows
+    table = pa.table({"image": [image.tobytes() for image in images]})
+    table = table.append_column("number", pa.array(numbers, mask=np.arange(ROWS) < BAD))
     for index, name in enumerate(DAYS):
         (days / name).parent.mkdir(parents=True, exist_ok=True)
         ids = pa.array(range(index * ROWS, (index + 1) * ROWS))
-        column = pa.array(numbers, mask=np.arange(ROWS) < BAD)
-        image = [image.tobytes() for image in images]
-        pq.write_table(pa.table({"row_id": ids, "image": image, "number": column}), days / name)
+        pq.write_table(table.append_column("row_id", ids), days / name)
     done = score_here(model, folder / "out", folder / "in", probabilities=True)
     assert done.line["rejected_rows"] == len(DAYS) * BAD
-    return done
+    return folder / "out" / "predictions"
 
 
-def test_the_files_of_each_library_are_scored_as_by_plain_pytorch(
-    scored: Scored, model: Path, rows: tuple[Pixels, np.ndarray]
+def test_files_of_each_library_are_scored_and_other_columns_pass_through(
+    predictions: Path, model: Path, rows: tuple[Pixels, np.ndarray]
 ) -> None:
-    files = sorted((scored.output / "predictions" / "forms").iterdir())
-    assert len(files) == 6
-    for file in files:
-        parquet = pq.ParquetFile(file)
-        schemas = {SPARK, b"huggingface"}  # of the input
-        assert not schemas & parquet.metadata.metadata.keys()
-        table = parquet.read()
+    found = {path.stem: pq.ParquetFile(path).read() for path in predictions.glob("forms/*")}
+    assert len(found) == 6
+    for table in found.values():
         check_predictions(table, plain_predictions(model, *rows))
+        schemas = {SPARK, b"huggingface"}  # of the input
+        assert not schemas & (table.schema.metadata or {}).keys()
         assert not [one for one in table.schema if isinstance(one.type, pa.BaseExtensionType)]
-
-
-def test_every_other_column_passes_through_unchanged(scored: Scored) -> None:
-    source = scored.output.parent / "in" / "forms" / "pyarrow.parquet"
-    kept = pq.read_table(source).drop_columns(["image"])
-    result = scored.table("forms/pyarrow.parquet")
+    kept, result = arrow_table(*rows).drop_columns(["image"]), found["arrow"]
     # Of nulls in lists of a fixed size, Arrow's reader fails.
     floats = "list<element: float>"
     added = {"pred_digit": "int8", "digit_prob": "float", "pred_sum": "int8", "sum_prob": "float"}
@@ -188,8 +180,8 @@ MARKED = [
 
 
 @pytest.mark.parametrize("reader", MARKED)
-def test_a_reader_finds_each_row_once_with_its_reason(scored: Scored, reader: str) -> None:
-    frame = READERS[reader](str(scored.output / "predictions" / "days"))
+def test_a_reader_finds_each_row_once_with_its_reason(predictions: Path, reader: str) -> None:
+    frame = READERS[reader](str(predictions / "days"))
     table = frame if isinstance(frame, pa.Table) else pa.table(frame)
     assert sorted(table["row_id"].to_pylist()) == [*range(len(DAYS) * ROWS)]
     bad = table.filter(pc.field("reason").is_valid())

@@ -39,15 +39,6 @@ def mixed(sample: pa.Table) -> pa.Table:
     return sample.take(pa.array(np.random.default_rng(0).permutation(20_000) % 5_000))
 
 
-def write_files(folder: Path, rows: pa.Table) -> Path:
-    """Write 20,000 rows as three files: the first two share a block, and the third has two."""
-    folder.mkdir()
-    for first, end, group_rows in ((0, 5_000, 300), (5_000, 7_000, 2_000), (7_000, 20_000, 7_000)):
-        path = folder / f"{first:05d}.parquet"
-        pq.write_table(rows.slice(first, end - first), path, row_group_size=group_rows)
-    return folder
-
-
 def loaded(files: Path, skip_bad_rows: bool = False) -> TrainingData:
     """The rows in windows of two blocks."""
     source, blocks, _ = load_blocks(open_source(str(files)), skip_bad_rows=skip_bad_rows)
@@ -57,7 +48,12 @@ def loaded(files: Path, skip_bad_rows: bool = False) -> TrainingData:
 
 @pytest.fixture(scope="module")
 def data(cluster: str, mixed: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    return loaded(write_files(tmp_path_factory.mktemp("data") / "files", mixed))
+    """Of three files: the first two share a block, and the third has two."""
+    folder = tmp_path_factory.mktemp("data")
+    for first, end, group_rows in ((0, 5_000, 300), (5_000, 7_000, 2_000), (7_000, 20_000, 7_000)):
+        path = folder / f"{first:05d}.parquet"
+        pq.write_table(mixed.slice(first, end - first), path, row_group_size=group_rows)
+    return loaded(folder)
 
 
 def feed(data: TrainingData, ranks: int = 1, first: int = 0) -> list[list[Batch]]:
@@ -110,22 +106,6 @@ def test_every_row_once_an_epoch_in_the_same_batches_for_any_number_of_workers(
     assert together(feed(data, ranks=2, first=1)) == whole[steps:]
 
 
-def test_rows_that_cannot_be_used_are_named_or_left_out(
-    tmp_path: Path, data: TrainingData, mixed: pa.Table
-) -> None:
-    bad = [0, *range(300, 600), 19_999]
-    images = pa.array(mixed["image"].to_pylist(), mask=np.isin(np.arange(20_000), bad))
-    files = write_files(tmp_path / "files", mixed.set_column(0, "image", images))
-    said = rf"^--data {files}: 302 of 20,000 rows .* 00000\.parquet: row 0: the image is null; "
-    with pytest.raises(RequestError, match=said):
-        loaded(files)
-    left = loaded(files, skip_bad_rows=True)
-    for split in ("validation", "test"):
-        assert np.array_equal(getattr(left, split), np.setdiff1d(getattr(data, split), bad))
-    ids = sorted(row[0] for batch in together(feed(left, first=1)) for row in batch)
-    assert ids == np.setdiff1d(data.order.ids, bad).tolist()
-
-
 def test_held_out_rows_are_shared_out_whole(data: TrainingData, mixed: pa.Table) -> None:
     workers = [Worker(rank, 3, CPU, events=None) for rank in range(3)]
     shares = [[*HeldOutRows(data.blocks, data.test, worker).batches()] for worker in workers]
@@ -171,16 +151,22 @@ def small_store() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_store")
-def test_rows_that_do_not_fit_the_object_store_are_spilled(tmp_path: Path) -> None:
-    """112 MiB. 49 of 50 rows are bad: they take memory, and no time to feed."""
+def test_rows_that_do_not_fit_the_object_store_are_spilled_and_bad_ones_left_out(
+    tmp_path: Path,
+) -> None:
+    """112 MiB, of which 49 of 50 rows are bad."""
     random, rows = np.random.default_rng(0), np.arange(150_000)
     images = pixels_array(random.integers(0, 256, (3_000, 28, 28), np.uint8))
     images = images.take(pa.array(rows // 50, mask=rows % 50 > 0))
     table = pa.table({"image": images, "digit": random.integers(0, 10, len(rows))})
-    pq.write_table(table, tmp_path / "rows.parquet")
-    data = loaded(tmp_path / "rows.parquet", skip_bad_rows=True)
-    ids = [row[0] for batch in together(feed(data, first=1)) for row in batch]
-    assert sorted(ids) == data.order.ids.tolist()
-    assert len(ids) + len(data.validation) + len(data.test) == 3_000
+    file = tmp_path / "rows.parquet"
+    pq.write_table(table, file)
+    said = rf"^--data {file}: 147,000 of 150,000 rows .* rows\.parquet: row 1: the image is null; "
+    with pytest.raises(RequestError, match=said):
+        loaded(file)
+    data = loaded(file, skip_bad_rows=True)
+    trained = sorted(row[0] for batch in together(feed(data, first=1)) for row in batch)
+    assert sorted([*trained, *data.validation, *data.test]) == rows[::50].tolist()
+    assert trained == data.order.ids.tolist()
     address = ray.get_runtime_context().gcs_address
     assert "Spilled " in memory_summary(address, stats_only=True)

@@ -87,6 +87,6 @@ def test_pickles_in_place_of_weights_are_never_executed(
     (tmp_path / STATE_DIGEST).write_text(hashlib.sha256(bomb).hexdigest())
     with pytest.raises(RequestError, match="cannot be used"):
         load_model(str(tmp_path))
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         read_checkpoint(Location(str(tmp_path)))
     assert not mark.exists()

@@ -111,26 +111,6 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(done: Done, data: P
     assert done.line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
 
 
-def check_mlflow(store: str, run: Path, said: str, images: Any) -> None:
-    """Each epoch, the files and a registered model that predicts as the run's does."""
-    (logged,) = re.findall(rf"MLflow: run (\w+) at {store}$", said, re.MULTILINE)
-    client = MlflowClient(store)
-    found = client.get_run(logged)
-    assert (found.info.status, found.data.params["recipe"]) == ("FINISHED", "long")
-    epochs = client.get_metric_history(logged, "epoch/test/digit_accuracy")
-    values = [(line["epoch"], line["test"]["digit_accuracy"]) for line in history_of(run)]
-    assert [(metric.step, metric.value) for metric in epochs] == values
-    files = {file.path for file in client.list_artifacts(logged)}
-    assert files >= {"report.html", "model", "onnx"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", store)  # as a user of the registry does
-        model = mlflow.pyfunc.load_model("models:/mnistsum/1")
-    numbers = np.arange(len(images)) % 10
-    answers = model.predict({"image": images, "number": numbers})
-    expected = predict(load_model(run), images, numbers)
-    assert answers["pred_sum"].tolist() == expected.sum.tolist()
-
-
 @pytest.mark.slow
 def test_a_finished_run_is_resumed_without_training_and_logged_to_mlflow(
     run: Path, card: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,8 +133,22 @@ def test_a_finished_run_is_resumed_without_training_and_logged_to_mlflow(
     written = json.loads((copy / "model" / "model.json").read_text())
     assert written == card, "what was scored with it must go on as it was"
     assert not list(Path.cwd().iterdir()), "Ray deletes the working folder of a submitted job"
+
+    (logged,) = re.findall(rf"MLflow: run (\w+) at {store}$", resumed.said, re.MULTILINE)
+    client = MlflowClient(store)
+    assert client.get_run(logged).info.status == "FINISHED"
+    epochs = client.get_metric_history(logged, "epoch/test/digit_accuracy")
+    history = history_of(copy)
+    assert [each.value for each in epochs] == [line["test"]["digit_accuracy"] for line in history]
+    files = {file.path for file in client.list_artifacts(logged)}
+    assert files >= {"report.html", "model", "onnx"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)  # as a user of the registry does
+    model = mlflow.pyfunc.load_model("models:/mnistsum/1")
     images = pixels_view(pq.read_table(data)["image"].combine_chunks())[::20]
-    check_mlflow(store, copy, resumed.said, images)
+    numbers = np.arange(len(images)) % 10
+    expected = predict(load_model(copy), images, numbers)
+    answers = model.predict({"image": images, "number": numbers})
+    assert answers["pred_sum"].tolist() == expected.sum.tolist()
 
 
 @pytest.mark.slow
