@@ -21,7 +21,6 @@ from mnistsum_ray.training import driver, pipeline
 from mnistsum_ray.training.pipeline import StepsInOrder, epochs_from
 from mnistsum_ray.training.rows import TrainingData, load_blocks
 from mnistsum_ray.training.trainer import Batch, TrainingBatches
-from mnistsum_ray.training.worker import HeldOutRows, Worker
 from tests.integration.conftest import start_cluster, train_here
 
 BATCH = 5_333
@@ -104,17 +103,6 @@ def test_every_row_once_an_epoch_in_the_same_batches_for_any_number_of_workers(
     assert whole[0] != whole[steps]
     assert together(feed(data, ranks=3)) == whole
     assert together(feed(data, ranks=2, first=1)) == whole[steps:]
-
-
-def test_held_out_rows_are_shared_out_whole(data: TrainingData, mixed: pa.Table) -> None:
-    workers = [Worker(rank, 3, CPU, events=None) for rank in range(3)]
-    shares = [[*HeldOutRows(data.blocks, data.test, worker).batches()] for worker in workers]
-    counts = [sum(len(batch["row_id"]) for batch in share) for share in shares]
-    assert max(counts) - min(counts) <= 1
-    ids = np.concatenate([batch["row_id"] for share in shares for batch in share])
-    digits = np.concatenate([batch["digit"] for share in shares for batch in share])
-    assert np.array_equal(ids, data.test)
-    assert np.array_equal(digits, mixed["digit"].to_numpy()[data.test])
 
 
 @pytest.mark.slow
