@@ -1,6 +1,6 @@
 """Both jobs on a GPU from the shell: trained, killed, resumed on a CPU; scored as a CPU scores.
 
-Figures are printed: `pytest -m gpu -s`.
+Figures are printed: `pytest -m gpu -s`. What needs two cards is skipped where is one.
 """
 
 import json
@@ -17,7 +17,6 @@ pytest.importorskip("ray", reason="the jobs need Ray")
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from tests.gpu.conftest import two_gpus
 from tests.integration.conftest import (
     Done,
     Job,
@@ -30,7 +29,9 @@ from tests.integration.conftest import (
 
 __all__ = ["no_job_is_left"]
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = [pytest.mark.gpu, no_gpu, pytest.mark.timeout(400)]
 
 SCORED_ROWS = 400_000
 
@@ -43,24 +44,16 @@ def run_on_gpu(*args: Any) -> Done:
     return done
 
 
-def flags_of(runs: Path, **settings: object) -> list[object]:
-    """Flags of a training on the sample with seed 0, whose run is `mine`."""
-    flags: list[object] = ["--data", "sample", "--seed", 0, "--storage-path", runs]
-    for name, value in {"name": "mine", **settings}.items():
-        flags += [f"--{name.replace('_', '-')}", value]
-    return flags
+def training(runs: Path, *flags: object) -> list[Any]:
+    """A training on the sample, whose run is `mine`."""
+    return ["train", "--data", "sample", "--storage-path", runs, "--name", "mine", *flags]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    return run_on_gpu("train", *flags_of(tmp_path_factory.mktemp("runs")))
-
-
-def test_the_sample_is_learned_and_again(trained: Done, tmp_path: Path) -> None:
-    first = trained.line["test"]
-    assert min(first["digit_accuracy"], first["sum_accuracy"]) > 0.98
-    again = run_on_gpu("train", *flags_of(tmp_path)).line["test"]
-    assert again["digit_accuracy"] == pytest.approx(first["digit_accuracy"], abs=0.01)
+    done = run_on_gpu(*training(tmp_path_factory.mktemp("runs")))
+    assert min(done.line["test"][f"{head}_accuracy"] for head in ("digit", "sum")) > 0.98
+    return done
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("1,2", marks=two_gpus)])
@@ -68,7 +61,7 @@ def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(
     workers: str, tmp_path: Path
 ) -> None:
     free, total = torch.cuda.mem_get_info()
-    job = Job("train", *flags_of(tmp_path, epochs=40, num_workers=workers))
+    job = Job(*training(tmp_path, "--epochs", 40, "--num-workers", workers))
     job.wait_for_line("epoch 2: loss ")
     kill_worker(job.process.pid, "RayTrainWorker")
     job.wait_for_line("going on after epoch")
@@ -78,27 +71,8 @@ def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(
     assert torch.cuda.mem_get_info()[0] > free - 0.01 * total
 
 
-def test_the_job_is_as_fast_as_the_bare_loop(pairs: Path) -> None:
-    line = run_job("benchmark", "train", "--data", pairs, "--rows", 120_000).line
-    print(json.dumps(line))
-    assert line["rows_per_second"]["project"] >= 0.9 * line["rows_per_second"]["bare"]
-
-
-@two_gpus
-def test_two_cards_train_as_one(tmp_path: Path) -> None:
-    """Rounding differs, and grows from step to step."""
-    flags = [flags_of(tmp_path / str(n), num_workers=n, precision="fp32") for n in (1, 2)]
-    one, two = (run_on_gpu("train", *each) for each in flags)
-    assert "2 GPU workers" in two.err
-    losses = [history_of(done.line["run"])[0]["train_loss"] for done in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    for head in ("digit", "sum"):
-        accuracies = [done.line["test"][f"{head}_accuracy"] for done in (one, two)]
-        assert accuracies[0] == pytest.approx(accuracies[1], abs=0.01)
-
-
 def test_a_run_begun_on_a_gpu_is_resumed_on_a_cpu(tmp_path: Path) -> None:
-    job = Job("train", *flags_of(tmp_path, epochs=6, precision="fp32"))
+    job = Job(*training(tmp_path, "--epochs", 6, "--precision", "fp32"))
     job.wait_for_line("epoch 3: loss ")
     job.kill()
     run = ["--storage-path", tmp_path, "--name", "mine"]
@@ -106,6 +80,21 @@ def test_a_run_begun_on_a_gpu_is_resumed_on_a_cpu(tmp_path: Path) -> None:
     assert "going on after epoch " in done.err
     assert "1 CPU worker" in done.err
     assert done.line["test"]["digit_accuracy"] > 0.985
+
+
+@two_gpus
+def test_two_cards_train_as_one(tmp_path: Path) -> None:
+    """Rounding differs, and grows from step to step."""
+    one, two = (
+        run_on_gpu(*training(tmp_path / str(n), "--num-workers", n, "--precision", "fp32"))
+        for n in (1, 2)
+    )
+    assert "2 GPU workers" in two.err
+    losses = [history_of(done.line["run"])[0]["train_loss"] for done in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    for head in ("digit", "sum"):
+        accuracies = [done.line["test"][f"{head}_accuracy"] for done in (one, two)]
+        assert accuracies[0] == pytest.approx(accuracies[1], abs=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +105,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def score(trained: Done, pairs: Path, output: Path, *flags: object) -> list[Any]:
+def test_the_job_is_as_fast_as_the_bare_loop(pairs: Path) -> None:
+    ways = run_job("benchmark", "train", "--data", pairs, "--rows", 120_000).line["rows_per_second"]
+    print(json.dumps(ways))
+    assert ways["project"] >= 0.9 * ways["bare"]
+
+
+def scoring(trained: Done, pairs: Path, output: Path, *flags: object) -> list[Any]:
     return ["score", "--model", trained.line["model"], "--input", pairs, "--output", output, *flags]
 
 
@@ -126,39 +121,26 @@ def rows(output: Path) -> pa.Table:
     return pa.concat_tables([pq.ParquetFile(file).read(columns) for file in files])
 
 
-@pytest.fixture(scope="module")
-def scored(trained: Done, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    """Scored by the GPU, without a disturbance."""
-    output = tmp_path_factory.mktemp("scored") / "out"
-    assert run_on_gpu(*score(trained, pairs, output)).line["scored_rows"] == SCORED_ROWS
-    return rows(output)
-
-
 def share_equal(first: pa.Table, second: pa.Table) -> float:
     columns = zip(first.columns, second.columns, strict=True)
     return min(float(np.mean(one.to_numpy() == other.to_numpy())) for one, other in columns)
 
 
-def test_a_gpu_scores_as_a_cpu(
-    trained: Done, pairs: Path, scored: pa.Table, tmp_path: Path
+def test_a_gpu_scores_as_a_cpu_also_after_a_killed_actor_and_a_killed_run(
+    trained: Done, pairs: Path, tmp_path: Path
 ) -> None:
-    gpu, cpu = tmp_path / "gpu", tmp_path / "cpu"
-    run_on_gpu(*score(trained, pairs, gpu, "--precision", "fp32"))
-    done = run_job(*score(trained, pairs, cpu, "--precision", "fp32", "--use-gpu", "false"))
+    gpu, cpu, killed = (tmp_path / name for name in ("gpu", "cpu", "killed"))
+    run_on_gpu(*scoring(trained, pairs, gpu, "--precision", "fp32"))
+    done = run_job(*scoring(trained, pairs, cpu, "--precision", "fp32", "--use-gpu", "false"))
     assert "GPU worker" not in done.err
+    assert done.line["scored_rows"] == SCORED_ROWS
     assert share_equal(rows(gpu), rows(cpu)) >= 0.9999
-    assert share_equal(scored, rows(cpu)) >= 0.999, "bfloat16"
 
-
-def test_a_killed_actor_and_a_killed_run_change_nothing(
-    trained: Done, pairs: Path, scored: pa.Table, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    flags = score(trained, pairs, output, "--max-rows-per-file", 5_000)
+    flags = scoring(trained, pairs, killed, "--max-rows-per-file", 5_000)
     job = Job(*flags)
-    wait_for_files(job, output, 8)
+    wait_for_files(job, killed, 8)
     kill_worker(job.process.pid, "MapBatches(Score)")
-    wait_for_files(job, output, 4)
+    wait_for_files(job, killed, 4)
     job.kill()
     assert run_on_gpu(*flags).line["resumed_rows"] > 0
-    assert share_equal(scored, rows(output)) >= 0.9999
+    assert share_equal(rows(killed), rows(cpu)) >= 0.999, "bfloat16"

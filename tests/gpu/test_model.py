@@ -1,6 +1,7 @@
 """The network, its training steps and its predictions on a GPU, beside the same on the CPU.
 
-Float32 on a GPU errs by 1e-5, TF32 by 1.6e-3: 1e-4 tells them apart.
+The gate runs parts of it on the CPU. Float32 on a GPU errs by 1e-5, TF32 by 1.6e-3: 1e-4 tells them
+apart.
 """
 
 import numpy as np
@@ -8,22 +9,27 @@ import pytest
 import torch
 
 from mnistsum_ray.data.order import distortions
+from mnistsum_ray.model.device import disable_tf32
 from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.network import Network, Objective, distort, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
-from tests.gpu.conftest import CUDA
 from tests.model import random_rows
+from tests.model.conftest import one_thread
 
-CPU = torch.device("cpu")
+__all__ = ["one_thread"]
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROWS = 64
 
-gpu = pytest.mark.gpu
-each_device = pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=gpu)], ids=str)
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+on_gpu = pytest.param(CUDA, marks=[pytest.mark.gpu, no_gpu])
+each_device = pytest.mark.parametrize("device", [CPU, on_gpu], ids=str)
 
 
 def make_model(device: torch.device) -> Network:
-    """The same random weights on every device."""
+    """The same random weights on every device, and float32 as in the workers of a job."""
+    disable_tf32()
     torch.manual_seed(0)
     return make_network().to(device)
 
@@ -54,7 +60,8 @@ def train(device: torch.device) -> Weights:
     return copy_weights(model)
 
 
-@gpu
+@pytest.mark.gpu
+@no_gpu
 def test_three_steps_are_those_of_the_cpu() -> None:
     ours, theirs = train(CUDA), train(CPU)
     for name, start in copy_weights(make_model(CPU)).items():

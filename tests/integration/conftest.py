@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import re
 import secrets
 import signal
@@ -12,14 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -28,7 +25,6 @@ from ray.cluster_utils import Cluster
 
 from mnistsum_ray import ScoreConfig, TrainConfig, fit, score
 from mnistsum_ray.data.sources import SAMPLE
-from mnistsum_ray.errors import StorageError
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from tests.conftest import default_signals
@@ -98,23 +94,17 @@ def joined(cluster: Cluster) -> Iterator[None]:
 
 
 class Storage:
-    """An S3 server on this machine that can answer 503 for a while, and refuse some files."""
+    """An S3 server on this machine that can answer 503 for a while."""
 
     def __init__(self) -> None:
         self._overloaded_until = 0.0
-        self.forbidden = ""
-        """End of the paths that are answered by 403."""
         self._app = DomainDispatcherApplication(create_backend_app)
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
-        if time.monotonic() < self._overloaded_until:
-            status, code = "503 Slow Down", "SlowDown"
-        elif self.forbidden and environ["PATH_INFO"].endswith(self.forbidden):
-            status, code = "403 Forbidden", "AccessDenied"
-        else:
+        if time.monotonic() >= self._overloaded_until:
             return self._app(environ, start_response)
-        start_response(status, [("Content-Type", "application/xml")])
-        return [f"<Error><Code>{code}</Code><Message>Not now.</Message></Error>".encode()]
+        start_response("503 Slow Down", [("Content-Type", "application/xml")])
+        return [b"<Error><Code>SlowDown</Code><Message>Not now.</Message></Error>"]
 
     def overload(self, seconds: float) -> None:
         self._overloaded_until = time.monotonic() + seconds
@@ -122,7 +112,7 @@ class Storage:
 
 @pytest.fixture(scope="package")
 def s3() -> Iterator[Storage]:
-    """An S3 server with the buckets `runs` and `scores`, which the environment names for jobs."""
+    """An S3 server with the bucket `bucket`, which the environment names for jobs."""
     storage = Storage()
     with serving(storage) as port, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
@@ -130,8 +120,7 @@ def s3() -> Iterator[Storage]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        for bucket in ("runs", "scores"):
-            ask(port, "PUT", f"/{bucket}")
+        ask(port, "PUT", "/bucket")
         yield storage
 
 
@@ -143,99 +132,38 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Bomb:
-    """Its pickle creates a file when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-        self.pickled = pickle.dumps(self)
-        pickle.loads(self.pickled)
-        mark.unlink()  # it was there: the pickle works
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
-
-
-@pytest.fixture
-def bomb(tmp_path: Path) -> Bomb:
-    return Bomb(tmp_path / "the pickle was executed")
-
-
 @dataclass
-class Scored:
-    """A finished scoring run in this process."""
+class Result:
+    """What a job in this process has returned, and said."""
 
     line: dict[str, Any]
     said: str
-    output: Path
 
-    def table(self, names: str = "**/*.parquet") -> pa.Table:
-        """The predictions in the files of these names, in their order."""
-        paths = sorted((self.output / "predictions").glob(names))
-        # `pq.read_table` would also add columns from the names of the folders.
-        return pa.concat_tables([pq.ParquetFile(path).read() for path in paths])
-
-    def files(self) -> dict[str, dict[str, Any]]:
-        rows = pq.read_table(self.output / "files.parquet").to_pylist()
-        return {row["file"]: row for row in rows}
-
-    def manifest(self) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads((self.output / "manifest.json").read_text())
-        return value
+    def weights(self) -> bytes:
+        """Those that a training has written."""
+        model = locate(self.line["model"], "--model")
+        return bytes((model / "model.safetensors").read_bytes())
 
 
 def score_here(
     model: Path | str, output: Path | str, *inputs: Path | str, **settings: Any
-) -> Scored:
+) -> Result:
     """Score on this process's cluster: in float32, as plain PyTorch, with one worker."""
     given: dict[str, Any] = {"precision": "fp32", "num_workers": 1} | settings
     paths = tuple(map(str, inputs))
     config = ScoreConfig(model=str(model), input=paths, output=str(output), **given)
     with redirect_stderr(io.StringIO()) as said:
         result = score(config)
-    return Scored(result.model_dump(), said.getvalue(), Path(output))
+    return Result(result.model_dump(), said.getvalue())
 
 
-@dataclass
-class Trained:
-    """A finished training in this process."""
-
-    line: dict[str, Any]
-    said: str
-
-    def weights(self) -> bytes:
-        model = locate(self.line["model"], "--model")
-        return bytes((model / "model.safetensors").read_bytes())
-
-
-def train_here(**settings: Any) -> Trained:
+def train_here(**settings: Any) -> Result:
     """Train on the cluster that this process is connected to."""
-    given: dict[str, Any] = {
-        name: str(value) if isinstance(value, Path) else value for name, value in settings.items()
-    }
-    config = TrainConfig(**given)
+    for name, value in settings.items():
+        settings[name] = str(value) if isinstance(value, Path) else value
     with redirect_stderr(io.StringIO()) as said:
-        result = fit(config)
-    return Trained(result.model_dump(), said.getvalue())
-
-
-Result = TypeVar("Result")
-Step = tuple[Callable[[], object], Callable[[], object]]
-
-
-def during(run: Callable[[], Result], *steps: Step) -> Result:
-    """Run a job of this process in a thread, and here each step: wait for its condition, act.
-
-    Not the other way round: a node that is added dies with the thread that has added it.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(run)
-        for condition, act in steps:
-            while not condition():
-                assert not future.done(), (future.exception(), "it ended before")
-                time.sleep(0.05)
-            act()
-        return future.result()
+        result = fit(TrainConfig(**settings))
+    return Result(result.model_dump(), said.getvalue())
 
 
 @dataclass
@@ -252,14 +180,6 @@ class Done:
         assert self.code == 0, self.err
         value: dict[str, Any] = json.loads(self.out.splitlines()[-1])
         return value
-
-
-def history_of(run: Location | Path | str) -> list[dict[str, Any]]:
-    """The lines of history.jsonl of a run, one an epoch; none before the first."""
-    place = run if isinstance(run, Location) else locate(str(run), "--name")
-    with suppress(StorageError):
-        return [json.loads(line) for line in (place / "history.jsonl").read_bytes().splitlines()]
-    return []
 
 
 _jobs: "list[Job]" = []
@@ -281,37 +201,26 @@ _MARK = "MNISTSUM_TEST"
 
 
 class Job:
-    """A job that runs as a process."""
+    """A job that runs as a process: `jobs/NAME.py` with these arguments."""
 
     def __init__(
-        self,
-        name: str,
-        *args: object,
-        address: str | None = None,
-        cwd: Path | None = None,
-        env: dict[str, str] | None = None,
-        before: Callable[[], object] = default_signals,
+        self, name: str, *args: object, address: str | None = None, cwd: Path = ROOT
     ) -> None:
-        """Start `jobs/NAME.py`, or where there is none `mnistsum NAME`.
-
-        `before` runs in the child process before exec.
-        """
-        environment = dict(os.environ) | (env or {})
-        environment["RAY_ADDRESS"] = address or "local"  # never another cluster of this machine
         self._mark = secrets.token_hex(8)
-        # A crash prints a traceback.
-        environment |= {_MARK: self._mark, "PYTHONFAULTHANDLER": "1"}
-        script = ROOT / "jobs" / f"{name}.py"
-        command = [script] if script.exists() else ["-m", "mnistsum_ray", name]
+        environment = os.environ | {
+            "RAY_ADDRESS": address or "local",  # never another cluster of this machine
+            "PYTHONFAULTHANDLER": "1",  # a crash prints a traceback
+            _MARK: self._mark,
+        }
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, (*command, *args))],
+            [sys.executable, *map(str, (ROOT / "jobs" / f"{name}.py", *args))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-            cwd=cwd or ROOT,
+            cwd=cwd,
             start_new_session=True,  # a signal reaches all of its processes, and none of the test's
-            preexec_fn=before,
+            preexec_fn=default_signals,
         )
         self._seen: list[str] = []
         _jobs.append(self)
@@ -347,31 +256,31 @@ class Job:
                     found.append(" ".join(process.cmdline())[:100])
         return found
 
-    def wait(self, timeout: float = 400) -> Done:
-        try:
-            out, err = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            kill_everything(self.process.pid)  # it would slow down all tests that follow
-            raise
+    def wait(self) -> Done:
+        out, err = self.process.communicate(timeout=400)
         return Done(self.process.returncode, out, "".join(self._seen) + err)
-
-
-def predictions_in(output: Location | Path | str) -> int:
-    """Number of files of predictions in an output, which may not be there yet."""
-    place = output if isinstance(output, Location) else locate(str(output), "--output")
-    found = (place / "predictions").files()
-    return sum(file.name[0] != "." for file in found)
-
-
-def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
-    """Wait until a running job has written so many more files of predictions."""
-    before = predictions_in(output)
-    job.wait_until(lambda: predictions_in(output) >= before + more)
 
 
 def run_job(name: str, *args: object, **options: Any) -> Done:
     """Run a job to its end; the options are those of `Job`."""
     return Job(name, *args, **options).wait()
+
+
+def history_of(run: Path | str) -> list[dict[str, Any]]:
+    """The lines of history.jsonl of a run, one an epoch."""
+    return [json.loads(line) for line in Path(run, "history.jsonl").read_text().splitlines()]
+
+
+def predictions_in(output: Location | Path) -> int:
+    """Number of files of predictions in an output, which may not be there yet."""
+    place = output if isinstance(output, Location) else locate(str(output), "--output")
+    return sum(file.name[0] != "." for file in (place / "predictions").files())
+
+
+def wait_for_files(job: Job, output: Path, more: int) -> None:
+    """Wait until a running job has written so many more files of predictions."""
+    before = predictions_in(output)
+    job.wait_until(lambda: predictions_in(output) >= before + more)
 
 
 def descendants(root: int) -> dict[int, str]:
@@ -391,9 +300,8 @@ def kill_everything(root: int) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def kill_worker(root: int, title: str) -> int:
-    """Send SIGKILL to one descendant of `root` whose title contains this text; return its id."""
+def kill_worker(root: int, title: str) -> None:
+    """Send SIGKILL to one descendant of `root` whose title contains this text."""
     workers = [process for process, line in descendants(root).items() if title in line]
     assert workers, descendants(root)
     os.kill(workers[0], signal.SIGKILL)
-    return workers[0]

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import nbformat
 import pytest
@@ -23,60 +24,47 @@ README = (ROOT / "README.md").read_text()
 NOTEBOOK = ROOT / "jobs" / "example.ipynb"
 
 
+def block(section: str, language: str) -> str:
+    """The first block of code in a section."""
+    text = README.partition(f"\n## {section}")[2]
+    return text.partition(f"```{language}\n")[2].partition("```")[0]
+
+
 def commands_of(section: str) -> list[list[str]]:
     """The jobs in the first shell block of a section, as words of `mnistsum`."""
-    text = README.partition(f"\n## {section}")[2]
-    block = text.partition("```bash\n")[2].partition("```")[0]
-    found = re.findall(r"^python jobs/(\w+)\.py(.*)$", block, re.MULTILINE)
+    found = re.findall(r"^python jobs/(\w+)\.py(.*)$", block(section, "bash"), re.MULTILINE)
     return [[job.replace("_", "-"), *shlex.split(flags)] for job, flags in found]
-
-
-def run(command: str, *flags: str) -> None:
-    """Run a command in this process, on the cluster that it has joined."""
-    function, kind, _ = COMMANDS[command]
-    function(parse(kind, list(flags), ""))
 
 
 @pytest.fixture(scope="module")
 def folder(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a reader who begins at the top has run the commands of the section Laptop."""
     folder = tmp_path_factory.mktemp("reader")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name, *flags in commands_of("Laptop"):
-            job = run_job(name.replace("-", "_"), *flags, cwd=folder)  # each with its own cluster
-            assert job.code == 0, job.err
+    for name, *flags in commands_of("Laptop"):
+        assert run_job(name.replace("-", "_"), *flags, cwd=folder).line  # each with its own cluster
     return folder
 
 
 @pytest.mark.slow
-def test_the_sample_is_learned_on_a_laptop(folder: Path) -> None:
-    manifest = json.loads((folder / "runs" / "mine" / "manifest.json").read_text())
-    learned = manifest["metrics"]["test"]
-    assert min(learned["digit_accuracy"], learned["sum_accuracy"]) >= 0.98
-    for page in ("runs/mine/report.html", "scored/report.html"):
-        assert (folder / page).stat().st_size > 10_000
-
-
-@pytest.mark.slow
 def test_the_commands_of_train_and_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One epoch each. No training on full MNIST is run: `--resume` finds the sample's run."""
+    """In this process. No training on full MNIST is run: `--resume` finds the sample's run."""
     monkeypatch.chdir(folder)
-    for section in ("Train", "Score"):
-        commands = commands_of(section)
-        assert len(commands) >= 3
-        for name, *flags in commands:
-            if flags == ["--help"]:
-                continue
-            if any("days/" in flag for flag in flags):
-                shutil.copytree("test-pairs", "days/1")
-                shutil.copy(next(Path("pairs").glob("*.parquet")), "late.parquet")
-            if name == "export-pairs":
-                flags += ["--data", "sample"]
-            if name == "train":
-                flags = ["mine" if flag == "box" else flag for flag in flags]
-                flags += ["--epochs", "1"] if "--config" in flags else []
-            run(name, *flags)
+    learned = json.loads(Path("runs/mine/manifest.json").read_text())["metrics"]["test"]
+    assert min(learned["digit_accuracy"], learned["sum_accuracy"]) >= 0.98
+    assert Path("scored/report.html").exists()
+    for name, *flags in commands_of("Train") + commands_of("Score"):
+        if flags == ["--help"]:
+            continue
+        if any("days/" in flag for flag in flags):
+            shutil.copytree("test-pairs", "days/1")
+            shutil.copy(next(Path("pairs").glob("*.parquet")), "late.parquet")
+        if name == "export-pairs":
+            flags += ["--data", "sample"]
+        if name == "train":
+            flags = ["mine" if flag == "box" else flag for flag in flags]
+            flags += ["--epochs", "1"] if "--config" in flags else []
+        function, kind, _ = COMMANDS[name]
+        function(parse(kind, flags, ""))
     runs = [json.loads(path.read_text()) for path in Path("runs").glob("*/manifest.json")]
     assert [each["status"] for each in runs] == ["finished", "finished"]
     scored = json.loads(Path("days-scored/manifest.json").read_text())["totals"]
@@ -88,14 +76,13 @@ def test_the_commands_of_train_and_score(folder: Path, monkeypatch: pytest.Monke
 def test_the_example_in_python(
     folder: Path, write_rows: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = README.partition("## From Python")[2]
     written, smaller = 'data="sample", epochs=2)', f'data="{write_rows(500)}", epochs=1)'
-    code = text.partition("```python\n")[2].partition("```")[0].replace(written, smaller)
-    assert smaller in code
+    code = block("From Python", "python")
+    assert written in code
     monkeypatch.chdir(folder)
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert names["table"].num_rows == 250  # type: ignore[attr-defined]
+    names: dict[str, Any] = {}
+    exec(code.replace(written, smaller), names)
+    assert names["table"].num_rows == 250
     assert Path("scored-again/manifest.json").exists()
 
 
@@ -124,9 +111,7 @@ def test_the_notebook_runs(
     smaller = f'data="{write_rows(500)}", epochs=1, sum_head_steps=5'
     trains.source = trains.source.replace(written, smaller)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
-    shown = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
-    for text in ("TrainResult(run=", "PicturePrediction(number=5, digit=", "rejected_rows=1"):
-        assert text in shown, text
+    assert "rejected_rows=1" in json.dumps([cell.get("outputs", []) for cell in notebook.cells])
     # What a person sees of a bar is the widget's state.
     states = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"].state
     widgets = [widget for widget in states.values() if widget.model_name == "FloatProgressModel"]

@@ -25,7 +25,6 @@ from mnistsum_ray.training import driver, pipeline
 from mnistsum_ray.training.pipeline import StepsInOrder, epochs_from
 from mnistsum_ray.training.rows import TrainingData, load_blocks
 from mnistsum_ray.training.trainer import Batch, TrainingBatches
-from mnistsum_ray.training.worker import HeldOutRows, Worker
 from tests.integration.conftest import start_cluster, train_here
 
 BATCH = 5_333
@@ -43,28 +42,21 @@ def mixed(sample: pa.Table) -> pa.Table:
     return sample.take(pa.array(np.random.default_rng(0).permutation(20_000) % 5_000))
 
 
-def write_files(folder: Path, rows: pa.Table) -> Path:
-    """Write 20,000 rows as files of 5,000, 2,000 and 13,000, whose row groups differ in size.
-
-    The first two share a block, and the third has two.
-    """
-    folder.mkdir()
-    for first, end, group_rows in ((0, 5_000, 300), (5_000, 7_000, 2_000), (7_000, 20_000, 7_000)):
-        path = folder / f"{first:05d}.parquet"
-        pq.write_table(rows.slice(first, end - first), path, row_group_size=group_rows)
-    return folder
-
-
-def loaded(folder: Path, skip_bad_rows: bool = False) -> TrainingData:
-    """Three blocks in windows of two."""
-    source, blocks, _ = load_blocks(open_source(str(folder)), skip_bad_rows=skip_bad_rows)
+def loaded(files: Path, skip_bad_rows: bool = False) -> TrainingData:
+    """The rows in windows of two blocks."""
+    source, blocks, _ = load_blocks(open_source(str(files)), skip_bad_rows=skip_bad_rows)
     order = TrainingOrder(source.train, blocks.bounds, BATCH, SEED, window_blocks=2)
     return TrainingData(blocks, order, source.validation, source.test)
 
 
 @pytest.fixture(scope="module")
 def data(cluster: str, mixed: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    return loaded(write_files(tmp_path_factory.mktemp("data") / "files", mixed))
+    """Of three files: the first two share a block, and the third has two."""
+    folder = tmp_path_factory.mktemp("data")
+    for first, end, group_rows in ((0, 5_000, 300), (5_000, 7_000, 2_000), (7_000, 20_000, 7_000)):
+        path = folder / f"{first:05d}.parquet"
+        pq.write_table(mixed.slice(first, end - first), path, row_group_size=group_rows)
+    return loaded(folder)
 
 
 def feed(data: TrainingData, ranks: int = 1, first: int = 0) -> list[list[Batch]]:
@@ -84,7 +76,7 @@ def feed(data: TrainingData, ranks: int = 1, first: int = 0) -> list[list[Batch]
     return batches
 
 
-def together(*ranks: list[Batch]) -> list[list[tuple[Any, ...]]]:
+def together(ranks: list[list[Batch]]) -> list[list[tuple[Any, ...]]]:
     """Row id, number and distortion of all rows of each global batch."""
     described = []
     for shares in zip(*ranks, strict=True):
@@ -96,72 +88,25 @@ def together(*ranks: list[Batch]) -> list[list[tuple[Any, ...]]]:
     return described
 
 
-@pytest.fixture(scope="module")
-def alone(data: TrainingData) -> list[Batch]:
-    return feed(data)[0]
-
-
-def test_every_row_once_an_epoch_with_its_own_image_number_and_distortion(
-    alone: list[Batch], data: TrainingData, mixed: pa.Table
+def test_every_row_once_an_epoch_in_the_same_batches_for_any_number_of_workers(
+    data: TrainingData, mixed: pa.Table
 ) -> None:
-    steps = data.order.steps
+    """With its own image, number and distortion; also from a later epoch on."""
+    alone, steps = feed(data), data.order.steps
     pixels, digits = pixels_view(mixed["image"].combine_chunks()), mixed["digit"].to_numpy()
-    for index, batch in enumerate(alone):
+    for index, batch in enumerate(alone[0]):
         epoch, ids = index // steps, batch["row_id"].numpy()
         assert np.array_equal(batch["image"].numpy(), pixels[ids])
         assert np.array_equal(batch["digit"].numpy(), digits[ids])
         assert np.array_equal(batch["number"].numpy(), random_numbers(SEED, epoch, ids))
         assert np.array_equal(batch["affine"].numpy(), distortions(SEED, epoch, ids, 1.0))
-    epochs = [alone[:steps], alone[steps:]]
-    orders = [np.concatenate([batch["row_id"] for batch in epoch]) for epoch in epochs]
-    assert all(np.array_equal(np.sort(order), data.order.ids) for order in orders)
-    assert not np.array_equal(orders[0], orders[1])
-    assert len(set(alone[0]["row_id"].numpy() // 1_000)) >= 5, "mixed from a whole window"
-
-
-def test_any_number_of_workers_sees_the_same_batches_and_may_go_on_after_an_epoch(
-    alone: list[Batch], data: TrainingData
-) -> None:
     whole = together(alone)
     assert [len(rows) for rows in whole] == EPOCHS * [BATCH, BATCH, BATCH, 1]
-    assert together(*feed(data, ranks=3)) == whole
-    assert together(*feed(data, ranks=2, first=1)) == whole[len(whole) // 2 :]
-
-
-def test_rows_that_cannot_be_used_are_named_or_left_out(
-    tmp_path: Path, data: TrainingData, mixed: pa.Table
-) -> None:
-    bad = [0, *range(300, 600), 19_999]
-    images = mixed["image"].to_pylist()
-    for row in bad:
-        images[row] = None
-    rows = mixed.set_column(0, "image", pa.array(images, pa.binary()))
-    files = write_files(tmp_path / "files", rows)
-    said = rf"^--data {files}: 302 of 20,000 rows .* 00000\.parquet: row 0: the image is null; "
-    with pytest.raises(RequestError, match=said):
-        loaded(files)
-    left = loaded(files, skip_bad_rows=True)
-    for split in ("validation", "test"):
-        expected = np.setdiff1d(getattr(data, split), bad)
-        assert np.array_equal(getattr(left, split), expected)
-    batches = together(*feed(left, ranks=2, first=1))
-    ids = sorted(row[0] for batch in batches for row in batch)
-    assert ids == np.setdiff1d(data.order.ids, bad).tolist()
-    source = open_source(str(files))
-    (files / "07000.parquet").unlink()
-    with pytest.raises(RunError, match=r"--data .*07000\.parquet: "):
-        load_blocks(source, skip_bad_rows=False)
-
-
-def test_held_out_rows_are_shared_out_whole(data: TrainingData, mixed: pa.Table) -> None:
-    workers = [Worker(rank, 3, CPU, events=None) for rank in range(3)]
-    shares = [[*HeldOutRows(data.blocks, data.test, worker).batches()] for worker in workers]
-    counts = [sum(len(batch["row_id"]) for batch in share) for share in shares]
-    assert max(counts) - min(counts) <= 1
-    ids = np.concatenate([batch["row_id"] for share in shares for batch in share])
-    digits = np.concatenate([batch["digit"] for share in shares for batch in share])
-    assert np.array_equal(ids, data.test)
-    assert np.array_equal(digits, mixed["digit"].to_numpy()[data.test])
+    for batches in (whole[:steps], whole[steps:]):
+        assert sorted(row[0] for rows in batches for row in rows) == data.order.ids.tolist()
+    assert whole[0] != whole[steps]
+    assert together(feed(data, ranks=3)) == whole
+    assert together(feed(data, ranks=2, first=1)) == whole[steps:]
 
 
 @pytest.mark.slow
@@ -198,18 +143,22 @@ def small_store() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_store")
-def test_rows_that_do_not_fit_the_object_store_are_spilled_and_trained(tmp_path: Path) -> None:
-    """49 of 50 rows are bad: they take memory, and no time to train."""
+def test_rows_that_do_not_fit_the_object_store_are_spilled_and_bad_ones_left_out(
+    tmp_path: Path,
+) -> None:
+    """112 MiB, of which 49 of 50 rows are bad."""
     random, rows = np.random.default_rng(0), np.arange(150_000)
     images = pixels_array(random.integers(0, 256, (3_000, 28, 28), np.uint8))
     images = images.take(pa.array(rows // 50, mask=rows % 50 > 0))
     table = pa.table({"image": images, "digit": random.integers(0, 10, len(rows))})
-    pq.write_table(table, tmp_path / "rows.parquet")
-    place = {"data": tmp_path / "rows.parquet", "storage_path": tmp_path / "runs"}
-    trained = train_here(epochs=1, sum_head_steps=5, skip_bad_rows=True, **place)
-    said = "reading 150,000 rows: 112 MiB, and the object stores have 75 MiB; Ray spills the rest"
-    assert said in trained.said
+    file = tmp_path / "rows.parquet"
+    pq.write_table(table, file)
+    said = rf"^--data {file}: 147,000 of 150,000 rows .* rows\.parquet: row 1: the image is null; "
+    with pytest.raises(RequestError, match=said):
+        loaded(file)
+    data = loaded(file, skip_bad_rows=True)
+    trained = sorted(row[0] for batch in together(feed(data, first=1)) for row in batch)
+    assert sorted([*trained, *data.validation, *data.test]) == rows[::50].tolist()
+    assert trained == data.order.ids.tolist()
     address = ray.get_runtime_context().gcs_address
     assert "Spilled " in memory_summary(address, stats_only=True)
-    split_rows = [trained.line["data"][f"{part}_rows"] for part in ("train", "validation", "test")]
-    assert sum(split_rows) == 3_000

@@ -1,44 +1,64 @@
-"""Datasets and models are data: no pickle in them is executed. Checkpoints: test_checkpoints."""
+"""Datasets, models and checkpoints are data: no pickle in them is executed."""
 
-from contextlib import suppress
+import hashlib
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.errors import RequestError
-from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import Bomb, score_here
-
-pytestmark = pytest.mark.usefixtures("cluster")
+from mnistsum_ray import RequestError, load_model
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.training.checkpoint import STATE_DIGEST, STATE_FILE, read_checkpoint
+from tests.integration.conftest import score_here
 
 
-def disguised(table: pa.Table, name: str, extension: bytes, metadata: bytes) -> pa.Table:
+class Bomb:
+    """Its pickle creates a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def bomb(tmp_path: Path) -> Iterator[bytes]:
+    """A pickle that must not be executed during the test."""
+    mark = tmp_path / "executed"
+    pickled = pickle.dumps(Bomb(mark))
+    pickle.loads(pickled)
+    mark.unlink()  # it was there: the pickle works
+    yield pickled
+    assert not mark.exists()
+
+
+def disguised(table: pa.Table, name: str, extension: str, metadata: bytes = b"") -> pa.Table:
     """The table with a column that is marked as an extension type, as in files that Ray wrote."""
     index = table.schema.get_field_index(name)
-    marks = {b"ARROW:extension:name": extension, b"ARROW:extension:metadata": metadata}
+    marks = {"ARROW:extension:name": f"ray.data.{extension}", "ARROW:extension:metadata": metadata}
     return table.cast(table.schema.set(index, table.schema.field(index).with_metadata(marks)))
 
 
+@pytest.mark.usefixtures("cluster")
 def test_pickles_in_a_dataset_are_never_executed(
-    model: Path,
-    tmp_path: Path,
-    sample: pa.Table,
-    bomb: Bomb,
+    model: Path, tmp_path: Path, sample: pa.Table, bomb: bytes
 ) -> None:
     rows = sample[::500].append_column("number", pa.array([1] * 10, pa.int8()))
-    objects = rows.append_column("note", pa.array([bomb.pickled] * 10, pa.binary()))
-    images = rows.set_column(0, "image", pa.array([bomb.pickled] * 10, pa.binary()))
+    pickles = pa.array([bomb] * 10, pa.binary())
     lists = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(10 * 784, np.uint8)), 784)
-    tensors = rows.set_column(0, "image", lists)
+    images, tensors = (rows.set_column(0, "image", column) for column in (pickles, lists))
+    objects = rows.append_column("note", pickles)
     files = {
-        "objects": disguised(objects, "note", b"ray.data.arrow_pickled_object", b""),
-        "images": disguised(images, "image", b"ray.data.arrow_pickled_object", b""),
-        "tensors": disguised(tensors, "image", b"ray.data.arrow_tensor", bomb.pickled),
-        "tensors2": disguised(tensors, "image", b"ray.data.arrow_tensor_v2", bomb.pickled),
+        "objects": disguised(objects, "note", "arrow_pickled_object"),
+        "images": disguised(images, "image", "arrow_pickled_object"),
+        "tensors": disguised(tensors, "image", "arrow_tensor", bomb),
+        "tensors2": disguised(tensors, "image", "arrow_tensor_v2", bomb),
     }
     (tmp_path / "in").mkdir()
     for name, table in files.items():
@@ -46,9 +66,13 @@ def test_pickles_in_a_dataset_are_never_executed(
     scored = score_here(model, tmp_path / "out", tmp_path / "in")
     assert scored.line["files"] == 4
     assert scored.line["rejected_rows"] + scored.line["failed_files"] > 0
-    assert not bomb.mark.exists()
-    for name in files:  # training reads rows in the same way
-        data, output = tmp_path / "in" / f"{name}.parquet", str(tmp_path / f"{name}-pairs")
-        with suppress(RequestError):
-            export_pairs(ExportPairsConfig(data=str(data), output=output, rows=10), print)
-        assert not bomb.mark.exists(), name
+
+
+def test_pickles_in_place_of_weights_are_never_executed(tmp_path: Path, bomb: bytes) -> None:
+    for name in ("model.safetensors", STATE_FILE):
+        (tmp_path / name).write_bytes(bomb)
+    (tmp_path / STATE_DIGEST).write_text(hashlib.sha256(bomb).hexdigest())
+    with pytest.raises(RequestError, match="cannot be used"):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"."):
+        read_checkpoint(Location(str(tmp_path)))
