@@ -402,3 +402,38 @@ def test_a_file_that_kills_its_workers_ends_the_run(
     assert done.code == 1
     for said in ("\nerror: workers died again and again (", "; in work were deadly.parquet; "):
         assert said in done.err
+
+
+@pytest.mark.nightly
+def test_a_head_that_is_killed_ends_each_job(
+    data: Path,
+    model: Path,
+    pairs: Path,
+    predictions: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a scoring Ray's core ends the process, after 60 s by default."""
+    train = ["--data", data, "--storage-path", tmp_path, "--name", "mine", "--epochs", 50]
+    with nodes(1) as killed:
+        job = Job("train", *train, address=killed.address)
+        job.wait_for_line("epoch 2: loss ")
+        killed.remove_node(killed.head_node, allow_graceful=False)
+        done = job.wait()
+    assert done.code == os.EX_TEMPFAIL, done.err
+    assert "\nerror: the head of the Ray cluster does not answer; " in done.err
+    assert "--name mine --resume" in done.err
+
+    output = tmp_path / "out"
+    score = ["--model", model, "--input", pairs, "--output", output, "--precision", "fp32"]
+    score += ["--max-rows-per-file", 250, "--label-column", "digit"]
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
+    with nodes(1) as killed:
+        job = Job("score", *score, address=killed.address)
+        wait_for_files(job, output, 1)
+        killed.remove_node(killed.head_node, allow_graceful=False)
+        done = job.wait()
+    assert (done.code, done.out) == (1, "")
+    assert "GCS may have been killed" in done.err
+    assert score_pairs(model, pairs, str(output)).line["resumed_rows"] > 0
+    assert files_in(locate(str(output), "--output") / "predictions") == predictions
