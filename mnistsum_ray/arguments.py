@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from mnistsum_ray.config import JobConfig
 from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
-from mnistsum_ray.storage.uri import locate, may_hold_keys, refused
+from mnistsum_ray.storage.uri import KEYS_REFUSED, locate, may_hold_keys, refused
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -39,6 +39,8 @@ class Parser(ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        if any(map(may_hold_keys, re.split(r"[\s'=]+", message))):
+            message = f"a path or URI {KEYS_REFUSED}"
         raise RequestError(message.removeprefix("argument "))
 
 
@@ -59,7 +61,7 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     if unknown:
         flag = shortened(unknown[0].partition("=")[0])
         if may_hold_keys(flag):
-            flag = "this"
+            parser.error(flag)
         hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config"])
         raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
     flags = vars(given)
@@ -79,7 +81,7 @@ def _add_flag(parser: Parser, name: str, field: FieldInfo) -> None:
     if field.is_required():
         text += " (required)"
     elif field.default is not None:  # the text says what None means
-        text += f" (default: {field.default})"
+        text += f" [{field.default}]"
     options: dict[str, Any] = {
         "metavar": "|".join(_METAVARS.get(kind, kind.strip("'")) for kind in types),
         "help": text,
@@ -111,6 +113,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise RequestError(f"--config {path}: must hold `key: value` lines, keys as flags")
     settings = {}
     for key, value in values.items():
+        if may_hold_keys(key):
+            raise RequestError(f"--config: {KEYS_REFUSED}")
         settings[key.replace("-", "_")] = None if value in ("", "~", "null") else value
     return settings
 

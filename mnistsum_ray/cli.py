@@ -14,7 +14,7 @@ from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.arguments import Parser, parse
@@ -180,13 +180,24 @@ def run(job: Callable[[], Result], show_json: bool) -> int:
             result = job()
             code = stop.exit_code = 0
             if show_json:
-                print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
+                _write_line(json.dumps(result, allow_nan=False), stdout)
         except (RequestError, RunError, KeyboardInterrupt) as error:
             code = stop.exit_code = _explain(error, stop.received)
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a cluster of this process ends with its processes
     gc.freeze()  # Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
     return code
+
+
+def _write_line(text: str, stdout: TextIO) -> None:
+    """Write the result. The reader of a pipe may have closed it, which is no error."""
+    try:
+        print(text, file=stdout, flush=True)
+    except OSError as error:
+        # Python would try again at its end, and say so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise RunError(f"standard output cannot be written: {error.strerror}") from None
 
 
 class StopOnSignals:
@@ -208,13 +219,17 @@ class StopOnSignals:
             self.received, self._received_at = signal.Signals(number), now
             if self.exit_code is None:
                 raise KeyboardInterrupt
-        elif now - self._received_at > _REPEAT_SECONDS:
-            os._exit(128 + self.received if self.exit_code is None else self.exit_code)
+            return
+        if now - self._received_at < _REPEAT_SECONDS:
+            return  # the same signal again
+        os._exit(128 + self.received if self.exit_code is None else self.exit_code)
 
 
 def _explain(error: BaseException, received: signal.Signals | None) -> int:
     """Say why the job has ended, and how to go on; return the exit code."""
     text, code = f"error: {error}", 1
+    if isinstance(error, KeyboardInterrupt):
+        received = received or signal.SIGINT
     if received:
         how = str(error) or "nothing was begun, and the same command begins again"
         text, code = f"stopped by {received.name}; {how}", 128 + received

@@ -78,7 +78,7 @@ class TrainConfig(JobConfig):
     recipe: RecipeName = "short"
     """quick: as accurate as the original, in less time; long: more epochs, with dropout and
     stronger distortion, for higher accuracy"""
-    epochs: int | None = _recipe("epochs", "passes over the training rows", ge=1, le=10_000)
+    epochs: int | None = _recipe("epochs", "passes over the training rows", ge=1, le=1000)
     # The second convolution makes 50,176 values of a row, and kernels of GPUs count to 2^31.
     batch_size: int | None = _recipe("batch_size", "rows of a step of all workers", ge=1, le=32_768)
     learning_rate: float | None = _recipe("learning_rate", "highest rate of Muon", gt=0, lt=1e6)
@@ -137,6 +137,8 @@ class TrainConfig(JobConfig):
             raise ValueError("`num_workers`: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
         if self.resume and self.name is None:
             raise ValueError("`resume`: needs `name`, the run to continue")
+        if self.mlflow and not self.mlflow.startswith(("http://", "https://", "sqlite:///")):
+            raise ValueError("`mlflow`: must be http(s)://HOST:PORT or sqlite:///FILE")
         return self
 
 
@@ -198,6 +200,13 @@ class ScoreConfig(JobConfig):
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image_column in (self.number_column, self.label_column):
+            columns = "`image_column`, `number_column`, `label_column`"
+            raise ValueError(f"{columns}: images need a column of their own")
+        return self
 
 
 class ExportPairsConfig(JobConfig):

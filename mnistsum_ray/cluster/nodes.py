@@ -1,6 +1,6 @@
 """Nodes of the cluster: options of what runs on them, and the paths that they see."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -57,7 +57,7 @@ def set_data_options(
         options.resource_limits = limits
 
 
-def check_shared_storage(files: Mapping[str, Location]) -> None:
+def check_shared_storage(files: Mapping[str, Location], say: Callable[[str], None]) -> None:
     """Check that other nodes see the same local files as this one: they might write there.
 
     There is one for each flag: a file that the job reads, or that it has written to its output.
@@ -77,9 +77,11 @@ def check_shared_storage(files: Mapping[str, Location]) -> None:
             answer = look.options(**on_node(node["NodeID"])).remote(paths)
             answers[node["NodeManagerAddress"]] = answer
     for address, answer in answers.items():
-        seen = expected
-        with suppress(ray.exceptions.RayError):  # the node is busy, has gone, or is about to
+        try:
             seen = ray.get(answer, timeout=_LOOK_SECONDS)
+        except ray.exceptions.RayError:  # it is busy, has gone, or is about to
+            say(f"the node {address} does not answer, so it may not see {' and '.join(paths)}")
+            continue
         for flag, path in paths.items():
             if seen[flag] != expected[flag]:
                 raise RequestError(

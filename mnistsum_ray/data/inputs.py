@@ -121,7 +121,9 @@ def _listed(place: Location, glob: Parts) -> Iterator[tuple[str, Entry | None]]:
         return
     for path, file in _walk(place, glob):
         parts = parts_below(path, place.path) or ()
-        if _matches(parts, glob):
+        if file is None:
+            yield path, None
+        elif _matches(parts, glob):
             is_taken = path.lower().endswith(SUFFIXES) and not is_hidden("/".join(parts))
             yield path, file if is_taken else None
 
@@ -139,9 +141,11 @@ def _walk(top: Location, glob: Parts) -> Iterator[tuple[str, Entry | None]]:
         read = []
         for name in folders:
             path = (folder / name).path
+            if not _may_match_in(parts_below(path, top.path) or (), glob):
+                continue
             if is_hidden(name) or Path(path).is_symlink():
                 yield path, None
-            elif _may_match_in(parts_below(path, top.path) or (), glob):
+            else:
                 read.append(name)
         folders[:] = read
 
@@ -152,8 +156,10 @@ def _fail(error: OSError) -> None:
 
 
 def _matches(parts: Parts, glob: Parts) -> bool:
-    if not parts or not glob:
-        return not parts and glob in ((), ("**",))
+    if not parts:
+        return all(pattern == "**" for pattern in glob)
+    if not glob:
+        return False
     if glob[0] == "**":
         return _matches(parts, glob[1:]) or _matches(parts[1:], glob)
     return fnmatchcase(parts[0], glob[0]) and _matches(parts[1:], glob[1:])

@@ -100,7 +100,11 @@ def _read_metadata(stream: Any) -> pq.FileMetaData:
         stream.seek(size - length)
         tail = bytes(stream.read(length))
     footer = tail[-length:].replace(b"ARROW:schema", b"arrow:schema")
-    return pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
+    metadata = pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    if sum(group.num_rows for group in groups) != metadata.num_rows:
+        raise UnusableFileError("has a damaged footer (its rows do not add up); write it again")
+    return metadata
 
 
 def read_rows(
@@ -132,7 +136,7 @@ def read_rows(
                 return
         if first < end:
             break
-    if any(waiting):
+    if any(len(rows) for rows in waiting):
         raise UnusableFileError("has fewer rows than its footer says; write it again")
     for _ in waiting:  # ranges of no rows
         yield schema.empty_table()

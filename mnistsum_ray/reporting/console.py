@@ -55,7 +55,7 @@ class Console:
         self._stream = stream or sys.stderr
         self._has_bars = self._stream.isatty() or hasattr(builtins, "__IPYTHON__")
         self._bar_options: dict[str, Any] = {"file": self._stream, "dynamic_ncols": True}
-        if not self._has_bars:  # nobody sees the bar: a line says now and then what it would show
+        if not self._has_bars:  # nobody sees the bar: tqdm only formats the line that says it
             self._bar_options = {"file": io.StringIO(), "bar_format": _LINE}
         self._bar: Any = None
         self._line_time = self._heard = time.monotonic()
@@ -130,7 +130,7 @@ class Console:
             if bar is None or (bar.desc, bar.total) != (what, total) or bar.n > done:
                 self._close_bar()
                 options = self._bar_options | {"total": total, "initial": done}
-                self._bar = tqdm(desc=what, leave=False, unit="", **options)
+                self._bar = tqdm(desc=what, leave=False, unit="", disable=False, **options)
             self._bar.n = done
             self._bar.set_postfix_str(note, refresh=self._has_bars)
             if not self._has_bars and self._heard - self._line_time >= LINE_SECONDS:

@@ -7,6 +7,7 @@ lines of history.jsonl, and `pictures` are PNG files by their names.
 import platform
 from base64 import b64encode
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ import jinja2
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.images import Pixels, ReasonCounts
-from mnistsum_ray.errors import percent
+from mnistsum_ray.errors import one_line, percent
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.storage.store import Location
@@ -130,17 +131,24 @@ def write_report(
     description: dict[str, Any],
     history: list[dict[str, Any]],
     mistake_images: Pixels,
+    say: Callable[[str], None],
 ) -> None:
-    """Write the pictures and report.html of a run."""
-    from mnistsum_ray.reporting import pictures  # takes a second to import
-
+    """Write the pictures and report.html of a run; what cannot be drawn never costs the run."""
     analysis = manifest["error_analysis"]
-    drawn = {
-        "history.png": pictures.png(pictures.draw_history, history),
-        "confusion.png": pictures.png(pictures.draw_confusion, analysis["confusion"]),
-        "mistakes.png": pictures.png(pictures.draw_mistakes, analysis["mistakes"], mistake_images),
-        "reliability.png": pictures.png(pictures.draw_reliability, analysis["probabilities"]),
-    }
+    drawn = {}
+    try:
+        from mnistsum_ray.reporting import pictures  # takes a second to import
+
+        drawn = {
+            "history.png": pictures.png(pictures.draw_history, history),
+            "confusion.png": pictures.png(pictures.draw_confusion, analysis["confusion"]),
+            "mistakes.png": pictures.png(
+                pictures.draw_mistakes, analysis["mistakes"], mistake_images
+            ),
+            "reliability.png": pictures.png(pictures.draw_reliability, analysis["probabilities"]),
+        }
+    except Exception as error:  # such as of a font that a user's settings name
+        say(f"pictures cannot be drawn: {one_line(error)}; {REPORT} is without them")
     for name, picture in drawn.items():
         (folder / name).write(picture)
     (folder / REPORT).write(report_page(manifest, description, drawn).encode())

@@ -103,6 +103,8 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     for name, reason in [*failures.items()][:_NAMED]:  # files.parquet has all
         console.say(f"cannot be used: {name}: {reason}")
     planned = {part.output: part for part in parts}
+    # Asked before the parts are: a manifest that a second run writes meanwhile is true.
+    was_finished = (output / MANIFEST).status() is not None
     names, counts, gone = read_parts(request, planned, console)
     if gone:
         files = counted(gone, "output file")
@@ -111,18 +113,20 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     todo = [part for part in parts if part.output not in names]
     outcome = Outcome(request, failures, counts, gone)
     if todo:
-        (output / MANIFEST).delete()
+        if was_finished:
+            (output / MANIFEST).delete()
         unusable = _score(outcome, todo, execute, console)
-        failures |= unusable
+        outcome.failures |= unusable
         if unusable:
             unused = [part.output for part in parts if part.name in failures]
             (output / PREDICTIONS).delete_files(unused)
             parts = [part for part in parts if part.name not in failures]
         names, outcome.counts, _ = read_parts(request, planned, console)
     # The name of a part says which rows of which file it has, so each row is there exactly once.
-    for name in sorted(names ^ {part.output for part in parts}):
-        problem = "should not be" if name in names else "is not"
-        raise RowCountError(f"{PREDICTIONS}/{name} {problem} in the output; {_KEPT}")
+    expected = {part.output for part in parts}
+    for problem, wrong in (("is not", expected - names), ("should not be", names - expected)):
+        if wrong:
+            raise RowCountError(f"{PREDICTIONS}/{min(wrong)} {problem} in the output; {_KEPT}")
     outcome.resumed_rows = sum(part.rows for part in done if part.name not in failures)
     return publish(outcome, started, console)
 
@@ -157,7 +161,8 @@ def _score(
             if report.ends:
                 in_work.pop(report.task, None)
             for name, reason in report.unusable.items():
-                console.say(f"cannot be used: {name}: {reason}")
+                if name not in unusable and len(unusable) < _NAMED:
+                    console.say(f"cannot be used: {name}: {reason}")
                 unusable[name] = reason
             rows += report.rows
             rejected_rows += report.rejected_rows
@@ -195,7 +200,7 @@ def _on_ray(
 ) -> Iterator[Report]:
     """Score parts with actors of Ray Data; their reports come at once, in any order."""
     first_files = {"--output": request.output / RUN_FILE, "--input": request.root / parts[0].name}
-    check_shared_storage(first_files)
+    check_shared_storage(first_files, console.say)
     kind = "GPU worker" if plan.use_gpu else "CPU worker"
     console.say(f"scoring with up to {counted(plan.workers, kind)}, {request.precision}")
     tasks = make_tasks(parts, GPU_TASK_ROWS if plan.use_gpu else CPU_TASK_ROWS, plan.workers)

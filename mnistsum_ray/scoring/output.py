@@ -153,11 +153,13 @@ def read_parts(
         Names of the planned parts that are there, whole and of this request; the counts of their
         rows; and the number of parts whose input file is not there now.
 
-    RequestError: a part is of another request, its input has changed since, or a file is of another
-    program.
+    RequestError: a part is of another request, its input has changed since or has another name now,
+    or a file is of another program.
     """
     inputs = {file.name for file in request.files}
     done: set[str] = set()
+    scored: set[str] = set()  # input files
+    former: dict[str, str] = {}  # names of input files that are gone, by e_tag
     counts = RowCounts()
     gone = 0
     for name, footer, rows in _read_footers(request.output, console):
@@ -166,12 +168,21 @@ def read_parts(
         source = json.loads(stamp)["input"]
         if part and (stamp, rows) == (part.stamp(request.digest), part.rows):
             done.add(name)
+            scored.add(source)
             counts.add(part, json.loads(footer[COUNTS_KEY]))
         elif source in inputs:
             problem = f"has rows of {source}, which has changed since, or of another request"
             raise _refusal(request.output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
         else:
             gone += 1
+            if rows:  # files without rows may be alike
+                former[json.loads(stamp)["e_tag"]] = source
+    for file in request.files:
+        was = former.get(file.entry.e_tag)
+        if was and file.name not in scored:
+            was = f"holds the rows of {file.name}, which was {was} then"
+            twice = "and would have them twice; give the same --input as then"
+            raise _refusal(request.output, f"{was}, {twice}, or {_START_OVER}")
     return done, counts, gone
 
 

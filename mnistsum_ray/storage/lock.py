@@ -15,7 +15,13 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Final
 
-from mnistsum_ray.errors import ExistingFileError, RunError, StorageError, TryAgainError
+from mnistsum_ray.errors import (
+    ExistingFileError,
+    MissingFileError,
+    RunError,
+    StorageError,
+    TryAgainError,
+)
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import refused
 
@@ -33,8 +39,10 @@ class FolderLock:
         self._name = f"{flag} {folder.display}"
 
     def read_holder(self) -> str:
-        """Id of the run that holds the folder."""
-        return self.file.read_bytes().decode(errors="replace").partition(" ")[0]
+        """Id of the run that holds the folder; empty where it has just ended."""
+        with suppress(MissingFileError):
+            return self.file.read_bytes().decode(errors="replace").partition(" ")[0]
+        return ""
 
     def check(self) -> None:
         """RunError: another run has taken the folder. StorageError: the storage does not say."""
@@ -99,7 +107,8 @@ def _hold_object(lock: FolderLock, say: Callable[[str], None]) -> Iterator[None]
     try:
         lock.put(found)
     except ExistingFileError:
-        raise lock.refusal() from None
+        if lock.read_holder() != lock.holder:  # else the answer to a first attempt was lost
+            raise lock.refusal() from None
     ended = Event()
 
     def renew() -> None:

@@ -89,10 +89,10 @@ def output_base_folder() -> Path:
 
 
 def may_hold_keys(text: str) -> bool:
-    """Whether a URI has user info, or a query that may be a key."""
+    """Whether a URI, perhaps mistyped, has user info, or a query that may be a key."""
     address, _, query = text.partition("?")
     if "://" not in address:
-        return False
+        return re.match(r"(//)?\w+:\S*@", text) is not None
     try:
         parts = urlsplit(address)
         _ = parts.port
@@ -100,6 +100,8 @@ def may_hold_keys(text: str) -> bool:
         return True
     # The user of Azure is its container.
     if parts.password is not None or (parts.username and not parts.scheme.startswith("abfs")):
+        return True
+    if parts.port and "@" in parts.path:  # a key that begins with digits and a slash
         return True
     values = parse_qsl(query, keep_blank_values=True)
     return any("@" in value or not _PUBLIC_QUERY.fullmatch(name) for name, value in values)

@@ -67,11 +67,11 @@ def fit(
     try:
         with folder_lock(run.folder, "--name", console.say) as lock:
             return _Driver(run, lock, console, callbacks).fit()
-    except OSError as error:
-        raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
-    except ray.exceptions.RayError as error:  # of the driver's own tasks
+    except ray.exceptions.RayError as error:  # of the driver's own tasks; some are OSErrors too
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {run.how_to_resume()}") from error
+    except OSError as error:
+        raise RunError(f"--storage-path {one_line(error)}; {run.how_to_resume()}") from error
 
 
 class _Driver:
@@ -101,14 +101,16 @@ class _Driver:
     def fit(self) -> TrainResult:
         """Train and publish. The manifest says how a run ends that does not finish."""
         self._find_start()
-        self._prepare()
         try:
+            self._prepare()
             with self._events() as events:
                 if len(self.record.history) < self.run.hyperparameters.epochs:
                     self._train(events)
                 finished = self._finish(events)
             return self.record.publish(finished)
         except KeyboardInterrupt:
+            if not self.record.begun:
+                raise
             self.record.mark("stopped")
             raise RunInterrupted(self.run.how_to_resume()) from None
         except BaseException:
@@ -125,6 +127,7 @@ class _Driver:
         trainer = TorchTrainer(
             train_loop_per_worker,
             train_loop_config={"loop": loop},
+            # Read is only that of the epoch which a worker's checkpoint names.
             datasets={
                 f"from epoch {epoch}": epochs_from(epoch, parameters.epochs)
                 for epoch in range(len(self.record.history), parameters.epochs)
@@ -156,8 +159,10 @@ class _Driver:
             detached_data_actors()
         self.abort = make_interruptible(trainer)
         self.waiting_since = time.monotonic()
-        for name, value in _train_environment().items():
-            os.environ.setdefault(name, value)
+        missing = {
+            name: value for name, value in _train_environment().items() if name not in os.environ
+        }
+        os.environ.update(missing)
         try:
             failure = trainer.fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
@@ -167,6 +172,9 @@ class _Driver:
             self.record.mark("stopped")
             self.abort()
             raise
+        finally:
+            for name in missing:
+                del os.environ[name]
         if failure:
             raise RunError(failure)
 
@@ -220,7 +228,7 @@ class _Driver:
             say(source.notice)
         report_skipped(source.skipped, say)
         files = {"--storage-path": run.folder / LOCK_NAME, **run.first_file()}
-        check_shared_storage(files)
+        check_shared_storage(files, say)
         say(check_space(source.rows))
         source, blocks, sha256 = load_blocks(
             source,

@@ -15,7 +15,7 @@ from ray.train import CheckpointUploadMode
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.errors import RunError, counted, root_cause
+from mnistsum_ray.errors import RequestError, RunError, counted, root_cause
 from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, faster_with_bf16
 from mnistsum_ray.model.folder import Weights
 from mnistsum_ray.model.network import Network
@@ -62,7 +62,7 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> str | None:
         _train(config["loop"])
     except CheckpointError:  # met by one worker alone
         raise
-    except RunError as error:
+    except (RequestError, RunError) as error:
         return str(error)
     return None
 

@@ -36,6 +36,8 @@ class RunRecord:
         self._started = time.monotonic()
         # Results of a run that is resumed stay until there are new ones.
         self._manifest = dict(run.stored or {})
+        self.begun = False
+        """Whether the manifest says that this job runs."""
 
     def begin(
         self,
@@ -85,10 +87,11 @@ class RunRecord:
         file = run.folder / MANIFEST
         write = file.write if run.config.resume else file.create
         write(self._manifest)
+        self.begun = True
 
     def mark(self, status: str) -> None:
-        """Write the status of a run that is not finished."""
-        if self._manifest["status"] == "finished":
+        """Write the status of a run that has begun and is not finished."""
+        if not self.begun or self._manifest["status"] == "finished":
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
             self._lock.check()
@@ -143,7 +146,9 @@ class RunRecord:
         manifest["metrics"] = result.line()
         seconds = sum(line["seconds"] + line["evaluation_seconds"] for line in self.history)
         manifest["training_seconds"] = round(seconds, 1)
-        write_report(folder, manifest, description, self.history, finished.mistake_images)
+        write_report(
+            folder, manifest, description, self.history, finished.mistake_images, self._say
+        )
         rows = f"{counted(description['test']['rows'], 'row')}, all {NUMBERS} numbers"
         self._say(f"test: {accuracies(description['test'])} ({rows})")
         self._say(f"report: {(folder / REPORT).display}")

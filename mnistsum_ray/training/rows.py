@@ -90,7 +90,7 @@ def check_space(rows: int) -> str:
         return line
     # Ray spills into the folder of its session. Other nodes are taken to have as much room.
     here = ray.get_runtime_context().get_node_id()
-    session = next(node["RayletSocketName"] for node in nodes if node["NodeID"] == here)
+    session = next(node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here)
     free = len(nodes) * shutil.disk_usage(Path(session).parent).free
     if spilled > free:
         raise RequestError(

@@ -84,7 +84,6 @@ def arrow_table(images: Pixels, numbers: np.ndarray) -> pa.Table:
         "map": pa.array(keys, pa.map_(pa.string(), pa.int64())),
         "when": pa.array([row * 10**9 for row in count], pa.timestamp("ns", "UTC")),
         "price": pa.array(list(count)).cast(pa.decimal128(30, 4)),
-        "category": pa.array(["x", "y", None] * (ROWS // 3)).dictionary_encode(),
     }
     return pa.table(columns, metadata={SPARK: "{}"})
 

@@ -1,7 +1,6 @@
 """Files are written whole, listed, read by ranges and deleted, on a disk as in a store."""
 
 import os
-import signal
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -110,7 +109,11 @@ def test_a_disk_keeps_no_part_of_a_file_that_could_not_be_written(
     for write in ((place / "folder").write, (place / "file" / "x").write, (place / "file").create):
         with pytest.raises(StorageError):
             write(b"2")
-    monkeypatch.setattr(Path, "rename", lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
         (place / "file").write(b"2")
     assert (names(place), (place / "file").read_bytes()) == (["file"], b"1")
