@@ -200,6 +200,22 @@ def score_project(folder: str) -> None:
     score(ScoreConfig(model=f"{folder}/model", input=(f"{folder}/rows",), output=f"{folder}/out"))
 
 
+WAYS: dict[str, dict[str, Callable[[str], float | None]]] = {
+    "train": {
+        "original": train_original,
+        "bare": train_bare,
+        "guide": train_guide,
+        "project": train_project,
+    },
+    "score": {
+        "original": score_original,
+        "bare": score_bare,
+        "guide": score_guide,
+        "project": score_project,
+    },
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="See the top of this file.")
     parser.add_argument("what", choices=["train", "score"])
@@ -214,9 +230,9 @@ def main() -> None:
         pairs: dict[str, Any] = {"data": args.data, "split": "train", "rows": rows, "files": 8}
         export_pairs(ExportPairsConfig(**pairs, output=f"{folder}/rows"), print)
         save_model(network.make_network(), f"{folder}/model")  # the speed depends on no weights
-        for way in ("original", "bare", "guide", "project"):
+        for way, measure in WAYS[args.what].items():
             started = time.perf_counter()
-            rate = globals()[f"{args.what}_{way}"](folder)  # None: all seconds count
+            rate = measure(folder)  # None: all seconds count
             ways[way] = rate or rows / (time.perf_counter() - started)
             ray.shutdown()
             print(f"{way:10}{ways[way]:12,.1f} rows/s", flush=True)

@@ -75,6 +75,7 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
 
 def _add_flag(parser: Parser, name: str, field: FieldInfo) -> None:
     """Add the flag of a field. Its value stays text, which pydantic converts and checks."""
+    # Of `int | tuple[int, int] | None` both types, of `Literal['bf16', 'fp32']` both words.
     pattern = r"'\w+'|tuple\[int, int\]|\b(?:bool|int|float|str)\b"
     types = re.findall(pattern, formatannotation(field.annotation))
     text = " ".join((field.description or "").split())

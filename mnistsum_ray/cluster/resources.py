@@ -148,7 +148,7 @@ def reserve(
         if gpu or not plan.use_gpu:
             yield plan
             return
-    # An autoscaler has started the nodes with GPUs meanwhile.
+    # An autoscaler has started the nodes with GPUs meanwhile: plan again, with a look at them.
     with reserve(config, say, useful_gpus) as plan:
         yield plan
 
@@ -164,8 +164,11 @@ def plan_workers(
     Those that train start together; of those that score, one is enough to start. `gpu` is None if
     there is none yet that PyTorch can use. Errors are those of `reserve`.
     """
-    asked = config.num_workers
-    low, high = (asked, asked) if isinstance(asked, int) else asked or (0, 0)
+    low, high = 0, 0  # not asked for
+    if isinstance(config.num_workers, int):
+        low = high = config.num_workers
+    elif config.num_workers:
+        low, high = config.num_workers
     use_gpu = gpu is not None if config.use_gpu is None else config.use_gpu
     kind = "GPU" if use_gpu else "CPU"
     present = int(cluster.total(kind))

@@ -58,6 +58,7 @@ def make_interruptible(trainer: Any) -> Callable[[], None]:
     Ray Train's own handler for SIGINT stays for good, and ends the process with exit code 0.
     """
     controllers: list[Any] = []
+    # Ray passes its controller here, in place of registering a handler.
     trainer._register_sigint_handler = controllers.append
 
     def abort() -> None:

@@ -43,7 +43,7 @@ AFFINE_VALUES: Final = 6
 _ROTATION_DEGREES: Final = 10.0
 _LOG_SCALE: Final = 0.1  # natural logarithm of the factor along each axis
 _SHEAR: Final = 0.1  # horizontal shift in pixels for each pixel down
-_SHIFT: Final = 3 / 14  # pixels, of those from the middle of an image to its edge
+_SHIFT: Final = 3 / 14  # three pixels, as a share of the 14 from the middle to the edge
 
 BLOCK_ROWS: Final = 8192
 """Most rows of a block."""
@@ -180,15 +180,18 @@ class TrainingOrder:
 
         Cut where windows end: pairs of a window and the ids of rows in it.
         """
+        # Places in the sequence of an epoch: those of the steps, and those of each window.
         first, end = steps.start * self.batch_size, steps.stop * self.batch_size
-        start = 0
+        window_first = 0
         for blocks in self._windows(epoch):
-            stop = start + sum(int(self._edges[block + 1] - self._edges[block]) for block in blocks)
-            if start < end and first < stop:
-                ids = _window_rows(self, epoch, blocks)[max(first - start, 0) : end - start]
-                position = np.arange(max(first, start), min(end, stop)) % self.batch_size
+            rows = sum(int(self._edges[block + 1] - self._edges[block]) for block in blocks)
+            window_end = window_first + rows
+            places = np.arange(max(first, window_first), min(end, window_end))
+            if len(places):
+                ids = _window_rows(self, epoch, blocks)[places - window_first]
+                position = places % self.batch_size
                 yield blocks, ids[(positions.start <= position) & (position < positions.stop)]
-            start = stop
+            window_first = window_end
 
     def rows_of(self, blocks: Window) -> RowIds:
         """The training rows in a window, ascending."""

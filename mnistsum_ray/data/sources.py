@@ -212,12 +212,17 @@ class Source:
         return self
 
 
-Counter = Callable[[str, int], Callable[[int], None]]
+StartProgress = Callable[[str, int], Callable[[int], None]]
 """Begins to count to a number of things that a text names; it returns what adds to the count."""
 
 
-def open_source(data: str, counter: Counter = lambda *_: lambda _: None) -> Source:
-    """Open the data source that `--data` names; `counter` counts the footers that have been read.
+def no_progress(what: str, total: int) -> Callable[[int], None]:
+    """A StartProgress that shows nothing."""
+    return lambda count: None
+
+
+def open_source(data: str, progress: StartProgress = no_progress) -> Source:
+    """Open the data source that `--data` names; `progress` counts the footers that have been read.
 
     Raises:
         RequestError: it is missing, cannot be used, or has no images with digits; names the file.
@@ -231,7 +236,7 @@ def open_source(data: str, counter: Counter = lambda *_: lambda _: None) -> Sour
     try:
         with place.answers("listed"):
             folder = find_idx(Path(place.path)) if place.is_local else None
-        return _idx(folder) if folder else _parquet(data, place, counter)
+        return _idx(folder) if folder else _parquet(data, place, progress)
     except StorageError as error:
         raise RunError(f"--data {error}; nothing was begun") from None
 
@@ -268,14 +273,14 @@ def _idx(folder: Path) -> Source:
     return _with_splits("mnist", str(folder), [rows], ids)
 
 
-def _parquet(data: str, place: Location, counter: Counter) -> Source:
+def _parquet(data: str, place: Location, progress: StartProgress) -> Source:
     idx = f"IDX files ({IDX_FILES[0][0]}, …, not gzipped) on a local disk"
     found = list_inputs([data], flag="--data", none=f"holds neither {idx} nor Parquet files")
     root = found.root
     if found.unusable:
         name, reason = next(iter(found.unusable.items()))
         raise RequestError(f"--data {(root / name).display}: {reason}")
-    count = counter("footers read", len(found.files))
+    count = progress("footers read", len(found.files))
     files = list(in_threads(root, partial(_describe, root), list(found.files.items()), count))
     names = np.array([_split_of_name(name) for name in found.files])
     if "" in names and len(set(names)) > 1:

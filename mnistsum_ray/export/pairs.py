@@ -63,12 +63,13 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
 def _pairs(source: Source, split: RowIds, seed: int) -> Iterator[pa.Table]:
     """The rows of a split, again and again; each round has other numbers."""
     for rounds in count():
-        first = 0
+        first = 0  # id of a block's first row
         for group in source.groups:
             end = first + group.rows
-            # No file is read for other splits.
-            blocks = group.blocks() if np.any((split >= first) & (split < end)) else ()
-            for block in blocks:
+            if not np.any((split >= first) & (split < end)):
+                first = end  # no file is read for other splits
+                continue
+            for block in group.blocks():
                 bad = {first + row: where for row, where in block.bad.items()}
                 source.without(bad, skip=False)  # refuses them
                 ids = split[(split >= first) & (split < first + len(block.digits))]
@@ -77,4 +78,3 @@ def _pairs(source: Source, split: RowIds, seed: int) -> Iterator[pa.Table]:
                 columns = [ids, images, random_numbers(seed, rounds, ids), digits]
                 yield pa.Table.from_arrays([pa.array(column) for column in columns], schema=SCHEMA)
                 first += len(block.digits)
-            first = end

@@ -25,8 +25,8 @@ def tune_malloc() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    # Before 2.35, glibc accepts no more than the second. Without it, the other two settings make
-    # glibc give back even small blocks.
+    # Before 2.35, glibc takes no more than the second size. Without this threshold the other two
+    # settings make it give back even small blocks, so they are set only where it was taken.
     if any(libc.mallopt(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(_M_TOP_PAD, 2**28)

@@ -85,7 +85,8 @@ class AnswerCounts:
             answers[head.name] = logits.argmax(2)
             right.append((answers[head.name] == truth).expand(-1, NUMBERS).sum())
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
-            self._losses[index] += loss / truth.size(1)
+            pairs_of_row = truth.size(1)  # NUMBERS, or 1 of digits
+            self._losses[index] += loss / pairs_of_row
         numbers = torch.arange(NUMBERS, device=batch["digit"].device)
         consistent = (answers["sum"] == SUM.target(answers["digit"], numbers)).sum()
         row_ids = batch["row_id"]

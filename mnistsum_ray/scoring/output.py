@@ -178,9 +178,9 @@ def read_parts(
             if rows:  # files without rows may be alike
                 former[json.loads(stamp)["e_tag"]] = source
     for file in request.files:
-        was = former.get(file.entry.e_tag)
-        if was and file.name not in scored:
-            was = f"holds the rows of {file.name}, which was {was} then"
+        name_then = former.get(file.entry.e_tag)
+        if name_then and file.name not in scored:
+            was = f"holds the rows of {file.name}, which was {name_then} then"
             twice = "and would have them twice; give the same --input as then"
             raise _refusal(request.output, f"{was}, {twice}, or {_START_OVER}")
     return done, counts, gone

@@ -115,8 +115,9 @@ def _parts_of(file: InputFile, max_rows_per_file: int | None) -> list[Part]:
 def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[Part]]:
     """Group consecutive parts: each worker gets several tasks of about `max_rows` or fewer."""
     total = sum(part.rows + _FILE_ROWS for part in parts)
-    task_rows = max(_MIN_TASK_ROWS, ceil(total / (_TASKS_PER_WORKER * workers)))
-    task_rows = max(min(task_rows, max_rows), ceil(total / _MAX_TASKS))
+    for_workers = max(_MIN_TASK_ROWS, ceil(total / (_TASKS_PER_WORKER * workers)))
+    for_driver = ceil(total / _MAX_TASKS)
+    task_rows = max(for_driver, min(for_workers, max_rows))
     tasks: list[list[Part]] = []
     rows = task_rows
     for part in parts:

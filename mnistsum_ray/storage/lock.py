@@ -57,11 +57,13 @@ class FolderLock:
 
     def put(self, last: Any) -> None:
         """Write the object if it is still as the store said at `last`; None: if there is none."""
-        mode: Any = {name: last[name] for name in ("e_tag", "version") if last and last[name]}
+        mode: Any = "create"
+        if last:
+            mode = {name: last[name] for name in ("e_tag", "version") if last[name]}
         # Each record is another one, since an ETag may be that of the content.
         record = f"{self.holder} {secrets.token_hex(4)}".encode()
         with self.file.answers("written"):
-            self.file.store.put(self.file.path, record, mode=mode or "create")
+            self.file.store.put(self.file.path, record, mode=mode)
 
 
 @contextmanager

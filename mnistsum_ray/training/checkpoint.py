@@ -109,8 +109,12 @@ def newest_checkpoint(
     """
     files = (run / CHECKPOINTS).files()
     folders = {file.path.rpartition("/")[0] for file in files if file.name == STATE_FILE}
-    # By epoch, and those of one epoch by attempt.
-    for path in sorted(folders, key=lambda path: path.split("/")[:-3:-1], reverse=True):
+
+    def epoch_and_attempt(path: str) -> list[str]:
+        *_, attempt, epoch = path.split("/")
+        return [epoch, attempt]
+
+    for path in sorted(folders, key=epoch_and_attempt, reverse=True):
         folder = run.at(path)
         try:
             return folder, read_checkpoint(folder)[0]

@@ -93,10 +93,10 @@ class _Driver:
         self.weights: Weights | None = None
         """Those of `--init-from`."""
         self.init_from: dict[str, str] | None = None
-        self.waiting_since: float | None = None
+        self.workers_wanted_at: float | None = None
         """When workers were wanted that have not reported yet."""
-        self.late = 0.0
-        """Seconds after which the driver has given up waiting for them."""
+        self.gave_up_after = 0.0
+        """Seconds that the driver has waited for them in vain; 0: it has not given up."""
 
     def fit(self) -> TrainResult:
         """Train and publish. The manifest says how a run ends that does not finish."""
@@ -158,7 +158,7 @@ class _Driver:
         if not started_cluster():
             detached_data_actors()
         self.abort = make_interruptible(trainer)
-        self.waiting_since = time.monotonic()
+        self.workers_wanted_at = time.monotonic()
         missing = {
             name: value for name, value in _train_environment().items() if name not in os.environ
         }
@@ -181,8 +181,8 @@ class _Driver:
     def _explained(self, error: Exception) -> RunError:
         """Why Ray Train has given up, in one line."""
         resume = self.run.how_to_resume()
-        if self.late:
-            return TryAgainError(f"{self.plan.shortage(self.late)}; {resume}")
+        if self.gave_up_after:
+            return TryAgainError(f"{self.plan.shortage(self.gave_up_after)}; {resume}")
         if isinstance(error, ray.train.WorkerGroupError):
             failures = counted(self.run.config.max_failures + 1, "failure")
             return RunError(f"gave up after {failures} of workers, see above; {resume}")
@@ -282,11 +282,11 @@ class _Driver:
 
     def _end_late_workers(self) -> None:
         """End the workers if they have not come in time: Ray Train would wait for ever."""
-        if self.waiting_since is None:
+        if self.workers_wanted_at is None:
             return
-        waited = time.monotonic() - self.waiting_since
+        waited = time.monotonic() - self.workers_wanted_at
         if waited > max(self.run.config.wait_seconds, _MIN_WAIT_SECONDS):
-            self.late, self.waiting_since = waited, None
+            self.gave_up_after, self.workers_wanted_at = waited, None
             self.abort()
 
     def _follow(self, event: dict[str, Any]) -> None:
@@ -294,9 +294,9 @@ class _Driver:
         try:
             self.console.show(event)
             if event["kind"] == "begin":
-                self.waiting_since = None
+                self.workers_wanted_at = None
             elif event["kind"] == "failure":
-                self.waiting_since = time.monotonic()
+                self.workers_wanted_at = time.monotonic()
             elif event["kind"] == "progress":
                 rows = (event["epoch"] - 1) * event["of_rows"] + event["rows"]
                 self.metrics.count(rows=rows)

@@ -49,7 +49,10 @@ _RETRIES: Final = 3
 
 
 def epochs_from(first: int, epochs: int) -> ray.data.Dataset:
-    """The epochs that a run trains which starts from the epoch `first`: one row each."""
+    """The epochs that a run trains which starts from the epoch `first`: one row each.
+
+    `StepsInOrder` makes the rows of the workers from their number.
+    """
     rows = [{"epoch": epoch} for epoch in range(first, epochs)]
     return ray.data.from_items(rows, override_num_blocks=1)
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
 from mnistsum_ray.data.inputs import parts_below, real_path
-from mnistsum_ray.data.sources import Counter, FileGroup, Source, open_source
+from mnistsum_ray.data.sources import FileGroup, Source, StartProgress, no_progress, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.store import Location, is_hidden
 from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused
@@ -58,8 +58,8 @@ class TrainingRun:
         return f"checkpoints are kept, and this command resumes: {command}"
 
 
-def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None) -> TrainingRun:
-    """Check the request and fill in its defaults. `counter` is that of `open_source`.
+def preflight(config: TrainConfig, progress: StartProgress = no_progress) -> TrainingRun:
+    """Check the request and fill in its defaults. `progress` is that of `open_source`.
 
     Raises:
         RequestError: something in the request is wrong; the message says what to do.
@@ -83,7 +83,7 @@ def preflight(config: TrainConfig, counter: Counter = lambda *_: lambda _: None)
             _check_free(folder, name, begun)
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow)})
-    source = open_source(config.data, counter)
+    source = open_source(config.data, progress)
     _check_apart(storage, source)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}

@@ -53,6 +53,7 @@ class RowBlocks:
         order = np.argsort(ids, kind="stable")
         edges = np.searchsorted(ids[order], self.bounds)
         for block in np.flatnonzero(np.diff(edges)):
+            # Where the rows of this block stand in `ids`.
             places = order[edges[block] : edges[block + 1]]
             rows = ids[places] - self.bounds[block]
             block_images, block_digits = ray.get(self.refs[block])
@@ -175,7 +176,8 @@ def _blocks_of(started: Any) -> Iterator[tuple[_Summary, Any]]:
         return
     for summary in started:
         try:
-            yield ray.get(summary), next(started)
+            rows = next(started)
+            yield ray.get(summary), rows
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, RequestError | RowCountError):
                 raise error.cause from None

@@ -181,7 +181,9 @@ class Trainer:
         for step in range(steps):
             asked = time.perf_counter()
             rows = order.batch_rows(step)
-            batch = batches.take(max(0, min(self._positions.stop, rows) - self._positions.start))
+            # The last batch may end before the positions of this worker do.
+            own_rows = min(self._positions.stop, rows) - self._positions.start
+            batch = batches.take(max(0, own_rows))
             waited += time.perf_counter() - asked
             step_of_run = epoch * steps + step
             rate = one_cycle(step_of_run, steps * parameters.epochs, parameters.learning_rate)
