@@ -3,6 +3,7 @@
 Each works without its name too. ruff refuses private names elsewhere.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -69,3 +70,30 @@ def make_interruptible(trainer: Any) -> Callable[[], None]:
                 ray.kill(controller)  # its workers end with it
 
     return abort
+
+
+class PatientExecution:
+    """Callback of Ray Data that sleeps after idle steps of its scheduling loop.
+
+    Once as many rows wait as may, the loop runs without a pause, in a thread of the training
+    process: without this, five million rows were trained at 610 a second on two cores, in place
+    of 1,070. There is no option against it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, int]] = []
+        self._pause = 0.001
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None  # the other hooks of `ExecutionCallback`, a private class
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called after each step; in an idle one no task was started or returned anything."""
+        with suppress(*_GONE):
+            metrics = [operator.metrics for operator in executor._topology]
+            done = [(one.num_tasks_submitted, one.num_task_outputs_generated) for one in metrics]
+            if done != self._seen:
+                self._seen, self._pause = done, 0.001
+                return
+            time.sleep(self._pause)
+            self._pause = min(2 * self._pause, 0.05)
