@@ -139,6 +139,7 @@ class Console:
     def _close_bar(self) -> None:
         with suppress(OSError):
             if self._bar is not None:
+                self._bar.total = self._bar.n  # a notebook's bar that ends before it stays, in red
                 self._bar.close()
         self._bar = None
 
