@@ -102,12 +102,15 @@ OLD = b'{"format": "mnistsum_ray.score/1", "version": "0.0.1", "request": {}}'
 AGAIN = "--overwrite deletes that output and scores everything again"
 BEGUN = f"was begun with {{}}, and this run has {{}}; give the same again, or {AGAIN}"
 OTHER = f"has rows of a.parquet, which has changed since, or of another request; {AGAIN}"
+TWICE = "holds the rows of c.parquet, which was a.parquet then, and would have them twice; "
+TWICE += f"give the same --input as then, or {AGAIN}"
 AWAY = "is not a file of this program; move it away, or choose another folder"
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (bool, {"max_rows_per_file": None}, BEGUN.format("--max-rows-per-file 4", None)),
     (bool, {"precision": "bf16"}, BEGUN.format("--precision fp32", "bf16")),
     (write("run.json", OLD), {}, BEGUN.format("format mnistsum_ray.score/1", RUN_FORMAT)),
     (lambda world: write_rows(world.file, range(10)), {}, f"{OF_A[0]} {OTHER}"),
+    (lambda world: world.file.rename(world.input / "c.parquet"), {}, TWICE),
     (copy(f"out/{OF_A[0]}", OF_A[1]), {}, f"{OF_A[1]} {OTHER}"),
     (copy(f"other/{OF_A[1]}", OF_A[1]), {}, f"{OF_A[1]} {OTHER}"),
     (copy("in/deep/b.pq", OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
