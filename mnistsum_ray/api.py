@@ -1,6 +1,5 @@
 """Python API: train and score on a cluster; load a model, and predict in this process."""
 
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.model.heads import added_column
+from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 from mnistsum_ray.storage.uri import empty_output, locate_existing, refused
@@ -92,16 +92,15 @@ def _on_cluster(console: Console, run: str) -> Iterator[None]:
     console.say(connect())
     import_module("ray.data")  # sets the level of its logger
     # Their advice is not for the user of a job, whose console reports the progress.
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # Ray 2.60 has no other way to limit how often a process is started again.
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-    try:
-        yield
-    except RunError as error:
-        if head_answers():
-            raise
-        raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error
+    with quiet_logger("ray", "ray.data"), warnings.catch_warnings():
+        # Ray 2.60 has no other way to limit how often a process is started again.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        try:
+            yield
+        except RunError as error:
+            if head_answers():
+                raise
+            raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error
 
 
 def load_model(model: str | Path) -> "Network":

@@ -1,6 +1,5 @@
 """Log a finished run to MLflow (`--mlflow URI`): config, metrics, files; and register the model."""
 
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -12,10 +11,13 @@ from mlflow.entities import Metric, Param
 
 from mnistsum_ray.export.model import export_onnx
 from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE, load_model
+from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.report import PICTURES, REPORT
 from mnistsum_ray.storage.store import Location
 
 
+# MLflow's defaults are 7 retries of 120 s each, which would look like a run that hangs.
+@default_environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"})
 def log_run(
     manifest: dict[str, Any],
     history: list[dict[str, Any]],
@@ -23,9 +25,6 @@ def log_run(
     folder: Location,
 ) -> str:
     """Log a finished run, with files of its folder as artifacts; return its id in MLflow."""
-    # MLflow's defaults are 7 retries of 120 s each, which would look like a run that hangs.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     config = manifest["config"]
     uri = config["mlflow"]
     # A client alone: the caller's own tracking URI and active run stay as they are.

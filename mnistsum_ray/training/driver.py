@@ -30,6 +30,7 @@ from mnistsum_ray.errors import (
     root_cause,
 )
 from mnistsum_ray.model.folder import Weights, load_model
+from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.metrics import JobMetrics
 from mnistsum_ray.reporting.results import TrainResult
@@ -159,12 +160,9 @@ class _Driver:
             detached_data_actors()
         self.abort = make_interruptible(trainer)
         self.workers_wanted_at = time.monotonic()
-        missing = {
-            name: value for name, value in _train_environment().items() if name not in os.environ
-        }
-        os.environ.update(missing)
         try:
-            failure = trainer.fit().return_value
+            with default_environment(_train_environment()):
+                failure = trainer.fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             raise self._explained(error) from error
         except KeyboardInterrupt:
@@ -172,9 +170,6 @@ class _Driver:
             self.record.mark("stopped")
             self.abort()
             raise
-        finally:
-            for name in missing:
-                del os.environ[name]
         if failure:
             raise RunError(failure)
 
