@@ -68,7 +68,9 @@ def test_standard_output_has_the_result_and_standard_error_the_figures(done: Don
     digit, total = (f"{100 * test[f'{head}_accuracy']:.2f} %" for head in ("digit", "sum"))
     assert f"test: digit {digit}, sum {total} (100 rows, all 10 numbers)\n" in done.err
     assert re.findall(r"epoch (\d): loss ", done.err) == ["1", "2"]
-    assert not re.search(r"INFO|WARNING|\(pid=|raylet|dataset_", done.err), "chatter of Ray"
+    # Lines of a raylet tell of the machine: how many processes it started while all tests ran.
+    lines = [line for line in done.err.splitlines() if "(raylet)" not in line]
+    assert not [line for line in lines if re.search(r"INFO|WARNING|\(pid=|dataset_", line)]
 
 
 def test_the_run_folder_holds_history_report_pictures_and_no_pickle(
