@@ -33,7 +33,7 @@ from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
-from mnistsum_ray.storage.uri import empty_output, locate_existing, refused
+from mnistsum_ray.storage.uri import as_request_error, empty_output, locate_existing
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import
     from ray.train import UserCallback
@@ -129,7 +129,7 @@ def save_model(model: "Network", folder: str | Path) -> None:
     output = empty_output(str(folder))
     weights = copy_weights(model)
     description = describe_model(weights, epoch=0, metrics={})
-    with refused("--output"):
+    with as_request_error("--output"):
         write_model(output, weights, description)
 
 

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from mnistsum_ray.config import JobConfig
 from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
-from mnistsum_ray.storage.uri import KEYS_REFUSED, locate, may_hold_keys, refused
+from mnistsum_ray.storage.uri import KEYS_REFUSED, as_request_error, locate, may_hold_keys
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -103,7 +103,7 @@ def _flag(field: str) -> str:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     """Values of the config file by field name, as text: YAML 1.1 would read 010 as 8."""
-    with refused("--config"):
+    with as_request_error("--config"):
         text = locate(path, "--config").read_bytes()
     try:
         values = yaml.load(BytesIO(text), yaml.BaseLoader)  # errors quote a text, but no stream

@@ -110,11 +110,11 @@ def export_model(config: ExportModelConfig) -> Result:
         install = f"not installed ({', '.join(missing)}): pip install -e '.[onnx]'"
         raise RequestError(f"ONNX export needs packages that are {install}")
 
-    from mnistsum_ray.export import model  # imports torch, which takes seconds: after the checks
+    from mnistsum_ray.export import onnx  # imports torch, which takes seconds: after the checks
     from mnistsum_ray.reporting.console import Console
 
     console = Console()
-    line = model.export_model(config, console.say)
+    line = onnx.export_model(config, console.say)
     console.say(f"written: {line['output']}")
     return line
 

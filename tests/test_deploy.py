@@ -10,7 +10,7 @@ import jsonschema  # type: ignore[import-untyped]
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from mnistsum_ray.reporting.metrics import COUNTERS, GAUGES
+from mnistsum_ray.reporting.prometheus import COUNTERS, GAUGES
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / ".deploy"

@@ -13,7 +13,7 @@ from typing import Final
 
 from mnistsum_ray.errors import RequestError, printable
 from mnistsum_ray.storage.store import Entry, Location, is_hidden, is_utf8
-from mnistsum_ray.storage.uri import locate_existing, refused
+from mnistsum_ray.storage.uri import as_request_error, locate_existing
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
@@ -54,10 +54,10 @@ def list_inputs(
     values = [_parsed(text, flag) for text in texts]
     root = _common_root(values, flag)
     if output is not None:
-        _check_apart(values, output)
+        _check_outside_input(values, output)
     found: dict[str, Entry | None] = {}
     for place, glob in values:
-        with refused(flag), place.answers("listed"):
+        with as_request_error(flag), place.storage_errors("listed"):
             for path, file in _listed(place, glob):
                 found[path] = found.get(path) or file
     files = {}
@@ -105,7 +105,7 @@ def _parsed(text: str, flag: str) -> _Value:
         glob = tuple(part for part in wild[0].split("/") if part)
         folder = (path[: wild.start()] or ".") + question + query
     place = locate_existing(folder, flag)
-    with refused(flag):
+    with as_request_error(flag):
         if not glob and place.status() is None:
             glob = ("**", "*")
         if glob and not place.is_folder():
@@ -195,7 +195,7 @@ def _common_root(values: list[_Value], flag: str) -> Location:
     return first.at(os.path.commonpath(folders))
 
 
-def _check_apart(values: list[_Value], output: Location) -> None:
+def _check_outside_input(values: list[_Value], output: Location) -> None:
     """Check that no later run takes output for input, and that no input is in the output folder."""
     for place, glob in values:
         if place.bucket != output.bucket:

@@ -234,7 +234,7 @@ def open_source(data: str, progress: StartProgress = no_progress) -> Source:
         return _full_mnist(fall_back=data == "auto")
     place = locate_existing(data, "--data")
     try:
-        with place.answers("listed"):
+        with place.storage_errors("listed"):
             folder = find_idx(Path(place.path)) if place.is_local else None
         return _idx(folder) if folder else _parquet(data, place, progress)
     except StorageError as error:

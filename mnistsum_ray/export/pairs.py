@@ -14,7 +14,7 @@ from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RunError, RunInterrupted, StorageError
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.storage.uri import empty_output, refused
+from mnistsum_ray.storage.uri import as_request_error, empty_output
 
 SCHEMA: Final = pa.schema(
     {
@@ -48,7 +48,7 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
                 tables.append(next(pairs))
             table = pa.concat_tables(tables)
             waiting = table.slice(end - start)
-            with refused("--output"):
+            with as_request_error("--output"):
                 data = to_parquet(table.slice(0, end - start), row_group_size=BLOCK_ROWS)
                 (output / f"part-{index:05d}.parquet").write(data)
             say(f"rows written: {end:,} of {config.rows:,}")

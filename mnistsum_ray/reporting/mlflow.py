@@ -9,7 +9,7 @@ import mlflow.onnx
 import onnx
 from mlflow.entities import Metric, Param
 
-from mnistsum_ray.export.model import export_onnx
+from mnistsum_ray.export.onnx import export_onnx
 from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE, load_model
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.report import PICTURES, REPORT

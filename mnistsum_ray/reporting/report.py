@@ -137,15 +137,13 @@ def write_report(
     analysis = manifest["error_analysis"]
     drawn = {}
     try:
-        from mnistsum_ray.reporting import pictures  # takes a second to import
+        from mnistsum_ray.reporting import plots  # takes a second to import
 
         drawn = {
-            "history.png": pictures.png(pictures.draw_history, history),
-            "confusion.png": pictures.png(pictures.draw_confusion, analysis["confusion"]),
-            "mistakes.png": pictures.png(
-                pictures.draw_mistakes, analysis["mistakes"], mistake_images
-            ),
-            "reliability.png": pictures.png(pictures.draw_reliability, analysis["probabilities"]),
+            "history.png": plots.png(plots.draw_history, history),
+            "confusion.png": plots.png(plots.draw_confusion, analysis["confusion"]),
+            "mistakes.png": plots.png(plots.draw_mistakes, analysis["mistakes"], mistake_images),
+            "reliability.png": plots.png(plots.draw_reliability, analysis["probabilities"]),
         }
     except Exception as error:  # such as of a font that a user's settings name
         say(f"pictures cannot be drawn: {one_line(error)}; {REPORT} is without them")

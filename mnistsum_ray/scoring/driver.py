@@ -33,8 +33,9 @@ from mnistsum_ray.errors import (
 )
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.metrics import JobMetrics
+from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.results import ScoreResult
+from mnistsum_ray.scoring.actor import Report, Score
 from mnistsum_ray.scoring.output import (
     MANIFEST,
     RUN_FILE,
@@ -51,9 +52,8 @@ from mnistsum_ray.scoring.parts import (
     make_tasks,
     split_into_parts,
 )
+from mnistsum_ray.scoring.publish import Outcome, publish
 from mnistsum_ray.scoring.request import Request
-from mnistsum_ray.scoring.result import Outcome, publish
-from mnistsum_ray.scoring.worker import Report, Score
 
 _KEPT: Final = "what is scored is kept, and the same command goes on"
 

@@ -17,7 +17,7 @@ from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.parts import InputFile
 from mnistsum_ray.storage.store import Location, in_threads
-from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused
+from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
         RunError: the storage does not give an input file.
     """
     output = locate(config.output, "--output", output_base_folder())
-    with refused("--output"):
+    with as_request_error("--output"):
         if output.status():
             raise RequestError(f"--output {output.display}: is a file; name a folder")
     inputs = list_inputs(config.input, output)

@@ -23,7 +23,7 @@ from mnistsum_ray.errors import (
     TryAgainError,
 )
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.storage.uri import refused
+from mnistsum_ray.storage.uri import as_request_error
 
 LOCK_NAME: Final = "_lock"
 RENEW_SECONDS: Final = 15.0
@@ -62,7 +62,7 @@ class FolderLock:
             mode = {name: last[name] for name in ("e_tag", "version") if last[name]}
         # Each record is another one, since an ETag may be that of the content.
         record = f"{self.holder} {secrets.token_hex(4)}".encode()
-        with self.file.answers("written"):
+        with self.file.storage_errors("written"):
             self.file.store.put(self.file.path, record, mode=mode)
 
 
@@ -74,7 +74,7 @@ def folder_lock(folder: Location, flag: str, say: Callable[[str], None]) -> Iter
     """
     lock = FolderLock(folder, flag)
     with ExitStack() as until_end:
-        with refused(flag), lock.file.answers("written"):
+        with as_request_error(flag), lock.file.storage_errors("written"):
             held = _hold_file(lock) if folder.is_local else _hold_object(lock, say)
             until_end.enter_context(held)
         yield lock
@@ -132,6 +132,6 @@ def _hold_object(lock: FolderLock, say: Callable[[str], None]) -> Iterator[None]
 
 def _metadata(file: Location) -> Any:
     """What the store says of an object; None where there is none."""
-    with file.answers("read"), suppress(FileNotFoundError):
+    with file.storage_errors("read"), suppress(FileNotFoundError):
         return file.store.head(file.path)
     return None

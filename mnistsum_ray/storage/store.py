@@ -95,7 +95,7 @@ class Location:
 
     def status(self) -> Entry | None:
         """The file here; None where there is none, or a folder."""
-        with self.answers("read"), suppress(FileNotFoundError):
+        with self.storage_errors("read"), suppress(FileNotFoundError):
             if self.is_local:
                 path = Path(self.path)
                 return _disk_entry(self.path, path.stat()) if path.is_file() else None
@@ -107,7 +107,7 @@ class Location:
         """Whether this is a folder, or a prefix of keys."""
         if self.is_local:
             return Path(self.path).is_dir()
-        with self.answers("listed"):
+        with self.storage_errors("listed"):
             return any(self.store.list(self.path))
 
     def exists(self) -> bool:
@@ -116,7 +116,7 @@ class Location:
 
     def read_bytes(self) -> bytes:
         """The whole file."""
-        with self.answers("read"):
+        with self.storage_errors("read"):
             if self.is_local:
                 return Path(self.path).read_bytes()
             return bytes(self.store.get(self.path).bytes())
@@ -130,7 +130,7 @@ class Location:
 
         ExistingFileError, here or at a later read: it is not the one that was listed.
         """
-        with self.answers("read"):
+        with self.storage_errors("read"):
             listed = listed or self.status()
             if listed is None:
                 raise FileNotFoundError
@@ -150,7 +150,7 @@ class Location:
 
         Links to folders are not followed.
         """
-        with self.answers("listed"):
+        with self.storage_errors("listed"):
             if self.is_local:
                 found = (self.at(str(path)).status() for path in Path(self.path).rglob("*"))
                 # None are folders, pipes, devices and links that lead nowhere.
@@ -174,7 +174,7 @@ class Location:
     def _put(self, data: Data, mode: str) -> None:
         if isinstance(data, dict):
             data = (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
-        with self.answers("written"):
+        with self.storage_errors("written"):
             if self.is_local:
                 _put_on_disk(Path(self.path), data, mode)
             else:
@@ -182,7 +182,7 @@ class Location:
 
     def delete_files(self, names: Sequence[str]) -> None:
         """Delete files in this folder; missing ones are no error."""
-        with self.answers("deleted"):
+        with self.storage_errors("deleted"):
             if self.is_local:
                 for name in names:
                     Path(self.path, name).unlink(missing_ok=True)
@@ -201,7 +201,7 @@ class Location:
         self.at(folder).delete_files([name])
 
     @contextmanager
-    def answers(self, what: str) -> Iterator[None]:
+    def storage_errors(self, what: str) -> Iterator[None]:
         """Raise errors of the storage in the block as StorageError: this cannot be `what`."""
         try:
             yield
@@ -249,7 +249,7 @@ class _ObjectFile(io.RawIOBase):
         count = max(0, end - self._position)
         if count:
             options = {"range": (self._position, end), "if_match": self._listed.e_tag}
-            with self._location.answers("read"):
+            with self._location.storage_errors("read"):
                 found = self._location.store.get(self._location.path, options=options)
                 buffer[:count] = found.bytes()
         self._position += count

@@ -48,7 +48,7 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
     location = Location(key.strip("/"), f"{scheme}://{bucket}", query)
-    with refused(flag):
+    with as_request_error(flag):
         open_store(location.bucket, location.query)
     return location
 
@@ -56,21 +56,21 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
 def locate_existing(text: str, flag: str) -> Location:
     """Resolve a path to read from: in the working folder, else where a submitted job writes."""
     here = locate(text, flag)
-    with refused(flag):
+    with as_request_error(flag):
         return here if here.exists() else locate(text, flag, output_base_folder())
 
 
 def empty_output(text: str) -> Location:
     """Resolve `--output` of a command that writes only into an empty folder."""
     output = locate(text, "--output", output_base_folder())
-    with refused("--output"):
+    with as_request_error("--output"):
         if output.files():
             raise RequestError(f"--output {output.display}: is not empty; name another folder")
     return output
 
 
 @contextmanager
-def refused(flag: str) -> Iterator[None]:
+def as_request_error(flag: str) -> Iterator[None]:
     """Raise a StorageError of the block as RequestError that names a flag."""
     try:
         yield

@@ -32,7 +32,7 @@ from mnistsum_ray.errors import (
 from mnistsum_ray.model.folder import Weights, load_model
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.metrics import JobMetrics
+from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.lock import LOCK_NAME, FolderLock, folder_lock
 from mnistsum_ray.storage.store import Location

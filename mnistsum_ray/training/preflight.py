@@ -16,7 +16,7 @@ from mnistsum_ray.data.inputs import parts_below, real_path
 from mnistsum_ray.data.sources import FileGroup, Source, StartProgress, no_progress, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.store import Location, is_hidden
-from mnistsum_ray.storage.uri import locate, locate_existing, output_base_folder, refused
+from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
 
 MANIFEST: Final = "manifest.json"
 
@@ -71,7 +71,7 @@ def preflight(config: TrainConfig, progress: StartProgress = no_progress) -> Tra
         model = locate_existing(config.init_from, "--init-from").display
         config = config.model_copy(update={"init_from": model})
     stored = None
-    with refused("--storage-path"):
+    with as_request_error("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing: its name is free.
         begun = (folder / MANIFEST).exists()
         if config.resume == "auto":
@@ -84,7 +84,7 @@ def preflight(config: TrainConfig, progress: StartProgress = no_progress) -> Tra
     if config.mlflow:
         config = config.model_copy(update={"mlflow": _mlflow(config.mlflow)})
     source = open_source(config.data, progress)
-    _check_apart(storage, source)
+    _check_outside_data(storage, source)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # Absolute paths, so that --resume from another folder finds the same data.
@@ -103,7 +103,7 @@ def _check_free(folder: Location, name: str, begun: bool) -> None:
         raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
 
 
-def _check_apart(storage: Location, source: Source) -> None:
+def _check_outside_data(storage: Location, source: Source) -> None:
     """Check that no later run takes files of runs for data."""
     data = locate(source.location, "--data")
     if source.name != "parquet" or storage.bucket != data.bucket:

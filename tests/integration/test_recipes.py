@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.sources import SAMPLE
-from mnistsum_ray.export.model import export_model
+from mnistsum_ray.export.onnx import export_model
 from tests.conftest import plain_predictions
 from tests.integration.conftest import ROOT, history_of
 

@@ -14,7 +14,7 @@ from mnistsum_ray import RequestError, load_model, predict, predict_rows, save_m
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import NUMBERS, mix_ids
-from mnistsum_ray.export.model import export_model
+from mnistsum_ray.export.onnx import export_model
 from mnistsum_ray.model import network
 from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields

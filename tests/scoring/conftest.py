@@ -14,10 +14,10 @@ import pytest
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.results import ScoreResult
+from mnistsum_ray.scoring.actor import Report, Score
 from mnistsum_ray.scoring.driver import run
 from mnistsum_ray.scoring.parts import Part, make_tasks
 from mnistsum_ray.scoring.request import Request, preflight
-from mnistsum_ray.scoring.worker import Report, Score
 
 CONSOLE = Console(io.StringIO())
 

@@ -17,7 +17,7 @@ from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import CPU_BATCH, predict_pairs
 from mnistsum_ray.model.network import Network, prepare_images
-from mnistsum_ray.storage.uri import empty_output, locate_existing, refused
+from mnistsum_ray.storage.uri import as_request_error, empty_output, locate_existing
 
 INPUTS: Final = ("image", "number")
 OUTPUTS: Final = tuple(PREDICTION_FIELDS.names[:-1])
@@ -89,7 +89,7 @@ def export_model(config: ExportModelConfig, say: Callable[[str], None]) -> dict[
     if not difference <= _TOLERANCE:  # `not <=` also catches NaN
         problem = f"its answers differ from the model's by up to {difference:.2g}"
         raise RunError(f"{_NAME}: {problem}; nothing was written")
-    with refused("--output"):
+    with as_request_error("--output"):
         (output / _NAME).write(data)
     say(f"{_NAME}: {len(data):,} bytes, the model's answers on {len(numbers):,} pairs")
     fields = {"files": [_NAME], "pairs": len(numbers), "largest_difference": difference}

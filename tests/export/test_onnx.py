@@ -12,7 +12,7 @@ import pytest
 from mnistsum_ray import load_model, predict
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.errors import RunError
-from mnistsum_ray.export.model import export_model
+from mnistsum_ray.export.onnx import export_model
 from mnistsum_ray.model.network import prepare_images
 
 PROGRAM = """
@@ -51,7 +51,7 @@ def test_the_file_says_what_it_is_and_predicts_as_the_model(model: Path, tmp_pat
 def test_an_export_that_predicts_otherwise_is_not_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = "mnistsum_ray.export.model.prepare_images"
+    module = "mnistsum_ray.export.onnx.prepare_images"
     monkeypatch.setattr(module, lambda images: prepare_images(255 - images))
     config = ExportModelConfig(model=str(model), output=str(tmp_path / "out"))
     with pytest.raises(RunError, match=r"model\.onnx: its answers differ from the model's by up"):
