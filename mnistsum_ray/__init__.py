@@ -7,7 +7,6 @@ The Python API does what the jobs do from a shell:
     trained = fit(TrainConfig(data="sample"))
     score(ScoreConfig(model=trained.run, input=("pairs/",), output="scored/"))
     answer = predict(trained.run, "seven.png", 5)  # a picture and a number
-    predictions = predict(load_model(trained.run), images, numbers)  # uint8[n, 28, 28] and int64[n]
     table = predict_rows(load_model(trained.run), frame)  # pandas, Polars, Arrow, a Ray Dataset
     pixels = prepare_picture("seven.png")  # uint8[28, 28], as training and scoring take images
 """

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from mnistsum_ray.cluster.connection import connect, head_answers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
@@ -44,7 +42,7 @@ Model: TypeAlias = "Network | str | Path"
 """A model of `load_model`, or what that takes."""
 
 _BATCH_ROWS: Final = 64
-"""Rows of a forward pass of `predict` and `predict_rows`."""
+"""Rows of a forward pass of `predict_rows`."""
 
 
 def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainResult:
@@ -90,8 +88,8 @@ def _on_cluster(console: Console, run: str) -> Iterator[None]:
     """Join a cluster or start one; an error there says so if its head is gone."""
     console.run = run
     console.say(connect())
-    import_module("ray.data")  # sets the level of its logger
-    # Their advice is not for the user of a job, whose console reports the progress.
+    import_module("ray.data")  # now, since its import sets the level of its logger
+    # Ray's warnings advise what the user of a job cannot do, and repeat what its console says.
     with quiet_logger("ray", "ray.data"), warnings.catch_warnings():
         # Ray 2.60 has no other way to limit how often a process is started again.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
@@ -150,42 +148,17 @@ class PicturePrediction:
     """uint8[28, 28]: what the network was given."""
 
 
-def predict(model: Model, images: Any, numbers: Any, *, probabilities: bool = False) -> Any:
-    """Predict digits and sums in this process, on the model's device: of one picture, or of arrays.
+def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
+    """Predict the digit of a picture, and digit + number, in this process.
 
-        predict("runs/mine", "seven.png", 5)  # prepared by `prepare_picture`
-        predict(model, images, numbers)  # uint8[n, 28, 28] as in training, and integers[n] in 0..9
-
-    Returns:
-        For a picture a `PicturePrediction`. Else an object with arrays: `digit` and `sum` int8[n],
-        `digit_prob` and `sum_prob` float32[n]; with `probabilities` those of all classes,
-        `digit_probs` float32[n, 10] and `sum_probs` float32[n, 19].
+    `prepare_picture` makes of the picture what the network was trained on.
 
     Raises:
-        ValueError: wrong shape or dtype, or a number out of range.
-        RequestError (a ValueError): no such picture or model, or nothing is drawn on the picture.
+        RequestError: no such picture or model, nothing is drawn on the picture, or the number is
+            out of range.
     """
-    if isinstance(images, str | Path | bytes | Image.Image):
-        return _predict_picture(model, images, numbers)
-
-    from mnistsum_ray.model.inference import predict_pairs
-
-    images, numbers = np.ascontiguousarray(images), np.asarray(numbers)
-    if images.dtype != np.uint8 or images.shape != (len(images), 28, 28):
-        found = f"{images.dtype}{list(images.shape)}"
-        raise ValueError(f"images: must be uint8[n, 28, 28], are {found}")
-    if numbers.shape != (len(images),) or not np.isin(numbers, range(NUMBERS)).all():
-        raise ValueError(f"numbers: must be {len(images)} integers in 0..{NUMBERS - 1}")
-    numbers = numbers.astype(np.int64)
-    predictions = predict_pairs(_loaded(model), images, numbers, _BATCH_ROWS, probabilities)
-    arrays = {name.removeprefix("pred_"): values for name, values in predictions.items()}
-    return SimpleNamespace(**arrays)
-
-
-def _predict_picture(model: Model, picture: Picture, number: int) -> PicturePrediction:
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
-    number = int(number)
     pixels = prepare_picture(picture)  # before the import of PyTorch: a refusal comes at once
     network = _loaded(model)
 
@@ -195,7 +168,7 @@ def _predict_picture(model: Model, picture: Picture, number: int) -> PicturePred
     digit, total = int(found["pred_digit"][0]), int(found["pred_sum"][0])
     digit_prob = float(found["digit_prob"][0])
     return PicturePrediction(
-        number=number,
+        number=int(number),
         digit=digit,
         digit_prob=digit_prob,
         sum=total,

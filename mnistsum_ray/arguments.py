@@ -2,9 +2,8 @@
 
 import re
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from inspect import formatannotation
 from io import BytesIO
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -15,14 +14,6 @@ from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
 from mnistsum_ray.storage.uri import KEYS_REFUSED, as_request_error, locate, may_hold_keys
 
 Config = TypeVar("Config", bound=JobConfig)
-
-_METAVARS: Final = {
-    "bool": "true|false",
-    "int": "N",
-    "float": "X",
-    "str": "TEXT",
-    "tuple[int, int]": "MIN,MAX",
-}
 
 
 class Parser(ArgumentParser):
@@ -75,23 +66,18 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
 
 def _add_flag(parser: Parser, name: str, field: FieldInfo) -> None:
     """Add the flag of a field. Its value stays text, which pydantic converts and checks."""
-    # Of `int | tuple[int, int] | None` both types, of `Literal['bf16', 'fp32']` both words.
-    pattern = r"'\w+'|tuple\[int, int\]|\b(?:bool|int|float|str)\b"
-    types = re.findall(pattern, formatannotation(field.annotation))
     text = " ".join((field.description or "").split())
     if field.is_required():
         text += " (required)"
     elif field.default is not None:  # the text says what None means
         text += f" [{field.default}]"
-    options: dict[str, Any] = {
-        "metavar": "|".join(_METAVARS.get(kind, kind.strip("'")) for kind in types),
-        "help": text,
-    }
-    if "bool" in types:
-        options |= {"nargs": "?", "const": "true"}
-    elif name == "input":  # several words, as a shell expands `*.parquet`, and the flag again
-        options |= {"nargs": "+", "action": "extend"}
-    elif name == "picture":
+    kind = field.annotation
+    options: dict[str, Any] = {"help": text}
+    if kind is bool or bool in get_args(kind):
+        options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+    elif get_origin(kind) is tuple:  # several words, as a shell expands `*.parquet`
+        options |= {"nargs": "+", "action": "extend"}  # the flag may be given again too
+    if name == "picture":  # the one value that needs no flag
         parser.add_argument(name, nargs="?", metavar="PICTURE", help=text)
         return
     parser.add_argument(_flag(name), **options)

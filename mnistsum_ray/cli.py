@@ -10,7 +10,6 @@ import time
 from argparse import SUPPRESS
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
-from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from types import FrameType
@@ -136,8 +135,9 @@ def predict(config: PredictConfig) -> Result:
     console.say(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
     if found.unsure:
         console.say("unsure: the digit's probability is below 90 %")
-    shown = [field.name for field in fields(found) if field.repr]  # no arrays
-    return {"picture": config.picture} | {name: getattr(found, name) for name in shown}
+    answer = {"picture": config.picture} | vars(found)
+    del answer["pixels"]
+    return answer
 
 
 COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
@@ -178,7 +178,7 @@ def run(job: Callable[[], Result], show_json: bool) -> int:
     with redirect_stdout(sys.stderr):  # what Ray's threads print at any time
         try:
             result = job()
-            code = stop.exit_code = 0
+            code = stop.exit_code = 0  # from here on a signal changes nothing
             if show_json:
                 _write_line(json.dumps(result, allow_nan=False), stdout)
         except (RequestError, RunError, KeyboardInterrupt) as error:

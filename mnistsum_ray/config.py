@@ -54,15 +54,24 @@ SMALL_ROWS: Final = 20_000
 def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
     """Hyperparameters that a recipe sets; `small` for fewer than SMALL_ROWS training rows."""
     column = get_args(RecipeName).index(name)
-    return {field: values[small][column] for field, values in RECIPES.items()}
+    settings = {}
+    for field, (many_rows, few_rows) in RECIPES.items():
+        settings[field] = few_rows[column] if small else many_rows[column]
+    return settings
 
 
 def _recipe(name: str, text: str, **limits: Any) -> Any:
     """An optional field that the recipe sets: its help is the text, and the recipes' values."""
-    shown = "{} {:g}".format
-    large, small = (", ".join(map(shown, get_args(RecipeName), row)) for row in RECIPES[name])
-    values = large if small == large else f"{large}; under {SMALL_ROWS:,} rows {small}"
+    many_rows, few_rows = RECIPES[name]
+    values = _by_recipe(many_rows)
+    if few_rows != many_rows:
+        values += f"; under {SMALL_ROWS:,} rows {_by_recipe(few_rows)}"
     return Field(default=None, description=f"{text} [{values}]", **limits)
+
+
+def _by_recipe(values: tuple[float, ...]) -> str:
+    named = zip(get_args(RecipeName), values, strict=True)
+    return ", ".join(f"{name} {value:g}" for name, value in named)
 
 
 class TrainConfig(JobConfig):
@@ -215,7 +224,7 @@ class ExportPairsConfig(JobConfig):
     data: str = "auto"
     """as for mnistsum train: auto, sample, mnist, or a folder or URI"""
     split: Literal["train", "validation", "test"] = "test"
-    """split whose rows are exported, in their order"""
+    """split whose rows are exported, in their order: train, validation or test"""
     output: str
     """folder or URI for the files; it must be empty or not exist"""
     rows: int = Field(default=10_000, ge=1)

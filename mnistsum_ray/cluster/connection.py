@@ -41,25 +41,25 @@ def connect() -> str:
 
     from mnistsum_ray.cluster.workarounds import last_cluster_address
 
-    if not ray.is_initialized():
-        asked = os.environ.get("RAY_ADDRESS", "")
-        address = last_cluster_address() if asked in ("", "auto") else asked
-        # `ray.init` tries for minutes to reach a cluster that is gone.
-        if address and address != "local" and _answers(address):
-            _init(address, f"the Ray cluster at {address} cannot be joined")
-        elif asked in ("", "local"):
-            # The dashboard takes seconds to start.
-            _init("local", "Ray cannot be started here", include_dashboard=False)
-            _started = ray.get_runtime_context().gcs_address
-            why = ""
-            if address and not asked:
-                # Ray itself waits for it at the end of a training, for 10 s.
-                why = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it"
-            return f"started Ray on this machine, for this job alone{why}"
-        else:
-            where = address or "this machine"
-            raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {where}; {_GONE}")
-    return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
+    if ray.is_initialized():
+        return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
+    asked = os.environ.get("RAY_ADDRESS", "")
+    address = None if asked == "local" else asked
+    if asked in ("", "auto"):
+        address = last_cluster_address()
+    # `ray.init` would try for minutes to reach a cluster that is gone.
+    if address and _answers(address):
+        _init(address, f"the Ray cluster at {address} cannot be joined")
+        return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
+    if asked not in ("", "local"):
+        where = address or "this machine"
+        raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {where}; {_GONE}")
+    # The dashboard takes seconds to start.
+    _init("local", "Ray cannot be started here", include_dashboard=False)
+    _started = ray.get_runtime_context().gcs_address
+    # Ray itself waits for that cluster at the end of a training, for 10 s.
+    why = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it" if address else ""
+    return f"started Ray on this machine, for this job alone{why}"
 
 
 def _init(address: str, problem: str, **options: Any) -> None:
@@ -70,8 +70,8 @@ def _init(address: str, problem: str, **options: Any) -> None:
     try:
         # The jobs report their progress themselves.
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except SystemExit:  # of the handler of SIGTERM that `ray.init` sets
-        signal.alarm(0)  # with which Ray's C++ would abort the process in 3 s
+    except SystemExit:  # SIGTERM has come, for which `ray.init` sets a handler of its own
+        signal.alarm(0)  # that handler's, which would abort the process in 3 s
         stopped = True
     except Exception as error:  # also plain ones, of a start that takes too long
         inner = error.__cause__ or error  # of "Failed to connect"; its text may be a traceback
@@ -85,7 +85,7 @@ def _init(address: str, problem: str, **options: Any) -> None:
         if signal.getsignal(signal.SIGTERM) is not before:  # Ray's prints a stack of C++ and aborts
             signal.signal(signal.SIGTERM, before)
     if stopped:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # for the handler of this process
 
 
 def started_cluster() -> bool:

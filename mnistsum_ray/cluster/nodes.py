@@ -54,6 +54,7 @@ def set_data_options(
     if block_bytes is not None:
         context.target_max_block_size = block_bytes
     if object_store_bytes is not None:
+        # At this limit the scheduling loop of Ray Data would run without a pause.
         context.custom_execution_callback_classes += [PatientExecution]
         limits = options.resource_limits.copy(object_store_memory=object_store_bytes)
         options.resource_limits = limits

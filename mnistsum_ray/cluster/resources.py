@@ -44,6 +44,7 @@ class ClusterResources:
 
     nodes: tuple[Resources, ...]
     can_grow: bool = False
+    """Taken to be so of every cluster that was joined: it may have an autoscaler."""
 
     def total(self, kind: str) -> float:
         return sum(node.get(kind, 0.0) for node in self.nodes)
@@ -133,24 +134,23 @@ def reserve(
             for `--use-gpu true`.
         TryAgainError: the cluster does not give the workers within `wait_seconds`.
     """
-    cluster = inspect_cluster()
-    gpu: Gpu | None = None
-    if cluster.total("GPU") and config.use_gpu is not False:
-        gpu = _ask_for_cuda(config.use_gpu, say)
-    plan = plan_workers(config, cluster, gpu, useful_gpus)
-    needed, most = plan.worker_range
-    elastic = isinstance(config, TrainConfig) and cluster.can_grow and most > needed
-    if elastic and cluster.workers_that_fit(plan.per_worker) < most:
-        # Ray Train asks for all of them at once, and Ray's autoscaler v2 grants all or none.
-        limit = f"only if the autoscaler's limits allow all {most} workers"
-        say(f"more than {needed} workers run as nodes come, {limit}")
-    with plan.reserved(config.wait_seconds, say):
-        if gpu or not plan.use_gpu:
-            yield plan
-            return
-    # An autoscaler has started the nodes with GPUs meanwhile: plan again, with a look at them.
-    with reserve(config, say, useful_gpus) as plan:
-        yield plan
+    while True:
+        cluster = inspect_cluster()
+        gpu: Gpu | None = None
+        if cluster.total("GPU") and config.use_gpu is not False:
+            gpu = _ask_for_cuda(config.use_gpu, say)
+        plan = plan_workers(config, cluster, gpu, useful_gpus)
+        needed, most = plan.worker_range
+        elastic = isinstance(config, TrainConfig) and cluster.can_grow and most > needed
+        if elastic and cluster.workers_that_fit(plan.per_worker) < most:
+            # Ray Train asks for all of them at once, and Ray's autoscaler v2 grants all or none.
+            limit = f"only if the autoscaler's limits allow all {most} workers"
+            say(f"more than {needed} workers run as nodes come, {limit}")
+        with plan.reserved(config.wait_seconds, say):
+            # GPUs of nodes that came while it waited are unknown yet: plan again, with a look.
+            if gpu or not plan.use_gpu:
+                yield plan
+                return
 
 
 def plan_workers(
@@ -179,12 +179,15 @@ def plan_workers(
         workers = (low or max(1, useful), high or max(1, useful))
         plan = WorkerPlan(workers, {kind: 1.0 if use_gpu else _TRAINING_CPUS}, gpu)
     else:
+        limit = max(1, present)
+        if cluster.can_grow:
+            limit = max(present, _ASSUMED_LIMIT[kind])
         sharing = 1  # workers on one GPU, as its memory and the cores beside it allow
         if gpu:
             cores = int(cluster.total("CPU") / present)
             in_memory = gpu.memory_bytes // _WORKER_GPU_BYTES
             sharing = max(1, min(_MAX_WORKERS_PER_GPU, cores, in_memory))
-        most = high or sharing * max(present, _ASSUMED_LIMIT[kind] if cluster.can_grow else 1)
+        most = high or sharing * limit
         sharing = min(sharing, math.ceil(most / max(1, present)))
         plan = WorkerPlan((1, most), {kind: 1 / sharing}, gpu)
     fitting = cluster.workers_that_fit(plan.per_worker)
