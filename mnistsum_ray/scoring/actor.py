@@ -20,7 +20,7 @@ import torch
 from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
 from mnistsum_ray.errors import (
-    ExistingFileError,
+    ConflictError,
     RunError,
     StorageError,
     UnusableFileError,
@@ -160,7 +160,7 @@ def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> N
     # Without the input's own metadata, beside which Spark would see no other columns than theirs.
     data = to_parquet(table.replace_schema_metadata(entries))
     try:
-        with suppress(ExistingFileError):  # of a process that died, or of a second run
+        with suppress(ConflictError):  # of a process that died, or of a second run
             (request.output / PREDICTIONS / rows.part.output).create(data)
     except StorageError as error:
         raise RunError(f"--output {error}") from None

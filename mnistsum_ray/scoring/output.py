@@ -21,7 +21,7 @@ from mnistsum_ray import __version__
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, ReasonCounts, decode_numbers, one_chunk
 from mnistsum_ray.data.parquet import read_footer
-from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, UnusableFileError
+from mnistsum_ray.errors import ConflictError, MissingFileError, RequestError, UnusableFileError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
@@ -67,7 +67,7 @@ def begin(request: Request) -> None:
         if others and read_run(output) is None:  # else a second run has begun
             raise _refusal(output, f"{next(iter(others))} {_NOT_OURS}; {_AWAY}")
         run = {"format": RUN_FORMAT, "version": __version__, "request": request.identity}
-        with suppress(ExistingFileError):  # a second run began at the same time
+        with suppress(ConflictError):  # a second run began at the same time
             (output / RUN_FILE).create(run)
     begun = read_run(output) or {}
     for flag, value in ({"format": RUN_FORMAT} | request.identity).items():

@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl
 from obstore import exceptions  # noqa: TID251
 from obstore.store import from_url  # noqa: TID251
 
-from mnistsum_ray.errors import ExistingFileError, MissingFileError, StorageError, shortened
+from mnistsum_ray.errors import ConflictError, MissingFileError, StorageError, shortened
 
 if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wait for it
     import pyarrow as pa
@@ -128,22 +128,23 @@ class Location:
     def open(self, listed: Entry | None = None) -> Any:
         """The file, open for reading at any position.
 
-        ExistingFileError, here or at a later read: it is not the one that was listed.
+        ConflictError, here or at a later read: it is not the one that was listed.
         """
-        with self.storage_errors("read"):
-            listed = listed or self.status()
-            if listed is None:
-                raise FileNotFoundError
-            if not self.is_local:
-                return _ObjectFile(self, listed)
-            import pyarrow as pa
+        listed = listed or self.status()
+        if listed is None:
+            raise self._missing()
+        if not self.is_local:
+            return _ObjectFile(self, listed)
+        import pyarrow as pa
 
+        with self.storage_errors("read"):
             file = pa.OSFile(self.path)
             # Of the open file, which stays readable when another one takes its name.
-            if _disk_entry(self.path, os.fstat(file.fileno())).e_tag != listed.e_tag:
-                file.close()
-                raise FileExistsError
-            return file
+            found = _disk_entry(self.path, os.fstat(file.fileno()))
+        if found.e_tag != listed.e_tag:
+            file.close()
+            raise self._conflict()
+        return file
 
     def files(self) -> list[Entry]:
         """All files below a folder, sorted by path; none where the folder is missing.
@@ -165,7 +166,7 @@ class Location:
         self._put(data, "overwrite")
 
     def create(self, data: Data) -> None:
-        """Write the whole file, but only if there is none; else raise ExistingFileError.
+        """Write the whole file, but only if there is none; else raise ConflictError.
 
         It may be this process that has written it: where an answer is lost, obstore asks again.
         """
@@ -208,13 +209,20 @@ class Location:
         except StorageError:
             raise
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
-            raise ExistingFileError(f"{self.display}: was written by another") from None
-        except (exceptions.BaseError, OSError) as error:
-            if not isinstance(error, FileNotFoundError) or what == "written":
+            raise self._conflict() from None
+        except FileNotFoundError as error:
+            if what == "written":  # what is missing is its bucket
                 raise self.error(error, what) from error
-            shared = ", or not on this node; a local path must be on storage that all nodes share"
-            missing = f"{self.display}: is not there{shared if self.is_local else ''}"
-            raise MissingFileError(missing) from None
+            raise self._missing() from None
+        except (exceptions.BaseError, OSError) as error:
+            raise self.error(error, what) from error
+
+    def _conflict(self) -> ConflictError:
+        return ConflictError(f"{self.display}: was written by another")
+
+    def _missing(self) -> MissingFileError:
+        shared = ", or not on this node; a local path must be on storage that all nodes share"
+        return MissingFileError(f"{self.display}: is not there{shared if self.is_local else ''}")
 
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
@@ -257,7 +265,8 @@ class _ObjectFile(io.RawIOBase):
 
 
 def _disk_entry(path: str, status: os.stat_result) -> Entry:
-    # A file that is replaced has another inode.
+    # A file that is replaced has another inode, even where time and size are the same. Not the time
+    # of the last change of the inode (ctime): `_put_on_disk` changes it by the links that it makes.
     e_tag = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
     return Entry(path, status.st_size, e_tag)
 
@@ -315,15 +324,15 @@ def _first_line(error: Exception) -> str:
 
 
 def in_threads(
-    place: Location,
+    folder: Location,
     work: Callable[[Item], Answer],
     items: Sequence[Item],
     on_progress: Callable[[int], None],
 ) -> Iterator[Answer]:
-    """Apply `work` to each item, which reads below `place`; yield the answers in order."""
+    """Apply `work` to each item, which reads below `folder`; yield the answers in order."""
     # An object store answers slowly but takes many requests at once. A local disk answers at once,
     # and threads slow it down.
-    with ThreadPoolExecutor(1 if place.is_local else _THREADS) as pool:
+    with ThreadPoolExecutor(1 if folder.is_local else _THREADS) as pool:
         for start in range(0, len(items), _ITEMS_AT_ONCE):
             for answer in pool.map(work, items[start : start + _ITEMS_AT_ONCE]):
                 yield answer

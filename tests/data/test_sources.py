@@ -168,11 +168,11 @@ def test_a_bad_label_of_an_idx_folder_is_named_and_some_rows_must_be_left(idx: P
     (block,) = blocks_of(source)
     places = {row: place[:2] for row, place in block.bad.items()}
     assert places == {row: (LABELS, row - 400) for row in range(490, 500)}
-    assert splits_of(source.without(block.bad, skip=True))[2] == [*range(400, 490)]
+    assert splits_of(source.without(block.bad))[2] == [*range(400, 490)]
     bad = {row: ("a", row, "bad") for row in source.test.tolist()}
     left = "360 training, 40 validation and 0 test rows beside 100 bad ones: a: row 400: bad"
     with pytest.raises(RequestError, match=left):
-        source.without(bad, skip=True)
+        source.without(bad)
 
 
 def test_a_file_that_has_changed_or_is_gone_is_named(tmp_path: Path, sample: pa.Table) -> None:
