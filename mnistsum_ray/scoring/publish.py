@@ -32,9 +32,9 @@ FILES_TABLE_SCHEMA: Final = pa.schema(
 """`files.parquet`: one row per input file; rows == scored + rejected + failed."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What a run finds out."""
+    """What a run has found out."""
 
     request: Request
     failures: dict[str, str]
@@ -43,9 +43,9 @@ class Outcome:
     """Over the rows of all other files that are scored."""
     gone: int
     """Output files of input that is not there now."""
-    resumed_rows: int = 0
+    resumed_rows: int
     """Rows that earlier runs had scored."""
-    seconds: float = 0.0
+    seconds: float
     """From the first report of a worker to the last one."""
 
     def totals(self) -> dict[str, Any]:

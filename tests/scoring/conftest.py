@@ -17,7 +17,7 @@ from mnistsum_ray.reporting.results import ScoreResult
 from mnistsum_ray.scoring.actor import Report, Score
 from mnistsum_ray.scoring.driver import run
 from mnistsum_ray.scoring.parts import Part, make_tasks
-from mnistsum_ray.scoring.request import Request, preflight
+from mnistsum_ray.scoring.request import Request, check_request
 
 CONSOLE = Console(io.StringIO())
 
@@ -74,7 +74,7 @@ class World:
     def score(self, execute: Any = score_here, **settings: Any) -> ScoreResult:
         given: dict[str, Any] = {"precision": "fp32", "batch_size": 2, "max_rows_per_file": 4}
         given |= {"model": str(self.model), "output": str(self.output)} | settings
-        request = preflight(ScoreConfig(input=(str(self.input),), **given), CONSOLE)
+        request = check_request(ScoreConfig(input=(str(self.input),), **given), CONSOLE)
         return run(request, execute, CONSOLE)
 
     def files(self, *but: str) -> dict[str, bytes]:
