@@ -187,10 +187,8 @@ def components_below(path: str, folder: str) -> Components | None:
     """Components of a path relative to a folder: () for the folder itself, None for one outside."""
     if path == folder:
         return ()
-    start = folder.rstrip("/") + "/" if folder else ""  # "" is the whole bucket
-    if not path.startswith(start):
-        return None
-    return tuple(path.removeprefix(start).split("/"))
+    start = folder.rstrip("/") + "/" if folder else ""  # the whole bucket
+    return tuple(path.removeprefix(start).split("/")) if path.startswith(start) else None
 
 
 def _common_root(values: list[_Value], flag: str) -> Location:

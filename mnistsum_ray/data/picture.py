@@ -41,7 +41,8 @@ def prepare_picture(picture: Picture) -> Pixels:
         RequestError: there is no such file, it is no picture, or nothing is drawn on it.
     """
     name, grey = _read_grey(picture)
-    ink = np.abs(grey - np.median(_border(grey)))
+    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    ink = np.abs(grey - np.median(edge))
     strongest = ink.max()
     if strongest < _MIN_CONTRAST:
         nothing = "nothing is drawn on it that is darker or lighter than its edge"
@@ -83,7 +84,3 @@ def _first(mass: npt.NDArray[np.float32]) -> int:
     """Where a digit with this mass by row or column begins, so that its centre is in the middle."""
     centre = np.average(np.arange(len(mass)), weights=mass)
     return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))
-
-
-def _border(grey: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])

@@ -38,26 +38,19 @@ on ten rows, filled up to a batch, wastes most of its time."""
 
 @dataclass(frozen=True)
 class Report:
-    """What a worker says about a task. Beside `task`, each has the fields of one of four kinds."""
+    """What a worker says: a task begins or ends, parts of it are done, or the run cannot go on."""
 
     task: int = -1
     """Number of the task."""
-
-    # 1. The task begins.
     begins: Sequence[str] = ()
-    """Its input files."""
-
-    # 2. Some parts were put, or turned out to be of files that cannot be used.
+    """Where it begins its input files."""
     rows: int = 0
     rejected_rows: int = 0
+    """Where parts are done, in those that were put."""
     unusable: dict[str, str] = field(default_factory=dict)
-    """Input files that cannot be used although their footers could be read: name and reason."""
-
-    # 3. The run cannot go on.
+    """And input files that cannot be used although their footers could be read: name and reason."""
     failed: str | None = None
-    """The reason."""
-
-    # 4. The task has ended.
+    """Where the run cannot go on why."""
     ends: bool = False
 
 

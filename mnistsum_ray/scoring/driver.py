@@ -208,14 +208,14 @@ def _on_ray(
     tasks = make_tasks(parts, GPU_TASK_ROWS if plan.use_gpu else CPU_TASK_ROWS, plan.workers)
     rows = [{"task": index, "parts": pickle.dumps(task)} for index, task in enumerate(tasks)]
     most = min(plan.workers, len(tasks))
-    now = max(1, min(most, inspect_cluster().workers_that_fit(plan.per_worker)))
-    more = f", and up to {most} as nodes come" if most > now else ""
+    at_start = max(1, min(most, inspect_cluster().workers_that_fit(plan.per_worker)))
+    more = f", and up to {most} as nodes come" if most > at_start else ""
     kind = "GPU worker" if plan.use_gpu else "CPU worker"
-    console.say(f"scoring with {counted(now, kind)}{more}, {request.precision}")
+    console.say(f"scoring with {counted(at_start, kind)}{more}, {request.precision}")
     pool = ActorPoolStrategy(
         min_size=1,
         max_size=most,
-        initial_size=now,
+        initial_size=at_start,
         max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits
     )
     # Workers need no files but those of their tasks.

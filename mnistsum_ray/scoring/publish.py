@@ -98,11 +98,12 @@ def _files_table(outcome: Outcome) -> pa.Table:
     rows = []
     for file in outcome.request.files:
         rejected = outcome.counts.rejected[file.name]
-        row = {"file": file.name, "rows": file.rows, "rejected": rejected, "status": "scored"}
-        row |= {"scored": (file.rows or 0) - rejected, "failed": 0}
+        row: dict[str, Any] = {"file": file.name, "rows": file.rows, "rejected": rejected}
         if file.name in outcome.failures:
-            reason = outcome.failures[file.name]
-            row |= {"scored": 0, "failed": file.rows, "status": "failed", "reason": reason}
+            row |= {"scored": 0, "failed": file.rows, "status": "failed"}
+            row["reason"] = outcome.failures[file.name]
+        else:
+            row |= {"scored": (file.rows or 0) - rejected, "failed": 0, "status": "scored"}
         rows.append(row)
     return pa.Table.from_pylist(rows, FILES_TABLE_SCHEMA)
 

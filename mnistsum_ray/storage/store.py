@@ -130,21 +130,20 @@ class Location:
 
         ConflictError, here or at a later read: it is not the one that was listed.
         """
-        listed = listed or self.status()
-        if listed is None:
-            raise self._missing()
-        if not self.is_local:
-            return _ObjectFile(self, listed)
-        import pyarrow as pa
+        with self.storage_errors("read"):  # of Python's errors here it makes ours
+            listed = listed or self.status()
+            if listed is None:
+                raise FileNotFoundError
+            if not self.is_local:
+                return _ObjectFile(self, listed)
+            import pyarrow as pa
 
-        with self.storage_errors("read"):
             file = pa.OSFile(self.path)
             # Of the open file, which stays readable when another one takes its name.
-            found = _disk_entry(self.path, os.fstat(file.fileno()))
-        if found.e_tag != listed.e_tag:
-            file.close()
-            raise self._conflict()
-        return file
+            if _disk_entry(self.path, os.fstat(file.fileno())).e_tag != listed.e_tag:
+                file.close()
+                raise FileExistsError
+            return file
 
     def files(self) -> list[Entry]:
         """All files below a folder, sorted by path; none where the folder is missing.
@@ -209,20 +208,14 @@ class Location:
         except StorageError:
             raise
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
-            raise self._conflict() from None
-        except FileNotFoundError as error:
-            if what == "written":  # what is missing is its bucket
-                raise self.error(error, what) from error
-            raise self._missing() from None
+            raise ConflictError(f"{self.display}: was written by another") from None
         except (exceptions.BaseError, OSError) as error:
-            raise self.error(error, what) from error
-
-    def _conflict(self) -> ConflictError:
-        return ConflictError(f"{self.display}: was written by another")
-
-    def _missing(self) -> MissingFileError:
-        shared = ", or not on this node; a local path must be on storage that all nodes share"
-        return MissingFileError(f"{self.display}: is not there{shared if self.is_local else ''}")
+            # Where a write finds no file, its bucket is missing.
+            if what == "written" or not isinstance(error, FileNotFoundError):
+                raise self.error(error, what) from error
+            shared = ", or not on this node; a local path must be on storage that all nodes share"
+            missing = f"{self.display}: is not there{shared if self.is_local else ''}"
+            raise MissingFileError(missing) from None
 
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""

@@ -62,17 +62,6 @@ def test_every_row_once_an_epoch_in_the_same_batches_for_any_number_of_workers(c
     assert parts[0] + parts[1] == rows_of_rank(order, range(order.steps), 1, 3)
 
 
-@pytest.mark.parametrize("case", range(30))
-def test_the_blocks_of_an_epoch_are_dealt_to_windows_and_rows_stay_in_theirs(case: int) -> None:
-    order = random_order(case)
-    dealt: list[int] = []
-    for blocks, ids in order.row_ids_of_steps(0, range(order.steps), range(order.batch_size)):
-        assert len(blocks) <= order.window_blocks
-        assert np.array_equal(np.sort(ids), order.row_ids_of_window(blocks))
-        dealt += blocks
-    assert len(dealt) == len(set(dealt))
-
-
 def test_pinned_values() -> None:
     """A change of these numbers is a change of every run's result. The first are in order.py."""
     blocks = np.arange(0, 11, 2)

@@ -21,9 +21,11 @@ from werkzeug.middleware.shared_data import SharedDataMiddleware
 
 from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import Block, Source, open_source
 from mnistsum_ray.errors import RequestError, StorageError
-from tests.storage.conftest import serving
+from mnistsum_ray.storage.uri import locate
+from tests.storage.conftest import serve_s3, serving
 
 
 def blocks_of(source: Source) -> list[Block]:
@@ -137,6 +139,16 @@ def test_names_of_files_and_folders_tell_the_split(
     starts = [100 * sorted(names).index(name) for name in names]
     expected = [[*range(start, start + 100)] for start in starts]
     assert splits_of(open_source(str(tmp_path))) == expected
+
+
+def test_files_in_an_object_store_are_read(
+    sample: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve_s3(monkeypatch) as uri:
+        for name in ("train", "test"):
+            (locate(uri, "--data") / "data" / f"{name}.parquet").write(to_parquet(sample[::50]))
+        source = open_source(uri.replace("?", "/data?"))
+        check(source, pa.concat_tables([sample[::50]] * 2), 90, 10, 100)
 
 
 LAYOUTS = [

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray._private.runtime_env.working_dir import WorkingDirPlugin
 
 from mnistsum_ray import cli
 from mnistsum_ray.errors import RequestError
@@ -37,14 +36,13 @@ def test_a_path_or_uri_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_submitted_job_writes_to_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its working folder is a temporary copy; Ray itself makes the folder of such copies here."""
+    """Its working folder is a temporary copy. A real one: tests/integration/test_connect.py."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    WorkingDirPlugin(str(tmp_path / "runtime_resources"), None)
-    (copies,) = (tmp_path / "runtime_resources").iterdir()
-    for folder in (copies / "_ray_pkg_0", tmp_path / "home" / "runs"):
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0"
+    for folder in (copy, tmp_path / "home" / "runs"):
         folder.mkdir(parents=True)
-    monkeypatch.chdir(copies / "_ray_pkg_0")
-    assert output_base_folder() == tmp_path / "home", f"jobs now run in {copies.name}/"
+    monkeypatch.chdir(copy)
+    assert output_base_folder() == tmp_path / "home"
     expected = str(tmp_path / "home" / "runs")
     assert locate_existing("runs", "--model").path == empty_output("runs").path == expected
     (tmp_path / "home" / "runs" / "file").touch()
