@@ -195,6 +195,8 @@ class Source:
 
         RequestError: too few are left.
         """
+        if not bad:
+            return self
         ids = np.array([*bad], np.int64)
         counts = ReasonCounts.of([*bad.values()])
         splits = (self.train, self.validation, self.test)
@@ -288,8 +290,10 @@ def _parquet(data: str, location: Location, progress: StartProgress) -> Source:
         mixed = "some files are named train or test and some are not; rename them"
         raise RequestError(f"--data {location.display}: {mixed}")
     splits = [name or "train" for name in names]
-    split_of_row = np.repeat(splits, [file.rows for file in files])
-    ids = {split: np.flatnonzero(split_of_row == split) for split in set(splits)}
+    ids = {}
+    for split in set(splits):
+        is_in_split = [name == split for name in splits]
+        ids[split] = np.flatnonzero(np.repeat(is_in_split, [file.rows for file in files]))
     source = _with_splits("parquet", location.display, _grouped(files), ids)
     return replace(source, skipped=found.skipped)
 
@@ -316,17 +320,15 @@ def _describe(root: Location, listed: tuple[str, Entry]) -> LabelledFile:
 
 def _grouped(files: list[LabelledFile]) -> Groups:
     """Small files that follow each other share a block, up to its rows."""
-    groups: Groups = []
-    together: list[LabelledFile] = []
-    rows = 0
+    groups: list[list[LabelledFile]] = []
+    rows = 0  # of the last group
     for file in files:
-        if together and rows + file.rows > BLOCK_ROWS:
-            groups.append(FileGroup(together))
-            together = []
+        if not groups or rows + file.rows > BLOCK_ROWS:
+            groups.append([])
             rows = 0
-        together.append(file)
+        groups[-1].append(file)
         rows += file.rows
-    return [*groups, FileGroup(together)]
+    return [FileGroup(group) for group in groups]
 
 
 def _split_of_name(file: str) -> str | None:

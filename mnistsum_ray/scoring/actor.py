@@ -1,8 +1,4 @@
-"""What a worker does with a task: read its parts, predict, put each part, and report.
-
-Nothing records what is done: a part is done when its output file exists, no matter which process
-wrote it, or how often.
-"""
+"""What a worker does with a task: read its parts, predict, put each part, and report."""
 
 import itertools
 import json

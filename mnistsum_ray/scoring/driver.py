@@ -123,12 +123,10 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
         names, counts, _ = read_parts(request, planned, console)
     # The name of a part says which rows of which file it has, so each row is there exactly once.
     expected = {part.output for part in parts if part.name not in unusable}
-    missing, unexpected = expected - names, names - expected
-    if missing:
-        raise RowCountError(f"{PREDICTIONS}/{min(missing)} is not in the output; {_KEPT}")
-    if unexpected:
-        problem = "should not be in the output"
-        raise RowCountError(f"{PREDICTIONS}/{min(unexpected)} {problem}; {_KEPT}")
+    if names != expected:
+        wrong = min(names ^ expected)
+        problem = "is not" if wrong in expected else "should not be"
+        raise RowCountError(f"{PREDICTIONS}/{wrong} {problem} in the output; {_KEPT}")
     resumed_rows = sum(part.rows for part in done if part.name not in unusable)
     outcome = Outcome(request, failures | unusable, counts, gone, resumed_rows, seconds)
     return publish(outcome, started, console)

@@ -12,8 +12,6 @@ from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 
-STORES = pytest.mark.parametrize("bucket", ["s3", "azure"], indirect=True)
-
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +41,7 @@ def test_one_run_holds_a_folder_until_it_ends(bucket: Location) -> None:
     assert b"a-run-that-took-it" in (folder / "_lock").read_bytes(), "it belongs to the other run"
 
 
-@STORES
+@pytest.mark.parametrize("bucket", ["s3", "azure"], indirect=True)
 def test_a_lock_is_taken_over_by_one_run_once_it_is_old_by_the_clock_of_the_store(
     bucket: Location,
 ) -> None:
