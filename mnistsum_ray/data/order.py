@@ -182,16 +182,16 @@ class TrainingOrder:
 
         They come window by window: pairs of a window and the ids of rows in it.
         """
-        # An epoch is a sequence of rows: the steps take those from `first` on, to `end`.
+        # Of the sequence of all rows of an epoch, the steps take the rows first..end - 1.
         first, end = steps.start * self.batch_size, steps.stop * self.batch_size
         window_first = 0
         for blocks in self._windows(epoch):
             rows = sum(int(self._edges[block + 1] - self._edges[block]) for block in blocks)
             window_end = window_first + rows
-            places = np.arange(max(first, window_first), min(end, window_end))
-            if len(places):
-                ids = _shuffled_window(self, epoch, blocks)[places - window_first]
-                position = places % self.batch_size
+            indexes = np.arange(max(first, window_first), min(end, window_end))
+            if len(indexes):
+                ids = _shuffled_window(self, epoch, blocks)[indexes - window_first]
+                position = indexes % self.batch_size
                 yield blocks, ids[(positions.start <= position) & (position < positions.stop)]
             window_first = window_end
 

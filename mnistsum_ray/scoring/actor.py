@@ -39,14 +39,14 @@ class Report:
     task: int = -1
     """Number of the task."""
     begins: Sequence[str] = ()
-    """Where it begins its input files."""
+    """Input files of a task that begins."""
     rows: int = 0
     rejected_rows: int = 0
-    """Where parts are done, in those that were put."""
+    """In parts that are done."""
     unusable: dict[str, str] = field(default_factory=dict)
-    """And input files that cannot be used although their footers could be read: name and reason."""
+    """Input files that cannot be used although their footers could be read: name and reason."""
     failed: str | None = None
-    """Where the run cannot go on why."""
+    """Why the run cannot go on."""
     ends: bool = False
 
 

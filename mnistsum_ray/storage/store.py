@@ -130,7 +130,7 @@ class Location:
 
         ConflictError, here or at a later read: it is not the one that was listed.
         """
-        with self.storage_errors("read"):  # of Python's errors here it makes ours
+        with self.storage_errors("read"):  # makes MissingFileError and ConflictError of Python's
             listed = listed or self.status()
             if listed is None:
                 raise FileNotFoundError

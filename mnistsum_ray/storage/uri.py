@@ -95,7 +95,7 @@ def may_hold_keys(text: str) -> bool:
         return re.match(r"(//)?\w+:\S*@", text) is not None
     try:
         parts = urlsplit(address)
-        _ = parts.port  # a ValueError where it is no number
+        _ = parts.port  # ValueError: it is no number, and may be a key
     except ValueError:
         return True
     # The user of Azure is its container.
