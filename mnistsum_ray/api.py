@@ -73,10 +73,10 @@ def score(config: ScoreConfig) -> ScoreResult:
 
     With `strict` a RunError also says that some input cannot be used.
     """
-    from mnistsum_ray.scoring.request import preflight
+    from mnistsum_ray.scoring.request import check_request
 
     with Console() as console:
-        run = preflight(config, console)
+        run = check_request(config, console)
         with _on_cluster(console, Path(run.output.path).name):
             from mnistsum_ray.scoring import driver
 

@@ -33,8 +33,8 @@ class MissingFileError(StorageError):
     """There is no such file."""
 
 
-class ExistingFileError(StorageError):
-    """There is such a file already, or another version of it, so nothing was written."""
+class ConflictError(StorageError):
+    """There is a file already where none should be, or another version than the one expected."""
 
 
 class UnusableFileError(ValueError):

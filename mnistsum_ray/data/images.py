@@ -102,7 +102,7 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Rea
     kind = column.type
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     numbers = np.full(len(column), np.nan)
-    if is_number:  # of a null NaN, and of a large integer one that is as wrong
+    if is_number:  # a null becomes NaN; a huge integer is rounded, but stays out of range
         numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     right = (numbers >= 0) & (numbers < count) & (numbers == np.floor(numbers))
     bad: Reasons = {}
@@ -131,12 +131,14 @@ def decode_images(column: pa.Array) -> tuple[Pixels, Reasons]:
     whole = _whole_column(column)
     if whole is not None:
         return whole, {}
+    # The slow way, row by row: some value is a picture, or no image.
     images = np.zeros((len(column), SIDE, SIDE), np.uint8)
     bad: Reasons = {}
     for row, value in enumerate(column):
         image: Pixels | str = null
         if value.is_valid and isinstance(column.type, _LISTS):
-            one = _whole_column(column.take(pa.array([row])))  # a cast of a slice looks at all rows
+            # Not `column[row:row + 1]`: a cast of a slice looks at all rows.
+            one = _whole_column(column.take(pa.array([row])))
             not_pixels = "the image is not 784 or 28 x 28 integers in 0..255; resize or scale it"
             image = not_pixels if one is None else one[0]
         elif value.is_valid:
@@ -189,7 +191,7 @@ def _decode_bytes(data: bytes) -> Pixels | str:
 
 
 def join_reasons(bad_images: Reasons, bad_numbers: Reasons, what: str = "number") -> Reasons:
-    """Why each bad row cannot be used, in the order of the rows: of both decoders' reasons."""
+    """Reasons of both decoders as one reason for each bad row, in the order of the rows."""
     joined = dict(bad_images)
     for row, reason in bad_numbers.items():
         before = f"{joined[row]}; " if row in joined else ""
@@ -230,5 +232,7 @@ class ReasonCounts:
 
     def describe(self) -> str:
         """The first rows with their reasons."""
-        first = [f"{file}: row {row}: {reason}" for file, row, reason in self.examples]
-        return " | ".join(first + ["…"] * (self.total > len(first)))
+        texts = [f"{file}: row {row}: {reason}" for file, row, reason in self.examples]
+        if self.total > len(texts):
+            texts.append("…")
+        return " | ".join(texts)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from mnistsum_ray.errors import RequestError, printable
 from mnistsum_ray.storage.store import Entry, Location, is_hidden, is_utf8
@@ -18,11 +18,15 @@ from mnistsum_ray.storage.uri import as_request_error, locate_existing
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
 
-Parts = tuple[str, ...]
-"""Components of a path or of a glob, in which `**` is any number of folders."""
+Components = tuple[str, ...]
+"""Components of a path, or of a glob, in which `**` is any number of folders."""
 
-_Value = tuple[Location, Parts]
-"""A value of the flag: a folder and a glob of files in it, or a file and ()."""
+
+class _Value(NamedTuple):
+    """A value of the flag: a folder and a glob of files in it, or a file and ()."""
+
+    location: Location
+    glob: Components
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,10 @@ def list_inputs(
     if output is not None:
         _check_outside_input(values, output)
     found: dict[str, Entry | None] = {}
-    for place, glob in values:
-        with as_request_error(flag), place.storage_errors("listed"):
-            for path, file in _listed(place, glob):
+    for value in values:
+        with as_request_error(flag), value.location.storage_errors("listed"):
+            for path, file in _listed(value):
+                # What one value leaves out another may name.
                 found[path] = found.get(path) or file
     files = {}
     skipped = []
@@ -96,40 +101,42 @@ def _fault(file: Entry) -> str | None:
 
 def _parsed(text: str, flag: str) -> _Value:
     """A value of the flag, which names something that is there."""
-    # In a URI a question mark begins the query, which belongs to the folder.
+    # In a URI a question mark begins options, and is no wildcard.
     path, question, query = text.partition("?") if "://" in text else (text, "", "")
     wild = re.search(r"[^/]*[*?\[].*", path, re.DOTALL)
     folder = text
-    glob: Parts = ()
+    glob: Components = ()
     if wild and not os.path.lexists(text):  # a file's name may contain wildcards
-        glob = tuple(part for part in wild[0].split("/") if part)
+        glob = tuple(pattern for pattern in wild[0].split("/") if pattern)
         folder = (path[: wild.start()] or ".") + question + query
-    place = locate_existing(folder, flag)
+    location = locate_existing(folder, flag)
     with as_request_error(flag):
-        if not glob and place.status() is None:
+        if not glob and location.status() is None:
             glob = ("**", "*")
-        if glob and not place.is_folder():
-            missing = f"there is no such file or folder ({place.display})"
+        if glob and not location.is_folder():
+            missing = f"there is no such file or folder ({location.display})"
             raise RequestError(f"{flag} {text}: {missing}")
-    return place, glob
+    return _Value(location, glob)
 
 
-def _listed(place: Location, glob: Parts) -> Iterator[tuple[str, Entry | None]]:
+def _listed(value: _Value) -> Iterator[tuple[str, Entry | None]]:
     """Paths that a value names, and the files there; None for what is left out."""
+    top, glob = value
     if not glob:
-        yield place.path, place.status()
+        yield top.path, top.status()
         return
-    for path, file in _walk(place, glob):
-        parts = parts_below(path, place.path) or ()
+    for path, file in _walk(value):
+        below = components_below(path, top.path) or ()
         if file is None:
             yield path, None
-        elif _matches(parts, glob):
-            is_taken = path.lower().endswith(SUFFIXES) and not is_hidden("/".join(parts))
+        elif _matches(below, glob):
+            is_taken = path.lower().endswith(SUFFIXES) and not is_hidden("/".join(below))
             yield path, file if is_taken else None
 
 
-def _walk(top: Location, glob: Parts) -> Iterator[tuple[str, Entry | None]]:
+def _walk(value: _Value) -> Iterator[tuple[str, Entry | None]]:
     """Paths that may match; None for folders on a disk that are not read: hidden, or links."""
+    top, glob = value
     if not top.is_local:
         yield from ((file.path, file) for file in top.files())
         return
@@ -141,7 +148,7 @@ def _walk(top: Location, glob: Parts) -> Iterator[tuple[str, Entry | None]]:
         read = []
         for name in folders:
             path = (folder / name).path
-            if not _may_match_in(parts_below(path, top.path) or (), glob):
+            if not _may_match_in(components_below(path, top.path) or (), glob):
                 continue
             if is_hidden(name) or Path(path).is_symlink():
                 yield path, None
@@ -155,18 +162,19 @@ def _fail(error: OSError) -> None:
     raise error
 
 
-def _matches(parts: Parts, glob: Parts) -> bool:
-    if not parts:
+def _matches(path: Components, glob: Components) -> bool:
+    """Whether a path matches a glob."""
+    if not path:
         return all(pattern == "**" for pattern in glob)
     if not glob:
         return False
-    if glob[0] == "**":
-        return _matches(parts, glob[1:]) or _matches(parts[1:], glob)
-    return fnmatchcase(parts[0], glob[0]) and _matches(parts[1:], glob[1:])
+    if glob[0] == "**":  # no folder, or one and perhaps more
+        return _matches(path, glob[1:]) or _matches(path[1:], glob)
+    return fnmatchcase(path[0], glob[0]) and _matches(path[1:], glob[1:])
 
 
-def _may_match_in(folder: Parts, glob: Parts) -> bool:
-    """Whether a path in this folder may match."""
+def _may_match_in(folder: Components, glob: Components) -> bool:
+    """Whether the path of some file in this folder may match."""
     for name, pattern in zip(folder, glob, strict=False):
         if pattern == "**":
             return True
@@ -175,7 +183,7 @@ def _may_match_in(folder: Parts, glob: Parts) -> bool:
     return len(folder) < len(glob)
 
 
-def parts_below(path: str, folder: str) -> Parts | None:
+def components_below(path: str, folder: str) -> Components | None:
     """Components of a path relative to a folder: () for the folder itself, None for one outside."""
     if path == folder:
         return ()
@@ -185,28 +193,28 @@ def parts_below(path: str, folder: str) -> Parts | None:
 
 def _common_root(values: list[_Value], flag: str) -> Location:
     """The deepest folder that contains all values."""
-    first, _ = values[0]
+    first = values[0].location
     folders = []
-    for place, glob in values:
-        if (place.bucket, place.query) != (first.bucket, first.query):
+    for location, glob in values:
+        if (location.bucket, location.query) != (first.bucket, first.query):
             reason = "the files have no disk or bucket in common"
             raise RequestError(f"{flag}: {reason}; score them one after the other")
-        folders.append(place.path if glob else str(Path(place.path).parent))
+        folders.append(location.path if glob else str(Path(location.path).parent))
     return first.at(os.path.commonpath(folders))
 
 
 def _check_outside_input(values: list[_Value], output: Location) -> None:
     """Check that no later run takes output for input, and that no input is in the output folder."""
-    for place, glob in values:
-        if place.bucket != output.bucket:
+    for location, glob in values:
+        if location.bucket != output.bucket:
             return
-        inside = parts_below(real_path(output), real_path(place))
+        inside = components_below(real_path(output), real_path(location))
         may_match = inside is not None and _may_match_in(inside, glob)
-        if may_match or parts_below(real_path(place), real_path(output)) is not None:
-            reason = f"lies in the input {place.display}, or holds it, and would be scored"
+        if may_match or components_below(real_path(location), real_path(output)) is not None:
+            reason = f"lies in the input {location.display}, or holds it, and would be scored"
             raise RequestError(f"--output {output.display}: {reason}; put it elsewhere")
 
 
-def real_path(place: Location) -> str:
+def real_path(location: Location) -> str:
     """The path without links: two ways to a folder may differ in them."""
-    return os.path.realpath(place.path) if place.is_local else place.path
+    return os.path.realpath(location.path) if location.is_local else location.path

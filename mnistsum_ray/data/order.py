@@ -175,26 +175,28 @@ class TrainingOrder:
         """Sum of all scrambled ids (`mix_ids`) modulo 2**64."""
         return int(mix_ids(self.ids).sum())
 
-    def rows(self, epoch: int, steps: range, positions: range) -> Iterator[tuple[Window, RowIds]]:
-        """The rows at some positions of the batches of some steps, in the order of the steps.
+    def row_ids_of_steps(
+        self, epoch: int, steps: range, positions: range
+    ) -> Iterator[tuple[Window, RowIds]]:
+        """Ids of the rows at some positions of the batches of some steps, in their order.
 
-        Cut where windows end: pairs of a window and the ids of rows in it.
+        They come window by window: pairs of a window and the ids of rows in it.
         """
-        # Places in the sequence of an epoch: those of the steps, and those of each window.
+        # Of the sequence of all rows of an epoch, the steps take the rows first..end - 1.
         first, end = steps.start * self.batch_size, steps.stop * self.batch_size
         window_first = 0
         for blocks in self._windows(epoch):
             rows = sum(int(self._edges[block + 1] - self._edges[block]) for block in blocks)
             window_end = window_first + rows
-            places = np.arange(max(first, window_first), min(end, window_end))
-            if len(places):
-                ids = _window_rows(self, epoch, blocks)[places - window_first]
-                position = places % self.batch_size
+            indexes = np.arange(max(first, window_first), min(end, window_end))
+            if len(indexes):
+                ids = _shuffled_window(self, epoch, blocks)[indexes - window_first]
+                position = indexes % self.batch_size
                 yield blocks, ids[(positions.start <= position) & (position < positions.stop)]
             window_first = window_end
 
-    def rows_of(self, blocks: Window) -> RowIds:
-        """The training rows in a window, ascending."""
+    def row_ids_of_window(self, blocks: Window) -> RowIds:
+        """Ids of the training rows in a window, ascending."""
         edges = self._edges
         return np.concatenate([self.ids[edges[block] : edges[block + 1]] for block in blocks])
 
@@ -215,9 +217,9 @@ class TrainingOrder:
 
 
 @lru_cache(maxsize=1)  # a window serves many tasks, and sorting a million keys takes 0.1 s
-def _window_rows(order: TrainingOrder, epoch: int, blocks: Window) -> RowIds:
-    """The training rows of a window in their order of an epoch."""
-    return _shuffled(order.rows_of(blocks), order.seed, epoch, RandomStream.ROW_ORDER)
+def _shuffled_window(order: TrainingOrder, epoch: int, blocks: Window) -> RowIds:
+    """Ids of the training rows in a window, in their order of an epoch."""
+    return _shuffled(order.row_ids_of_window(blocks), order.seed, epoch, RandomStream.ROW_ORDER)
 
 
 def positions_of_rank(batch_size: int, rank: int, world_size: int) -> range:
@@ -230,6 +232,7 @@ def mix_ids(row_ids: Any) -> Any:
 
     The sum of scrambled ids modulo 2**64 tells sets of rows apart: plain 3 and 5 are twice 4.
     """
+    # Constants of `_mix` as int64: PyTorch does not multiply uint64.
     mixed = (row_ids + 1) * -0x61C8864680B583EB
     mixed = (mixed ^ (mixed >> 32)) * -0x40A7B892E31B1A47
     return mixed ^ (mixed >> 29)

@@ -1,7 +1,6 @@
 """The one place that opens Parquet files, and says whether a file or the storage fails."""
 
 import io
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, Final, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.errors import ExistingFileError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.errors import ConflictError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.store import Entry, Location
 
 _ParquetFile: TypeAlias = pq.ParquetFile  # noqa: TID251
@@ -45,7 +44,7 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
                 coerce_int96_timestamp_unit="us",
                 pre_buffer=not file.is_local,  # one request for all columns of a row group
             )
-    except ExistingFileError:
+    except ConflictError:
         raise UnusableFileError("has changed since the run began; run the command again") from None
     except (UnusableFileError, StorageError):
         raise
@@ -99,6 +98,8 @@ def _read_metadata(stream: Any) -> pq.FileMetaData:
     if length > len(tail):
         stream.seek(size - length)
         tail = bytes(stream.read(length))
+    # Arrow looks for this key, and ignores it by another name. That has the same length, so each
+    # offset in the footer stays right. `read_metadata` takes the footer for a whole file.
     footer = tail[-length:].replace(b"ARROW:schema", b"arrow:schema")
     metadata = pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
     groups = map(metadata.row_group, range(metadata.num_row_groups))
@@ -112,34 +113,35 @@ def read_rows(
 ) -> Iterator[pa.Table]:
     """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory."""
     schema = parquet.read_row_groups([], columns).schema
-    waiting = deque(ranges)
-    pending: list[pa.RecordBatch] = []
-    first = 0  # row of the file that the next batch begins with
+    batches = _read_batches(parquet, ranges, columns)
+    first = end = 0  # rows of the file that are in the batch
+    for rows in ranges:
+        found = []
+        position = rows.start
+        while position < rows.stop:
+            while position >= end:
+                first, batch = next(batches)
+                end = first + batch.num_rows
+            found.append(batch[position - first : rows.stop - first])
+            position = min(end, rows.stop)
+        yield pa.Table.from_batches(found, schema)
+
+
+def _read_batches(
+    parquet: _ParquetFile, ranges: Sequence[range], columns: list[str] | None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Batches of the row groups that hold rows of the ranges, and the row that each begins with."""
+    first = 0
     for group in range(parquet.num_row_groups):
         end = first + parquet.metadata.row_group(group).num_rows
-        if not waiting or end <= waiting[0].start:
-            first = end
-            continue
-        options = {"row_groups": [group], "columns": columns, "use_threads": False}
-        for batch in parquet.iter_batches(_BATCH_ROWS, **options):
-            stop = first + batch.num_rows
-            while waiting and waiting[0].start < stop:
-                rows = waiting[0]
-                pending.append(batch[max(0, rows.start - first) : rows.stop - first])
-                if rows.stop > stop:
-                    break
-                yield pa.Table.from_batches(pending, schema)
-                pending = []
-                waiting.popleft()
-            first = stop
-            if not waiting:
-                return
-        if first < end:
-            break
-    if any(len(rows) for rows in waiting):
-        raise UnusableFileError("has fewer rows than its footer says; write it again")
-    for _ in waiting:  # ranges of no rows
-        yield schema.empty_table()
+        if any(rows.start < end and first < rows.stop for rows in ranges):
+            options = {"row_groups": [group], "columns": columns, "use_threads": False}
+            for batch in parquet.iter_batches(_BATCH_ROWS, **options):
+                yield first, batch
+                first += batch.num_rows
+            if first != end:
+                raise UnusableFileError("has other rows than its footer says; write it again")
+        first = end
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:

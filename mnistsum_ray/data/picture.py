@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ _MIN_CONTRAST: Final = 16
 """Distance in 0..255 of ink from the edge, below which a picture is empty."""
 
 _FAINT: Final = 0.25
-"""Share of the strongest ink below which nothing is drawn, as grain; what lacks less is full."""
+"""Ink below this share of the strongest is grain, and becomes 0; above 1 - this share it is 1."""
 
 
 def prepare_picture(picture: Picture) -> Pixels:
@@ -41,7 +41,8 @@ def prepare_picture(picture: Picture) -> Pixels:
         RequestError: there is no such file, it is no picture, or nothing is drawn on it.
     """
     name, grey = _read_grey(picture)
-    ink = np.abs(grey - np.median(_border(grey)))
+    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    ink = np.abs(grey - np.median(edge))
     strongest = ink.max()
     if strongest < _MIN_CONTRAST:
         nothing = "nothing is drawn on it that is darker or lighter than its edge"
@@ -65,8 +66,8 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
     name = "the picture"
     try:
         if isinstance(picture, str | Path):
-            place = locate_existing(str(picture), "picture")
-            name, picture = place.display, place.read_bytes()
+            file = locate_existing(str(picture), "picture")
+            name, picture = file.display, file.read_bytes()
         if isinstance(picture, bytes):
             picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
         image = ImageOps.exif_transpose(picture).convert("RGBA")
@@ -83,8 +84,3 @@ def _first(mass: npt.NDArray[np.float32]) -> int:
     """Where a digit with this mass by row or column begins, so that its centre is in the middle."""
     centre = np.average(np.arange(len(mass)), weights=mass)
     return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))
-
-
-def _border(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    sides = [images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]]
-    return np.concatenate(sides, axis=-1)

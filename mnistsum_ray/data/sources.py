@@ -98,7 +98,7 @@ class Block:
 class LabelledFile:
     """A Parquet file with images and digits, as its footer describes it."""
 
-    place: Location
+    path: Location
     entry: Entry
     name: str
     """Relative to the folder that was listed."""
@@ -124,30 +124,30 @@ class FileGroup:
             StorageError: the storage does not give a file.
         """
         if len(self.files) == 1:
-            yield from _decoded(self.files[0])
+            yield from _read_blocks(self.files[0])
         elif self.rows:
-            yield _joined([block for file in self.files for block in _decoded(file)])
+            yield _join_blocks([block for file in self.files for block in _read_blocks(file)])
 
 
 Groups = list[Block | FileGroup]
 """What a source consists of: rows in memory, or in files."""
 
 
-def _decoded(file: LabelledFile) -> Iterator[Block]:
+def _read_blocks(file: LabelledFile) -> Iterator[Block]:
     """The rows of a file in blocks; errors as of `FileGroup.blocks`."""
     edges = [*range(0, file.rows, BLOCK_ROWS), file.rows]
     ranges = [range(start, end) for start, end in pairwise(edges)]
     try:
-        with open_parquet(file.place, file.entry) as parquet:
-            read = read_rows(parquet, ranges, ["image", file.digit_column])
-            for rows, table in zip(ranges, read, strict=True):
+        with open_parquet(file.path, file.entry) as parquet:
+            tables = read_rows(parquet, ranges, ["image", file.digit_column])
+            for rows, table in zip(ranges, tables, strict=True):
                 images, digits = one_chunk(table["image"]), one_chunk(table[file.digit_column])
                 yield Block.decode(images, digits, file.name, rows.start)
     except UnusableFileError as error:
-        raise RequestError(f"{file.place.display}: {error}") from None
+        raise RequestError(f"{file.path.display}: {error}") from None
 
 
-def _joined(blocks: list[Block]) -> Block:
+def _join_blocks(blocks: list[Block]) -> Block:
     """The rows of blocks that follow each other."""
     bad: BadRows = {}
     first = 0
@@ -182,20 +182,23 @@ class Source:
         """Rows of the data, bad ones included."""
         return sum(group.rows for group in self.groups)
 
-    def without(self, bad: BadRows, *, skip: bool) -> "Source":
+    def refuse(self, bad: BadRows) -> None:
+        """RequestError, which counts bad rows and names the first, if there are any."""
+        if bad:
+            first = ReasonCounts.of([*bad.values()]).describe()
+            of = f"{len(bad):,} of {counted(self.rows, 'row')} cannot be used: {first}"
+            advice = "a new run with --skip-bad-rows trains without them"
+            raise RequestError(f"--data {self.location}: {of}; {advice}")
+
+    def without(self, bad: BadRows) -> "Source":
         """The source without bad rows, by their ids. Other rows stay in their splits.
 
-        RequestError: there are bad rows, and they are not to be skipped; or too few others are
-        left. It counts them, and names the first.
+        RequestError: too few are left.
         """
         if not bad:
             return self
-        counts = ReasonCounts.of([*bad.values()])
-        if not skip:
-            of = f"{len(bad):,} of {counted(self.rows, 'row')} cannot be used: {counts.describe()}"
-            advice = "a new run with --skip-bad-rows trains without them"
-            raise RequestError(f"--data {self.location}: {of}; {advice}")
         ids = np.array([*bad], np.int64)
+        counts = ReasonCounts.of([*bad.values()])
         splits = (self.train, self.validation, self.test)
         train, validation, test = (np.setdiff1d(split, ids, assume_unique=True) for split in splits)
         rest = replace(self, train=train, validation=validation, test=test, bad=counts)
@@ -206,14 +209,14 @@ class Source:
         train, validation, test = map(len, (self.train, self.validation, self.test))
         if not (train and validation and test):
             has = f"has {train:,} training, {validation:,} validation and {test:,} test rows"
-            bad = f" beside {self.bad.total:,} bad ones: {self.bad.describe()}"
-            too_few = f"{has}{bad if self.bad.total else ''}; each split needs some"
-            raise RequestError(f"--data {self.location}: {too_few}")
+            if self.bad.total:
+                has += f" beside {self.bad.total:,} bad ones: {self.bad.describe()}"
+            raise RequestError(f"--data {self.location}: {has}; each split needs some")
         return self
 
 
 StartProgress = Callable[[str, int], Callable[[int], None]]
-"""Begins to count to a number of things that a text names; it returns what adds to the count."""
+"""Gets the name and number of the things that will be counted; returns what adds to the count."""
 
 
 def no_progress(what: str, total: int) -> Callable[[int], None]:
@@ -232,19 +235,19 @@ def open_source(data: str, progress: StartProgress = no_progress) -> Source:
         return _sample()
     if data in ("auto", "mnist"):
         return _full_mnist(fall_back=data == "auto")
-    place = locate_existing(data, "--data")
+    location = locate_existing(data, "--data")
     try:
-        with place.storage_errors("listed"):
-            folder = find_idx(Path(place.path)) if place.is_local else None
-        return _idx(folder) if folder else _parquet(data, place, progress)
+        with location.storage_errors("listed"):
+            folder = find_idx(Path(location.path)) if location.is_local else None
+        return _idx(folder) if folder else _parquet(data, location, progress)
     except StorageError as error:
         raise RunError(f"--data {error}; nothing was begun") from None
 
 
 def _sample() -> Source:
     table = read_table(locate(str(SAMPLE), "--data"))
-    rows = Block.decode(one_chunk(table["image"]), one_chunk(table["digit"]), SAMPLE.name)
-    return _with_splits("sample", str(SAMPLE), [rows], {"": np.arange(rows.rows)})
+    block = Block.decode(one_chunk(table["image"]), one_chunk(table["digit"]), SAMPLE.name)
+    return _with_splits("sample", str(SAMPLE), [block], {"train": np.arange(block.rows)})
 
 
 def _full_mnist(*, fall_back: bool) -> Source:
@@ -268,12 +271,12 @@ def _idx(folder: Path) -> Source:
         Block.decode(pixels_array(images), pa.array(labels), labels_file)
         for images, labels, labels_file in read_idx(folder)
     )
-    rows = _joined([train, test])
-    ids = {"train": np.arange(train.rows), "test": np.arange(train.rows, rows.rows)}
-    return _with_splits("mnist", str(folder), [rows], ids)
+    block = _join_blocks([train, test])
+    ids = {"train": np.arange(train.rows), "test": np.arange(train.rows, block.rows)}
+    return _with_splits("mnist", str(folder), [block], ids)
 
 
-def _parquet(data: str, place: Location, progress: StartProgress) -> Source:
+def _parquet(data: str, location: Location, progress: StartProgress) -> Source:
     idx = f"IDX files ({IDX_FILES[0][0]}, …, not gzipped) on a local disk"
     found = list_inputs([data], flag="--data", none=f"holds neither {idx} nor Parquet files")
     root = found.root
@@ -282,13 +285,16 @@ def _parquet(data: str, place: Location, progress: StartProgress) -> Source:
         raise RequestError(f"--data {(root / name).display}: {reason}")
     count = progress("footers read", len(found.files))
     files = list(in_threads(root, partial(_describe, root), list(found.files.items()), count))
-    names = np.array([_split_of_name(name) for name in found.files])
-    if "" in names and len(set(names)) > 1:
+    names = [_split_of_name(name) for name in found.files]
+    if None in names and any(names):
         mixed = "some files are named train or test and some are not; rename them"
-        raise RequestError(f"--data {place.display}: {mixed}")
-    split_of_row = np.repeat(names, [file.rows for file in files])
-    ids = {str(name): np.flatnonzero(split_of_row == name) for name in set(names)}
-    source = _with_splits("parquet", place.display, _grouped(files), ids)
+        raise RequestError(f"--data {location.display}: {mixed}")
+    splits = [name or "train" for name in names]
+    ids = {}
+    for split in set(splits):
+        is_in_split = [name == split for name in splits]
+        ids[split] = np.flatnonzero(np.repeat(is_in_split, [file.rows for file in files]))
+    source = _with_splits("parquet", location.display, _grouped(files), ids)
     return replace(source, skipped=found.skipped)
 
 
@@ -314,29 +320,32 @@ def _describe(root: Location, listed: tuple[str, Entry]) -> LabelledFile:
 
 def _grouped(files: list[LabelledFile]) -> Groups:
     """Small files that follow each other share a block, up to its rows."""
-    groups = [FileGroup([])]
+    groups: list[list[LabelledFile]] = []
+    rows = 0  # of the last group
     for file in files:
-        if groups[-1].files and groups[-1].rows + file.rows > BLOCK_ROWS:
-            groups.append(FileGroup([]))
-        groups[-1].files.append(file)
-    return [*groups]
+        if not groups or rows + file.rows > BLOCK_ROWS:
+            groups.append([])
+            rows = 0
+        groups[-1].append(file)
+        rows += file.rows
+    return [FileGroup(group) for group in groups]
 
 
-def _split_of_name(file: str) -> str:
-    """The split that the file names or, failing that, its folder; "" where neither does."""
+def _split_of_name(file: str) -> str | None:
+    """The split that the file names or, failing that, its folder; None where neither does."""
     for name in reversed(file.split("/")[-2:]):
         found = _SPLIT.search(name.lower())
         if found:
             return found[1]
-    return ""
+    return None
 
 
 def _with_splits(name: str, location: str, groups: Groups, ids: dict[str, RowIds]) -> Source:
-    """A source with the rows of these splits: train, val and test, or "" for all.
+    """A source with the rows of these splits: train, val and test.
 
-    A missing split is held out of the training rows. RequestError: there are too few rows.
+    A missing val or test is held out of the training rows. RequestError: there are too few rows.
     """
-    train = ids.get("train", ids.get("", np.empty(0, np.int64)))
+    train = ids.get("train", np.empty(0, np.int64))
     count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
     test, validation = ids.get("test"), ids.get("val")
     if test is None:

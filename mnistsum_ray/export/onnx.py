@@ -14,13 +14,15 @@ from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.folder import load_model
-from mnistsum_ray.model.heads import PREDICTION_FIELDS
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.inference import CPU_BATCH, predict_pairs
 from mnistsum_ray.model.network import Network, prepare_images
 from mnistsum_ray.storage.uri import as_request_error, empty_output, locate_existing
 
 INPUTS: Final = ("image", "number")
-OUTPUTS: Final = tuple(PREDICTION_FIELDS.names[:-1])
+OUTPUTS: Final = tuple(
+    name for head in HEADS for name in (f"pred_{head.name}", f"{head.name}_prob")
+)
 """Answer and probability of each head."""
 
 _NAME: Final = "model.onnx"

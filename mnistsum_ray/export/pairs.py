@@ -39,15 +39,15 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         if source.notice:
             say(source.notice)
         pairs = _pairs(source, getattr(source, config.split), config.seed)
-        waiting = SCHEMA.empty_table()
+        rest = SCHEMA.empty_table()
         for index in range(config.files):
             start = config.rows * index // config.files
             end = config.rows * (index + 1) // config.files
-            tables = [waiting]
+            tables = [rest]
             while sum(table.num_rows for table in tables) < end - start:
                 tables.append(next(pairs))
             table = pa.concat_tables(tables)
-            waiting = table.slice(end - start)
+            rest = table.slice(end - start)
             with as_request_error("--output"):
                 data = to_parquet(table.slice(0, end - start), row_group_size=BLOCK_ROWS)
                 (output / f"part-{index:05d}.parquet").write(data)
@@ -70,8 +70,8 @@ def _pairs(source: Source, split: RowIds, seed: int) -> Iterator[pa.Table]:
                 first = end  # no file is read for other splits
                 continue
             for block in group.blocks():
-                bad = {first + row: where for row, where in block.bad.items()}
-                source.without(bad, skip=False)  # refuses them
+                bad = {first + row: why for row, why in block.bad.items()}
+                source.refuse(bad)
                 ids = split[(split >= first) & (split < first + len(block.digits))]
                 digits = block.digits[ids - first]
                 images = pixels_array(block.images[ids - first])

@@ -1,8 +1,4 @@
-"""What a worker does with a task: read its parts, predict, put each part, and report.
-
-Nothing records what is done: a part is done when its output file exists, no matter which process
-wrote it, or how often.
-"""
+"""What a worker does with a task: read its parts, predict, put each part, and report."""
 
 import itertools
 import json
@@ -20,7 +16,7 @@ import torch
 from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
 from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
 from mnistsum_ray.errors import (
-    ExistingFileError,
+    ConflictError,
     RunError,
     StorageError,
     UnusableFileError,
@@ -38,20 +34,20 @@ on ten rows, filled up to a batch, wastes most of its time."""
 
 @dataclass(frozen=True)
 class Report:
-    """What a worker says about a task: at its beginning, after some parts, and at its end."""
+    """What a worker says: a task begins or ends, parts of it are done, or the run cannot go on."""
 
     task: int = -1
     """Number of the task."""
     begins: Sequence[str] = ()
-    """At the beginning the input files of the task."""
-    ends: bool = False
+    """Input files of a task that begins."""
     rows: int = 0
     rejected_rows: int = 0
-    """In the parts that were put."""
+    """In parts that are done."""
     unusable: dict[str, str] = field(default_factory=dict)
     """Input files that cannot be used although their footers could be read: name and reason."""
     failed: str | None = None
     """Why the run cannot go on."""
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class Score:
             try:
                 for decoded in read_file(self._request, list(group)):
                     batch.append(decoded)
-                    if sum(rows.part.rows for rows in batch) >= most_rows:
+                    if sum(decoded.part.rows for decoded in batch) >= most_rows:
                         yield self._predict_and_put(batch)
                         batch = []
             except UnusableFileError as error:
@@ -116,21 +112,21 @@ class Score:
 
     def _predict_and_put(self, batch: list[DecodedPart]) -> Report:
         """Predict the rows of several parts together, and put each part."""
-        images = np.concatenate([rows.images for rows in batch])
-        numbers = np.concatenate([rows.numbers for rows in batch])
+        images = np.concatenate([decoded.images for decoded in batch])
+        numbers = np.concatenate([decoded.numbers for decoded in batch])
         probabilities = self._request.config.probabilities
         predictions = self._predictor.predict(images, numbers, probabilities)
         rejected_rows = 0
         unusable = {}
         start = 0
-        for rows in batch:
-            end = start + rows.part.rows
+        for decoded in batch:
+            end = start + decoded.part.rows
             try:
                 answers = {name: values[start:end] for name, values in predictions.items()}
-                put_part(self._request, rows, answers)
-                rejected_rows += len(rows.reasons)
+                put_part(self._request, decoded, answers)
+                rejected_rows += len(decoded.reasons)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                unusable[rows.part.name] = f"cannot be written again: {one_line(error)}"
+                unusable[decoded.part.name] = f"cannot be written again: {one_line(error)}"
             start = end
         return Report(rows=start, rejected_rows=rejected_rows, unusable=unusable)
 
@@ -151,16 +147,17 @@ def read_file(request: Request, parts: Sequence[Part]) -> Iterator[DecodedPart]:
             yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
 
 
-def put_part(request: Request, rows: DecodedPart, predictions: Predictions) -> None:
+def put_part(request: Request, decoded: DecodedPart, predictions: Predictions) -> None:
     """Put the output file of a part if there is none. RunError: it cannot be written."""
-    table = rows.table.drop_columns([request.config.image_column])
-    table = append_predictions(table, predictions, rows.numbers, rows.reasons)
-    counts = json.dumps(count_part(table, rows.part, request.config))
-    entries = {STAMP_KEY: rows.part.stamp(request.digest), COUNTS_KEY: counts.encode()}
-    # Without the input's own metadata, beside which Spark would see no other columns than theirs.
+    part = decoded.part
+    table = decoded.table.drop_columns([request.config.image_column])
+    table = append_predictions(table, predictions, decoded.numbers, decoded.reasons)
+    counts = json.dumps(count_part(table, part, request.config))
+    entries = {STAMP_KEY: part.stamp(request.digest), COUNTS_KEY: counts.encode()}
+    # Without the input's own metadata: they may name the input's columns, and Spark sees no others.
     data = to_parquet(table.replace_schema_metadata(entries))
     try:
-        with suppress(ExistingFileError):  # of a process that died, or of a second run
-            (request.output / PREDICTIONS / rows.part.output).create(data)
+        with suppress(ConflictError):  # a process that died, or a second run, has put it
+            (request.output / PREDICTIONS / part.output).create(data)
     except StorageError as error:
         raise RunError(f"--output {error}") from None

@@ -100,7 +100,7 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
             raise RequestError(f"--overwrite: {nothing}")
         delete_output(output, console)
     begin(request)
-    for name, reason in [*failures.items()][:_NAMED]:  # files.parquet has all
+    for name, reason in itertools.islice(failures.items(), _NAMED):  # files.parquet has all
         console.say(f"cannot be used: {name}: {reason}")
     planned = {part.output: part for part in parts}
     # Asked before the parts are: a manifest that a second run writes meanwhile is true.
@@ -111,36 +111,36 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
         console.say(f"left as they are: {files} of input that is not there now")
     done = [part for part in parts if part.output in names]
     todo = [part for part in parts if part.output not in names]
-    outcome = Outcome(request, failures, counts, gone)
+    unusable: dict[str, str] = {}
+    seconds = 0.0
     if todo:
         if was_finished:
             (output / MANIFEST).delete()
-        unusable = _score(outcome, todo, execute, console)
-        outcome.failures |= unusable
+        unusable, seconds = _score(request, todo, counts.rows, execute, console)
         if unusable:
-            unused = [part.output for part in parts if part.name in failures]
+            unused = [part.output for part in parts if part.name in unusable]
             (output / PREDICTIONS).delete_files(unused)
-            parts = [part for part in parts if part.name not in failures]
-        names, outcome.counts, _ = read_parts(request, planned, console)
+        names, counts, _ = read_parts(request, planned, console)
     # The name of a part says which rows of which file it has, so each row is there exactly once.
-    expected = {part.output for part in parts}
-    for problem, wrong in (("is not", expected - names), ("should not be", names - expected)):
-        if wrong:
-            raise RowCountError(f"{PREDICTIONS}/{min(wrong)} {problem} in the output; {_KEPT}")
-    outcome.resumed_rows = sum(part.rows for part in done if part.name not in failures)
+    expected = {part.output for part in parts if part.name not in unusable}
+    if names != expected:
+        wrong = min(names ^ expected)
+        problem = "is not" if wrong in expected else "should not be"
+        raise RowCountError(f"{PREDICTIONS}/{wrong} {problem} in the output; {_KEPT}")
+    resumed_rows = sum(part.rows for part in done if part.name not in unusable)
+    outcome = Outcome(request, failures | unusable, counts, gone, resumed_rows, seconds)
     return publish(outcome, started, console)
 
 
 def _score(
-    outcome: Outcome, todo: Sequence[Part], execute: Execute, console: Console
-) -> dict[str, str]:
-    """Score parts; the outcome gets the seconds.
+    request: Request, todo: Sequence[Part], resumed_rows: int, execute: Execute, console: Console
+) -> tuple[dict[str, str], float]:
+    """Score parts.
 
     Returns:
-        Input files that could not be read although their footers could: name and reason.
+        Name and reason of input files that could not be read although their footers could; and
+        the seconds from the first report of a worker to the last one.
     """
-    request = outcome.request
-    resumed_rows = outcome.counts.rows
     total = sum(part.rows for part in todo)
     before = f", {resumed_rows:,} done by an earlier run" if resumed_rows else ""
     files = f"{counted(len(request.files), 'file')} below {request.root.display}"
@@ -150,10 +150,12 @@ def _score(
     rows = rejected_rows = 0
     unusable: dict[str, str] = {}
     in_work: dict[int, Sequence[str]] = {}  # files by task
+    seconds = 0.0
     started: float | None = None
     try:
         for report in execute(request, todo):
-            started = started or time.monotonic()
+            if started is None:
+                started = time.monotonic()
             if report.failed:
                 raise RunError(f"{report.failed}; {_KEPT}")
             if report.begins:
@@ -166,10 +168,10 @@ def _score(
                 unusable[name] = reason
             rows += report.rows
             rejected_rows += report.rejected_rows
-            outcome.seconds = time.monotonic() - started
+            seconds = time.monotonic() - started
             progress(report.rows)
             metrics.count(rows=rows, rejected_rows=rejected_rows)
-            metrics.set(rows_per_second=rows / max(outcome.seconds, 1e-9))
+            metrics.set(rows_per_second=rows / max(seconds, 1e-9))
     except ray.exceptions.RayActorError as error:
         if error.actor_init_failed:  # an exception, such as for want of CUDA, and no death
             raise
@@ -180,7 +182,7 @@ def _score(
             f"workers died again and again ({root_cause(error)}); {at_work}; "
             f"give the workers more memory, or take such a file out of --input; {_KEPT}"
         ) from error
-    return unusable
+    return unusable, seconds
 
 
 def _choose_precision(request: Request, plan: WorkerPlan) -> str:
@@ -201,16 +203,17 @@ def _on_ray(
     """Score parts with actors of Ray Data; their reports come at once, in any order."""
     first_files = {"--output": request.output / RUN_FILE, "--input": request.root / parts[0].name}
     check_shared_storage(first_files, console.say)
-    kind = "GPU worker" if plan.use_gpu else "CPU worker"
-    console.say(f"scoring with up to {counted(plan.workers, kind)}, {request.precision}")
     tasks = make_tasks(parts, GPU_TASK_ROWS if plan.use_gpu else CPU_TASK_ROWS, plan.workers)
     rows = [{"task": index, "parts": pickle.dumps(task)} for index, task in enumerate(tasks)]
-    workers = min(plan.workers, len(tasks))
-    fitting = inspect_cluster().workers_that_fit(plan.per_worker)
+    most = min(plan.workers, len(tasks))
+    at_start = max(1, min(most, inspect_cluster().workers_that_fit(plan.per_worker)))
+    more = f", and up to {most} as nodes come" if most > at_start else ""
+    kind = "GPU worker" if plan.use_gpu else "CPU worker"
+    console.say(f"scoring with {counted(at_start, kind)}{more}, {request.precision}")
     pool = ActorPoolStrategy(
         min_size=1,
-        max_size=workers,
-        initial_size=max(1, min(workers, fitting)),
+        max_size=most,
+        initial_size=at_start,
         max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits
     )
     # Workers need no files but those of their tasks.

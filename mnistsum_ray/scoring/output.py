@@ -21,7 +21,7 @@ from mnistsum_ray import __version__
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import DIGITS, ReasonCounts, decode_numbers, one_chunk
 from mnistsum_ray.data.parquet import read_footer
-from mnistsum_ray.errors import ExistingFileError, MissingFileError, RequestError, UnusableFileError
+from mnistsum_ray.errors import ConflictError, MissingFileError, RequestError, UnusableFileError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
@@ -64,10 +64,11 @@ def begin(request: Request) -> None:
     output = request.output
     if read_run(output) is None:
         others = list_files(output)
-        if others and read_run(output) is None:  # else a second run has begun
+        # Asked again: a second run may have begun meanwhile, and the files are its own.
+        if others and read_run(output) is None:
             raise _refusal(output, f"{next(iter(others))} {_NOT_OURS}; {_AWAY}")
         run = {"format": RUN_FORMAT, "version": __version__, "request": request.identity}
-        with suppress(ExistingFileError):  # a second run began at the same time
+        with suppress(ConflictError):  # a second run began at the same time
             (output / RUN_FILE).create(run)
     begun = read_run(output) or {}
     for flag, value in ({"format": RUN_FORMAT} | request.identity).items():
@@ -86,7 +87,7 @@ def delete_output(output: Location, console: Console) -> None:
     """Delete an earlier output, run.json last: until then all files are known to be ours."""
     if read_run(output) is None:
         return
-    names = [name for name, _, _ in _read_footers(output, console)]
+    names = [name for name, _, _ in _read_part_footers(output, console)]
     (output / MANIFEST).delete()
     output.delete_files([FILES_TABLE, REPORT, *(f"{PREDICTIONS}/{name}" for name in names)])
     (output / RUN_FILE).delete()
@@ -109,8 +110,9 @@ class RowCounts:
     """Labelled rows that a head predicts right, by its name."""
 
     def add(self, part: Part, counts: Mapping[str, Any]) -> None:
-        """Add what `count_part` has counted, in place."""
-        bad = ReasonCounts(Counter(counts["reasons"]), list(map(tuple, counts["examples"])))
+        """Add what `count_part` has counted, as JSON gives it back, in place."""
+        examples = [(file, row, reason) for file, row, reason in counts["examples"]]
+        bad = ReasonCounts(Counter(counts["reasons"]), examples)
         self.rows += part.rows
         self.bad.add_reasons(bad)
         if bad.total:
@@ -139,9 +141,14 @@ def count_part(output: pa.Table, part: Part, config: ScoreConfig) -> dict[str, A
             is_right = good[f"pred_{head.name}"].to_numpy() == head.target(labels, numbers)
             is_right[list(unknown)] = False
             right[head.name] = int(is_right.sum())
-    consistent = pc.sum(output["consistent"]).as_py() or 0
-    counts = {"consistent": consistent, "labelled": labelled, "right": right}
-    return vars(ReasonCounts.of(bad)) | counts
+    bad_counts = ReasonCounts.of(bad)
+    return {
+        "reasons": bad_counts.reasons,
+        "examples": bad_counts.examples,
+        "consistent": pc.sum(output["consistent"]).as_py() or 0,
+        "labelled": labelled,
+        "right": right,
+    }
 
 
 def read_parts(
@@ -156,37 +163,40 @@ def read_parts(
     RequestError: a part is of another request, its input has changed since or has another name now,
     or a file is of another program.
     """
-    inputs = {file.name for file in request.files}
+    input_names = {file.name for file in request.files}
     done: set[str] = set()
-    scored: set[str] = set()  # input files
-    former: dict[str, str] = {}  # names of input files that are gone, by e_tag
     counts = RowCounts()
     gone = 0
-    for name, footer, rows in _read_footers(request.output, console):
+    gone_names: dict[str, str] = {}  # of input files, by e_tag
+    for name, footer, rows in _read_part_footers(request.output, console):
         part = planned.get(name)
-        stamp = footer[STAMP_KEY]
-        source = json.loads(stamp)["input"]
-        if part and (stamp, rows) == (part.stamp(request.digest), part.rows):
+        stamp = json.loads(footer[STAMP_KEY])
+        input_name = stamp["input"]
+        if part and (footer[STAMP_KEY], rows) == (part.stamp(request.digest), part.rows):
             done.add(name)
-            scored.add(source)
             counts.add(part, json.loads(footer[COUNTS_KEY]))
-        elif source in inputs:
-            problem = f"has rows of {source}, which has changed since, or of another request"
+        elif input_name in input_names:
+            problem = f"has rows of {input_name}, which has changed since, or of another request"
             raise _refusal(request.output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
         else:
             gone += 1
             if rows:  # files without rows may be alike
-                former[json.loads(stamp)["e_tag"]] = source
+                gone_names[stamp["e_tag"]] = input_name
+    _check_not_renamed(request, {planned[name].name for name in done}, gone_names)
+    return done, counts, gone
+
+
+def _check_not_renamed(request: Request, scored: set[str], gone_names: dict[str, str]) -> None:
+    """Check that no input file is one that was scored by a name which is gone, by its e_tag."""
     for file in request.files:
-        name_then = former.get(file.entry.e_tag)
+        name_then = gone_names.get(file.entry.e_tag)
         if name_then and file.name not in scored:
             was = f"holds the rows of {file.name}, which was {name_then} then"
             twice = "and would have them twice; give the same --input as then"
             raise _refusal(request.output, f"{was}, {twice}, or {_START_OVER}")
-    return done, counts, gone
 
 
-def _read_footers(
+def _read_part_footers(
     output: Location, console: Console
 ) -> Iterator[tuple[str, Mapping[bytes, bytes], int]]:
     """Yield the name of each part, the entries of its footer, and the rows in its file.

@@ -38,7 +38,7 @@ _MAX_TASKS: Final = 16_384
 """Ray Data takes 0.5 ms a task before the first starts. Tasks of more rows get longer instead."""
 
 _FILE_ROWS: Final = 32
-"""Rows that take as long as to open and to write the files of a part."""
+"""Fixed cost of a part, which is to open and to write files, in rows of work."""
 
 
 class InputFile(NamedTuple):
@@ -51,6 +51,8 @@ class InputFile(NamedTuple):
     """None where its footer cannot be read."""
     recast: tuple[str, ...] = ()
     """Columns whose type changes in the output."""
+    lacks: str | None = None
+    """A column that it should have."""
     error: str | None = None
     """Why it cannot be scored."""
 
@@ -119,7 +121,7 @@ def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[
     for_driver = ceil(total / _MAX_TASKS)
     task_rows = max(for_driver, min(for_workers, max_rows))
     tasks: list[list[Part]] = []
-    rows = task_rows
+    rows = task_rows  # so that the first part begins a task
     for part in parts:
         if rows >= task_rows:
             tasks.append([])

@@ -32,9 +32,9 @@ FILES_TABLE_SCHEMA: Final = pa.schema(
 """`files.parquet`: one row per input file; rows == scored + rejected + failed."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What a run finds out."""
+    """What a run has found out."""
 
     request: Request
     failures: dict[str, str]
@@ -43,9 +43,9 @@ class Outcome:
     """Over the rows of all other files that are scored."""
     gone: int
     """Output files of input that is not there now."""
-    resumed_rows: int = 0
+    resumed_rows: int
     """Rows that earlier runs had scored."""
-    seconds: float = 0.0
+    seconds: float
     """From the first report of a worker to the last one."""
 
     def totals(self) -> dict[str, Any]:
@@ -98,11 +98,12 @@ def _files_table(outcome: Outcome) -> pa.Table:
     rows = []
     for file in outcome.request.files:
         rejected = outcome.counts.rejected[file.name]
-        row = {"file": file.name, "rows": file.rows, "rejected": rejected, "status": "scored"}
-        row |= {"scored": (file.rows or 0) - rejected, "failed": 0}
+        row: dict[str, Any] = {"file": file.name, "rows": file.rows, "rejected": rejected}
         if file.name in outcome.failures:
-            reason = outcome.failures[file.name]
-            row |= {"scored": 0, "failed": file.rows, "status": "failed", "reason": reason}
+            row |= {"scored": 0, "failed": file.rows, "status": "failed"}
+            row["reason"] = outcome.failures[file.name]
+        else:
+            row |= {"scored": (file.rows or 0) - rejected, "failed": 0, "status": "scored"}
         rows.append(row)
     return pa.Table.from_pylist(rows, FILES_TABLE_SCHEMA)
 

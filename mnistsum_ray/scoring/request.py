@@ -55,7 +55,7 @@ class Request:
         return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:16]
 
 
-def preflight(config: ScoreConfig, console: Console) -> Request:
+def check_request(config: ScoreConfig, console: Console) -> Request:
     """Check everything that can be checked without a cluster.
 
     Raises:
@@ -79,7 +79,7 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
         raise RequestError(f"--model {error}") from None
     weights = {name: value.numpy() for name, value in copy_weights(network).items()}
     try:
-        files = read_footers(inputs, config, console)
+        files = _inspect_files(inputs, config, console)
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
     return Request(
@@ -87,21 +87,20 @@ def preflight(config: ScoreConfig, console: Console) -> Request:
     )
 
 
-def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[InputFile]:
-    """Read the footers of all input files.
+def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> list[InputFile]:
+    """Read and check the footers of all input files.
 
     Raises:
         RequestError: none of the files has one of the columns.
         StorageError: the storage does not give a file.
     """
     progress = Progress(console.progress, "footers read", len(inputs.files))
-    read = partial(_read_footer, inputs, config)
-    files = list(in_threads(inputs.root, read, list(inputs.files), progress))
+    inspect = partial(_inspect_file, inputs, config)
+    files = list(in_threads(inputs.root, inspect, list(inputs.files), progress))
     # A column that no readable file has is a wrong flag rather than a wrong file.
     readable = [file for file in files if file.rows is not None]
     for flag, column in _columns(config).items():
-        lack = f"has no column {column!r}"
-        if readable and all((file.error or "").startswith(lack) for file in readable):
+        if readable and all(file.lacks == column for file in readable):
             example = f"{readable[0].name} {readable[0].error}"
             raise RequestError(f"{flag} {column}: no file of --input has it; {example}")
     recast = sorted({column for file in files for column in file.recast})
@@ -111,7 +110,7 @@ def read_footers(inputs: Inputs, config: ScoreConfig, console: Console) -> list[
     return files
 
 
-def _read_footer(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
+def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
     entry = inputs.files[name]
     unread = InputFile(name, entry, None)
     if name in inputs.unusable:
@@ -120,11 +119,14 @@ def _read_footer(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
         footer = read_footer(inputs.root / name, entry)
     except UnusableFileError as error:
         return unread._replace(error=str(error))
-    return unread._replace(
-        rows=footer.metadata.num_rows,
-        recast=tuple(f"{path} (INT96)" for path in footer.int96),
-        error=_file_error(footer, config),
-    )
+    recast = tuple(f"{path} (INT96)" for path in footer.int96)
+    read = unread._replace(rows=footer.metadata.num_rows, recast=recast)
+    names = footer.schema.names
+    for flag, column in _columns(config).items():
+        if column not in names:
+            has = f"has no column {column!r} but {shortened(', '.join(names))}"
+            return read._replace(lacks=column, error=f"{has}; {flag} names another")
+    return read._replace(error=_column_error(footer, config))
 
 
 def _columns(config: ScoreConfig) -> dict[str, str]:
@@ -135,15 +137,12 @@ def _columns(config: ScoreConfig) -> dict[str, str]:
     return columns
 
 
-def _file_error(footer: Footer, config: ScoreConfig) -> str | None:
-    """Why a file with this footer cannot be scored; None if it can."""
-    names = footer.schema.names
+def _column_error(footer: Footer, config: ScoreConfig) -> str | None:
+    """Why a file that has all columns cannot be scored; None if it can."""
     type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
     for flag, name in _columns(config).items():
-        if name not in names:
-            return f"has no column {name!r} but {shortened(', '.join(names))}; {flag} names another"
         error = column_error(footer.schema, name, type_errors.get(flag, lambda _: None))
         if error:
             return f"{error}, or {flag} names another"
-    taken = added_column(names, config.probabilities)
+    taken = added_column(footer.schema.names, config.probabilities)
     return f"has a column {taken!r}, which scoring would add; rename it" if taken else None

@@ -16,7 +16,7 @@ from threading import Event, Thread
 from typing import Any, Final
 
 from mnistsum_ray.errors import (
-    ExistingFileError,
+    ConflictError,
     MissingFileError,
     RunError,
     StorageError,
@@ -108,7 +108,7 @@ def _hold_object(lock: FolderLock, say: Callable[[str], None]) -> Iterator[None]
         say(f"{lock.file.display}: {lock.read_holder()} no longer renews it; taking it over")
     try:
         lock.put(found)
-    except ExistingFileError:
+    except ConflictError:
         if lock.read_holder() != lock.holder:  # else the answer to a first attempt was lost
             raise lock.refusal() from None
     ended = Event()

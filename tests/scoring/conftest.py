@@ -17,7 +17,7 @@ from mnistsum_ray.reporting.results import ScoreResult
 from mnistsum_ray.scoring.actor import Report, Score
 from mnistsum_ray.scoring.driver import run
 from mnistsum_ray.scoring.parts import Part, make_tasks
-from mnistsum_ray.scoring.request import Request, preflight
+from mnistsum_ray.scoring.request import Request, check_request
 
 CONSOLE = Console(io.StringIO())
 
@@ -34,7 +34,7 @@ VIEWS = {
 }
 
 
-def score_here(request: Request, parts: Sequence[Part]) -> Iterator[Report]:
+def score_without_ray(request: Request, parts: Sequence[Part]) -> Iterator[Report]:
     """Scores parts in tasks of a few, as workers do."""
     if request.config.model not in _SCORERS:
         _SCORERS[request.config.model] = Score(request, "cpu")
@@ -54,7 +54,7 @@ def write_rows(path: Path, ids: Sequence[int], **columns: Any) -> None:
     pq.write_table(table, path, row_group_size=4, write_page_checksum=True)
 
 
-class World:
+class Example:
     """Input of ten rows in three parts, of three rows, of none, and of no Parquet; the output."""
 
     def __init__(self, folder: Path, model: Path) -> None:
@@ -71,10 +71,10 @@ class World:
         write_rows(self.input / "none.parquet", [])
         (self.input / "broken.parquet").write_bytes(b"not Parquet")
 
-    def score(self, execute: Any = score_here, **settings: Any) -> ScoreResult:
+    def score(self, execute: Any = score_without_ray, **settings: Any) -> ScoreResult:
         given: dict[str, Any] = {"precision": "fp32", "batch_size": 2, "max_rows_per_file": 4}
         given |= {"model": str(self.model), "output": str(self.output)} | settings
-        request = preflight(ScoreConfig(input=(str(self.input),), **given), CONSOLE)
+        request = check_request(ScoreConfig(input=(str(self.input),), **given), CONSOLE)
         return run(request, execute, CONSOLE)
 
     def files(self, *but: str) -> dict[str, bytes]:
@@ -88,5 +88,5 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, model: Path) -> World:
-    return World(tmp_path, model)
+def example(tmp_path: Path, model: Path) -> Example:
+    return Example(tmp_path, model)

@@ -1,4 +1,4 @@
-"""A crash at every operation on the storage, and then each of the commands that a user may give.
+"""A crash at every operation on the storage, and then the same command again, or --overwrite.
 
 The driver, the worker and the files are real; the n-th write, create or delete crashes before it is
 done, after it, or fails. What is there is read with pyarrow alone.
@@ -14,10 +14,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.errors import RequestError, RunError, StorageError
+from mnistsum_ray.errors import RunError, StorageError
 from mnistsum_ray.storage.store import Location
-from tests.conftest import write_model
-from tests.scoring.conftest import TIMED, World, write_rows
+from tests.scoring.conftest import TIMED, Example, write_rows
 
 OPERATIONS = ("write", "create", "delete_files")
 
@@ -27,18 +26,22 @@ class Crash(BaseException):
 
 
 class Store:
-    """Counts the operations that change the storage; the n-th one goes wrong."""
+    """Counts the operations that change the storage; the n-th one goes wrong, none if n is 0."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.left = -1
+        self.count = self.n = 0
         self.how = ""
         for name in OPERATIONS:
             patch.setattr(Location, name, self._faulty(getattr(Location, name)))
 
+    def fail_at(self, n: int, how: str) -> None:
+        """Count from now on."""
+        self.count, self.n, self.how = 0, n, how
+
     def _faulty(self, operation: Callable[..., None]) -> Callable[..., None]:
         def call(place: Location, argument: Any) -> None:
-            self.left -= 1
-            if self.left != 0:
+            self.count += 1
+            if self.count != self.n:
                 operation(place, argument)
                 return
             if self.how == "fails":
@@ -52,31 +55,27 @@ class Store:
         return call
 
 
-def score(world: World, **settings: Any) -> str:
-    """Score; how it ended. A refusal must change nothing."""
-    before = world.files()
+def score(example: Example, **settings: Any) -> str:
+    """Score; how it ended."""
     try:
-        world.score(**settings)
-    except RequestError:
-        assert world.files() == before
-        return "refused"
+        example.score(**settings)
     except (RunError, StorageError):
         return "failed"
     except Crash:
         return "crashed"
     finally:
-        check(world)
-    assert "manifest.json" in world.files()
+        check(example)
+    assert "manifest.json" in example.files()
     return "done"
 
 
-def check(world: World) -> None:
+def check(example: Example) -> None:
     """Each file is whole and of one request; with a manifest each row is there once."""
-    files = world.files()
+    files = example.files()
     assert files[".notes"] == b"of another program"
     rows: dict[str, list[int]] = {}
     requests = set()
-    for path in sorted((world.output / "predictions").rglob("[!.]*.p*q*")):
+    for path in sorted((example.output / "predictions").rglob("[!.]*.p*q*")):
         table = pq.read_table(path)
         stamp = json.loads(pq.read_metadata(path).metadata[b"mnistsum_ray.part"])
         requests.add(stamp["request"])
@@ -87,84 +86,64 @@ def check(world: World) -> None:
     assert len(every) == len(set(every))
     if "manifest.json" in files:
         assert {"run.json", "report.html"} <= files.keys()
-        listed = pq.read_table(world.output / "files.parquet").to_pylist()
+        listed = pq.read_table(example.output / "files.parquet").to_pylist()
         assert rows.keys() == {row["file"] for row in listed if row["status"] == "scored"}
         for name, ids in rows.items():
-            assert ids == pq.read_table(world.input / name)["id"].to_pylist()
+            assert ids == pq.read_table(example.input / name)["id"].to_pylist()
 
 
-def same(world: World) -> None:
-    pass
+def add_file(example: Example) -> None:
+    (example.folder / "more.parquet").rename(example.input / "more.parquet")
 
 
-def overwrite(world: World) -> None:
-    assert score(world, overwrite=True) == "done"
+CASES: list[Any] = [(first, False) for first in ("begin", "overwrite", "go on", "add")]
+CASES += [pytest.param(first, True, marks=pytest.mark.slow) for first in ("begin", "add")]
+
+ENDINGS = {"crashes before": "crashed", "crashes after": "crashed", "fails": "failed"}
+"""How a run ends, by what goes wrong."""
 
 
-def another_model(world: World) -> None:
-    model = str(write_model(world.folder / "other", 1))
-    if score(world, model=model) == "done":  # nothing had begun
-        assert score(world) == "refused"
-        assert score(world, overwrite=True) == "done"
-
-
-def add_file(world: World) -> None:
-    (world.folder / "more.parquet").rename(world.input / "more.parquet")
-
-
-def new_file(world: World) -> None:
-    add_file(world)
-    assert score(world) == "done"
-
-
-CASES: list[Any] = [(first, same) for first in ("begin", "overwrite", "go on", "add")]
-SLOW = [("begin", command) for command in (overwrite, new_file, another_model)]
-SLOW += [("overwrite", new_file), ("go on", new_file), ("add", overwrite)]
-CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
-
-
-@pytest.mark.parametrize(("first", "command"), CASES)
+@pytest.mark.parametrize(("first", "then_overwrite"), CASES)
 def test_a_crash_at_any_operation_loses_and_repeats_nothing(
-    first: str, command: Callable[[World], None], world: World, monkeypatch: pytest.MonkeyPatch
+    first: str, then_overwrite: bool, example: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a first run, one with --overwrite, one that goes on, and one that finds a new file."""
     store = Store(monkeypatch)
-    write_rows(world.input / "more.parquet", [20, 21])
+    write_rows(example.input / "more.parquet", [20, 21])
     timed = (*TIMED, "run.json", ".notes")
-    begin(world)
-    if first == "add" or command is new_file:
-        add_file(world)
-    assert score(world) == "done"
-    undisturbed = world.files(*timed)
-    hit = 0
-    for how in ("crashes before", "crashes after", "fails"):
+    begin(example)
+    if first == "add":
+        add_file(example)
+    assert score(example) == "done"
+    undisturbed = example.files(*timed)
+    for how, ending in ENDINGS.items():
         for n in itertools.count(1):
-            begin(world)
+            begin(example)
             if first in ("overwrite", "add"):
-                score(world)
+                score(example)
             if first == "add":
-                add_file(world)
+                add_file(example)
             if first == "go on":
-                store.left, store.how = 4, "crashes after"
-                assert score(world) == "crashed"
-            store.left, store.how = n, how
-            ended = score(world, overwrite=first == "overwrite")
-            is_over = store.left > 0
-            store.left = -1
-            assert ended == ("done" if is_over else "failed" if how == "fails" else "crashed")
-            command(world)
-            assert score(world) == "done"
-            assert world.files(*timed) == undisturbed
-            if is_over:
+                store.fail_at(4, "crashes after")
+                assert score(example) == "crashed"
+            store.fail_at(n, how)
+            ended = score(example, overwrite=first == "overwrite")
+            crashed = store.count >= n
+            store.fail_at(0, "")
+            assert ended == (ending if crashed else "done")
+            if then_overwrite:
+                assert score(example, overwrite=True) == "done"
+            assert score(example) == "done"
+            assert example.files(*timed) == undisturbed
+            if not crashed:
                 break
-            hit += 1
-    assert hit >= 3 * 4
+        assert n > 5, "each of these runs changes the storage at least five times"
 
 
-def begin(world: World) -> None:
+def begin(example: Example) -> None:
     """An empty output but for a file of another program; and the four input files."""
     with suppress(FileNotFoundError):
-        (world.input / "more.parquet").rename(world.folder / "more.parquet")
-    shutil.rmtree(world.output, ignore_errors=True)
-    world.output.mkdir()
-    (world.output / ".notes").write_text("of another program")
+        (example.input / "more.parquet").rename(example.folder / "more.parquet")
+    shutil.rmtree(example.output, ignore_errors=True)
+    example.output.mkdir()
+    (example.output / ".notes").write_text("of another program")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from http.client import HTTPConnection
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -35,14 +34,14 @@ def bucket(
     with pytest.MonkeyPatch.context() as patch, ExitStack() as servers:
         uri = str(folder)
         if request.param != "disk":
-            server = s3 if request.param == "s3" else azure
-            uri = servers.enter_context(server(patch, folder))
+            serve = serve_s3 if request.param == "s3" else serve_azure
+            uri = servers.enter_context(serve(patch))
         yield locate(uri, "--output")
 
 
 @contextmanager
-def s3(patch: pytest.MonkeyPatch, _: Path) -> Iterator[str]:
-    """Its clock is an hour slow, as its answers tell."""
+def serve_s3(patch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Yield the URI of a bucket. The store's clock is an hour slow, as its answers tell."""
     app = DomainDispatcherApplication(create_backend_app)
 
     @Request.application
@@ -60,7 +59,7 @@ def s3(patch: pytest.MonkeyPatch, _: Path) -> Iterator[str]:
 
 
 @contextmanager
-def azure(patch: pytest.MonkeyPatch, _: Path) -> Iterator[str]:
+def serve_azure(patch: pytest.MonkeyPatch) -> Iterator[str]:
     command = shutil.which("azurite-blob") or pytest.skip(
         "azurite-blob is not installed: npm install -g azurite"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mnistsum_ray.errors import ExistingFileError, MissingFileError, StorageError
+from mnistsum_ray.errors import ConflictError, MissingFileError, StorageError
 from mnistsum_ray.storage import store
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
@@ -27,7 +27,7 @@ def test_what_is_written_is_there_whole_also_from_another_process(bucket: Locati
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         assert process.submit(odd.read_bytes).result() == b"second"
         process.submit((folder / "b" / "c").create, {"x": 1}).result()
-    with pytest.raises(ExistingFileError):
+    with pytest.raises(ConflictError):
         (folder / "b" / "c").create({"x": 2})
     assert (folder / "b" / "c").read_json() == {"x": 1}
     assert folder.is_folder()
@@ -66,9 +66,9 @@ def test_ranges_are_read_of_the_file_that_was_listed_and_of_no_other(bucket: Loc
         if bucket.is_local:
             assert bytes(file.read(2)) == b"\x00\x01", "a file that is open stays what it was"
         else:
-            with pytest.raises(ExistingFileError):
+            with pytest.raises(ConflictError):
                 file.read(2)
-    with pytest.raises(ExistingFileError):
+    with pytest.raises(ConflictError):
         place.open(listed).read(1)
     assert bytes(place.open().read(2)) == b"\x64\x65"
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray._private.runtime_env.working_dir import WorkingDirPlugin
 
 from mnistsum_ray import cli
 from mnistsum_ray.errors import RequestError
@@ -37,14 +36,13 @@ def test_a_path_or_uri_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_submitted_job_writes_to_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its working folder is a temporary copy; Ray itself makes the folder of such copies here."""
+    """Its working folder is a temporary copy. A real one: tests/integration/test_connect.py."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    WorkingDirPlugin(str(tmp_path / "runtime_resources"), None)
-    (copies,) = (tmp_path / "runtime_resources").iterdir()
-    for folder in (copies / "_ray_pkg_0", tmp_path / "home" / "runs"):
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0"
+    for folder in (copy, tmp_path / "home" / "runs"):
         folder.mkdir(parents=True)
-    monkeypatch.chdir(copies / "_ray_pkg_0")
-    assert output_base_folder() == tmp_path / "home", f"jobs now run in {copies.name}/"
+    monkeypatch.chdir(copy)
+    assert output_base_folder() == tmp_path / "home"
     expected = str(tmp_path / "home" / "runs")
     assert locate_existing("runs", "--model").path == empty_output("runs").path == expected
     (tmp_path / "home" / "runs" / "file").touch()
@@ -67,6 +65,7 @@ def test_a_path_is_refused_with_the_reason(text: str, said: str) -> None:
 
 KEYS = """
 s3://AKIA:topsecret@b/in s3://AKIA:top/secret@b/in s3://topsecret@b/in
+s3://AKIA:0/topsecret@b/in s3://AKIA:/topsecret@b/in
 s3://AKIA:topsecret%40b/in s3://AKIA:topsecret@[x/y s3://b/in?key=topsecret s3://b/in?region=x&topsecret
 s3://b/in?endpoint_override=http%3A%2F%2Fme%3Atopsecret%40h
 abfs://account:topsecret@container/in abfs://container@a.dfs.core.windows.net/in?sig=topsecret
