@@ -31,7 +31,7 @@ def finetune_sum_head(
     steps: int,
     seed: int,
 ) -> None:
-    """Train all heads but the digit's on the distribution of their answer, as of digit + number.
+    """Train all heads but the digit's, with `class_distribution` of the digit scores as target.
 
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most
     likely digit instead, the head is sure of every sum, also of wrong ones (negative log-likelihood

@@ -24,8 +24,9 @@ from mnistsum_ray.model.metrics import analyse_errors, fit_temperatures, score_r
 from mnistsum_ray.model.network import Network, make_network
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.checkpoint import load_weights, read_checkpoint
+from mnistsum_ray.training.held_out import HeldOutRows
 from mnistsum_ray.training.rows import TrainingData
-from mnistsum_ray.training.worker import HeldOutRows, Worker, set_up_process
+from mnistsum_ray.training.worker import Worker, set_up_process
 
 _FITTED_BATCHES: Final = 20
 """Most batches of validation rows that the temperatures are fitted on: 5,000 rows on CPUs."""
@@ -71,37 +72,42 @@ def finish_model(
     bf16 = state.precision == "bf16"
     model = make_network().to(device)
     load_weights(tensors, model)
-    splits = {"validation": data.validation, "test": data.test}
-    rows = {name: HeldOutRows(data.blocks, ids, worker) for name, ids in splits.items()}
-    # The digit's scores are those of the last epoch: the convolutions are trained no more.
-    scored = {name: list(rows[name].scored(model, bf16=bf16)) for name in splits}
-    metrics = {name: state.history[-1][name] for name in splits}
+    validation = HeldOutRows(data.blocks, data.validation, worker)
+    test = HeldOutRows(data.blocks, data.test, worker)
+    # They stay as they are from here on: the convolutions are trained no more.
+    validation_scores = list(validation.digit_scores(model, bf16=bf16))
+    test_scores = list(test.digit_scores(model, bf16=bf16))
+    metrics = {name: state.history[-1][name] for name in ("validation", "test")}
     tuning = None
     if parameters.sum_head_steps:
         train = HeldOutRows(data.blocks, sample(data.order.ids, sum_head.MAX_ROWS), worker)
-        digit_scores = [scores.float() for _, scores in train.scored(model, bf16=bf16)]
-        _finetune(parameters, model, torch.cat(digit_scores), worker)
+        train_scores = [scores.float() for _, scores in train.digit_scores(model, bf16=bf16)]
+        _finetune(parameters, model, torch.cat(train_scores), worker)
         before = metrics
-        metrics = {name: rows[name].metrics(model, scored[name]) for name in splits}
+        metrics = {
+            "validation": validation.metrics(model, validation_scores),
+            "test": test.metrics(model, test_scores),
+        }
         tuning = {"steps": parameters.sum_head_steps, "before": before, "after": metrics}
         shares = [percent(of["validation"]["consistency"]) for of in (before, metrics)]
-        text = "validation sums equal to digit + number: {} before, {} after"
-        worker.note(text.format(*shares))
+        equal = f"{shares[0]} before, {shares[1]} after"
+        worker.note(f"validation sums equal to digit + number: {equal}")
+    trained_sha256 = checksum(copy_weights(model))
     worker.note("analysing the model's answers on the test rows")
-    trained = copy_weights(model)
-    fitted = score_rows(model, _at_most(_FITTED_BATCHES, scored["validation"]))
-    temperatures = fit_temperatures(fitted)
-    analysed = score_rows(model, _at_most(_ANALYSED_BATCHES, scored["test"]))
-    analysis = analyse_errors(analysed, temperatures)
+    to_fit = score_rows(model, _at_most(_FITTED_BATCHES, validation_scores))
+    temperatures = fit_temperatures(to_fit)
+    to_analyse = score_rows(model, _at_most(_ANALYSED_BATCHES, test_scores))
+    analysis = analyse_errors(to_analyse, temperatures)
     model.fold_temperatures(temperatures)
     weights = copy_weights(model)
-    errors = {name: {"ece": of["ece"]} for name, of in analysis["probabilities"].items()}
     description = describe_model(
         weights, epoch=state.epochs_done, metrics=metrics, sum_head=tuning
     ) | {
-        "trained_sha256": checksum(trained),
+        "trained_sha256": trained_sha256,
         "temperatures_in_weights": temperatures,
-        "probabilities": errors,
+        "probabilities": {
+            name: {"ece": of["ece"]} for name, of in analysis["probabilities"].items()
+        },
     }
     mistakes = np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64)
     return FinishedModel(

@@ -28,9 +28,11 @@ from mnistsum_ray.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from mnistsum_ray.training.held_out import HeldOutRows
+from mnistsum_ray.training.pipeline import start_name
 from mnistsum_ray.training.rows import TrainingData
 from mnistsum_ray.training.trainer import Trainer, TrainingBatches
-from mnistsum_ray.training.worker import HeldOutRows, Worker, send, set_up_process
+from mnistsum_ray.training.worker import Worker, send, set_up_process
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class LoopConfig:
     threads: int | None
     data: "ray.ObjectRef[TrainingData]"
     events: Queue
-    """From the workers to the console."""
+    """From the workers to the driver."""
     checkpoint: Location | None
     """Where `--resume` goes on."""
     weights: Weights | None
@@ -75,21 +77,20 @@ def _train(config: LoopConfig) -> None:
     set_up_process(device, config.threads)
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, config.events)
     data: TrainingData = ray.get(config.data)
-    saved = latest_state(config.checkpoint)
-    state = saved[0] if saved else TrainerState(0, [], "")
+    state, tensors = latest_state(config.checkpoint)
     state.precision = state.precision or parameters.precision or _best_precision(worker)
     worker.send("begin")
     if state.epochs_done == parameters.epochs:  # a worker was lost after the last checkpoint
         return
     trainer = Trainer(parameters, worker, state.precision)
     model = trainer.model
-    if saved:
-        restore(saved[1], model, trainer.optimizer)
+    if tensors is not None:
+        restore(tensors, model, trainer.optimizer)
         workers = counted(worker.world_size, "worker")
         worker.note(f"going on after epoch {state.epochs_done}, on {workers}")
-    elif config.weights:
+    elif config.weights is not None:
         model.load_state_dict(config.weights)
-    shard = ray.train.get_dataset_shard(f"from epoch {state.epochs_done}")
+    shard = ray.train.get_dataset_shard(start_name(state.epochs_done))
     batches = TrainingBatches(shard, device)
     held_out = {
         "validation": HeldOutRows(data.blocks, data.validation, worker),
@@ -101,7 +102,8 @@ def _train(config: LoopConfig) -> None:
         state.epochs_done += 1
         started = time.perf_counter()
         for name, rows in held_out.items():
-            line[name] = rows.metrics(model, rows.scored(model, bf16=trainer.bf16))
+            scored = rows.digit_scores(model, bf16=trainer.bf16)
+            line[name] = rows.metrics(model, scored)
             where = f"epoch {state.epochs_done}: the loss on {name} rows is"
             trainer.check_finite(line[name]["loss"], where)
         line["evaluation_seconds"] = time.perf_counter() - started
@@ -117,16 +119,18 @@ def _best_precision(worker: Worker) -> str:
     return "bf16" if all_reduce_sum(votes).item() == worker.world_size else "fp32"
 
 
-def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights] | None:
-    """State and tensors (for `restore`) that a worker goes on from; None: from the beginning.
+def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights | None]:
+    """State that a worker goes on from, and its tensors for `restore`; None at the beginning.
 
     They are those of the last checkpoint of this attempt, or else of the one that it resumed.
     """
     latest = ray.train.get_checkpoint()
-    if latest is None:
-        return read_checkpoint(resumed) if resumed else None
-    with latest.as_directory() as folder:
-        return read_checkpoint(Location(folder))
+    if latest is not None:
+        with latest.as_directory() as folder:
+            return read_checkpoint(Location(folder))
+    if resumed is not None:
+        return read_checkpoint(resumed)
+    return TrainerState(0, [], ""), None
 
 
 def report_epoch(state: TrainerState, model: Network, optimizer: MuonAdamW, rank: int) -> None:

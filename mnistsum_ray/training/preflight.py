@@ -22,7 +22,7 @@ MANIFEST: Final = "manifest.json"
 
 _HYPERPARAMETERS: Final = [field.name for field in fields(Hyperparameters)]
 
-_FIXED: Final = ("recipe", "skip_bad_rows", "init_from", *_HYPERPARAMETERS)
+_FIXED_BY_RUN: Final = ("recipe", "skip_bad_rows", "init_from", *_HYPERPARAMETERS)
 """Fields that `--resume` may not change."""
 
 
@@ -39,12 +39,10 @@ class TrainingRun:
     stored: dict[str, Any] | None
     """Manifest of the run that is resumed, whose data must be the same."""
 
-    def first_file(self) -> dict[str, Location]:
-        """The first file of the data by its flag, where tasks read it."""
+    def first_file(self) -> Location | None:
+        """The first file of the data; None where the rows are in memory."""
         group = self.source.groups[0]
-        if not isinstance(group, FileGroup):
-            return {}
-        return {"--data": group.files[0].place}
+        return group.files[0].place if isinstance(group, FileGroup) else None
 
     def ray_storage(self, name: str) -> str:
         """A folder of the run as Ray Train takes it: Arrow decodes percent signs in a URI."""
@@ -133,7 +131,7 @@ def _resumed(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
     # A null, as a YAML file may have it, leaves the choice to the stored run.
     asked = {key: getattr(config, key) for key in config.model_fields_set}
     given = {key: value for key, value in asked.items() if value is not None}
-    for key in _FIXED:
+    for key in _FIXED_BY_RUN:
         has = getattr(stored, key)
         if key in given and given[key] != has:
             flag = f"--{key.replace('_', '-')} {given[key]}"
@@ -153,15 +151,14 @@ def _read_run(folder: Location) -> tuple[dict[str, Any], TrainConfig]:
     try:
         manifest: dict[str, Any] = path.read_json()
         config = TrainConfig(**manifest["config"])
-        known = {"sha256", "location", "notice"} <= set(manifest["data"])
+        if not {"sha256", "location", "notice"} <= set(manifest["data"]):
+            raise KeyError("data")
     except MissingFileError:
         problem = f"there is no run in {folder.display} (no {MANIFEST}); start it without --resume"
         raise RequestError(f"--resume: {problem}") from None
     except StorageError as error:
         raise RequestError(f"--resume: {error}") from None
     except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
         problem = "is damaged, or of another version; start another run"
-        raise RequestError(f"--resume: {path.display} {problem}")
+        raise RequestError(f"--resume: {path.display} {problem}") from None
     return manifest, config

@@ -27,35 +27,34 @@ from mnistsum_ray.training.preflight import MANIFEST, TrainingRun
 class RunRecord:
     """Writes the files of a run, whose folder is held by `lock`; `say` gets lines."""
 
-    def __init__(self, run: TrainingRun, lock: FolderLock, say: Callable[[str], None]) -> None:
-        self.history: list[dict[str, Any]] = []
-        """Lines of history.jsonl, one an epoch."""
+    def __init__(
+        self,
+        run: TrainingRun,
+        lock: FolderLock,
+        say: Callable[[str], None],
+        plan: WorkerPlan,
+        threads: int | None,
+        history: list[dict[str, Any]],
+    ) -> None:
         self._run = run
         self._lock = lock
         self._say = say
-        self._started = time.monotonic()
+        self._plan = plan
+        self._threads = threads
+        self._history = history
+        """Lines of history.jsonl, one an epoch."""
         # Results of a run that is resumed stay until there are new ones.
         self._manifest = dict(run.stored or {})
-        self.begun = False
-        """Whether the manifest says that this job runs."""
 
-    def begin(
-        self,
-        source: Source,
-        sha256: str,
-        plan: WorkerPlan,
-        threads: int | None,
-        init_from: dict[str, str] | None,
-    ) -> None:
+    def begin(self, source: Source, sha256: str, init_from: dict[str, str] | None) -> None:
         """Write the manifest of a run that begins or goes on.
 
         `source` is without its bad rows, `sha256` its fingerprint. It is a RequestError if they are
         not those of the run that goes on.
         """
-        run = self._run
-        self._plan, self._threads = plan, threads
-        stored = self._manifest.get("data", {"sha256": sha256})
-        if sha256 != stored["sha256"]:
+        run, plan = self._run, self._plan
+        stored = run.stored["data"] if run.stored else None
+        if stored and stored["sha256"] != sha256:
             raise RequestError(
                 f"--resume: the data are not those of the run (SHA-256 {sha256[:12]}…, the run has "
                 f"{stored['sha256'][:12]}… from {stored['location']}); name the same data, or "
@@ -68,13 +67,13 @@ class RunRecord:
             "versions": versions(),
             "workers": plan.describe(),
             "num_workers": plan.worker_range,
-            "threads": threads,
+            "threads": self._threads,
             "data": {
                 "source": source.name,
                 "location": source.location,
                 # The config of a run that is resumed names the data that `--data auto` found, so
                 # only the first manifest says that it is not full MNIST.
-                "notice": source.notice or stored.get("notice", ""),
+                "notice": source.notice or (stored["notice"] if stored else ""),
                 "sha256": sha256,
                 "train_rows": len(source.train),
                 "validation_rows": len(source.validation),
@@ -87,11 +86,10 @@ class RunRecord:
         file = run.folder / MANIFEST
         write = file.write if run.config.resume else file.create
         write(self._manifest)
-        self.begun = True
 
-    def mark(self, status: str) -> None:
-        """Write the status of a run that has begun and is not finished."""
-        if not self.begun or self._manifest["status"] == "finished":
+    def write_status(self, status: str) -> None:
+        """Write how the run ends, unless it is finished; what fails here is left out."""
+        if self._manifest["status"] == "finished":
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
             self._lock.check()
@@ -114,23 +112,26 @@ class RunRecord:
 
     def add_epoch(self, line: dict[str, Any]) -> None:
         """Write history.jsonl with one more epoch."""
-        self.history = [*self.history[: line["epoch"] - 1], line]
+        self._history = [*self._history[: line["epoch"] - 1], line]
         self._write_history()
 
     def _write_history(self) -> None:
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        lines = "".join(json.dumps(line) + "\n" for line in self._history)
         (self._run.folder / "history.jsonl").write(lines.encode())
 
-    def publish(self, finished: FinishedModel) -> TrainResult:
-        """Write the model, the report and, last, the manifest: then the run is finished."""
+    def publish(self, finished: FinishedModel, started: float) -> TrainResult:
+        """Write the model, the report and, last, the manifest: then the run is finished.
+
+        `started` is of `time.monotonic`.
+        """
         folder, description = self._run.folder, finished.description
-        self.history = finished.history
+        self._history = history = finished.history
         self._lock.check()
         write_model(folder / "model", finished.weights, description)
         self._write_config(finished.manifest["precision"])
         self._write_history()
         # The first epoch includes one-time work such as loading kernels.
-        steady = self.history[1:] or self.history
+        steady = history[1:] or history
         speeds = [line["rows_per_second"] for line in steady]
         result = TrainResult(
             run=folder.display,
@@ -139,16 +140,14 @@ class RunRecord:
             data=SplitRows(**self._manifest["data"]),
             test=HeldOutMetrics(**description["test"]),
             images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
-            seconds=round(time.monotonic() - self._started, 1),
+            seconds=round(time.monotonic() - started, 1),
         )
         manifest = self._manifest | finished.manifest
         manifest["status"] = "finished"
         manifest["metrics"] = result.line()
-        seconds = sum(line["seconds"] + line["evaluation_seconds"] for line in self.history)
+        seconds = sum(line["seconds"] + line["evaluation_seconds"] for line in history)
         manifest["training_seconds"] = round(seconds, 1)
-        write_report(
-            folder, manifest, description, self.history, finished.mistake_images, self._say
-        )
+        write_report(folder, manifest, description, history, finished.mistake_images, self._say)
         rows = f"{counted(description['test']['rows'], 'row')}, all {NUMBERS} numbers"
         self._say(f"test: {accuracies(description['test'])} ({rows})")
         self._say(f"report: {(folder / REPORT).display}")
@@ -167,7 +166,7 @@ class RunRecord:
         try:
             from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
 
-            given = (self._manifest, self.history, description, self._run.folder)
+            given = (self._manifest, self._history, description, self._run.folder)
             self._say(f"MLflow: run {log_run(*given)} at {uri}")
         except Exception as error:  # from the network to a missing client of the server's storage
             kept = "the run is complete, and --resume logs it again"

@@ -22,7 +22,7 @@ from mnistsum_ray.data.order import (
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.training import driver, pipeline
-from mnistsum_ray.training.pipeline import StepsInOrder, epochs_from
+from mnistsum_ray.training.pipeline import StepsInOrder, start_name
 from mnistsum_ray.training.rows import TrainingData, load_blocks
 from mnistsum_ray.training.trainer import Batch, TrainingBatches
 from tests.integration.conftest import start_cluster, train_here
@@ -62,11 +62,11 @@ def data(cluster: str, mixed: pa.Table, tmp_path_factory: pytest.TempPathFactory
 def feed(data: TrainingData, ranks: int = 1, first: int = 0) -> list[list[Batch]]:
     """The batches of each rank from an epoch on."""
     steps = StepsInOrder(ray.put(data), EPOCHS, 1.0, readers=2)
-    shards = steps.configure({"mine": epochs_from(first, EPOCHS)}, ranks)
+    shards = steps.configure([start_name(first)], ranks)
     batches = []
     for rank, shard in enumerate(shards):
         positions = positions_of_rank(BATCH, rank, ranks)
-        rows = TrainingBatches(shard["mine"], CPU)
+        rows = TrainingBatches(shard[start_name(first)], CPU)
         taken = []
         for step in [*range(data.order.steps)] * (EPOCHS - first):
             end = min(positions.stop, data.order.batch_rows(step))
