@@ -41,11 +41,7 @@ def copy_weights(model: Network) -> Weights:
 
 
 def describe_model(
-    weights: Weights,
-    *,
-    epoch: int,
-    metrics: dict[str, Any],
-    sum_head: dict[str, Any] | None = None,
+    weights: Weights, *, epoch: int, metrics: dict[str, Any], sum_head: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The description of weights of an epoch; `metrics` are by split."""
     return {
@@ -108,11 +104,8 @@ def read_description(data: bytes) -> dict[str, Any]:
     description: dict[str, Any] = json.loads(safetensors_header(data).get(HEADER_KEY, "{}"))
     if description.get("format") != MODEL_FORMAT:
         raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
-    found = {
-        "network": description["network"],
-        "number": description["input"]["number"],
-        "output": description["output"],
-    }
+    found = {"network": description["network"], "output": description["output"]}
+    found["number"] = description["input"]["number"]
     for name, expected in INTERFACE.items():
         if found[name] != expected:
             raise ValueError(f"its {name!r} is {found[name]}, and here {expected}; train again")

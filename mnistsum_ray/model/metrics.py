@@ -9,7 +9,6 @@ scores (logits) of a head are divided by its temperature before softmax.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from operator import itemgetter
 from typing import Any, Final
 
@@ -73,38 +72,31 @@ class AnswerCounts:
     """Rows, right answers and losses, summed on the device, and by `metrics` over the workers."""
 
     def __init__(self, device: torch.device) -> None:
-        zeros = partial(torch.zeros, dtype=torch.int64, device=device)
-        self._rows = zeros(())
-        self._row_ids = zeros(())
-        """Sum of their mixed ids."""
-        self._consistent = zeros(())
-        """Pairs whose predicted sum is predicted digit + number."""
-        self._right = zeros(len(HEADS))
-        """Pairs that each head answers rightly."""
+        # Rows, the sum of their mixed ids, consistent pairs, and right pairs of each head.
+        self._counts = torch.zeros(3 + len(HEADS), dtype=torch.int64, device=device)
         self._losses = torch.zeros(len(HEADS), dtype=torch.float64, device=device)
 
     def add(self, batch: LabelledRows, scores: Scores) -> None:
         """Count one batch with its scores, as `score_rows` yields them."""
         answers = {}
+        right = []
         truths = true_classes(batch["digit"], scores)
         for index, (head, logits, truth) in enumerate(zip(HEADS, scores, truths, strict=True)):
             answers[head.name] = logits.argmax(2)
-            right = answers[head.name] == truth
-            # A digit is one answer for all NUMBERS pairs of its image.
-            self._right[index] += right.expand(-1, NUMBERS).sum()
+            is_right = answers[head.name] == truth
+            # The digit is one answer for all NUMBERS pairs of its image.
+            right.append(is_right.expand(-1, NUMBERS).sum())
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
             pairs_of_row = truth.size(1)  # NUMBERS, or 1 of digits
             self._losses[index] += loss / pairs_of_row
         numbers = torch.arange(NUMBERS, device=batch["digit"].device)
-        consistent = answers["sum"] == SUM.target(answers["digit"], numbers)
-        self._consistent += consistent.sum()
-        self._rows += len(batch["row_id"])
-        self._row_ids += mix_ids(batch["row_id"]).sum()
+        consistent = (answers["sum"] == SUM.target(answers["digit"], numbers)).sum()
+        rows = torch.ones_like(batch["row_id"]).sum()
+        self._counts += torch.stack([rows, mix_ids(batch["row_id"]).sum(), consistent, *right])
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
         """Sum over the workers and divide. RowCountError: a row was not counted exactly once."""
-        counts = torch.stack([self._rows, self._row_ids, self._consistent, *self._right])
-        rows, id_sum, consistent, *right = all_reduce_sum(counts).tolist()
+        rows, id_sum, consistent, *right = all_reduce_sum(self._counts).tolist()
         check_row_counts(rows, id_sum, expected_rows, expected_id_sum, "evaluation")
         pairs = NUMBERS * rows
         loss = all_reduce_sum(self._losses).mean().item() / rows

@@ -41,9 +41,7 @@ def versions() -> dict[str, str]:
 
 
 def report_page(
-    manifest: dict[str, Any],
-    description: dict[str, Any],
-    pictures: dict[str, bytes],
+    manifest: dict[str, Any], description: dict[str, Any], pictures: dict[str, bytes]
 ) -> str:
     """Render the HTML page of a finished training: accuracies, pictures, configuration."""
     data, test = manifest["data"], description["test"]

@@ -2,11 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 import ray
 import ray.exceptions
@@ -19,7 +18,7 @@ from mnistsum_ray.cluster.nodes import check_shared_storage, usable_nodes
 from mnistsum_ray.cluster.workarounds import detached_data_actors, make_interruptible
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.order import TrainingOrder
-from mnistsum_ray.data.sources import Source
+from mnistsum_ray.data.sources import FileGroup, Source
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -29,18 +28,17 @@ from mnistsum_ray.errors import (
     one_line,
     root_cause,
 )
-from mnistsum_ray.model.folder import Weights, load_model
+from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.lock import LOCK_NAME, FolderLock, folder_lock
-from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.analysis import FinishedModel, finish_model
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
 from mnistsum_ray.training.events import EventFollower
-from mnistsum_ray.training.loop import FailureLines, LoopConfig, train_loop_per_worker
+from mnistsum_ray.training.loop import FailureLines, LoopConfig, Start, train_loop_per_worker
 from mnistsum_ray.training.pipeline import StepsInOrder, start_points
 from mnistsum_ray.training.preflight import TrainingRun
 from mnistsum_ray.training.record import RunRecord
@@ -64,19 +62,12 @@ def fit(
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     started = time.monotonic()
-    nothing = "nothing was begun, and the same command begins again"
-    with folder_lock(run.folder, "--name", console.say) as lock:
-        with _errors_in_one_line(console, run.how_to_resume() if run.stored else nothing):
-            training = _begin(run, lock, console)
-        with _errors_in_one_line(console, run.how_to_resume()):
-            return training.fit(callbacks, started)
-
-
-@contextmanager
-def _errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
-    """Errors of Ray and of the storage as a RunError, which ends with how to go on."""
+    how_to_go_on = "nothing was begun; the same command tries again"
     try:
-        yield
+        with folder_lock(run.folder, "--name", console.say) as lock:
+            training = _begin(run, lock, console)
+            how_to_go_on = run.how_to_resume()
+            return training.fit(callbacks, started)
     except ray.exceptions.RayError as error:  # of the driver's own tasks; some are OSErrors too
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
@@ -84,26 +75,13 @@ def _errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
         raise RunError(f"--storage-path {one_line(error)}; {how_to_go_on}") from error
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What a run starts from: a checkpoint, weights, or nothing."""
-
-    checkpoint: Location | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of history.jsonl up to the checkpoint."""
-    weights: Weights | None = None
-    """Those of `--init-from`."""
-    init_from: dict[str, str] | None = None
-    """The model that they are of: `model`, its place, and `sha256`."""
-
-
-def _find_start(run: TrainingRun, say: Callable[[str], None]) -> _Start:
+def _find_start(run: TrainingRun, say: Callable[[str], None]) -> Start:
     """Find the newest checkpoint, or else the weights of `--init-from`."""
     if run.config.resume:
         found = newest_checkpoint(run.folder, say)
         if found is not None:
             checkpoint, state = found
-            return _Start(checkpoint, state.history)
+            return Start(checkpoint, state.history)
         if (run.stored or {}).get("status") == "finished":
             raise RequestError(
                 f"--resume: run {run.config.name} is finished, and no checkpoint is left to "
@@ -111,10 +89,10 @@ def _find_start(run: TrainingRun, say: Callable[[str], None]) -> _Start:
             )
         say("no checkpoint can be used, so the run starts from the beginning")
     if run.config.init_from is None:
-        return _Start()
+        return Start()
     network, description = load_model(locate(run.config.init_from, "--init-from"))
     init_from = {"model": run.config.init_from, "sha256": description["sha256"]}
-    return _Start(weights=network.state_dict(), init_from=init_from)
+    return Start(weights=network.state_dict(), init_from=init_from)
 
 
 def _begin(run: TrainingRun, lock: FolderLock, console: Console) -> "_Training":
@@ -144,9 +122,9 @@ def _load_rows(run: TrainingRun, console: Console) -> tuple[Source, RowBlocks, s
         say(source.notice)
     report_skipped(source.skipped, say)
     files = {"--storage-path": run.folder / LOCK_NAME}
-    first_file = run.first_file()
-    if first_file is not None:
-        files["--data"] = first_file
+    first = source.groups[0]
+    if isinstance(first, FileGroup):  # tasks read it, on any node
+        files["--data"] = first.files[0].place
     check_shared_storage(files, say)
     say(check_space(source.rows))
     loaded = load_blocks(
@@ -168,7 +146,7 @@ class _Training:
     console: Console
     record: RunRecord
     metrics: JobMetrics
-    start: _Start
+    start: Start
     plan: resources.WorkerPlan
     threads: int | None
     data: "ray.ObjectRef[TrainingData]"
@@ -194,14 +172,11 @@ class _Training:
         """Train the epochs that are left with Ray Train, which starts workers again that fail."""
         run, parameters, use_gpu = self.run, self.run.hyperparameters, self.plan.use_gpu
         low, high = self.plan.worker_range
-        start = self.start
-        loop = LoopConfig(
-            parameters, self.threads, self.data, events.queue, start.checkpoint, start.weights
-        )
+        loop = LoopConfig(parameters, self.threads, self.data, events.queue, self.start)
         trainer = TorchTrainer(
             train_loop_per_worker,
             train_loop_config={"loop": loop},
-            datasets=start_points(range(len(start.history), parameters.epochs)),
+            datasets=start_points(range(len(self.start.history), parameters.epochs)),
             dataset_config=StepsInOrder(
                 self.data, parameters.epochs, parameters.distortion, readers=2 if use_gpu else 1
             ),

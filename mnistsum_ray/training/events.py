@@ -6,7 +6,7 @@ progress  Trainer.train_epoch         epoch, epochs, rows, of_rows, rows_per_sec
 epoch     train_loop_per_worker       those of a line of history.jsonl
 failure   FailureLines                text
 note      Worker.note                 text
-counter   Worker.progress             what, done, total
+counter   HeldOutRows.digit_scores    what, done, total
 """
 
 import threading
@@ -109,20 +109,16 @@ class EventFollower:
         elif kind == "counter":
             self._console.progress(event["what"], event["done"], event["total"])
         elif kind == "progress":
-            self._show_progress(event)
+            done = (event["epoch"] - 1) * event["of_rows"] + event["rows"]
+            note = f"epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}"
+            total = event["epochs"] * event["of_rows"]
+            self._console.progress("training rows", done, total, note)
+            self._metrics.count(rows=done)
+            names = ("rows_per_second", "epoch", "loss")
+            self._metrics.set(**{name: event[name] for name in names})
         elif kind == "epoch":
             line = {key: value for key, value in event.items() if key != "kind"}
             result = f"loss {line['train_loss']:.4f}, test {accuracies(line['test'])}"
             rate = f"{line['rows_per_second']:,.0f} rows/s"
             self._console.say(f"epoch {line['epoch']}: {result}, {rate}")
             self._record.add_epoch(line)  # after an error it is written with the next one
-
-    def _show_progress(self, event: dict[str, Any]) -> None:
-        done = (event["epoch"] - 1) * event["of_rows"] + event["rows"]
-        total = event["epochs"] * event["of_rows"]
-        note = f"epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}"
-        self._console.progress("training rows", done, total, note)
-        self._metrics.count(rows=done)
-        self._metrics.set(
-            rows_per_second=event["rows_per_second"], epoch=event["epoch"], loss=event["loss"]
-        )

@@ -4,17 +4,17 @@ Neither Ray Train nor Ray Data is imported here, see analysis.py.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.order import RowIds, mix_ids
 from mnistsum_ray.model.device import array_to_device
 from mnistsum_ray.model.metrics import AnswerCounts, LabelledRows, Metrics, score_rows
 from mnistsum_ray.model.network import Network, score_digits
+from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.training.rows import RowBlocks
 from mnistsum_ray.training.worker import Worker
 
@@ -46,24 +46,23 @@ class HeldOutRows:
 
     def batches(self) -> Iterator[LabelledRows]:
         """The rows on the device, copied from their blocks."""
+        device = self._worker.device
         for start in range(0, len(self._ids), _FETCHED_ROWS):
             ids = self._ids[start : start + _FETCHED_ROWS]
             images, digits = self._blocks.fetch(ids)
-            yield from self._to_device(images, digits.astype(np.int64), ids)
-
-    def _to_device(self, images: Pixels, digits: RowIds, ids: RowIds) -> Iterator[LabelledRows]:
-        device = self._worker.device
-        columns: dict[str, npt.NDArray[Any]]
-        columns = {"image": images, "digit": digits, "row_id": ids}
-        size = _BATCH_ROWS[device.type]
-        for start in range(0, len(ids), size):
-            end = start + size
-            yield {name: array_to_device(rows[start:end], device) for name, rows in columns.items()}
+            for first in range(0, len(ids), _BATCH_ROWS[device.type]):
+                rows = slice(first, first + _BATCH_ROWS[device.type])
+                yield {
+                    "image": array_to_device(images[rows], device),
+                    "digit": array_to_device(digits[rows].astype(np.int64), device),
+                    "row_id": array_to_device(ids[rows], device),
+                }
 
     def digit_scores(self, model: Network, *, bf16: bool) -> Iterator[tuple[LabelledRows, Tensor]]:
         """Digits and row ids of each batch, with its digit scores."""
         model.eval()
-        on_progress = self._worker.progress("rows evaluated", len(self._all_ids))
+        show = partial(self._worker.send, "counter")
+        on_progress = Progress(show, "rows evaluated", len(self._all_ids))
         for batch in self.batches():
             images = batch.pop("image")
             scores = score_digits(model, images, bf16=bf16)

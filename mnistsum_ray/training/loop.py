@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,18 @@ from mnistsum_ray.training.worker import Worker, send, set_up_process
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a run starts from: a checkpoint, which `--resume` has found, or weights, or neither."""
+
+    checkpoint: Location | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of history.jsonl up to the checkpoint."""
+    weights: Weights | None = None
+    init_from: dict[str, str] | None = None
+    """Where the weights are from: `model`, the value of `--init-from`, and its `sha256`."""
+
+
+@dataclass(frozen=True)
 class LoopConfig:
     """Configuration of the training loop, the same for every worker."""
 
@@ -44,10 +56,7 @@ class LoopConfig:
     data: "ray.ObjectRef[TrainingData]"
     events: Queue
     """From the workers to the driver."""
-    checkpoint: Location | None
-    """Where `--resume` goes on."""
-    weights: Weights | None
-    """Those of `--init-from`, which a run without a checkpoint begins with; None: new ones."""
+    start: Start
 
     def __repr__(self) -> str:  # Ray's dashboard shows it
         return repr(self.hyperparameters)
@@ -77,7 +86,7 @@ def _train(config: LoopConfig) -> None:
     set_up_process(device, config.threads)
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, config.events)
     data: TrainingData = ray.get(config.data)
-    state, tensors = latest_state(config.checkpoint)
+    state, tensors = latest_state(config.start.checkpoint)
     state.precision = state.precision or parameters.precision or _best_precision(worker)
     worker.send("begin")
     if state.epochs_done == parameters.epochs:  # a worker was lost after the last checkpoint
@@ -88,8 +97,8 @@ def _train(config: LoopConfig) -> None:
         restore(tensors, model, trainer.optimizer)
         workers = counted(worker.world_size, "worker")
         worker.note(f"going on after epoch {state.epochs_done}, on {workers}")
-    elif config.weights is not None:
-        model.load_state_dict(config.weights)
+    elif config.start.weights is not None:
+        model.load_state_dict(config.start.weights)
     shard = ray.train.get_dataset_shard(start_name(state.epochs_done))
     batches = TrainingBatches(shard, device)
     held_out = {

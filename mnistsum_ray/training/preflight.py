@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
 from mnistsum_ray.data.inputs import parts_below, real_path
-from mnistsum_ray.data.sources import FileGroup, Source, StartProgress, no_progress, open_source
+from mnistsum_ray.data.sources import Source, StartProgress, no_progress, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.store import Location, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
@@ -33,16 +33,10 @@ class TrainingRun:
     config: TrainConfig
     hyperparameters: Hyperparameters
     source: Source
-    storage: Location
     folder: Location
     """Run folder `<storage_path>/<name>`."""
     stored: dict[str, Any] | None
     """Manifest of the run that is resumed, whose data must be the same."""
-
-    def first_file(self) -> Location | None:
-        """The first file of the data; None where the rows are in memory."""
-        group = self.source.groups[0]
-        return group.files[0].place if isinstance(group, FileGroup) else None
 
     def ray_storage(self, name: str) -> str:
         """A folder of the run as Ray Train takes it: Arrow decodes percent signs in a URI."""
@@ -51,7 +45,7 @@ class TrainingRun:
 
     def how_to_resume(self) -> str:
         """End of an error message: the command that resumes the run."""
-        flags = ["--storage-path", self.storage.display, "--name", str(self.config.name)]
+        flags = ["--storage-path", self.config.storage_path, "--name", str(self.config.name)]
         command = f"{shell_command('train')} {shlex.join(flags)} --resume"
         return f"checkpoints are kept, and this command resumes: {command}"
 
@@ -90,7 +84,7 @@ def preflight(config: TrainConfig, progress: StartProgress = no_progress) -> Tra
     chosen["data"] = "sample" if source.name == "sample" else source.location
     config = config.model_copy(update=chosen)
     hyperparameters = Hyperparameters(**{key: getattr(config, key) for key in _HYPERPARAMETERS})
-    return TrainingRun(config, hyperparameters, source, storage, folder, stored)
+    return TrainingRun(config, hyperparameters, source, folder, stored)
 
 
 def _check_free(folder: Location, name: str, begun: bool) -> None:

@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
@@ -24,27 +25,19 @@ from mnistsum_ray.training.analysis import FinishedModel
 from mnistsum_ray.training.preflight import MANIFEST, TrainingRun
 
 
+@dataclass
 class RunRecord:
     """Writes the files of a run, whose folder is held by `lock`; `say` gets lines."""
 
-    def __init__(
-        self,
-        run: TrainingRun,
-        lock: FolderLock,
-        say: Callable[[str], None],
-        plan: WorkerPlan,
-        threads: int | None,
-        history: list[dict[str, Any]],
-    ) -> None:
-        self._run = run
-        self._lock = lock
-        self._say = say
-        self._plan = plan
-        self._threads = threads
-        self._history = history
-        """Lines of history.jsonl, one an epoch."""
-        # Results of a run that is resumed stay until there are new ones.
-        self._manifest = dict(run.stored or {})
+    run: TrainingRun
+    lock: FolderLock
+    say: Callable[[str], None]
+    plan: WorkerPlan
+    threads: int | None
+    history: list[dict[str, Any]]
+    """Lines of history.jsonl, one an epoch."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    """What the file has since `begin`."""
 
     def begin(self, source: Source, sha256: str, init_from: dict[str, str] | None) -> None:
         """Write the manifest of a run that begins or goes on.
@@ -52,7 +45,7 @@ class RunRecord:
         `source` is without its bad rows, `sha256` its fingerprint. It is a RequestError if they are
         not those of the run that goes on.
         """
-        run, plan = self._run, self._plan
+        run, plan = self.run, self.plan
         stored = run.stored["data"] if run.stored else None
         if stored and stored["sha256"] != sha256:
             raise RequestError(
@@ -60,14 +53,15 @@ class RunRecord:
                 f"{stored['sha256'][:12]}… from {stored['location']}); name the same data, or "
                 "start another run"
             )
-        self._manifest |= {
+        # Results of a run that is resumed stay until there are new ones.
+        self.manifest = (run.stored or {}) | {
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": run.config.model_dump(mode="json", exclude={"resume"}),
             "versions": versions(),
             "workers": plan.describe(),
             "num_workers": plan.worker_range,
-            "threads": self._threads,
+            "threads": self.threads,
             "data": {
                 "source": source.name,
                 "location": source.location,
@@ -82,51 +76,51 @@ class RunRecord:
             },
         }
         if init_from:
-            self._manifest["init_from"] = init_from
+            self.manifest["init_from"] = init_from
         file = run.folder / MANIFEST
         write = file.write if run.config.resume else file.create
-        write(self._manifest)
+        write(self.manifest)
 
     def write_status(self, status: str) -> None:
         """Write how the run ends, unless it is finished; what fails here is left out."""
-        if self._manifest["status"] == "finished":
+        if self.manifest["status"] == "finished":
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
-            self._lock.check()
-            (self._run.folder / MANIFEST).write(self._manifest | {"status": status})
+            self.lock.check()
+            (self.run.folder / MANIFEST).write(self.manifest | {"status": status})
 
     def _write_config(self, precision: str) -> None:
         """Write config.yaml: the config of the run, with what it has chosen, for another run."""
-        low, high = self._plan.worker_range
+        low, high = self.plan.worker_range
         chosen = {
             "num_workers": low if low == high else (low, high),
-            "use_gpu": self._plan.use_gpu,
-            "threads": self._threads,
+            "use_gpu": self.plan.use_gpu,
+            "threads": self.threads,
             "precision": precision,
         }
-        config = self._run.config.model_copy(update=chosen)
+        config = self.run.config.model_copy(update=chosen)
         entries = config.model_dump(mode="json", exclude={"storage_path", "name", "resume"})
         text = "# mnistsum train --config FILE trains the same again\n"
         text += yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
-        (self._run.folder / "config.yaml").write(text.encode())
+        (self.run.folder / "config.yaml").write(text.encode())
 
     def add_epoch(self, line: dict[str, Any]) -> None:
         """Write history.jsonl with one more epoch."""
-        self._history = [*self._history[: line["epoch"] - 1], line]
+        self.history = [*self.history[: line["epoch"] - 1], line]
         self._write_history()
 
     def _write_history(self) -> None:
-        lines = "".join(json.dumps(line) + "\n" for line in self._history)
-        (self._run.folder / "history.jsonl").write(lines.encode())
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        (self.run.folder / "history.jsonl").write(lines.encode())
 
     def publish(self, finished: FinishedModel, started: float) -> TrainResult:
         """Write the model, the report and, last, the manifest: then the run is finished.
 
         `started` is of `time.monotonic`.
         """
-        folder, description = self._run.folder, finished.description
-        self._history = history = finished.history
-        self._lock.check()
+        folder, description = self.run.folder, finished.description
+        self.history = history = finished.history
+        self.lock.check()
         write_model(folder / "model", finished.weights, description)
         self._write_config(finished.manifest["precision"])
         self._write_history()
@@ -137,37 +131,37 @@ class RunRecord:
             run=folder.display,
             model=(folder / "model").display,
             parameters=description["parameters"],
-            data=SplitRows(**self._manifest["data"]),
+            data=SplitRows(**self.manifest["data"]),
             test=HeldOutMetrics(**description["test"]),
             images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
             seconds=round(time.monotonic() - started, 1),
         )
-        manifest = self._manifest | finished.manifest
+        manifest = self.manifest | finished.manifest
         manifest["status"] = "finished"
         manifest["metrics"] = result.line()
         seconds = sum(line["seconds"] + line["evaluation_seconds"] for line in history)
         manifest["training_seconds"] = round(seconds, 1)
-        write_report(folder, manifest, description, history, finished.mistake_images, self._say)
+        write_report(folder, manifest, description, history, finished.mistake_images, self.say)
         rows = f"{counted(description['test']['rows'], 'row')}, all {NUMBERS} numbers"
-        self._say(f"test: {accuracies(description['test'])} ({rows})")
-        self._say(f"report: {(folder / REPORT).display}")
+        self.say(f"test: {accuracies(description['test'])} ({rows})")
+        self.say(f"report: {(folder / REPORT).display}")
         command = f"{shell_command('score')} --model {shlex.quote(folder.display)}"
-        self._say(f"score with it: {command} --input PAIRS --output SCORED")
-        self._lock.check()
-        self._manifest = manifest  # from here on the run is neither stopped nor failed
+        self.say(f"score with it: {command} --input PAIRS --output SCORED")
+        self.lock.check()
+        self.manifest = manifest  # from here on the run is neither stopped nor failed
         (folder / MANIFEST).write(manifest)
-        if self._run.config.mlflow:
+        if self.run.config.mlflow:
             self._log_to_mlflow(description)
         return result
 
     def _log_to_mlflow(self, description: dict[str, Any]) -> None:
         """Log the finished run to MLflow; a line says where, or why not."""
-        uri = self._run.config.mlflow
+        uri = self.run.config.mlflow
         try:
             from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
 
-            given = (self._manifest, self._history, description, self._run.folder)
-            self._say(f"MLflow: run {log_run(*given)} at {uri}")
+            given = (self.manifest, self.history, description, self.run.folder)
+            self.say(f"MLflow: run {log_run(*given)} at {uri}")
         except Exception as error:  # from the network to a missing client of the server's storage
             kept = "the run is complete, and --resume logs it again"
-            self._say(f"--mlflow {uri}: {one_line(error)}; {kept}")
+            self.say(f"--mlflow {uri}: {one_line(error)}; {kept}")

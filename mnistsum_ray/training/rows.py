@@ -174,10 +174,7 @@ def _put_blocks(rows: Block) -> _LoadedBlocks:
 
 
 def _read_group(group: FileGroup) -> Iterator[_Summary | tuple[Pixels, Digits]]:
-    """Read a group in a task: of each block its summary, then its rows, which stay where they are.
-
-    Ray makes an object of each thing that is yielded: the driver fetches the summaries alone.
-    """
+    """A task: of each block its summary, which the driver gets, then its rows, which stay there."""
     for block in group.blocks():
         yield _summary(block)
         yield block.images, block.digits

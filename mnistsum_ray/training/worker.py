@@ -5,7 +5,6 @@ Neither Ray Train nor Ray Data is imported here, see analysis.py.
 
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray.exceptions
@@ -13,7 +12,6 @@ import torch
 from ray.util.queue import Queue
 
 from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
-from mnistsum_ray.reporting.console import Progress
 
 
 def send(events: Queue, kind: str, **fields: Any) -> None:
@@ -39,10 +37,6 @@ class Worker:
     def note(self, text: str) -> None:
         """Send a line for the console."""
         self.send("note", text=text)
-
-    def progress(self, what: str, total: int) -> Progress:
-        """A counter that the console shows."""
-        return Progress(partial(self.send, "counter"), what, total)
 
 
 def set_up_process(device: torch.device, threads: int | None) -> None:

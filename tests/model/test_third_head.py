@@ -17,12 +17,7 @@ from mnistsum_ray.data.order import NUMBERS, mix_ids
 from mnistsum_ray.export.onnx import export_model
 from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
-from mnistsum_ray.model.metrics import (
-    AnswerCounts,
-    analyse_errors,
-    fit_temperatures,
-    score_rows,
-)
+from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, Scores, divide_scores, score_digits
 from mnistsum_ray.model.sum_head import finetune_sum_head
 from tests.training import CPU, as_worker, new_trainer

@@ -36,7 +36,7 @@ def test_a_run_that_has_not_begun_is_not_to_be_resumed(
         raise OSError("no answer")
 
     monkeypatch.setattr(resources, "reserve", fail)
-    said = "^--storage-path no answer; nothing was begun, and the same command begins again$"
+    said = "^--storage-path no answer; nothing was begun; the same command tries again$"
     with pytest.raises(RunError, match=said):
         driver.fit(run, Console(io.StringIO()))
 
