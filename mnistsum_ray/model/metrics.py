@@ -69,7 +69,7 @@ def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
 
 
 class AnswerCounts:
-    """Rows, right answers and losses, summed on the device, and by `metrics` over the workers."""
+    """Rows, right answers and losses, summed on the device."""
 
     def __init__(self, device: torch.device) -> None:
         # Rows, the sum of their mixed ids, consistent pairs, and right pairs of each head.
@@ -94,12 +94,17 @@ class AnswerCounts:
         rows = torch.ones_like(batch["row_id"]).sum()
         self._counts += torch.stack([rows, mix_ids(batch["row_id"]).sum(), consistent, *right])
 
+    def all_reduce(self) -> None:
+        """Sum over all workers, on every worker."""
+        self._counts = all_reduce_sum(self._counts)
+        self._losses = all_reduce_sum(self._losses)
+
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
-        """Sum over the workers and divide. RowCountError: a row was not counted exactly once."""
-        rows, id_sum, consistent, *right = all_reduce_sum(self._counts).tolist()
+        """The metrics of all counted rows. RowCountError: a row was not counted exactly once."""
+        rows, id_sum, consistent, *right = self._counts.tolist()
         check_row_counts(rows, id_sum, expected_rows, expected_id_sum, "evaluation")
         pairs = NUMBERS * rows
-        loss = all_reduce_sum(self._losses).mean().item() / rows
+        loss = self._losses.mean().item() / rows
         metrics = {"rows": rows, "pairs": pairs, "loss": loss}
         for head, count in zip(HEADS, right, strict=True):
             metrics[f"{head.name}_accuracy"] = count / pairs

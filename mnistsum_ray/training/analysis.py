@@ -1,16 +1,10 @@
-"""The model of a trained run, after the last epoch: fine-tune the sum head, calibrate, analyse.
+"""The model of a trained run, after the last epoch: fine-tune the sum head, calibrate, analyse."""
 
-Runs in a new process, for whose imports the command waits: neither Ray Train nor Ray Data is
-imported here, which would take another second.
-"""
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import ray
 import torch
-from ray.util.queue import Queue
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
@@ -22,11 +16,10 @@ from mnistsum_ray.model.device import hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.model.metrics import analyse_errors, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, make_network
-from mnistsum_ray.storage.store import Location
-from mnistsum_ray.training.checkpoint import load_weights, read_checkpoint
+from mnistsum_ray.training.checkpoint import TrainerState
 from mnistsum_ray.training.held_out import HeldOutRows
 from mnistsum_ray.training.rows import TrainingData
-from mnistsum_ray.training.worker import Worker, set_up_process
+from mnistsum_ray.training.worker import Worker
 
 _FITTED_BATCHES: Final = 20
 """Most batches of validation rows that the temperatures are fitted on: 5,000 rows on CPUs."""
@@ -53,25 +46,19 @@ class FinishedModel:
 def finish_model(
     parameters: Hyperparameters,
     data: TrainingData,
-    checkpoint: Location,
-    threads: int | None,
-    events: Queue,
+    state: TrainerState,
+    trained: Network,
+    worker: Worker,
 ) -> FinishedModel:
     """Fine-tune the sum head of the last epoch's model, calibrate it, and analyse its errors.
 
-    Runs as a task of Ray, when the training workers have ended and their GPUs are free. The same
-    checkpoint gives the same model each time.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used.
+    Rank 0 does it alone. The same trained model gives the same finished one each time.
     """
-    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    set_up_process(device, threads)
-    worker = Worker(0, 1, device, events)
-    state, tensors = read_checkpoint(checkpoint)
+    worker = replace(worker, world_size=1)
     bf16 = state.precision == "bf16"
-    model = make_network().to(device)
-    load_weights(tensors, model)
+    # A copy without the hooks of DDP, which would wait for the other workers.
+    model = make_network().to(worker.device)
+    model.load_state_dict(trained.state_dict())
     validation = HeldOutRows(data.blocks, data.validation, worker)
     test = HeldOutRows(data.blocks, data.test, worker)
     # They stay as they are from here on: the convolutions are trained no more.
@@ -116,7 +103,7 @@ def finish_model(
         description,
         {
             "error_analysis": analysis,
-            "hardware": hardware(device) | {"threads": torch.get_num_threads()},
+            "hardware": hardware(worker.device) | {"threads": torch.get_num_threads()},
             "precision": state.precision,
         },
         data.blocks.fetch(mistakes)[0],

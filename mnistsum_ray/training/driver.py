@@ -35,7 +35,7 @@ from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.lock import LOCK_NAME, FolderLock, folder_lock
 from mnistsum_ray.storage.uri import locate
-from mnistsum_ray.training.analysis import FinishedModel, finish_model
+from mnistsum_ray.training.analysis import FinishedModel
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
 from mnistsum_ray.training.events import EventFollower
 from mnistsum_ray.training.loop import FailureLines, LoopConfig, Start, train_loop_per_worker
@@ -157,9 +157,7 @@ class _Training:
             wait_seconds = self.run.config.wait_seconds
             events = EventFollower(self.console, self.record, self.metrics, wait_seconds)
             with events.following():
-                if len(self.start.history) < self.run.hyperparameters.epochs:
-                    self._train(events, callbacks)
-                finished = self._finish(events)
+                finished = self._train(events, callbacks)
             return self.record.publish(finished, started)
         except KeyboardInterrupt:
             self.record.write_status("stopped")
@@ -168,7 +166,9 @@ class _Training:
             self.record.write_status("failed")
             raise
 
-    def _train(self, events: EventFollower, callbacks: Sequence[ray.train.UserCallback]) -> None:
+    def _train(
+        self, events: EventFollower, callbacks: Sequence[ray.train.UserCallback]
+    ) -> FinishedModel:
         """Train the epochs that are left with Ray Train, which starts workers again that fail."""
         run, parameters, use_gpu = self.run, self.run.hyperparameters, self.plan.use_gpu
         low, high = self.plan.worker_range
@@ -206,7 +206,7 @@ class _Training:
         events.expect_workers(abort)
         try:
             with default_environment(_train_environment()):
-                failure = trainer.fit().return_value
+                finished: FinishedModel | str = trainer.fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             raise self._explained(error, events.gave_up_after) from error
         except KeyboardInterrupt:
@@ -214,8 +214,9 @@ class _Training:
             self.record.write_status("stopped")
             abort()
             raise
-        if failure:
-            raise RunError(failure)
+        if isinstance(finished, str):
+            raise RunError(finished)
+        return finished
 
     def _explained(self, error: Exception, gave_up_after: float | None) -> RunError:
         """Why Ray Train has given up, in one line."""
@@ -228,23 +229,6 @@ class _Training:
         self.console.say_lines(str(error))
         cause = getattr(error, "controller_failure", error)
         return RunError(f"{root_cause(cause)}; {resume}")
-
-    def _finish(self, events: EventFollower) -> FinishedModel:
-        """Fine-tune and analyse the last epoch's model, on one worker's resources."""
-        found = newest_checkpoint(self.run.folder, self.console.say)
-        if found is None or found[1].epochs_done < self.run.hyperparameters.epochs:
-            problem = "the checkpoint of the last epoch cannot be used"
-            raise RunError(f"{problem}; {self.run.how_to_resume()}")
-        checkpoint, _ = found
-        task = ray.remote(finish_model).options(
-            num_cpus=self.plan.per_worker.get("CPU", 0),
-            num_gpus=self.plan.per_worker.get("GPU", 0),
-            # In a trial of Ray Tune it would have to fit into the trial's own resources.
-            scheduling_strategy="DEFAULT",
-        )
-        given = (self.run.hyperparameters, self.data, checkpoint, self.threads, events.queue)
-        finished: FinishedModel = ray.get(task.remote(*given))
-        return finished
 
 
 def choose_threads(run: TrainingRun, plan: resources.WorkerPlan) -> int | None:

@@ -1,7 +1,4 @@
-"""Held-out rows: scored and counted, by all workers together or by one process.
-
-Neither Ray Train nor Ray Data is imported here, see analysis.py.
-"""
+"""Held-out rows: scored and counted, by all workers together or by one of them."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -79,4 +76,6 @@ class HeldOutRows:
         counts = AnswerCounts(self._worker.device)
         for labels, scores in score_rows(model, scored):
             counts.add(labels, scores)
+        if self._worker.world_size > 1:
+            counts.all_reduce()
         return counts.metrics(len(self._all_ids), int(mix_ids(self._all_ids).sum()))

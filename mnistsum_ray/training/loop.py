@@ -21,6 +21,7 @@ from mnistsum_ray.model.folder import Weights
 from mnistsum_ray.model.network import Network
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
+from mnistsum_ray.training.analysis import FinishedModel, finish_model
 from mnistsum_ray.training.checkpoint import (
     CheckpointError,
     TrainerState,
@@ -62,24 +63,24 @@ class LoopConfig:
         return repr(self.hyperparameters)
 
 
-def train_loop_per_worker(config: dict[str, LoopConfig]) -> str | None:
+def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | str | None:
     """Train on this worker.
 
     Returns:
-        Why the run failed in a way that another attempt would meet again. All workers meet it at
-        the same step. What is raised is tried again by Ray Train.
+        The finished model, on rank 0. Or why the run failed in a way that another attempt would
+        meet again: all workers meet it at the same step. What is raised is tried again by Ray
+        Train.
     """
     try:
-        _train(config["loop"])
+        return _train(config["loop"])
     except CheckpointError:  # met by one worker alone
         raise
     except (RequestError, RunError) as error:
         return str(error)
-    return None
 
 
-def _train(config: LoopConfig) -> None:
-    """Train the epochs that are left."""
+def _train(config: LoopConfig) -> FinishedModel | None:
+    """Train the epochs that are left; on rank 0, finish the model."""
     parameters = config.hyperparameters
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
@@ -89,8 +90,6 @@ def _train(config: LoopConfig) -> None:
     state, tensors = latest_state(config.start.checkpoint)
     state.precision = state.precision or parameters.precision or _best_precision(worker)
     worker.send("begin")
-    if state.epochs_done == parameters.epochs:  # a worker was lost after the last checkpoint
-        return
     trainer = Trainer(parameters, worker, state.precision)
     model = trainer.model
     if tensors is not None:
@@ -99,8 +98,16 @@ def _train(config: LoopConfig) -> None:
         worker.note(f"going on after epoch {state.epochs_done}, on {workers}")
     elif config.start.weights is not None:
         model.load_state_dict(config.start.weights)
+    if state.epochs_done < parameters.epochs:
+        _train_epochs(trainer, data, state)
+    return finish_model(parameters, data, state, model, worker) if worker.rank == 0 else None
+
+
+def _train_epochs(trainer: Trainer, data: TrainingData, state: TrainerState) -> None:
+    """Train, evaluate and report each epoch that is left."""
+    parameters, model, worker = trainer.hyperparameters, trainer.model, trainer.worker
     shard = ray.train.get_dataset_shard(start_name(state.epochs_done))
-    batches = TrainingBatches(shard, device)
+    batches = TrainingBatches(shard, worker.device)
     held_out = {
         "validation": HeldOutRows(data.blocks, data.validation, worker),
         "test": HeldOutRows(data.blocks, data.test, worker),

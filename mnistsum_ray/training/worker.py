@@ -1,7 +1,4 @@
-"""A process that computes on rows: its settings, its device, and its events for the driver.
-
-Neither Ray Train nor Ray Data is imported here, see analysis.py.
-"""
+"""A process that computes on rows: its settings, its device, and its events for the driver."""
 
 from contextlib import suppress
 from dataclasses import dataclass
