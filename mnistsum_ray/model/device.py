@@ -25,9 +25,11 @@ def tune_malloc() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    # Before 2.35, glibc takes no more than the second size. Without this threshold the other two
-    # settings make it give back even small blocks, so they are set only where it was taken.
-    if any(libc.mallopt(_M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):
+    accepted = libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+    if not accepted:  # glibc before 2.35 takes no more than this:
+        accepted = libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+    # Without that threshold these two would make it give back even small blocks.
+    if accepted:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(_M_TOP_PAD, 2**28)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mnistsum_ray.data.order import NUMBERS
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shortened
-from mnistsum_ray.model.heads import HEADS, NETWORK
-from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, Network, make_network
+from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.model.network import NETWORK, PIXEL_MEAN, PIXEL_STD, Network, make_network
 from mnistsum_ray.storage.store import Location
 
 MODEL_FORMAT: Final = "mnistsum_ray/5"
@@ -22,11 +22,11 @@ DESCRIPTION_FILE: Final = "model.json"
 HEADER_KEY: Final = "mnistsum_ray"
 
 INTERFACE: Final = {
-    "network": NETWORK,
+    "network": NETWORK.__name__,
     "number": f"0..{NUMBERS - 1}",
     "output": {head.name: f"{head.classes} scores" for head in HEADS},
 }
-"""What the description must say for the model to be used; `number` is in its `input`."""
+"""What the description must say for the model to be used, there `number` in `input`."""
 
 Weights = dict[str, Tensor]
 """float32, but for buffers such as the number of batches of `nn.BatchNorm2d`."""
@@ -41,11 +41,7 @@ def copy_weights(model: Network) -> Weights:
 
 
 def describe_model(
-    weights: Weights,
-    *,
-    epoch: int,
-    metrics: dict[str, Any],
-    sum_head: dict[str, Any] | None = None,
+    weights: Weights, *, epoch: int, metrics: dict[str, Any], sum_head: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The description of weights of an epoch; `metrics` are by split."""
     return {
@@ -108,10 +104,11 @@ def read_description(data: bytes) -> dict[str, Any]:
     description: dict[str, Any] = json.loads(safetensors_header(data).get(HEADER_KEY, "{}"))
     if description.get("format") != MODEL_FORMAT:
         raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
+    found = {"network": description["network"], "output": description["output"]}
+    found["number"] = description["input"]["number"]
     for name, expected in INTERFACE.items():
-        found = (description | description["input"]).get(name)
-        if found != expected:
-            raise ValueError(f"its {name!r} is {found}, and here {expected}; train again")
+        if found[name] != expected:
+            raise ValueError(f"its {name!r} is {found[name]}, and here {expected}; train again")
     return description
 
 

@@ -9,9 +9,6 @@ import pyarrow as pa
 from mnistsum_ray.data.images import DIGITS
 from mnistsum_ray.data.order import NUMBERS, integer_type
 
-NETWORK: Final = "TwoHeadCNN"
-"""Class in `model/network.py` that is trained and scored with; model.json has its name too."""
-
 
 @dataclass(frozen=True)
 class Head:

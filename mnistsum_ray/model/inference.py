@@ -13,7 +13,7 @@ from mnistsum_ray.data.images import SIDE, Numbers, Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
-from mnistsum_ray.model.network import Network, Scores, make_network, undistorted_digit_scores
+from mnistsum_ray.model.network import Network, Scores, make_network, score_digits
 
 CPU_BATCH: Final = 256
 """Rows of a forward pass on CPUs: 3 to 7 % faster than 64 on two cores, and as fast as more."""
@@ -102,7 +102,7 @@ def predict_pairs(
         if missing:
             zeros = [values.new_zeros(missing, *values.shape[1:]) for values in batch]
             batch = [torch.cat(parts) for parts in zip(batch, zeros, strict=True)]
-        digit_scores = undistorted_digit_scores(model, batch[0], bf16=bf16)
+        digit_scores = score_digits(model, batch[0], bf16=bf16)
         # The other heads, a thousandth of the work, run in float32, as in the evaluation.
         scores.append(model.scores(digit_scores.float(), batch[1]))
     found: Predictions = {}

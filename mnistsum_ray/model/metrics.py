@@ -69,7 +69,7 @@ def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
 
 
 class AnswerCounts:
-    """Rows, right answers and losses, summed on the device, and by `metrics` over the workers."""
+    """Rows, right answers and losses, summed on the device."""
 
     def __init__(self, device: torch.device) -> None:
         # Rows, the sum of their mixed ids, consistent pairs, and right pairs of each head.
@@ -83,22 +83,28 @@ class AnswerCounts:
         truths = true_classes(batch["digit"], scores)
         for index, (head, logits, truth) in enumerate(zip(HEADS, scores, truths, strict=True)):
             answers[head.name] = logits.argmax(2)
-            right.append((answers[head.name] == truth).expand(-1, NUMBERS).sum())
+            is_right = answers[head.name] == truth
+            # The digit is one answer for all NUMBERS pairs of its image.
+            right.append(is_right.expand(-1, NUMBERS).sum())
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
             pairs_of_row = truth.size(1)  # NUMBERS, or 1 of digits
             self._losses[index] += loss / pairs_of_row
         numbers = torch.arange(NUMBERS, device=batch["digit"].device)
         consistent = (answers["sum"] == SUM.target(answers["digit"], numbers)).sum()
-        row_ids = batch["row_id"]
-        self._counts[0] += len(row_ids)
-        self._counts[1:] += torch.stack([mix_ids(row_ids).sum(), consistent, *right])
+        rows = torch.ones_like(batch["row_id"]).sum()
+        self._counts += torch.stack([rows, mix_ids(batch["row_id"]).sum(), consistent, *right])
+
+    def all_reduce(self) -> None:
+        """Sum over all workers, on every worker."""
+        self._counts = all_reduce_sum(self._counts)
+        self._losses = all_reduce_sum(self._losses)
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
-        """Sum over the workers and divide. RowCountError: a row was not counted exactly once."""
-        rows, id_sum, consistent, *right = all_reduce_sum(self._counts).tolist()
+        """The metrics of all counted rows. RowCountError: a row was not counted exactly once."""
+        rows, id_sum, consistent, *right = self._counts.tolist()
         check_row_counts(rows, id_sum, expected_rows, expected_id_sum, "evaluation")
         pairs = NUMBERS * rows
-        loss = all_reduce_sum(self._losses).mean().item() / rows
+        loss = self._losses.mean().item() / rows
         metrics = {"rows": rows, "pairs": pairs, "loss": loss}
         for head, count in zip(HEADS, right, strict=True):
             metrics[f"{head.name}_accuracy"] = count / pairs

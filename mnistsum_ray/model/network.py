@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.order import NUMBERS
-from mnistsum_ray.model.heads import DIGIT, HEADS, NETWORK, SUM
+from mnistsum_ray.model.heads import DIGIT, HEADS, SUM
 
 Scores = tuple[Tensor, ...]
 """Logits by head, in the order of HEADS: [n, classes] each."""
@@ -102,6 +102,7 @@ class Network(nn.Module, ABC):
         """Scores of all heads with every number: [n, NUMBERS, classes], of the digit [n, 1, 10]."""
         rows = len(digit_scores)
         numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
+        # The digit does not depend on the number, so its scores stay one row an image.
         _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
         return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
 
@@ -171,12 +172,17 @@ class TwoHeadCNN(Network):
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
         divide_scores(self.conv7, temperatures["digit"])
         divide_scores(self.fc2, temperatures["sum"])
+        # fc1 must see the undivided digit scores: multiply its weights of them.
         self.fc1.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
+
+
+NETWORK: Final[type[Network]] = TwoHeadCNN
+"""The class that is trained and scored with; model.json has its name."""
 
 
 def make_network() -> Network:
     """A new network of the class NETWORK, its convolutions channels last: their fast layout."""
-    network: Network = globals()[NETWORK]()
+    network = NETWORK()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
@@ -210,7 +216,7 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def undistorted_digit_scores(model: Network, images: Tensor, *, bf16: bool) -> Tensor:
+def score_digits(model: Network, images: Tensor, *, bf16: bool) -> Tensor:
     """Digit scores [n, 10] of images uint8[n, 28, 28], in bfloat16 or float32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         return model.digit_scores(prepare_images(images))

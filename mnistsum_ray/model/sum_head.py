@@ -25,13 +25,8 @@ _LEARNING_RATE: Final = 0.02
 """Of AdamW at the first step; it falls linearly to 0. With 0.01 and 0.05 more sums differ."""
 
 
-def finetune_sum_head(
-    model: Network,
-    digit_scores: Tensor,
-    steps: int,
-    seed: int,
-) -> None:
-    """Train all heads but the digit's on the distribution of their answer, as of digit + number.
+def finetune_sum_head(model: Network, digit_scores: Tensor, steps: int, seed: int) -> None:
+    """Train all heads but the digit's, with `class_distribution` of the digit scores as target.
 
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most
     likely digit instead, the head is sure of every sum, also of wrong ones (negative log-likelihood

@@ -72,9 +72,12 @@ class Console:
         ended = threading.Event()
 
         def watch() -> None:
-            while not ended.wait(SILENCE_SECONDS):
+            wait = SILENCE_SECONDS
+            while not ended.wait(wait):
                 silent = time.monotonic() - self._heard
-                if silent >= SILENCE_SECONDS:
+                wait = SILENCE_SECONDS - silent
+                if wait <= 0:
+                    wait = SILENCE_SECONDS
                     with suppress(Exception):  # a cluster that has ended; the run fails on it too
                         self._write(f"no word from {who} for {silent:.0f} s: {explain()}")
 
@@ -101,23 +104,6 @@ class Console:
             tqdm.write(printable(text), file=self._stream)
             self._stream.flush()
         self._line_time = time.monotonic()
-
-    def show(self, event: dict[str, Any]) -> None:
-        """Show an event of the training loop, by its `kind`; of other kinds nothing."""
-        kind = event["kind"]
-        if kind in ("note", "failure"):
-            self.say(event["text"])
-        elif kind == "counter":
-            self.progress(event["what"], event["done"], event["total"])
-        elif kind == "progress":
-            rows = event["of_rows"]
-            done = (event["epoch"] - 1) * rows + event["rows"]
-            note = f"epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}"
-            self.progress("training rows", done, event["epochs"] * rows, note)
-        elif kind == "epoch":
-            loss, test = f"loss {event['train_loss']:.4f}", f"test {accuracies(event['test'])}"
-            rate = f"{event['rows_per_second']:,.0f} rows/s"
-            self.say(f"epoch {event['epoch']}: {loss}, {test}, {rate}")
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show how far some work is: by a bar of its own, or in a log by a line now and then."""

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +41,36 @@ def log_run(
         experiment_id = client.create_experiment(config["mlflow_experiment"], artifacts)
     run = client.create_run(experiment_id, run_name=config["name"])
     run_id = str(run.info.run_id)
-    params = [Param(key, str(value)) for key, value in config.items()]
-    client.log_batch(run_id, params=params)
-    for entry in history:
-        client.log_batch(run_id, _metrics("epoch", entry, entry["epoch"]))
-    # Of the published model, whose sum head was fine-tuned after the last epoch.
-    client.log_batch(run_id, _metrics("final", description, history[-1]["epoch"]))
-    with tempfile.TemporaryDirectory() as copy:
-        weights, model_json = f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"
-        for name in (*PICTURES, REPORT, "history.jsonl", "manifest.json", weights, model_json):
-            Path(copy, name).parent.mkdir(exist_ok=True)
-            Path(copy, name).write_bytes((folder / name).read_bytes())
-        # ONNX holds no pickle. MLflow would find the requirements by running the model.
-        model = onnx.load_from_string(export_onnx(load_model(folder)[0], description))
-        packages = mlflow.onnx.get_default_pip_requirements()
-        mlflow.onnx.save_model(
-            model, f"{copy}/onnx", pip_requirements=packages, save_as_external_data=False
-        )
-        client.log_artifacts(run_id, copy)
-    name = config["mlflow_model"]
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
-    client.create_model_version(name, f"{run.info.artifact_uri}/onnx", run_id)
-    client.set_terminated(run_id)
+    try:
+        params = [Param(key, str(value)) for key, value in config.items()]
+        client.log_batch(run_id, params=params)
+        for entry in history:
+            client.log_batch(run_id, _metrics("epoch", entry, entry["epoch"]))
+        # Of the published model, whose sum head was fine-tuned after the last epoch.
+        client.log_batch(run_id, _metrics("final", description, history[-1]["epoch"]))
+        names = [name for name in PICTURES if (folder / name).status()]  # those that could be drawn
+        names += [REPORT, "history.jsonl", "manifest.json"]
+        names += [f"model/{WEIGHTS_FILE}", f"model/{DESCRIPTION_FILE}"]
+        with tempfile.TemporaryDirectory() as copy:
+            for name in names:
+                Path(copy, name).parent.mkdir(exist_ok=True)
+                Path(copy, name).write_bytes((folder / name).read_bytes())
+            # ONNX holds no pickle. MLflow would find the requirements by running the model.
+            model = onnx.load_from_string(export_onnx(load_model(folder)[0], description))
+            packages = mlflow.onnx.get_default_pip_requirements()
+            mlflow.onnx.save_model(
+                model, f"{copy}/onnx", pip_requirements=packages, save_as_external_data=False
+            )
+            client.log_artifacts(run_id, copy)
+        model_name = config["mlflow_model"]
+        if not client.search_registered_models(f"name = '{model_name}'"):
+            client.create_registered_model(model_name)
+        client.create_model_version(model_name, f"{run.info.artifact_uri}/onnx", run_id)
+        client.set_terminated(run_id)
+    except BaseException:
+        with suppress(Exception):  # the server may be away
+            client.set_terminated(run_id, "FAILED")  # else it is shown as running for ever
+        raise
     return run_id
 
 

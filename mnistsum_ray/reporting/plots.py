@@ -31,15 +31,6 @@ _ACROSS: Final = 6
 """Most images beside each other."""
 
 
-def png(draw: Callable[..., Figure], *arguments: Any) -> bytes:
-    """What one of these functions draws, in the common style, as a PNG file."""
-    file = io.BytesIO()
-    # A user's matplotlibrc may ask for LaTeX, which may be missing.
-    with style.context(["default", "tableau-colorblind10", _STYLE]):
-        FigureCanvasAgg(draw(*arguments)).print_png(file)  # type: ignore[no-untyped-call]
-    return file.getvalue()
-
-
 def draw_history(history: list[dict[str, Any]]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch."""
     figure = Figure(figsize=(9, 4))
@@ -47,7 +38,7 @@ def draw_history(history: list[dict[str, Any]]) -> Figure:
     epochs = [entry["epoch"] for entry in history]
     times, means = [], []
     for entry in history:
-        steps = entry["step_losses"][-1][0]
+        steps, _ = entry["step_losses"][-1]  # the last of the epoch
         times += [entry["epoch"] - 1 + step / steps for step, _ in entry["step_losses"]]
         means += [loss for _, loss in entry["step_losses"]]
     losses.plot(times, means, color="grey", linewidth=1, label="training")
@@ -118,12 +109,31 @@ def draw_reliability(heads: dict[str, Any]) -> Figure:
     panels = figure.subplots(1, len(heads), squeeze=False).ravel()
     for index, (name, head) in enumerate(heads.items()):
         bins = head["reliability"]
-        used = np.array(bins["rows"]) > 0
-        rows, probability, right = (np.array(bins[key])[used] for key in bins)
+        names = ("rows", "probability", "right")
+        rows, probability, right = (np.array(bins[name]) for name in names)
         axes = panels[index]
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect calibration")
-        axes.plot(probability / rows, right / rows, "o", color=f"C{index}", label="accuracy")
+        used = rows > 0
+        x, y = probability[used] / rows[used], right[used] / rows[used]
+        axes.plot(x, y, "o", color=f"C{index}", label="accuracy")
         axes.set_title(f"{name}: expected calibration error {head['ece']:.4f}")
         axes.set(xlabel="predicted probability", ylabel="accuracy")
         axes.legend(loc="lower right")
     return figure
+
+
+_DRAW: Final[dict[str, Callable[..., Figure]]] = {
+    "history.png": draw_history,
+    "confusion.png": draw_confusion,
+    "mistakes.png": draw_mistakes,
+    "reliability.png": draw_reliability,
+}
+
+
+def png(name: str, *arguments: Any) -> bytes:
+    """The content of one of these files, in the common style; arguments: of what draws it."""
+    file = io.BytesIO()
+    # A user's matplotlibrc may ask for LaTeX, which may be missing.
+    with style.context(["default", "tableau-colorblind10", _STYLE]):
+        FigureCanvasAgg(_DRAW[name](*arguments)).print_png(file)  # type: ignore[no-untyped-call]
+    return file.getvalue()

@@ -41,9 +41,7 @@ def versions() -> dict[str, str]:
 
 
 def report_page(
-    manifest: dict[str, Any],
-    description: dict[str, Any],
-    pictures: dict[str, bytes],
+    manifest: dict[str, Any], description: dict[str, Any], pictures: dict[str, bytes]
 ) -> str:
     """Render the HTML page of a finished training: accuracies, pictures, configuration."""
     data, test = manifest["data"], description["test"]
@@ -135,18 +133,20 @@ def write_report(
 ) -> None:
     """Write the pictures and report.html of a run; what cannot be drawn never costs the run."""
     analysis = manifest["error_analysis"]
+    shown: dict[str, tuple[Any, ...]] = {
+        "history.png": (history,),
+        "confusion.png": (analysis["confusion"],),
+        "mistakes.png": (analysis["mistakes"], mistake_images),
+        "reliability.png": (analysis["probabilities"],),
+    }
     drawn = {}
-    try:
-        from mnistsum_ray.reporting import plots  # takes a second to import
+    for name, figures in shown.items():
+        try:
+            from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
 
-        drawn = {
-            "history.png": plots.png(plots.draw_history, history),
-            "confusion.png": plots.png(plots.draw_confusion, analysis["confusion"]),
-            "mistakes.png": plots.png(plots.draw_mistakes, analysis["mistakes"], mistake_images),
-            "reliability.png": plots.png(plots.draw_reliability, analysis["probabilities"]),
-        }
-    except Exception as error:  # such as of a font that a user's settings name
-        say(f"pictures cannot be drawn: {one_line(error)}; {REPORT} is without them")
+            drawn[name] = plots.png(name, *figures)
+        except Exception as error:  # such as of a font that a user's settings name
+            say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
     for name, picture in drawn.items():
         (folder / name).write(picture)
     (folder / REPORT).write(report_page(manifest, description, drawn).encode())

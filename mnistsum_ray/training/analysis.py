@@ -1,16 +1,10 @@
-"""The model of a trained run, after the last epoch: fine-tune the sum head, calibrate, analyse.
+"""The model of a trained run, after the last epoch: fine-tune the sum head, calibrate, analyse."""
 
-Runs in a new process, for whose imports the command waits: neither Ray Train nor Ray Data is
-imported here, which would take another second.
-"""
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
-import ray
 import torch
-from ray.util.queue import Queue
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
@@ -22,10 +16,10 @@ from mnistsum_ray.model.device import hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.model.metrics import analyse_errors, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, make_network
-from mnistsum_ray.storage.store import Location
-from mnistsum_ray.training.checkpoint import load_weights, read_checkpoint
+from mnistsum_ray.training.checkpoint import TrainerState
+from mnistsum_ray.training.held_out import HeldOutRows
 from mnistsum_ray.training.rows import TrainingData
-from mnistsum_ray.training.worker import HeldOutRows, Worker, set_up_process
+from mnistsum_ray.training.worker import Worker
 
 _FITTED_BATCHES: Final = 20
 """Most batches of validation rows that the temperatures are fitted on: 5,000 rows on CPUs."""
@@ -52,56 +46,55 @@ class FinishedModel:
 def finish_model(
     parameters: Hyperparameters,
     data: TrainingData,
-    checkpoint: Location,
-    threads: int | None,
-    events: Queue,
+    state: TrainerState,
+    trained: Network,
+    worker: Worker,
 ) -> FinishedModel:
     """Fine-tune the sum head of the last epoch's model, calibrate it, and analyse its errors.
 
-    Runs as a task of Ray, when the training workers have ended and their GPUs are free. The same
-    checkpoint gives the same model each time.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used.
+    Rank 0 does it alone. The same trained model gives the same finished one each time.
     """
-    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    set_up_process(device, threads)
-    worker = Worker(0, 1, device, events)
-    state, tensors = read_checkpoint(checkpoint)
+    worker = replace(worker, world_size=1)
     bf16 = state.precision == "bf16"
-    model = make_network().to(device)
-    load_weights(tensors, model)
-    splits = {"validation": data.validation, "test": data.test}
-    rows = {name: HeldOutRows(data.blocks, ids, worker) for name, ids in splits.items()}
-    # The digit's scores are those of the last epoch: the convolutions are trained no more.
-    scored = {name: list(rows[name].scored(model, bf16=bf16)) for name in splits}
-    metrics = {name: state.history[-1][name] for name in splits}
+    # A copy without the hooks of DDP, which would wait for the other workers.
+    model = make_network().to(worker.device)
+    model.load_state_dict(trained.state_dict())
+    validation = HeldOutRows(data.blocks, data.validation, worker)
+    test = HeldOutRows(data.blocks, data.test, worker)
+    # They stay as they are from here on: the convolutions are trained no more.
+    validation_scores = list(validation.digit_scores(model, bf16=bf16))
+    test_scores = list(test.digit_scores(model, bf16=bf16))
+    metrics = {name: state.history[-1][name] for name in ("validation", "test")}
     tuning = None
     if parameters.sum_head_steps:
         train = HeldOutRows(data.blocks, sample(data.order.ids, sum_head.MAX_ROWS), worker)
-        digit_scores = [scores.float() for _, scores in train.scored(model, bf16=bf16)]
-        _finetune(parameters, model, torch.cat(digit_scores), worker)
+        train_scores = [scores.float() for _, scores in train.digit_scores(model, bf16=bf16)]
+        _finetune(parameters, model, torch.cat(train_scores), worker)
         before = metrics
-        metrics = {name: rows[name].metrics(model, scored[name]) for name in splits}
+        metrics = {
+            "validation": validation.metrics(model, validation_scores),
+            "test": test.metrics(model, test_scores),
+        }
         tuning = {"steps": parameters.sum_head_steps, "before": before, "after": metrics}
         shares = [percent(of["validation"]["consistency"]) for of in (before, metrics)]
-        text = "validation sums equal to digit + number: {} before, {} after"
-        worker.note(text.format(*shares))
+        equal = f"{shares[0]} before, {shares[1]} after"
+        worker.note(f"validation sums equal to digit + number: {equal}")
+    trained_sha256 = checksum(copy_weights(model))
     worker.note("analysing the model's answers on the test rows")
-    trained = copy_weights(model)
-    fitted = score_rows(model, _at_most(_FITTED_BATCHES, scored["validation"]))
-    temperatures = fit_temperatures(fitted)
-    analysed = score_rows(model, _at_most(_ANALYSED_BATCHES, scored["test"]))
-    analysis = analyse_errors(analysed, temperatures)
+    to_fit = score_rows(model, _at_most(_FITTED_BATCHES, validation_scores))
+    temperatures = fit_temperatures(to_fit)
+    to_analyse = score_rows(model, _at_most(_ANALYSED_BATCHES, test_scores))
+    analysis = analyse_errors(to_analyse, temperatures)
     model.fold_temperatures(temperatures)
     weights = copy_weights(model)
-    errors = {name: {"ece": of["ece"]} for name, of in analysis["probabilities"].items()}
     description = describe_model(
         weights, epoch=state.epochs_done, metrics=metrics, sum_head=tuning
     ) | {
-        "trained_sha256": checksum(trained),
+        "trained_sha256": trained_sha256,
         "temperatures_in_weights": temperatures,
-        "probabilities": errors,
+        "probabilities": {
+            name: {"ece": of["ece"]} for name, of in analysis["probabilities"].items()
+        },
     }
     mistakes = np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64)
     return FinishedModel(
@@ -110,7 +103,7 @@ def finish_model(
         description,
         {
             "error_analysis": analysis,
-            "hardware": hardware(device) | {"threads": torch.get_num_threads()},
+            "hardware": hardware(worker.device) | {"threads": torch.get_num_threads()},
             "precision": state.precision,
         },
         data.blocks.fetch(mistakes)[0],

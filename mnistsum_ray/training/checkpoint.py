@@ -87,17 +87,12 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
 
 def restore(tensors: Weights, model: Network, optimizer: MuonAdamW) -> None:
     """Load the tensors of a checkpoint into model and optimizer, in place, on their device."""
-    load_weights(tensors, model)
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         keys = [key for key in tensors if key.startswith(prefix)]
         state = {key.removeprefix(prefix): tensors[key] for key in keys}
         optimizer.load_state(parameter, state)
-
-
-def load_weights(tensors: Weights, model: Network) -> None:
-    """Load the weights of a checkpoint into a model, in place."""
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
 
 
 def newest_checkpoint(

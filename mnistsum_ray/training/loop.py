@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mnistsum_ray.model.folder import Weights
 from mnistsum_ray.model.network import Network
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
+from mnistsum_ray.training.analysis import FinishedModel, finish_model
 from mnistsum_ray.training.checkpoint import (
     CheckpointError,
     TrainerState,
@@ -28,9 +29,23 @@ from mnistsum_ray.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from mnistsum_ray.training.held_out import HeldOutRows
+from mnistsum_ray.training.pipeline import start_name
 from mnistsum_ray.training.rows import TrainingData
 from mnistsum_ray.training.trainer import Trainer, TrainingBatches
-from mnistsum_ray.training.worker import HeldOutRows, Worker, send, set_up_process
+from mnistsum_ray.training.worker import Worker, send, set_up_process
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: a checkpoint, which `--resume` has found, or weights, or neither."""
+
+    checkpoint: Location | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of history.jsonl up to the checkpoint."""
+    weights: Weights | None = None
+    init_from: dict[str, str] | None = None
+    """Where the weights are from: `model`, the value of `--init-from`, and its `sha256`."""
 
 
 @dataclass(frozen=True)
@@ -41,56 +56,58 @@ class LoopConfig:
     threads: int | None
     data: "ray.ObjectRef[TrainingData]"
     events: Queue
-    """From the workers to the console."""
-    checkpoint: Location | None
-    """Where `--resume` goes on."""
-    weights: Weights | None
-    """Those of `--init-from`, which a run without a checkpoint begins with; None: new ones."""
+    """From the workers to the driver."""
+    start: Start
 
     def __repr__(self) -> str:  # Ray's dashboard shows it
         return repr(self.hyperparameters)
 
 
-def train_loop_per_worker(config: dict[str, LoopConfig]) -> str | None:
+def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | str | None:
     """Train on this worker.
 
     Returns:
-        Why the run failed in a way that another attempt would meet again. All workers meet it at
-        the same step. What is raised is tried again by Ray Train.
+        The finished model, on rank 0. Or why the run failed in a way that another attempt would
+        meet again: all workers meet it at the same step. What is raised is tried again by Ray
+        Train.
     """
     try:
-        _train(config["loop"])
+        return _train(config["loop"])
     except CheckpointError:  # met by one worker alone
         raise
     except (RequestError, RunError) as error:
         return str(error)
-    return None
 
 
-def _train(config: LoopConfig) -> None:
-    """Train the epochs that are left."""
+def _train(config: LoopConfig) -> FinishedModel | None:
+    """Train the epochs that are left; on rank 0, finish the model."""
     parameters = config.hyperparameters
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     set_up_process(device, config.threads)
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, config.events)
     data: TrainingData = ray.get(config.data)
-    saved = latest_state(config.checkpoint)
-    state = saved[0] if saved else TrainerState(0, [], "")
+    state, tensors = latest_state(config.start.checkpoint)
     state.precision = state.precision or parameters.precision or _best_precision(worker)
     worker.send("begin")
-    if state.epochs_done == parameters.epochs:  # a worker was lost after the last checkpoint
-        return
     trainer = Trainer(parameters, worker, state.precision)
     model = trainer.model
-    if saved:
-        restore(saved[1], model, trainer.optimizer)
+    if tensors is not None:
+        restore(tensors, model, trainer.optimizer)
         workers = counted(worker.world_size, "worker")
         worker.note(f"going on after epoch {state.epochs_done}, on {workers}")
-    elif config.weights:
-        model.load_state_dict(config.weights)
-    shard = ray.train.get_dataset_shard(f"from epoch {state.epochs_done}")
-    batches = TrainingBatches(shard, device)
+    elif config.start.weights is not None:
+        model.load_state_dict(config.start.weights)
+    if state.epochs_done < parameters.epochs:
+        _train_epochs(trainer, data, state)
+    return finish_model(parameters, data, state, model, worker) if worker.rank == 0 else None
+
+
+def _train_epochs(trainer: Trainer, data: TrainingData, state: TrainerState) -> None:
+    """Train, evaluate and report each epoch that is left."""
+    parameters, model, worker = trainer.hyperparameters, trainer.model, trainer.worker
+    shard = ray.train.get_dataset_shard(start_name(state.epochs_done))
+    batches = TrainingBatches(shard, worker.device)
     held_out = {
         "validation": HeldOutRows(data.blocks, data.validation, worker),
         "test": HeldOutRows(data.blocks, data.test, worker),
@@ -101,7 +118,8 @@ def _train(config: LoopConfig) -> None:
         state.epochs_done += 1
         started = time.perf_counter()
         for name, rows in held_out.items():
-            line[name] = rows.metrics(model, rows.scored(model, bf16=trainer.bf16))
+            scored = rows.digit_scores(model, bf16=trainer.bf16)
+            line[name] = rows.metrics(model, scored)
             where = f"epoch {state.epochs_done}: the loss on {name} rows is"
             trainer.check_finite(line[name]["loss"], where)
         line["evaluation_seconds"] = time.perf_counter() - started
@@ -117,16 +135,18 @@ def _best_precision(worker: Worker) -> str:
     return "bf16" if all_reduce_sum(votes).item() == worker.world_size else "fp32"
 
 
-def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights] | None:
-    """State and tensors (for `restore`) that a worker goes on from; None: from the beginning.
+def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights | None]:
+    """State that a worker goes on from, and its tensors for `restore`; None at the beginning.
 
     They are those of the last checkpoint of this attempt, or else of the one that it resumed.
     """
     latest = ray.train.get_checkpoint()
-    if latest is None:
-        return read_checkpoint(resumed) if resumed else None
-    with latest.as_directory() as folder:
-        return read_checkpoint(Location(folder))
+    if latest is not None:
+        with latest.as_directory() as folder:
+            return read_checkpoint(Location(folder))
+    if resumed is not None:
+        return read_checkpoint(resumed)
+    return TrainerState(0, [], ""), None
 
 
 def report_epoch(state: TrainerState, model: Network, optimizer: MuonAdamW, rank: int) -> None:

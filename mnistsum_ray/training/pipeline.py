@@ -4,8 +4,8 @@
                                                  └──▶ ReadSteps ──▶ rank 1: step 0, step 1, …
 
 A dataset goes on over the ends of the epochs. Which rows it gives follows from seed, epoch and row
-ids alone (data/order.py). `datasets` has an entry for each epoch that a run may start from, since
-Ray Train makes datasets before a worker knows its checkpoint.
+ids alone (data/order.py). A worker knows only from its checkpoint which epoch it starts with, so it
+asks Ray Train for a dataset by the name of that epoch, and `StepsInOrder` then makes that one.
 
 This module does not import torch: an actor that took a second to import it would delay the first
 training rows.
@@ -48,13 +48,21 @@ _RETRIES: Final = 3
 """Starts of an actor after a failure: by itself Ray Data would start new ones for ever."""
 
 
-def epochs_from(first: int, epochs: int) -> ray.data.Dataset:
-    """The epochs that a run trains which starts from the epoch `first`: one row each.
+_START: Final = "from epoch "
 
-    `StepsInOrder` makes the rows of the workers from their number.
+
+def start_name(epoch: int) -> str:
+    """Name of the dataset of workers that start with this epoch, counted from 0."""
+    return f"{_START}{epoch}"
+
+
+def start_points(epochs: range) -> dict[str, ray.data.Dataset]:
+    """What `TorchTrainer` takes as `datasets`: the epochs that its workers may start with, by name.
+
+    Nobody reads the Datasets: `StepsInOrder` makes others, from the names.
     """
-    rows = [{"epoch": epoch} for epoch in range(first, epochs)]
-    return ray.data.from_items(rows, override_num_blocks=1)
+    placeholder = ray.data.from_items([0])
+    return {start_name(epoch): placeholder for epoch in epochs}
 
 
 class StepsInOrder(DataConfig):
@@ -73,27 +81,29 @@ class StepsInOrder(DataConfig):
         self._readers = readers
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-        """Iterators by name, for each rank; the datasets are those of `epochs_from`."""
+        """Iterators by name, for each rank, of the `start_points` that workers ask for."""
         order = ray.get(self._data).order
         iterators: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, epochs_left in datasets.items():
-            epochs = range(self._epochs - epochs_left.count(), self._epochs)
-            for rank, by_name in enumerate(iterators):
-                by_name[name] = self._steps(tasks(order, epochs, world_size), rank, world_size)
+        for name in datasets:
+            epochs = range(int(name.removeprefix(_START)), self._epochs)
+            items = tasks(order, epochs, world_size)
+            # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the
+            # workers hold all CPUs.
+            dataset = ray.data.from_items(items, override_num_blocks=len(items))
+            set_data_options(dataset, preserve_order=True, object_store_bytes=_AHEAD_BYTES)
+            for rank in range(world_size):
+                iterators[rank][name] = self._read_steps(dataset, len(items), rank, world_size)
         return iterators
 
-    def _steps(
-        self, items: list[dict[str, int]], rank: int, world_size: int
+    def _read_steps(
+        self, dataset: ray.data.Dataset, count: int, rank: int, world_size: int
     ) -> ray.data.DataIterator:
+        """The rows of one rank, of a dataset of so many tasks."""
         # Actors, since Ray ends the process of a task that has had no work for a second, and a
         # new one takes two.
         actors = ActorPoolStrategy(
-            size=min(self._readers, len(items)), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT
+            size=min(self._readers, count), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT
         )
-        # Not `from_arrow`: its tasks reserve a CPU each, and would wait for ever where the
-        # workers hold all CPUs.
-        dataset = ray.data.from_items(items, override_num_blocks=len(items))
-        set_data_options(dataset, preserve_order=True, object_store_bytes=_AHEAD_BYTES)
         rows = dataset.map_batches(
             ReadSteps,
             fn_constructor_args=(self._data, self._distortion, rank, world_size),

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
 from mnistsum_ray.data.inputs import components_below, real_path
-from mnistsum_ray.data.sources import FileGroup, Source, StartProgress, no_progress, open_source
+from mnistsum_ray.data.sources import Source, StartProgress, no_progress, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
 from mnistsum_ray.storage.store import Location, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
@@ -22,7 +22,7 @@ MANIFEST: Final = "manifest.json"
 
 _HYPERPARAMETERS: Final = [field.name for field in fields(Hyperparameters)]
 
-_FIXED: Final = ("recipe", "skip_bad_rows", "init_from", *_HYPERPARAMETERS)
+_FIXED_BY_RUN: Final = ("recipe", "skip_bad_rows", "init_from", *_HYPERPARAMETERS)
 """Fields that `--resume` may not change."""
 
 
@@ -33,18 +33,10 @@ class TrainingRun:
     config: TrainConfig
     hyperparameters: Hyperparameters
     source: Source
-    storage: Location
     folder: Location
     """Run folder `<storage_path>/<name>`."""
     stored: dict[str, Any] | None
     """Manifest of the run that is resumed, whose data must be the same."""
-
-    def first_file(self) -> dict[str, Location]:
-        """The first file of the data by its flag, where tasks read it."""
-        group = self.source.groups[0]
-        if not isinstance(group, FileGroup):
-            return {}
-        return {"--data": group.files[0].path}
 
     def ray_storage(self, name: str) -> str:
         """A folder of the run as Ray Train takes it: Arrow decodes percent signs in a URI."""
@@ -53,7 +45,7 @@ class TrainingRun:
 
     def how_to_resume(self) -> str:
         """End of an error message: the command that resumes the run."""
-        flags = ["--storage-path", self.storage.display, "--name", str(self.config.name)]
+        flags = ["--storage-path", self.config.storage_path, "--name", str(self.config.name)]
         command = f"{shell_command('train')} {shlex.join(flags)} --resume"
         return f"checkpoints are kept, and this command resumes: {command}"
 
@@ -92,7 +84,7 @@ def preflight(config: TrainConfig, progress: StartProgress = no_progress) -> Tra
     chosen["data"] = "sample" if source.name == "sample" else source.location
     config = config.model_copy(update=chosen)
     hyperparameters = Hyperparameters(**{key: getattr(config, key) for key in _HYPERPARAMETERS})
-    return TrainingRun(config, hyperparameters, source, storage, folder, stored)
+    return TrainingRun(config, hyperparameters, source, folder, stored)
 
 
 def _check_free(folder: Location, name: str, begun: bool) -> None:
@@ -133,7 +125,7 @@ def _resumed(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
     # A null, as a YAML file may have it, leaves the choice to the stored run.
     asked = {key: getattr(config, key) for key in config.model_fields_set}
     given = {key: value for key, value in asked.items() if value is not None}
-    for key in _FIXED:
+    for key in _FIXED_BY_RUN:
         has = getattr(stored, key)
         if key in given and given[key] != has:
             flag = f"--{key.replace('_', '-')} {given[key]}"
@@ -153,15 +145,14 @@ def _read_run(folder: Location) -> tuple[dict[str, Any], TrainConfig]:
     try:
         manifest: dict[str, Any] = path.read_json()
         config = TrainConfig(**manifest["config"])
-        known = {"sha256", "location", "notice"} <= set(manifest["data"])
+        if not {"sha256", "location", "notice"} <= set(manifest["data"]):
+            raise KeyError("data")
     except MissingFileError:
         problem = f"there is no run in {folder.display} (no {MANIFEST}); start it without --resume"
         raise RequestError(f"--resume: {problem}") from None
     except StorageError as error:
         raise RequestError(f"--resume: {error}") from None
     except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
         problem = "is damaged, or of another version; start another run"
-        raise RequestError(f"--resume: {path.display} {problem}")
+        raise RequestError(f"--resume: {path.display} {problem}") from None
     return manifest, config

@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
@@ -24,57 +25,49 @@ from mnistsum_ray.training.analysis import FinishedModel
 from mnistsum_ray.training.preflight import MANIFEST, TrainingRun
 
 
+@dataclass
 class RunRecord:
     """Writes the files of a run, whose folder is held by `lock`; `say` gets lines."""
 
-    def __init__(self, run: TrainingRun, lock: FolderLock, say: Callable[[str], None]) -> None:
-        self.history: list[dict[str, Any]] = []
-        """Lines of history.jsonl, one an epoch."""
-        self._run = run
-        self._lock = lock
-        self._say = say
-        self._started = time.monotonic()
-        # Results of a run that is resumed stay until there are new ones.
-        self._manifest = dict(run.stored or {})
-        self.begun = False
-        """Whether the manifest says that this job runs."""
+    run: TrainingRun
+    lock: FolderLock
+    say: Callable[[str], None]
+    plan: WorkerPlan
+    threads: int | None
+    history: list[dict[str, Any]]
+    """Lines of history.jsonl, one an epoch."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    """What the file has since `begin`."""
 
-    def begin(
-        self,
-        source: Source,
-        sha256: str,
-        plan: WorkerPlan,
-        threads: int | None,
-        init_from: dict[str, str] | None,
-    ) -> None:
+    def begin(self, source: Source, sha256: str, init_from: dict[str, str] | None) -> None:
         """Write the manifest of a run that begins or goes on.
 
         `source` is without its bad rows, `sha256` its fingerprint. It is a RequestError if they are
         not those of the run that goes on.
         """
-        run = self._run
-        self._plan, self._threads = plan, threads
-        stored = self._manifest.get("data", {"sha256": sha256})
-        if sha256 != stored["sha256"]:
+        run, plan = self.run, self.plan
+        stored = run.stored["data"] if run.stored else None
+        if stored and stored["sha256"] != sha256:
             raise RequestError(
                 f"--resume: the data are not those of the run (SHA-256 {sha256[:12]}…, the run has "
                 f"{stored['sha256'][:12]}… from {stored['location']}); name the same data, or "
                 "start another run"
             )
-        self._manifest |= {
+        # Results of a run that is resumed stay until there are new ones.
+        self.manifest = (run.stored or {}) | {
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": run.config.model_dump(mode="json", exclude={"resume"}),
             "versions": versions(),
             "workers": plan.describe(),
             "num_workers": plan.worker_range,
-            "threads": threads,
+            "threads": self.threads,
             "data": {
                 "source": source.name,
                 "location": source.location,
                 # The config of a run that is resumed names the data that `--data auto` found, so
                 # only the first manifest says that it is not full MNIST.
-                "notice": source.notice or stored.get("notice", ""),
+                "notice": source.notice or (stored["notice"] if stored else ""),
                 "sha256": sha256,
                 "train_rows": len(source.train),
                 "validation_rows": len(source.validation),
@@ -83,34 +76,33 @@ class RunRecord:
             },
         }
         if init_from:
-            self._manifest["init_from"] = init_from
+            self.manifest["init_from"] = init_from
         file = run.folder / MANIFEST
         write = file.write if run.config.resume else file.create
-        write(self._manifest)
-        self.begun = True
+        write(self.manifest)
 
-    def mark(self, status: str) -> None:
-        """Write the status of a run that has begun and is not finished."""
-        if not self.begun or self._manifest["status"] == "finished":
+    def write_status(self, status: str) -> None:
+        """Write how the run ends, unless it is finished; what fails here is left out."""
+        if self.manifest["status"] == "finished":
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
-            self._lock.check()
-            (self._run.folder / MANIFEST).write(self._manifest | {"status": status})
+            self.lock.check()
+            (self.run.folder / MANIFEST).write(self.manifest | {"status": status})
 
     def _write_config(self, precision: str) -> None:
         """Write config.yaml: the config of the run, with what it has chosen, for another run."""
-        low, high = self._plan.worker_range
+        low, high = self.plan.worker_range
         chosen = {
             "num_workers": low if low == high else (low, high),
-            "use_gpu": self._plan.use_gpu,
-            "threads": self._threads,
+            "use_gpu": self.plan.use_gpu,
+            "threads": self.threads,
             "precision": precision,
         }
-        config = self._run.config.model_copy(update=chosen)
+        config = self.run.config.model_copy(update=chosen)
         entries = config.model_dump(mode="json", exclude={"storage_path", "name", "resume"})
         text = "# mnistsum train --config FILE trains the same again\n"
         text += yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
-        (self._run.folder / "config.yaml").write(text.encode())
+        (self.run.folder / "config.yaml").write(text.encode())
 
     def add_epoch(self, line: dict[str, Any]) -> None:
         """Write history.jsonl with one more epoch."""
@@ -119,56 +111,57 @@ class RunRecord:
 
     def _write_history(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        (self._run.folder / "history.jsonl").write(lines.encode())
+        (self.run.folder / "history.jsonl").write(lines.encode())
 
-    def publish(self, finished: FinishedModel) -> TrainResult:
-        """Write the model, the report and, last, the manifest: then the run is finished."""
-        folder, description = self._run.folder, finished.description
-        self.history = finished.history
-        self._lock.check()
+    def publish(self, finished: FinishedModel, started: float) -> TrainResult:
+        """Write the model, the report and, last, the manifest: then the run is finished.
+
+        `started` is of `time.monotonic`.
+        """
+        folder, description = self.run.folder, finished.description
+        self.history = history = finished.history
+        self.lock.check()
         write_model(folder / "model", finished.weights, description)
         self._write_config(finished.manifest["precision"])
         self._write_history()
         # The first epoch includes one-time work such as loading kernels.
-        steady = self.history[1:] or self.history
+        steady = history[1:] or history
         speeds = [line["rows_per_second"] for line in steady]
         result = TrainResult(
             run=folder.display,
             model=(folder / "model").display,
             parameters=description["parameters"],
-            data=SplitRows(**self._manifest["data"]),
+            data=SplitRows(**self.manifest["data"]),
             test=HeldOutMetrics(**description["test"]),
             images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
-            seconds=round(time.monotonic() - self._started, 1),
+            seconds=round(time.monotonic() - started, 1),
         )
-        manifest = self._manifest | finished.manifest
+        manifest = self.manifest | finished.manifest
         manifest["status"] = "finished"
         manifest["metrics"] = result.line()
-        seconds = sum(line["seconds"] + line["evaluation_seconds"] for line in self.history)
+        seconds = sum(line["seconds"] + line["evaluation_seconds"] for line in history)
         manifest["training_seconds"] = round(seconds, 1)
-        write_report(
-            folder, manifest, description, self.history, finished.mistake_images, self._say
-        )
+        write_report(folder, manifest, description, history, finished.mistake_images, self.say)
         rows = f"{counted(description['test']['rows'], 'row')}, all {NUMBERS} numbers"
-        self._say(f"test: {accuracies(description['test'])} ({rows})")
-        self._say(f"report: {(folder / REPORT).display}")
+        self.say(f"test: {accuracies(description['test'])} ({rows})")
+        self.say(f"report: {(folder / REPORT).display}")
         command = f"{shell_command('score')} --model {shlex.quote(folder.display)}"
-        self._say(f"score with it: {command} --input PAIRS --output SCORED")
-        self._lock.check()
-        self._manifest = manifest  # from here on the run is neither stopped nor failed
+        self.say(f"score with it: {command} --input PAIRS --output SCORED")
+        self.lock.check()
+        self.manifest = manifest  # from here on the run is neither stopped nor failed
         (folder / MANIFEST).write(manifest)
-        if self._run.config.mlflow:
+        if self.run.config.mlflow:
             self._log_to_mlflow(description)
         return result
 
     def _log_to_mlflow(self, description: dict[str, Any]) -> None:
         """Log the finished run to MLflow; a line says where, or why not."""
-        uri = self._run.config.mlflow
+        uri = self.run.config.mlflow
         try:
             from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
 
-            given = (self._manifest, self.history, description, self._run.folder)
-            self._say(f"MLflow: run {log_run(*given)} at {uri}")
+            given = (self.manifest, self.history, description, self.run.folder)
+            self.say(f"MLflow: run {log_run(*given)} at {uri}")
         except Exception as error:  # from the network to a missing client of the server's storage
             kept = "the run is complete, and --resume logs it again"
-            self._say(f"--mlflow {uri}: {one_line(error)}; {kept}")
+            self.say(f"--mlflow {uri}: {one_line(error)}; {kept}")

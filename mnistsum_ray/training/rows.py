@@ -34,6 +34,9 @@ _RETRIES: Final = 3
 _Summary = tuple[int, BadRows, bytes]
 """What the driver learns of a block: its rows, the bad ones, and the SHA-256 of its content."""
 
+_LoadedBlocks = Iterator[tuple[_Summary, "ray.ObjectRef[tuple[Pixels, Digits]]"]]
+"""Blocks in the object store, with their summaries, in the order of the rows."""
+
 
 @dataclass(frozen=True)
 class RowBlocks:
@@ -148,39 +151,44 @@ def _summary(block: Block) -> _Summary:
     return len(block.digits), block.bad, digest.digest()
 
 
-def _read_groups(groups: Groups) -> Iterator[tuple[_Summary, Any]]:
-    """Summary and reference of each block, in the order of the rows; errors: `load_blocks`."""
+def _read_groups(groups: Groups) -> _LoadedBlocks:
+    """Load all groups, several at a time; errors are those of `load_blocks`."""
     # No CPU is reserved, so that busy workers of another job cannot hold these tasks up.
     options = {"num_cpus": 0, "max_retries": _RETRIES, "num_returns": "streaming"}
     read = ray.remote(**options)(_read_group)
     most = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    running: deque[Any] = deque()
+    loading: deque[_LoadedBlocks] = deque()
     for group in groups:
-        running.append(group if isinstance(group, Block) else read.remote(group))
-        if len(running) >= most:
-            yield from _blocks_of(running.popleft())
-    for started in running:
-        yield from _blocks_of(started)
+        if isinstance(group, Block):
+            loading.append(_put_blocks(group))
+        else:
+            loading.append(_blocks_of_task(read.remote(group)))
+        if len(loading) >= most:
+            yield from loading.popleft()
+    for blocks in loading:
+        yield from blocks
+
+
+def _put_blocks(rows: Block) -> _LoadedBlocks:
+    """Put rows that are in memory into the object store."""
+    for block in rows.blocks():
+        yield _summary(block), ray.put((block.images, block.digits))
 
 
 def _read_group(group: FileGroup) -> Iterator[_Summary | tuple[Pixels, Digits]]:
-    """Summary and rows of each block, in turn; runs in a task."""
+    """A task: of each block its summary, which the driver gets, then its rows, which stay there."""
     for block in group.blocks():
         yield _summary(block)
         yield block.images, block.digits
 
 
-def _blocks_of(started: Any) -> Iterator[tuple[_Summary, Any]]:
-    """Summary and reference of each block of a group: rows in memory, or a task that reads."""
-    if isinstance(started, Block):
-        for block in started.blocks():
-            yield _summary(block), ray.put((block.images, block.digits))
-        return
-    for summary in started:
-        try:
-            rows = next(started)
-            yield ray.get(summary), rows
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, RequestError | RowCountError):
-                raise error.cause from None
-            raise RunError(f"--data {error.cause}; nothing was begun") from error
+def _blocks_of_task(objects: Any) -> _LoadedBlocks:
+    """The blocks of a task of `_read_group`, of the references to its objects."""
+    try:
+        for reference in objects:
+            summary = ray.get(reference)  # first: after an error no rows follow
+            yield summary, next(objects)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RequestError | RowCountError):
+            raise error.cause from None
+        raise RunError(f"--data {error.cause}; nothing was begun") from error

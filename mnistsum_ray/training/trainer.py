@@ -153,9 +153,9 @@ class Trainer:
             parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
         )
         if worker.world_size > 1:
-            # DDP orders its buckets anew after the first step, and three workers then sum in
-            # another order: without a step beforehand, whose gradients the next one drops, a run
-            # that goes on would have other bits.
+            # DDP orders its buckets anew after its first step, and three workers then sum in
+            # another order, so a run that goes on would have other bits. Therefore one step now:
+            # `zero_grad` drops its gradients.
             numbers = torch.zeros(len(self._positions), dtype=torch.int64, device=worker.device)
             pixels = numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8)
             self._objective.eval()  # so that no buffer changes
@@ -167,24 +167,19 @@ class Trainer:
         """Train an epoch, counted from 0; return its figures for history.jsonl.
 
         `train_loss` is the mean a row, in nats; `step_losses` are pairs of a step and that of the
-        last rows; `started` is in seconds since 1970; `waiting` is the share of the time without
-        data. A RunError says that the loss is infinite, or that rows were lost or repeated.
+        last rows. A RunError says that the loss is infinite, or that rows were lost or repeated.
         """
         parameters = self.hyperparameters
         steps = order.steps
         counter = EpochCounter(self.worker.device)
         curve = []
-        started = time.time()
-        begun = reported = time.perf_counter()
-        waited = rate = 0.0
+        started = reported = time.perf_counter()
         check_steps = max(1, min(_CHECK_STEPS, _CHECK_ROWS // parameters.batch_size))
         for step in range(steps):
-            asked = time.perf_counter()
             rows = order.batch_rows(step)
             # The last batch may end before the positions of this worker do.
             own_rows = min(self._positions.stop, rows) - self._positions.start
             batch = batches.take(max(0, own_rows))
-            waited += time.perf_counter() - asked
             step_of_run = epoch * steps + step
             rate = one_cycle(step_of_run, steps * parameters.epochs, parameters.learning_rate)
             counter.add(batch, self._step(batch, epoch, step, rows, rate))
@@ -203,20 +198,18 @@ class Trainer:
                     epochs=parameters.epochs,
                     rows=counter.rows,
                     of_rows=len(order.ids),
-                    rows_per_second=counter.rows / (now - begun),
+                    rows_per_second=counter.rows / (now - started),
                     loss=counter.loss / counter.rows,
                 )
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         counter.check(order, batches.left, f"training epoch {epoch + 1}")
-        curve_step = -(-len(curve) // _CURVE_POINTS)
+        every = -(-len(curve) // _CURVE_POINTS)
+        first = (len(curve) - 1) % every  # so that the last loss is kept
         return {
             "train_loss": counter.loss / counter.rows,
-            "step_losses": curve[::-1][::curve_step][::-1],
+            "step_losses": curve[first::every],
             "rows_per_second": counter.rows / seconds,
-            "started": started,
             "seconds": seconds,
-            "waiting": waited / seconds,
-            "learning_rate": rate,
         }
 
     def _step(

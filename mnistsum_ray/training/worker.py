@@ -1,54 +1,25 @@
-"""A process that computes on rows: its device, its line to the driver, and its held-out rows.
+"""A process that computes on rows: its settings, its device, and its events for the driver."""
 
-Neither Ray Train nor Ray Data is imported here, see analysis.py.
-"""
-
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import ray.exceptions
 import torch
 from ray.util.queue import Queue
-from torch import Tensor
 
-from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.data.order import RowIds, mix_ids
-from mnistsum_ray.model.device import (
-    array_to_device,
-    disable_tf32,
-    enable_determinism,
-    tune_malloc,
-)
-from mnistsum_ray.model.metrics import AnswerCounts, LabelledRows, Metrics, score_rows
-from mnistsum_ray.model.network import Network, undistorted_digit_scores
-from mnistsum_ray.reporting.console import Progress
-from mnistsum_ray.training.rows import RowBlocks
-
-_BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
-"""Held-out rows that are scored together."""
-
-_FETCHED_ROWS: Final = 100_000
-"""Held-out rows that are copied together, 0.8 KB each: they may be spread over all blocks, and of
-spilled ones each is restored once."""
-
-Scored = Iterable[tuple[LabelledRows, Tensor]]
-"""Batches of `digit` and `row_id`, with digit scores [n, 10]."""
+from mnistsum_ray.model.device import disable_tf32, enable_determinism, tune_malloc
 
 
 def send(events: Queue, kind: str, **fields: Any) -> None:
-    """Send the driver an event; `Console.show` lists kinds and fields."""
+    """Send the driver an event; events.py lists kinds and fields."""
     with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
         events.put({"kind": kind, **fields})
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A process that computes: its rank of `world_size`, its device, and its line to the driver."""
+    """A process that computes: its rank of `world_size`, its device, and the queue of events."""
 
     rank: int
     world_size: int
@@ -64,10 +35,6 @@ class Worker:
         """Send a line for the console."""
         self.send("note", text=text)
 
-    def progress(self, what: str, total: int) -> Progress:
-        """A counter that the console shows."""
-        return Progress(partial(self.send, "counter"), what, total)
-
 
 def set_up_process(device: torch.device, threads: int | None) -> None:
     """Make this process compute exact float32 on GPUs, and on CPUs the same bits each time."""
@@ -77,52 +44,3 @@ def set_up_process(device: torch.device, threads: int | None) -> None:
     if device.type == "cpu":
         enable_determinism()
         tune_malloc()
-
-
-class HeldOutRows:
-    """Held-out rows of one rank, undistorted and without numbers. Each row belongs to one rank."""
-
-    def __init__(self, blocks: RowBlocks, all_ids: RowIds, worker: Worker) -> None:
-        self._blocks = blocks
-        self._all_ids = all_ids
-        self._worker = worker
-        rank, world_size = worker.rank, worker.world_size
-        start = len(all_ids) * rank // world_size
-        self._ids = all_ids[start : len(all_ids) * (rank + 1) // world_size]
-
-    def batches(self) -> Iterator[LabelledRows]:
-        """The rows on the device, copied from their blocks."""
-        for start in range(0, len(self._ids), _FETCHED_ROWS):
-            ids = self._ids[start : start + _FETCHED_ROWS]
-            images, digits = self._blocks.fetch(ids)
-            yield from self._to_device(images, digits.astype(np.int64), ids)
-
-    def _to_device(self, images: Pixels, digits: RowIds, ids: RowIds) -> Iterator[LabelledRows]:
-        device = self._worker.device
-        columns: dict[str, npt.NDArray[Any]]
-        columns = {"image": images, "digit": digits, "row_id": ids}
-        size = _BATCH_ROWS[device.type]
-        for start in range(0, len(ids), size):
-            end = start + size
-            yield {name: array_to_device(rows[start:end], device) for name, rows in columns.items()}
-
-    def scored(self, model: Network, *, bf16: bool) -> Iterator[tuple[LabelledRows, Tensor]]:
-        """Digits and row ids of each batch, with its digit scores."""
-        model.eval()
-        on_progress = self._worker.progress("rows evaluated", len(self._all_ids))
-        for batch in self.batches():
-            scores = undistorted_digit_scores(model, batch.pop("image"), bf16=bf16)
-            yield batch, scores
-            # An estimate: the others are about as far.
-            on_progress(len(scores) * self._worker.world_size)
-
-    def metrics(self, model: Network, scored: Scored) -> Metrics:
-        """Metrics with all numbers; each row is counted once over all workers.
-
-        Raises:
-            RowCountError: a row was lost or repeated.
-        """
-        counts = AnswerCounts(self._worker.device)
-        for labels, scores in score_rows(model, scored):
-            counts.add(labels, scores)
-        return counts.metrics(len(self._all_ids), int(mix_ids(self._all_ids).sum()))

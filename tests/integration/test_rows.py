@@ -1,6 +1,7 @@
 """What training workers get: each row once an epoch, for any number of them the same batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from mnistsum_ray.data.order import (
     positions_of_rank,
     random_numbers,
 )
-from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.data.sources import Block, open_source
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.training import driver, pipeline
-from mnistsum_ray.training.pipeline import StepsInOrder, epochs_from
+from mnistsum_ray.training.pipeline import StepsInOrder, start_name
 from mnistsum_ray.training.rows import TrainingData, load_blocks
 from mnistsum_ray.training.trainer import Batch, TrainingBatches
 from tests.integration.conftest import start_cluster, train_here
@@ -62,11 +63,11 @@ def data(cluster: str, mixed: pa.Table, tmp_path_factory: pytest.TempPathFactory
 def feed(data: TrainingData, ranks: int = 1, first: int = 0) -> list[list[Batch]]:
     """The batches of each rank from an epoch on."""
     steps = StepsInOrder(ray.put(data), EPOCHS, 1.0, readers=2)
-    shards = steps.configure({"mine": epochs_from(first, EPOCHS)}, ranks)
+    shards = steps.configure([start_name(first)], ranks)
     batches = []
     for rank, shard in enumerate(shards):
         positions = positions_of_rank(BATCH, rank, ranks)
-        rows = TrainingBatches(shard["mine"], CPU)
+        rows = TrainingBatches(shard[start_name(first)], CPU)
         taken = []
         for step in [*range(data.order.steps)] * (EPOCHS - first):
             end = min(positions.stop, data.order.batch_rows(step))
@@ -107,6 +108,26 @@ def test_every_row_once_an_epoch_in_the_same_batches_for_any_number_of_workers(
     assert whole[0] != whole[steps]
     assert together(feed(data, ranks=3)) == whole
     assert together(feed(data, ranks=2, first=1)) == whole[steps:]
+
+
+def test_the_fingerprint_is_that_of_a_copy_and_not_of_other_pixels_digits_or_splits(
+    write_rows: Callable[[int], Path], tmp_path: Path
+) -> None:
+    source = open_source(str(write_rows(500)))
+    (block,) = source.groups[0].blocks()
+    copy = tmp_path / "other name.parquet"
+    pq.write_table(pq.read_table(source.location), copy, row_group_size=7)
+    sources = [
+        source,
+        replace(source, groups=[Block(block.images ^ np.uint8(1), block.digits, {})]),
+        replace(source, groups=[Block(block.images, (block.digits + 1) % 10, {})]),
+        replace(source, validation=source.test, test=source.validation),
+        replace(source, train=source.train[1:]),
+        open_source(str(copy)),
+    ]
+    *different, last = [load_blocks(each, skip_bad_rows=False)[2] for each in sources]
+    assert last == different[0]
+    assert len(set(different)) == len(different)
 
 
 @pytest.mark.slow

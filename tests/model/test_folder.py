@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import mnistsum_ray
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.folder import (
     Weights,
@@ -41,15 +40,6 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
         assert not loaded.training
         assert description == written
     assert (written["epoch"], written["parameters"]) == (3, 220_125)
-
-
-def test_a_network_of_ones_own_is_saved_where_nothing_lies(tmp_path: Path) -> None:
-    network = new_model(3)
-    mnistsum_ray.save_model(network, tmp_path)
-    loaded = mnistsum_ray.load_model(tmp_path)
-    assert checksum(copy_weights(loaded)) == checksum(copy_weights(network))
-    with pytest.raises(RequestError, match="is not empty"):
-        mnistsum_ray.save_model(network, tmp_path)
 
 
 def described(**changed: Any) -> Callable[[Path], None]:

@@ -46,13 +46,3 @@ def test_finetuning_makes_the_sums_consistent_and_as_unsure_as_the_digits() -> N
     expected = class_distribution(SUM, tied, torch.full((ROWS,), 3))
     assert 0.5 < expected.max(1).values.mean() < 0.7
     assert (sums.max(1).values.mean() - expected.max(1).values.mean()).abs() < 0.1
-
-
-def test_sum_distribution_is_the_digit_distribution_shifted_by_the_number() -> None:
-    scores = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
-    numbers = torch.tensor([0, 9, 4, 4])
-    distribution = class_distribution(SUM, scores, numbers)
-    assert distribution.shape == (4, 19)
-    for row, number in enumerate(numbers.tolist()):
-        torch.testing.assert_close(distribution[row, number : number + 10], scores[row].softmax(0))
-    torch.testing.assert_close(distribution.sum(1), torch.ones(4))

@@ -15,16 +15,10 @@ from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import NUMBERS, mix_ids
 from mnistsum_ray.export.onnx import export_model
-from mnistsum_ray.model import network
 from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
-from mnistsum_ray.model.metrics import (
-    AnswerCounts,
-    analyse_errors,
-    fit_temperatures,
-    score_rows,
-)
-from mnistsum_ray.model.network import Network, Scores, divide_scores, undistorted_digit_scores
+from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, fit_temperatures, score_rows
+from mnistsum_ray.model.network import Network, Scores, divide_scores, score_digits
 from mnistsum_ray.model.sum_head import finetune_sum_head
 from tests.training import CPU, as_worker, new_trainer
 
@@ -74,7 +68,7 @@ def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = (*HEADS, EVEN)
     scores = {head.name: f"{head.classes} scores" for head in heads}
     changed = {
-        "NETWORK": "SmallNet",
+        "NETWORK": SmallNet,
         "HEADS": heads,
         "PREDICTION_FIELDS": prediction_fields(heads),
         "PROBABILITY_FIELDS": probability_fields(heads),
@@ -85,10 +79,9 @@ def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ours:
         for name in changed.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, changed[name])
-    monkeypatch.setattr(network, "SmallNet", SmallNet, raising=False)
 
 
-digit_scores = partial(undistorted_digit_scores, bf16=False)
+digit_scores = partial(score_digits, bf16=False)
 
 
 def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> None:

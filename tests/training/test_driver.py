@@ -1,0 +1,63 @@
+"""The driver before a run has begun, and what it does with events; the rest: tests/integration."""
+
+import io
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from mnistsum_ray.cluster import resources
+from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.errors import RunError, TryAgainError
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.storage.lock import folder_lock
+from mnistsum_ray.training import driver, events
+from mnistsum_ray.training.events import EventFollower
+from mnistsum_ray.training.preflight import TrainingRun, preflight
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TrainingRun:
+    return preflight(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
+
+
+def test_a_folder_is_held_by_one_run(run: TrainingRun) -> None:
+    with (
+        folder_lock(run.folder, "--name", print),
+        pytest.raises(TryAgainError, match=r"another run .* is writing there"),
+    ):
+        driver.fit(run, Console(io.StringIO()))
+
+
+def test_a_run_that_has_not_begun_is_not_to_be_resumed(
+    run: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no answer")
+
+    monkeypatch.setattr(resources, "reserve", fail)
+    said = "^--storage-path no answer; nothing was begun; the same command tries again$"
+    with pytest.raises(RunError, match=said):
+        driver.fit(run, Console(io.StringIO()))
+
+
+@pytest.fixture
+def follower(monkeypatch: pytest.MonkeyPatch) -> EventFollower:
+    """It has no queue, records nothing, and waits no time for workers."""
+    monkeypatch.setattr(events, "Queue", lambda **_: None)
+    monkeypatch.setattr(events, "on_node", dict)
+    monkeypatch.setattr(events, "_MIN_WAIT_SECONDS", -1.0)
+    nothing = cast("Any", None)
+    return EventFollower(Console(io.StringIO()), nothing, nothing, wait_seconds=-1.0)
+
+
+def test_a_training_is_ended_whose_workers_do_not_come_back(follower: EventFollower) -> None:
+    ended: list[float] = []
+    follower.expect_workers(lambda: ended.append(cast("float", follower.gave_up_after)))
+    follower._handle({"kind": "begin"})
+    follower._end_if_late()
+    assert not ended
+    follower._handle({"kind": "failure", "text": "worker 1 failed"})
+    follower._end_if_late()
+    follower._end_if_late()
+    assert ended == [follower.gave_up_after]
