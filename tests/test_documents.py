@@ -2,12 +2,11 @@
 
 import re
 import shlex
-from pathlib import Path
 
 from mnistsum_ray.arguments import parse
 from mnistsum_ray.cli import COMMANDS
+from tests.jobs import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mnistsum_ray"
 SHOWN = re.compile(
     r"(?:python jobs/|mnistsum (?=[a-z-]+ --|predict ))([a-z_-]+)(?:\.py)?([^\n`#]*)"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mnistsum_ray import RequestError, RunError, load_model, predict, predict_rows, prepare_picture
-from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.network import TwoHeadCNN
 
@@ -31,14 +31,9 @@ def network(model: Path) -> TwoHeadCNN:
 
 
 @pytest.fixture(scope="module")
-def pixels(sample: pa.Table) -> Pixels:
-    return pixels_view(one_chunk(sample["image"]))[:ROWS]
-
-
-@pytest.fixture(scope="module")
 def table(pixels: Pixels) -> pa.Table:
     """BAD rows have no image or no number. As floats, 256 neighbours of the ids would be one."""
-    images = [image.tobytes() for image in pixels]
+    images = [image.tobytes() for image in pixels[:ROWS]]
     images[3] = b"no image"
     numbers = [None if row == 5 else row % 10 for row in range(ROWS)]
     ids = [None, *range(2**60, 2**60 + ROWS - 1)]
@@ -77,7 +72,9 @@ def test_rows_come_back_with_predictions(
             assert np.array_equal(found, vars(expected)[name.removeprefix("pred_")]), name
 
 
-def test_one_picture(network: TwoHeadCNN, model: Path, pixels: Pixels, tmp_path: Path) -> None:
+def test_a_picture_is_answered_from_a_file_or_from_memory(
+    network: TwoHeadCNN, model: Path, pixels: Pixels, tmp_path: Path
+) -> None:
     picture, file = Image.fromarray(pixels[0]), tmp_path / "one.png"
     picture.save(file)
     found = predict(str(model), file, 5)

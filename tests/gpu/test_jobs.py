@@ -17,17 +17,7 @@ pytest.importorskip("ray", reason="the jobs need Ray")
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import (
-    Done,
-    Job,
-    history_of,
-    kill_worker,
-    no_job_is_left,
-    run_job,
-    wait_for_files,
-)
-
-__all__ = ["no_job_is_left"]
+from tests.jobs import Done, Job, history_of, kill_worker, run_job, wait_for_files
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
