@@ -88,6 +88,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+def four_nodes(s3_server: "S3Server") -> Iterator[Cluster]:
+    """A head without CPUs and three nodes with one each; this process has joined it."""
+    with nodes(0, 1, 1, 1) as started, joined(started):
+        yield started
+
+
 class S3Server:
     """An S3 server on this machine that can answer 503 for a while."""
 

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,7 +31,6 @@ from tests.integration.conftest import (
     Result,
     S3Server,
     add_node,
-    joined,
     nodes,
     score_here,
     train_here,
@@ -54,13 +53,6 @@ TRAIN, READ, FINISH, SCORE = "RayTrainWorker", "ReadSteps", "finish_model", "Map
 """Parts of the titles of processes."""
 
 Files = dict[str, bytes]
-
-
-@pytest.fixture(scope="module")
-def four_nodes(s3_server: S3Server) -> Iterator[Cluster]:
-    """A head without CPUs and three nodes with one each; this process has joined it."""
-    with nodes(0, 1, 1, 1) as started, joined(started):
-        yield started
 
 
 @dataclass
@@ -110,14 +102,6 @@ def during(site: Site, run: Callable[[], Result], steps: list[Step]) -> Result:
         return future.result()
 
 
-@dataclass
-class Fault:
-    """What happens to a run, and where its folder is."""
-
-    steps: list[Step]
-    where: str = "disk"
-
-
 def at_once(_: Site) -> bool:
     return True
 
@@ -133,9 +117,9 @@ def kill(title: str, when: Act = at_once) -> Step:
 
 
 @pytest.fixture
-def site(fault: Fault, four_nodes: Cluster, s3_server: S3Server, tmp_path: Path) -> Site:
-    """An empty place for the fault that is the parameter: on a disk or S3."""
-    uri = f"s3://bucket/{tmp_path.name}" if fault.where == "s3" else str(tmp_path / "place")
+def site(where: str, four_nodes: Cluster, s3_server: S3Server, tmp_path: Path) -> Site:
+    """An empty place, on `disk` or `s3`."""
+    uri = f"s3://bucket/{tmp_path.name}" if where == "s3" else str(tmp_path / "place")
     return Site(four_nodes, s3_server, locate(uri, "--output"))
 
 
@@ -224,35 +208,35 @@ def saves(site: Site) -> bool:
     return len(site.checkpoints()) >= 3
 
 
-TRAININGS = {
-    "a reader, a worker and the last task are killed, a node is drained and lost": Fault(
-        [
-            kill(READ),
-            (at_once, lambda site: site.lose_node(notice=True)),
-            kill(TRAIN, saves),
-            kill(FINISH),
-        ]
-    ),
-    # Ray Train stores checkpoints by Arrow, which gives up after 6 s.
-    "the store answers 503 for three seconds": Fault(
-        [(saves, lambda site: site.s3_server.overload(3))], where="s3"
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", TRAININGS.values(), ids=TRAININGS.keys())
+@pytest.mark.parametrize(
+    ("where", "steps"),
+    [
+        (
+            "disk",
+            [
+                kill(READ),
+                (at_once, lambda site: site.lose_node(notice=True)),
+                kill(TRAIN, saves),
+                kill(FINISH),
+            ],
+        ),
+        # Ray Train stores checkpoints by Arrow, which gives up after 6 s.
+        ("s3", [(saves, lambda site: site.s3_server.overload(3))]),
+    ],
+    ids=["processes die and an announced node", "the store answers 503 for three seconds"],
+)
 def test_a_training_gives_the_model_of_an_undisturbed_one(
-    fault: Fault, site: Site, undisturbed: Result, interrupted: Files
+    where: str, steps: list[Step], site: Site, undisturbed: Result, interrupted: Files
 ) -> None:
     """It resumes one whose last checkpoint is damaged."""
     refused = site.s3_server.refused
     run = resume(site.place, interrupted, max_failures=1)  # the node's end was announced
     damage_newest_checkpoint(site)
-    finished = during(site, run, fault.steps)
+    finished = during(site, run, steps)
     assert "cannot be used: trainer.safetensors is incomplete or damaged" in finished.said
-    starts = 1 if fault.where == "s3" else 2  # nothing is lost there
+    starts = 1 if where == "s3" else 2  # nothing is lost there
     assert finished.said.count("going on after epoch ") >= starts
-    assert (site.s3_server.refused > refused) == (fault.where == "s3")
+    assert (site.s3_server.refused > refused) == (where == "s3")
     assert finished.weights() == undisturbed.weights()
     assert (site.place / "mine/manifest.json").read_json()["status"] == "finished"
 
@@ -316,26 +300,23 @@ def writes(files: int) -> Act:
     return lambda site: predictions_in(site.place) >= files
 
 
-SCORINGS = {
-    "a worker is killed, and a node lost without notice": Fault(
-        [kill(SCORE, writes(1)), (writes(4), lambda site: site.lose_node(notice=False))]
-    ),
-    "the store answers 503 for ten seconds": Fault(
-        [(writes(1), lambda site: site.s3_server.overload(10))], where="s3"
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", SCORINGS.values(), ids=SCORINGS.keys())
+@pytest.mark.parametrize(
+    ("where", "steps"),
+    [
+        ("disk", [kill(SCORE, writes(1)), (writes(4), lambda site: site.lose_node(notice=False))]),
+        ("s3", [(writes(1), lambda site: site.s3_server.overload(10))]),
+    ],
+    ids=["a worker and a node die", "the store answers 503 for ten seconds"],
+)
 def test_a_scoring_gives_the_files_of_an_undisturbed_one(
-    fault: Fault, site: Site, predictions: Files, model: Path, pairs: Path
+    steps: list[Step], site: Site, predictions: Files, model: Path, pairs: Path
 ) -> None:
-    scored = during(site, lambda: score_pairs(model, pairs, site.place.display), fault.steps)
+    scored = during(site, lambda: score_pairs(model, pairs, site.place.display), steps)
     assert scored.line["resumed_rows"] == 0
     assert files_in(site.place / "predictions") == predictions
 
 
-def small_files(model: Path, pairs: Path, output: Path) -> list[Any]:
+def scoring_of_pairs(model: Path, pairs: Path, output: Path) -> list[Any]:
     """Name and flags of a job that scores as `score_pairs` does."""
     flags = ["--precision", "fp32", "--max-rows-per-file", 250, "--label-column", "digit"]
     return scoring(model, pairs, output, *flags)
@@ -344,12 +325,12 @@ def small_files(model: Path, pairs: Path, output: Path) -> list[Any]:
 def test_a_driver_that_is_killed_or_stopped_loses_nothing(
     four_nodes: Cluster, predictions: Files, pairs: Path, model: Path, tmp_path: Path
 ) -> None:
-    job = Job(*small_files(model, pairs, tmp_path), address=four_nodes.address)
+    job = Job(*scoring_of_pairs(model, pairs, tmp_path), address=four_nodes.address)
     wait_for_files(job, tmp_path, 1)
     os.kill(job.process.pid, signal.SIGKILL)
     job.wait()
 
-    job = Job(*small_files(model, pairs, tmp_path))  # on a cluster of its own
+    job = Job(*scoring_of_pairs(model, pairs, tmp_path))  # on a cluster of its own
     wait_for_files(job, tmp_path, 1)
     children = psutil.Process(job.process.pid).children(recursive=True)
     job.process.send_signal(signal.SIGTERM)
@@ -416,7 +397,7 @@ def test_a_head_that_is_killed_ends_a_scoring(
     """Ray's core ends the process, after 60 s by default."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     with nodes(1) as killed:
-        job = Job(*small_files(model, pairs, tmp_path), address=killed.address)
+        job = Job(*scoring_of_pairs(model, pairs, tmp_path), address=killed.address)
         wait_for_files(job, tmp_path, 1)
         killed.remove_node(killed.head_node, allow_graceful=False)
         done = job.wait()

@@ -5,24 +5,16 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
 
 from mnistsum_ray.errors import RequestError
-from tests.integration.conftest import add_node, joined, nodes, score_here, train_here
+from tests.integration.conftest import add_node, score_here, train_here
 from tests.jobs import RAY, Job, history_of, kill_everything, training, wait_until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def four_nodes() -> Iterator[Cluster]:
-    """A head without CPUs, and three nodes with one each."""
-    with nodes(0, 1, 1, 1) as cluster:
-        yield cluster
 
 
 def test_an_elastic_run_shrinks_and_grows(four_nodes: Cluster, data: Path, tmp_path: Path) -> None:
@@ -70,11 +62,10 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(
     try:
         wait_until(lambda: living() > before)
         said = "does not see what this one sees there; name a folder that all nodes share"
-        with joined(four_nodes):
-            with pytest.raises(RequestError, match=f"^--storage-path {here}/runs.*{said}"):
-                train_here(data=data, storage_path=here / "runs")
-            with pytest.raises(RequestError, match=f"^--input {here}/in/rows.parquet.*{said}"):
-                score_here(model, tmp_path / "out", here / "in", number_column="digit")
+        with pytest.raises(RequestError, match=f"^--storage-path {here}/runs.*{said}"):
+            train_here(data=data, storage_path=here / "runs")
+        with pytest.raises(RequestError, match=f"^--input {here}/in/rows.parquet.*{said}"):
+            score_here(model, tmp_path / "out", here / "in", number_column="digit")
     finally:
         kill_everything(node.pid)
         node.wait(timeout=30)

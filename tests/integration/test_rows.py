@@ -95,18 +95,21 @@ def test_every_row_once_an_epoch_in_the_same_batches_for_any_number_of_workers(
     training_data: TrainingData, mixed: pa.Table
 ) -> None:
     """With its own image, number and distortion; also from a later epoch on."""
-    alone, steps = feed(training_data), training_data.order.steps
-    pixels, digits = pixels_view(mixed["image"].combine_chunks()), mixed["digit"].to_numpy()
+    order = training_data.order
+    steps = order.steps
+    pixels = pixels_view(mixed["image"].combine_chunks())
+    digits = mixed["digit"].to_numpy()
+    alone = feed(training_data)
     for index, batch in enumerate(alone[0]):
         epoch, ids = index // steps, batch["row_id"].numpy()
         assert np.array_equal(batch["image"].numpy(), pixels[ids])
         assert np.array_equal(batch["digit"].numpy(), digits[ids])
         assert np.array_equal(batch["number"].numpy(), random_numbers(SEED, epoch, ids))
         assert np.array_equal(batch["affine"].numpy(), distortions(SEED, epoch, ids, 1.0))
-    whole, ids_of_epoch = together(alone), training_data.order.ids.tolist()
+    whole = together(alone)
     assert [len(rows) for rows in whole] == EPOCHS * [BATCH, BATCH, BATCH, 1]
     for batches in (whole[:steps], whole[steps:]):
-        assert sorted(row[0] for rows in batches for row in rows) == ids_of_epoch
+        assert sorted(row[0] for rows in batches for row in rows) == order.ids.tolist()
     assert whole[0] != whole[steps]
     assert together(feed(training_data, ranks=3)) == whole
     assert together(feed(training_data, ranks=2, first=1)) == whole[steps:]
