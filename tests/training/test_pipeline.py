@@ -3,7 +3,7 @@
 The rows themselves: tests/integration/test_rows.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from mnistsum_ray.data.order import TrainingOrder
 from mnistsum_ray.data.sources import Block, open_source
 from mnistsum_ray.training.pipeline import tasks
 from mnistsum_ray.training.rows import load_blocks
-from tests.conftest import write_sample
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +45,9 @@ def test_tasks_are_all_steps_of_the_epochs_in_order_and_each_has_rows_for_each_r
 
 @pytest.mark.usefixtures("cluster")
 def test_the_fingerprint_is_that_of_a_copy_and_not_of_other_pixels_digits_or_splits(
-    tmp_path: Path,
+    write_rows: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    source = open_source(str(write_sample(tmp_path / "rows.parquet", 500)))
+    source = open_source(str(write_rows(500)))
     (block,) = source.groups[0].blocks()
     copy = tmp_path / "other name.parquet"
     pq.write_table(pq.read_table(source.location), copy, row_group_size=7)
