@@ -1,6 +1,4 @@
-"""What Ray's scheduling loop does where it is worked around. Other workarounds: test_autoscaling,
-test_connection, and tests/integration.
-"""
+"""A workaround that no other test would miss: the others show in tests of what they are for."""
 
 import subprocess
 import sys
