@@ -63,11 +63,11 @@ def test_the_commands_of_train_and_score(folder: Path, monkeypatch: pytest.Monke
         if any("days/" in flag for flag in flags):
             shutil.copytree("test-pairs", "days/1")
             shutil.copy(next(Path("pairs").glob("*.parquet")), "late.parquet")
-        if name == "export-pairs":  # the default is MNIST, which may not be here, and 10,000 rows
+        if name == "export-pairs":  # README's are 10,000 of MNIST, which may not be here
             flags += ["--data", "sample", "--rows", "1000"]
-        if "box" in flags:  # of MNIST; `--resume` finds the sample's run
+        if "box" in flags:  # README's run is of MNIST; `--resume auto` finds the sample's
             flags[flags.index("box")] = "mine"
-        if "--config" in flags:  # it trains as long as the run that is there
+        if "--config" in flags:  # it would train as long as the run whose config it is
             flags += ["--epochs", "1", "--sum-head-steps", "5"]
         run_command(name, *flags)
     runs = [json.loads(path.read_text()) for path in Path("runs").glob("*/manifest.json")]

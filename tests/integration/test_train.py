@@ -120,7 +120,7 @@ def test_a_finished_run_is_resumed_without_training_and_logged_to_mlflow(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It was killed before model.json and the report were written."""
+    """It was killed before model.json and the report were written. At first another holds it."""
     copy = Path(shutil.copytree(run, tmp_path / "mine"))
     for lost in ("model/model.json", "report.html"):
         (copy / lost).unlink()
