@@ -15,7 +15,7 @@ from ray.util import get_node_ip_address
 
 from mnistsum_ray.cluster.connection import connect
 from tests.conftest import write_sample
-from tests.jobs import RAY, Job, kill_everything, scoring, training, wait_until
+from tests.jobs import RAY, Job, free_port, kill_everything, scoring, training, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -36,8 +36,7 @@ def autoscaling_cluster(version: str, folder: Path) -> Iterator[str]:
     `ray.cluster_utils.AutoscalingCluster` is this with a `ray stop --force`, which would end other
     clusters of the machine.
     """
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"{get_node_ip_address()}:{port}"
     provider = {
         "type": "external",  # by its type it needs a file that is not in the wheel

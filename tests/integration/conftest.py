@@ -3,7 +3,6 @@
 import io
 import itertools
 import re
-import socket
 import time
 import urllib.request
 from collections import defaultdict
@@ -81,11 +80,6 @@ def joined(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_sample
-from tests.integration.conftest import free_port
-from tests.jobs import RAY, ROOT, kill_everything, wait_until
+from tests.jobs import RAY, ROOT, free_port, kill_everything, wait_until
 
 pytestmark = pytest.mark.slow
 

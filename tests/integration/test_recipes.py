@@ -18,8 +18,7 @@ from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.export.onnx import export_model
 from tests.conftest import plain_predictions, write_sample
-from tests.integration.conftest import free_port
-from tests.jobs import ROOT, history_of
+from tests.jobs import ROOT, free_port, history_of
 
 pytestmark = pytest.mark.slow
 
