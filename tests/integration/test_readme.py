@@ -82,7 +82,8 @@ def test_the_example_in_python(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = write_sample(tmp_path / "rows.parquet", 500)
-    written, smaller = 'data="sample", epochs=2)', f'data="{rows}", epochs=1)'
+    written = 'data="sample", epochs=2)'
+    smaller = f'data="{rows}", epochs=1, sum_head_steps=5)'
     code = block("From Python", "python")
     assert written in code
     monkeypatch.chdir(folder)
