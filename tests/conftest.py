@@ -1,6 +1,5 @@
 """Data that the tests share: small, real, and made on the spot."""
 
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,17 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.sources import SAMPLE
 from mnistsum_ray.model import folder as model_folder
 from mnistsum_ray.model.folder import copy_weights, describe_model, load_model
 from mnistsum_ray.model.network import make_network, prepare_images
 from mnistsum_ray.storage.uri import locate
-
-
-def default_signals() -> None:
-    """Let a child process take signals that a shell ignores for `nohup` and for `&` in a script."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+from tests.jobs import end_jobs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,24 +31,35 @@ def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left() -> Iterator[None]:
+    """A test that fails leaves no job on the CPUs of the tests that follow."""
+    yield
+    end_jobs()
+
+
 @pytest.fixture(scope="session")
 def sample() -> pa.Table:
     """The bundled sample: `image` (784 bytes) and `digit`, sorted by digit."""
     return pq.read_table(SAMPLE)
 
 
+@pytest.fixture(scope="session")
+def pixels(sample: pa.Table) -> Pixels:
+    """The images of the sample, uint8[5000, 28, 28]."""
+    return pixels_view(one_chunk(sample["image"]))
+
+
+def write_sample(path: Path, rows: int) -> Path:
+    """Write so many rows of the sample, all digits alike, as one Parquet file; return its path."""
+    table = pq.read_table(SAMPLE)
+    pq.write_table(table[:: len(table) // rows], path, row_group_size=200)
+    return path
+
+
 @pytest.fixture
-def write_rows(tmp_path: Path, sample: pa.Table) -> Callable[[int], Path]:
-    """Writes so many rows of the sample, all digits alike, as one Parquet file."""
-
-    def write(rows: int) -> Path:
-        path = tmp_path / f"rows{rows}.parquet"
-        pq.write_table(
-            sample.take(pa.array(range(0, 5000, 5000 // rows))[:rows]), path, row_group_size=200
-        )
-        return path
-
-    return write
+def write_rows(tmp_path: Path) -> Callable[[int], Path]:
+    return lambda rows: write_sample(tmp_path / f"rows{rows}.parquet", rows)
 
 
 def write_model(folder: Path, seed: int) -> Path:

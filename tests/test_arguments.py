@@ -85,7 +85,9 @@ def test_a_list_flag_takes_several_words_and_may_come_again(tmp_path: Path) -> N
         ),
     ],
 )
-def test_an_error_is_one_short_line(kind: type[JobConfig], argv: list[str], message: str) -> None:
+def test_a_wrong_flag_is_one_short_line(
+    kind: type[JobConfig], argv: list[str], message: str
+) -> None:
     """It names the flag."""
     check_error(kind, argv, message)
 
@@ -100,7 +102,7 @@ def test_an_error_is_one_short_line(kind: type[JobConfig], argv: list[str], mess
         (f"name: {LONG}", "key 'name' of the config file"),
     ],
 )
-def test_so_is_one_of_the_config_file(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_config_file_is_one_short_line(tmp_path: Path, text: str, message: str) -> None:
     """It names the key."""
     (tmp_path / "run.yaml").write_text(text)
     check_error(TrainConfig, ["--config", str(tmp_path / "run.yaml")], message)

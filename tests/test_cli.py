@@ -15,25 +15,41 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray import __version__, cli
-from tests.conftest import default_signals
+from tests.jobs import ROOT, default_signals
 
-ROOT = Path(__file__).parents[1]
 MNISTSUM = Path(sys.executable).with_name("mnistsum")
 PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
-def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_command(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), cwd=cwd, timeout=60, **PIPES)
 
 
 def test_a_mistake_is_one_line_with_exit_code_2(tmp_path: Path) -> None:
-    done = run(MNISTSUM, "trian")
+    done = run_command(MNISTSUM, "trian")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: command: invalid choice: 'trian' (choose from ")
-    done = run(MNISTSUM, "train", "--data", "sampel", cwd=tmp_path)
+    done = run_command(MNISTSUM, "train", "--data", "sampel", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     found = f"there is no such file or folder ({tmp_path}/sampel)"
     assert done.stderr == f"error: --data sampel: {found}\n"
+
+
+_FAIL = """
+from mnistsum_ray import cli
+from mnistsum_ray.errors import RequestError, RunError, TryAgainError
+
+def fail():
+    raise error
+
+for error in (RequestError("a"), RunError("b"), TryAgainError("c")):
+    print(cli.run(fail, show_json=True))
+"""
+
+
+def test_each_error_is_one_line_and_has_its_exit_code() -> None:
+    done = run_command(sys.executable, "-c", _FAIL)
+    assert (done.stdout, done.stderr) == ("2\n1\n75\n", "error: a\nerror: b\nerror: c\n")
 
 
 _HELP = """
@@ -50,14 +66,14 @@ print([name for name in ("numpy", "pyarrow", "ray", "torch") if name in sys.modu
 
 def test_help_fits_a_terminal_and_imports_nothing_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = run(sys.executable, "-c", _HELP).stdout
+    text = run_command(sys.executable, "-c", _HELP).stdout
     assert text.startswith(f"mnistsum_ray {__version__}\n")
     assert text.endswith("\n[]\n")
     assert [line for line in text.splitlines() if len(line) > 80] == []
     for command in cli.COMMANDS:
         assert f"\n  {command} " in text
         assert f"usage: mnistsum {command} " in text
-    job = run(sys.executable, ROOT / "jobs" / "export_pairs.py", "--help").stdout
+    job = run_command(sys.executable, ROOT / "jobs" / "export_pairs.py", "--help").stdout
     assert job.startswith("usage: python jobs/export_pairs.py ")
 
 
@@ -71,6 +87,7 @@ def work():
         print("ready", flush=True)
         time.sleep({work})
     except KeyboardInterrupt:
+        print("stopping", flush=True)
         time.sleep({cleanup})
         raise RunInterrupted("what is saved stays") from None
     return {{"done": True}}
@@ -99,23 +116,33 @@ DONE = (0, '{"done": true}\n', "")
 
 
 @pytest.mark.parametrize(
-    ("settings", "signals", "pause", "expected"),
+    ("number", "cleanup", "again_after", "expected"),
     [
-        # `nohup` ignores SIGHUP, and a script's shell SIGINT for what it starts with `&`.
-        ({"work": 0.5, "ignored": HUP}, [HUP], 0, DONE),
-        ({}, [TERM], 0, (143, "", "stopped by SIGTERM; what is saved stays\n")),
+        (TERM, 0, None, (143, "", "stopped by SIGTERM; what is saved stays\n")),
         # `timeout` sends its signal twice; a later one ends the process at once.
-        ({"cleanup": 1}, [INT, INT], 0.3, (130, "", "stopped by SIGINT; what is saved stays\n")),
-        ({"cleanup": 60}, [INT, INT], 3.0, (130, "", "")),
+        (INT, 1, 0, (130, "", "stopped by SIGINT; what is saved stays\n")),
+        (INT, 60, 2.5, (130, "", "")),
     ],
 )
-def test_a_signal_stops_it(settings: Any, signals: list[int], pause: float, expected: Any) -> None:
-    job = start(**settings)
-    for number in signals:
+def test_a_signal_stops_a_job_and_another_its_cleanup(
+    number: int, cleanup: float, again_after: float | None, expected: Any
+) -> None:
+    job = start(cleanup=cleanup)
+    job.send_signal(number)
+    assert job.stderr.readline() == "stopping\n"
+    if again_after is not None:
+        time.sleep(again_after)
         job.send_signal(number)
-        time.sleep(pause)
     out, err = job.communicate(timeout=30)
     assert (job.returncode, out, err) == expected
+
+
+def test_a_signal_that_the_parent_ignores_changes_nothing() -> None:
+    """`nohup` ignores SIGHUP, and a script's shell SIGINT for what it starts with `&`."""
+    job = start(work=0.5, ignored=HUP)
+    job.send_signal(HUP)
+    out, err = job.communicate(timeout=30)
+    assert (job.returncode, out, err) == DONE
 
 
 def test_a_signal_after_the_result_changes_nothing() -> None:

@@ -11,8 +11,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mnistsum_ray.reporting.prometheus import COUNTERS, GAUGES
+from tests.jobs import ROOT
 
-ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / ".deploy"
 CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 HOME = "/home/ubuntu"

@@ -2,12 +2,12 @@
 
 import re
 import shlex
-from pathlib import Path
 
 from mnistsum_ray.arguments import parse
 from mnistsum_ray.cli import COMMANDS
+from mnistsum_ray.config import recipe_defaults
+from tests.jobs import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mnistsum_ray"
 SHOWN = re.compile(
     r"(?:python jobs/|mnistsum (?=[a-z-]+ --|predict ))([a-z_-]+)(?:\.py)?([^\n`#]*)"
@@ -27,6 +27,13 @@ def test_a_command_that_is_shown_parses() -> None:
             parse(COMMANDS[name][1], flags)
         else:
             assert (ROOT / "jobs" / f"{job}.py").exists(), job
+
+
+def test_the_recipes_have_the_epochs_that_readme_says() -> None:
+    text = (ROOT / "README.md").read_text()
+    for recipe in ("quick", "short", "long"):
+        epochs = recipe_defaults(recipe, small=False)["epochs"]
+        assert re.search(rf"`{recipe}` \({epochs}\b", text), recipe
 
 
 def test_every_relative_link_leads_somewhere() -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mnistsum_ray import RequestError, RunError, load_model, predict, predict_rows, prepare_picture
-from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN
@@ -32,14 +32,9 @@ def network(model: Path) -> TwoHeadCNN:
 
 
 @pytest.fixture(scope="module")
-def pixels(sample: pa.Table) -> Pixels:
-    return pixels_view(one_chunk(sample["image"]))[:ROWS]
-
-
-@pytest.fixture(scope="module")
 def table(pixels: Pixels) -> pa.Table:
     """BAD rows have no image or no number. As floats, 256 neighbours of the ids would be one."""
-    images = [image.tobytes() for image in pixels]
+    images = [image.tobytes() for image in pixels[:ROWS]]
     images[3] = b"no image"
     numbers = [None if row == 5 else row % 10 for row in range(ROWS)]
     ids = [None, *range(2**60, 2**60 + ROWS - 1)]
@@ -78,7 +73,9 @@ def test_rows_come_back_with_predictions(
             assert np.array_equal(found, expected[name]), name
 
 
-def test_one_picture(network: TwoHeadCNN, model: Path, pixels: Pixels, tmp_path: Path) -> None:
+def test_a_picture_is_answered_from_a_file_or_from_memory(
+    network: TwoHeadCNN, model: Path, pixels: Pixels, tmp_path: Path
+) -> None:
     picture, file = Image.fromarray(pixels[0]), tmp_path / "one.png"
     picture.save(file)
     found = predict(str(model), file, 5)
@@ -88,7 +85,8 @@ def test_one_picture(network: TwoHeadCNN, model: Path, pixels: Pixels, tmp_path:
     assert (found.digit, found.sum) == (expected["pred_digit"][0], expected["pred_sum"][0])
     assert (found.number, found.consistent) == (5, found.sum == found.digit + 5)
     assert found.unsure, "the weights are random"
-    for number in (10, -1, 2.5, None):
+    wrong: list[Any] = [10, -1, 2.5, None]
+    for number in wrong:
         with pytest.raises(RequestError, match=f"the number is {number}, not one of 0..9"):
             predict(network, picture, number)
 

@@ -9,23 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.util import get_node_ip_address
 
 from mnistsum_ray.cluster.connection import connect
-from mnistsum_ray.data.sources import SAMPLE
-from tests.integration.conftest import RAY, Job, kill_everything
-from tests.integration.conftest import no_job_is_left as no_job_is_left  # a fixture
+from tests.conftest import write_sample
+from tests.jobs import RAY, Job, free_port, kill_everything, scoring, training, wait_until
 
 pytestmark = pytest.mark.slow
 
 _NODE = {"CPU": 2, "object_store_memory": 200 * 2**20}
 _HEAD_ID, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # the fake provider's
-_KINDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray")
-_LISTS = [f"{kind}_commands" for kind in (*_KINDS, "worker_start_ray")]
-_LISTS += ["cluster_synced_files", "rsync_exclude", "rsync_filter"]
+_EMPTY_LISTS = """
+initialization_commands setup_commands head_setup_commands worker_setup_commands
+head_start_ray_commands worker_start_ray_commands cluster_synced_files rsync_exclude rsync_filter
+"""
+_EMPTY_OBJECTS = "auth docker file_mounts"
+"""Keys that Ray's schema demands."""
 
 
 @contextmanager
@@ -35,8 +36,7 @@ def autoscaling_cluster(version: str, folder: Path) -> Iterator[str]:
     `ray.cluster_utils.AutoscalingCluster` is this with a `ray stop --force`, which would end other
     clusters of the machine.
     """
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"{get_node_ip_address()}:{port}"
     provider = {
         "type": "external",  # by its type it needs a file that is not in the wheel
@@ -62,8 +62,8 @@ def autoscaling_cluster(version: str, folder: Path) -> Iterator[str]:
         "provider": provider,
         "head_node_type": _HEAD_TYPE,
         "available_node_types": types,
-        **{key: {} for key in ("auth", "docker", "file_mounts")},
-        **{key: [] for key in _LISTS},
+        **{key: {} for key in _EMPTY_OBJECTS.split()},
+        **{key: [] for key in _EMPTY_LISTS.split()},
     }
     (folder / "scaling.yaml").write_text(json.dumps(config))
     given = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
@@ -96,25 +96,20 @@ def test_nodes_come_work_and_all_go(
     version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None comes with a GPU, and a training leaves no process that keeps its node up."""
-    rows = tmp_path / "rows.parquet"
-    pq.write_table(pq.read_table(SAMPLE)[::10], rows)
-    train = ["--data", rows, "--storage-path", tmp_path, "--name", "mine", "--epochs", 1]
-    train += ["--sum-head-steps", 5, "--num-workers", 3]
-    score = ["--model", model, "--input", rows, "--output", tmp_path / "out"]
-    score += ["--number-column", "digit"]
+    rows = write_sample(tmp_path / "rows.parquet", 500)
+    train = training(rows, tmp_path, "--epochs", 1, "--sum-head-steps", 5, "--num-workers", 3)
+    score = scoring(model, rows, tmp_path / "out", "--number-column", "digit")
     ray.shutdown()
     with autoscaling_cluster(version, tmp_path) as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
         connect()
-        for job, flags, nodes in (("train", train, 2), ("score", score, 1)):
-            running, seen = Job(job, *flags, address=address), list[list[dict[str, float]]]()
-            while running.process.poll() is None:
+        for words, nodes in ((train, 2), (score, 1)):
+            job = Job(*words, address=address)
+            seen: list[list[dict[str, float]]] = []
+            while job.process.poll() is None:
                 seen.append(workers())
                 time.sleep(0.5)
-            assert running.wait().line
+            assert job.wait().line
             assert max(map(len, seen)) >= nodes
             assert not any(node.get("GPU") for there in seen for node in there)
-            end = time.monotonic() + 60
-            while left := workers():
-                assert time.monotonic() < end, (job, left)
-                time.sleep(0.5)
+            wait_until(lambda: not workers())

@@ -17,16 +17,7 @@ pytest.importorskip("ray", reason="the jobs need Ray")
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.export.pairs import export_pairs
-from tests.integration.conftest import (
-    Done,
-    Job,
-    kill_worker,
-    no_job_is_left,
-    run_job,
-    wait_for_files,
-)
-
-__all__ = ["no_job_is_left"]
+from tests.jobs import Done, Job, kill_worker, run_job, wait_for_files
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytestmark = [pytest.mark.gpu, no_gpu, pytest.mark.timeout(400)]

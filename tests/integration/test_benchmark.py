@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import run_job
+from tests.jobs import run_job
 
 
 @pytest.mark.nightly

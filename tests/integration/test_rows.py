@@ -26,6 +26,7 @@ from mnistsum_ray.training import driver, pipeline
 from mnistsum_ray.training.pipeline import StepsInOrder, start_name
 from mnistsum_ray.training.rows import TrainingData, load_blocks
 from mnistsum_ray.training.trainer import Batch, TrainingBatches
+from tests.conftest import write_sample
 from tests.integration.conftest import start_cluster, train_here
 
 BATCH = 5_333
@@ -51,7 +52,9 @@ def loaded(files: Path, skip_bad_rows: bool = False) -> TrainingData:
 
 
 @pytest.fixture(scope="module")
-def data(cluster: str, mixed: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+def training_data(
+    cluster: str, mixed: pa.Table, tmp_path_factory: pytest.TempPathFactory
+) -> TrainingData:
     """Of three files: the first two share a block, and the third has two."""
     folder = tmp_path_factory.mktemp("data")
     for first, end, group_rows in ((0, 5_000, 300), (5_000, 7_000, 2_000), (7_000, 20_000, 7_000)):
@@ -90,11 +93,14 @@ def together(ranks: list[list[Batch]]) -> list[list[tuple[Any, ...]]]:
 
 
 def test_every_row_once_an_epoch_in_the_same_batches_for_any_number_of_workers(
-    data: TrainingData, mixed: pa.Table
+    training_data: TrainingData, mixed: pa.Table
 ) -> None:
     """With its own image, number and distortion; also from a later epoch on."""
-    alone, steps = feed(data), data.order.steps
-    pixels, digits = pixels_view(mixed["image"].combine_chunks()), mixed["digit"].to_numpy()
+    order = training_data.order
+    steps = order.steps
+    pixels = pixels_view(mixed["image"].combine_chunks())
+    digits = mixed["digit"].to_numpy()
+    alone = feed(training_data)
     for index, batch in enumerate(alone[0]):
         epoch, ids = index // steps, batch["row_id"].numpy()
         assert np.array_equal(batch["image"].numpy(), pixels[ids])
@@ -104,10 +110,10 @@ def test_every_row_once_an_epoch_in_the_same_batches_for_any_number_of_workers(
     whole = together(alone)
     assert [len(rows) for rows in whole] == EPOCHS * [BATCH, BATCH, BATCH, 1]
     for batches in (whole[:steps], whole[steps:]):
-        assert sorted(row[0] for rows in batches for row in rows) == data.order.ids.tolist()
+        assert sorted(row[0] for rows in batches for row in rows) == order.ids.tolist()
     assert whole[0] != whole[steps]
-    assert together(feed(data, ranks=3)) == whole
-    assert together(feed(data, ranks=2, first=1)) == whole[steps:]
+    assert together(feed(training_data, ranks=3)) == whole
+    assert together(feed(training_data, ranks=2, first=1)) == whole[steps:]
 
 
 def test_the_fingerprint_is_that_of_a_copy_and_not_of_other_pixels_digits_or_splits(
@@ -132,7 +138,7 @@ def test_the_fingerprint_is_that_of_a_copy_and_not_of_other_pixels_digits_or_spl
 
 @pytest.mark.slow
 def test_a_pipeline_that_repeats_a_row_in_the_place_of_another_fails_the_run(
-    data: TrainingData, write_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of two workers gets a wrong row. Other wrong counts: tests/training."""
 
@@ -149,8 +155,9 @@ def test_a_pipeline_that_repeats_a_row_in_the_place_of_another_fails_the_run(
 
     monkeypatch.setattr(driver, "StepsInOrder", Steps)
     said = "^training epoch 1 saw other rows than planned: rows were lost or repeated"
+    rows = write_sample(tmp_path / "rows.parquet", 500)
     with pytest.raises(RunError, match=said):
-        train_here(data=write_rows(500), storage_path=tmp_path, epochs=2, num_workers=2)
+        train_here(data=rows, storage_path=tmp_path, epochs=2, num_workers=2)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import ray
 
 from mnistsum_ray import RequestError, load_model, predict_rows
 from mnistsum_ray.storage.uri import locate
-from tests.integration.conftest import Result, score_here
+from tests.integration.conftest import Result, metrics_of, score_here
+from tests.jobs import wait_until
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -86,6 +87,8 @@ def scored(model: Path, source: Path) -> Result:
 
 def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Result) -> None:
     line, output = scored.line, Path(scored.line["output"])
+    rows = {f"{kind}_rows" for kind in ("input", "scored", "rejected", "failed", "resumed")}
+    assert line.keys() == {"output", "files", "failed_files", "rows_per_second", "seconds"} | rows
     assert (line["files"], line["failed_files"]) == (FILES + len(BAD_FILES), len(BAD_FILES))
     assert (line["scored_rows"], line["rejected_rows"]) == (FILES * (ROWS - BAD), FILES * BAD)
     assert line["input_rows"] - line["failed_rows"] == FILES * ROWS
@@ -150,3 +153,10 @@ def test_a_ray_dataset_comes_back_with_predictions(model: Path, sample: pa.Table
     expected = predict_rows(load_model(model), table)
     for name in ("id", "pred_digit", "pred_sum", "consistent", "reason"):
         assert answered[name].to_pylist() == expected[name].to_pylist(), name
+
+
+def test_prometheus_sees_the_rows(scored: Result) -> None:
+    """A process reports every ten seconds."""
+    output = scored.line["output"]
+    wait_until(lambda: metrics_of(output).get("ray_mnistsum_rows_total") == FILES * ROWS, 30)
+    assert metrics_of(output)["ray_mnistsum_rejected_rows_total"] == FILES * BAD

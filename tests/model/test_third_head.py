@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray import RequestError, load_model, predict, predict_rows, save_model
+from mnistsum_ray import RequestError, load_model, predict_rows, save_model
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.order import NUMBERS, mix_ids
@@ -119,12 +119,12 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path)
     assert isinstance(loaded, SmallNet)
-    found = predict(loaded, test["image"].numpy(), numbers[held_out].numpy(), probabilities=True)
-    assert found.even_probs.shape == (500, 2)
     table = sample.take(held_out.numpy())
     table = table.append_column("number", pa.array(numbers[held_out].numpy()))
-    answered = predict_rows(loaded, table)
-    assert answered["pred_even"].to_pylist() == found.even.tolist()
+    answered = predict_rows(loaded, table, probabilities=True)
+    right = answered["pred_even"].to_numpy() == 1 - table["digit"].to_numpy() % 2
+    assert right.mean() > 0.8
+    assert set(map(len, answered["even_probs"].to_pylist())) == {2}
 
     config = ExportModelConfig(model=str(tmp_path), output=str(tmp_path / "exported"))
     assert export_model(config, print)["largest_difference"] < 1e-4

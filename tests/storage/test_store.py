@@ -1,9 +1,11 @@
 """Files are written whole, listed, read by ranges and deleted, on a disk as in a store."""
 
 import os
+import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -117,3 +119,17 @@ def test_a_disk_keeps_no_part_of_a_file_that_could_not_be_written(
     with pytest.raises(KeyboardInterrupt):
         (place / "file").write(b"2")
     assert (names(place), (place / "file").read_bytes()) == (["file"], b"1")
+
+
+def test_a_full_disk_keeps_no_part_of_a_file(tmp_path: Path) -> None:
+    mount: Any = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
+    if subprocess.run(mount).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        file = locate(str(tmp_path), "--output") / "file"
+        for put in (file.write, file.create):
+            with pytest.raises(StorageError, match=r"cannot be written: .*No space left on device"):
+                put(bytes(2 * 2**20))
+        assert not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
