@@ -25,9 +25,6 @@ _FETCHED_ROWS: Final = 100_000
 """Held-out rows that are copied together, 0.8 KB each: they may be spread over all blocks, and of
 spilled ones each is restored once."""
 
-Scored = Iterable[tuple[LabelledRows, Tensor]]
-"""Batches of `digit` and `row_id`, with digit scores [n, 10]."""
-
 
 class HeldOutRows:
     """Held-out rows of one rank, undistorted and without numbers. Each row belongs to one rank.
@@ -59,7 +56,7 @@ class HeldOutRows:
                 }
 
     def digit_scores(self, model: Network, *, bf16: bool) -> Iterator[tuple[LabelledRows, Tensor]]:
-        """Digits and row ids of each batch, with its digit scores."""
+        """Batches of `digit` and `row_id`, with digit scores [n, 10]."""
         model.eval()
         show = partial(self._worker.send, "counter")
         on_progress = Progress(show, "rows evaluated", len(self._all_ids))
@@ -70,8 +67,8 @@ class HeldOutRows:
             # An estimate: the others are about as far.
             on_progress(len(scores) * self._worker.world_size)
 
-    def metrics(self, model: Network, scored: Scored) -> Metrics:
-        """Metrics with all numbers; each row is counted once over all workers.
+    def metrics(self, model: Network, scored: Iterable[tuple[LabelledRows, Tensor]]) -> Metrics:
+        """Metrics with all numbers, of what `digit_scores` gives; over all workers.
 
         Raises:
             RowCountError: a row was lost or repeated.
