@@ -41,7 +41,7 @@ class HeldOutRows:
         start = len(all_ids) * rank // world_size
         self._ids = all_ids[start : len(all_ids) * (rank + 1) // world_size]
 
-    def batches(self) -> Iterator[LabelledRows]:
+    def _batches(self) -> Iterator[LabelledRows]:
         """The rows on the device, copied from their blocks."""
         device = self._worker.device
         for start in range(0, len(self._ids), _FETCHED_ROWS):
@@ -60,7 +60,7 @@ class HeldOutRows:
         model.eval()
         show = partial(self._worker.send, "counter")
         on_progress = Progress(show, "rows evaluated", len(self._all_ids))
-        for batch in self.batches():
+        for batch in self._batches():
             images = batch.pop("image")
             scores = score_digits(model, images, bf16=bf16)
             yield batch, scores

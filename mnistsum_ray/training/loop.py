@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data
 import ray.train
 import ray.train.torch
 import torch

@@ -5,9 +5,7 @@ import time
 from typing import Any, Final
 
 import pyarrow as pa
-import ray
 import ray.data
-import ray.train
 import ray.train.torch
 import torch
 from torch import Tensor
