@@ -74,7 +74,7 @@ def finish_model(
     load_weights(tensors, model)
     validation = HeldOutRows(data.blocks, data.validation, worker)
     test = HeldOutRows(data.blocks, data.test, worker)
-    # They stay as they are from here on: the convolutions are trained no more.
+    # Digit scores stay as they are from here on: the convolutions are trained no more.
     validation_scores = list(validation.digit_scores(model, bf16=bf16))
     test_scores = list(test.digit_scores(model, bf16=bf16))
     metrics = {name: state.history[-1][name] for name in ("validation", "test")}

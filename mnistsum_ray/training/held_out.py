@@ -64,7 +64,7 @@ class HeldOutRows:
             images = batch.pop("image")
             scores = score_digits(model, images, bf16=bf16)
             yield batch, scores
-            # An estimate: the others are about as far.
+            # An estimate: the other workers are about as far.
             on_progress(len(scores) * self._worker.world_size)
 
     def metrics(self, model: Network, scored: Iterable[tuple[LabelledRows, Tensor]]) -> Metrics:
