@@ -4,15 +4,13 @@ import ctypes
 import os
 import platform
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-_CPUINFO: Final = Path("/proc/cpuinfo")
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
@@ -49,9 +47,10 @@ def enable_determinism() -> None:
 
 def describe_cpu() -> dict[str, str]:
     """Linux's entries of the first core, such as `model name` and `flags`; elsewhere none."""
-    if not _CPUINFO.exists():
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
         return {}
-    first = _CPUINFO.read_text().partition("\n\n")[0]
+    first = file.read_text().partition("\n\n")[0]
     entries = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in entries}
 

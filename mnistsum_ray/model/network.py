@@ -150,7 +150,7 @@ class TwoHeadCNN(Network):
             features = convolution(features)
             if index in (1, 3):
                 features = F.max_pool2d(features, 2)
-            # The same values and gradients as before the max-pool, on a quarter of the elements.
+            # ReLU gives the same values and gradients after the pool, on a quarter of the elements.
             features = torch.relu_(features)
         if dropout is not None:
             features = features * dropout.to(features.dtype)

@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ def log_run(
         experiment_id = client.create_experiment(config["mlflow_experiment"], artifacts)
     run = client.create_run(experiment_id, run_name=config["name"])
     run_id = str(run.info.run_id)
+    status = "FAILED"  # a run that nobody ends is shown as running for ever
     try:
         params = [Param(key, str(value)) for key, value in config.items()]
         client.log_batch(run_id, params=params)
@@ -66,11 +66,9 @@ def log_run(
         if not client.search_registered_models(f"name = '{model_name}'"):
             client.create_registered_model(model_name)
         client.create_model_version(model_name, f"{run.info.artifact_uri}/onnx", run_id)
-        client.set_terminated(run_id)
-    except BaseException:
-        with suppress(Exception):  # the server may be away
-            client.set_terminated(run_id, "FAILED")  # else it is shown as running for ever
-        raise
+        status = "FINISHED"
+    finally:
+        client.set_terminated(run_id, status)
     return run_id
 
 

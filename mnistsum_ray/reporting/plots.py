@@ -109,8 +109,7 @@ def draw_reliability(heads: dict[str, Any]) -> Figure:
     panels = figure.subplots(1, len(heads), squeeze=False).ravel()
     for index, (name, head) in enumerate(heads.items()):
         bins = head["reliability"]
-        names = ("rows", "probability", "right")
-        rows, probability, right = (np.array(bins[name]) for name in names)
+        rows, probability, right = map(np.array, (bins["rows"], bins["probability"], bins["right"]))
         axes = panels[index]
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect calibration")
         used = rows > 0

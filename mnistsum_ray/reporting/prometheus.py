@@ -28,7 +28,7 @@ class JobMetrics:
         self._metrics: dict[str, Any] = {}
         for metric, texts in ((Counter, COUNTERS), (Gauge, GAUGES)):
             for name, text in texts.items():
-                self._metrics[name] = metric(name, text, (*tags,)).set_default_tags(tags)
+                self._metrics[name] = metric(name, text, tuple(tags)).set_default_tags(tags)
         self._counted = {"mnistsum_rows": rows, "mnistsum_rejected_rows": 0}
 
     def count(self, **totals: int) -> None:

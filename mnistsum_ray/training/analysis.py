@@ -61,7 +61,7 @@ def finish_model(
     model.load_state_dict(trained.state_dict())
     validation = HeldOutRows(data.blocks, data.validation, worker)
     test = HeldOutRows(data.blocks, data.test, worker)
-    # They stay as they are from here on: the convolutions are trained no more.
+    # Digit scores stay as they are from here on: the convolutions are trained no more.
     validation_scores = list(validation.digit_scores(model, bf16=bf16))
     test_scores = list(test.digit_scores(model, bf16=bf16))
     metrics = {name: state.history[-1][name] for name in ("validation", "test")}
@@ -77,25 +77,21 @@ def finish_model(
         }
         tuning = {"steps": parameters.sum_head_steps, "before": before, "after": metrics}
         shares = [percent(of["validation"]["consistency"]) for of in (before, metrics)]
-        equal = f"{shares[0]} before, {shares[1]} after"
-        worker.note(f"validation sums equal to digit + number: {equal}")
+        text = "validation sums equal to digit + number: {} before, {} after"
+        worker.note(text.format(*shares))
     trained_sha256 = checksum(copy_weights(model))
     worker.note("analysing the model's answers on the test rows")
-    to_fit = score_rows(model, _at_most(_FITTED_BATCHES, validation_scores))
-    temperatures = fit_temperatures(to_fit)
-    to_analyse = score_rows(model, _at_most(_ANALYSED_BATCHES, test_scores))
-    analysis = analyse_errors(to_analyse, temperatures)
+    fitted_scores = _at_most(_FITTED_BATCHES, validation_scores)
+    temperatures = fit_temperatures(score_rows(model, fitted_scores))
+    analysed_scores = _at_most(_ANALYSED_BATCHES, test_scores)
+    analysis = analyse_errors(score_rows(model, analysed_scores), temperatures)
+    errors = {name: {"ece": of["ece"]} for name, of in analysis["probabilities"].items()}
     model.fold_temperatures(temperatures)
     weights = copy_weights(model)
-    description = describe_model(
-        weights, epoch=state.epochs_done, metrics=metrics, sum_head=tuning
-    ) | {
-        "trained_sha256": trained_sha256,
-        "temperatures_in_weights": temperatures,
-        "probabilities": {
-            name: {"ece": of["ece"]} for name, of in analysis["probabilities"].items()
-        },
-    }
+    description = describe_model(weights, epoch=state.epochs_done, metrics=metrics, sum_head=tuning)
+    description["trained_sha256"] = trained_sha256
+    description["temperatures_in_weights"] = temperatures
+    description["probabilities"] = errors
     mistakes = np.array([mistake["row_id"] for mistake in analysis["mistakes"]], np.int64)
     return FinishedModel(
         state.history,

@@ -22,9 +22,6 @@ _FETCHED_ROWS: Final = 100_000
 """Held-out rows that are copied together, 0.8 KB each: they may be spread over all blocks, and of
 spilled ones each is restored once."""
 
-Scored = Iterable[tuple[LabelledRows, Tensor]]
-"""Batches of `digit` and `row_id`, with digit scores [n, 10]."""
-
 
 class HeldOutRows:
     """Held-out rows of one rank, undistorted and without numbers. Each row belongs to one rank.
@@ -41,7 +38,7 @@ class HeldOutRows:
         start = len(all_ids) * rank // world_size
         self._ids = all_ids[start : len(all_ids) * (rank + 1) // world_size]
 
-    def batches(self) -> Iterator[LabelledRows]:
+    def _batches(self) -> Iterator[LabelledRows]:
         """The rows on the device, copied from their blocks."""
         device = self._worker.device
         for start in range(0, len(self._ids), _FETCHED_ROWS):
@@ -56,19 +53,19 @@ class HeldOutRows:
                 }
 
     def digit_scores(self, model: Network, *, bf16: bool) -> Iterator[tuple[LabelledRows, Tensor]]:
-        """Digits and row ids of each batch, with its digit scores."""
+        """Batches of `digit` and `row_id`, with digit scores [n, 10]."""
         model.eval()
         show = partial(self._worker.send, "counter")
         on_progress = Progress(show, "rows evaluated", len(self._all_ids))
-        for batch in self.batches():
+        for batch in self._batches():
             images = batch.pop("image")
             scores = score_digits(model, images, bf16=bf16)
             yield batch, scores
-            # An estimate: the others are about as far.
+            # An estimate: the other workers are about as far.
             on_progress(len(scores) * self._worker.world_size)
 
-    def metrics(self, model: Network, scored: Scored) -> Metrics:
-        """Metrics with all numbers; each row is counted once over all workers.
+    def metrics(self, model: Network, scored: Iterable[tuple[LabelledRows, Tensor]]) -> Metrics:
+        """Metrics with all numbers, of what `digit_scores` gives; over all workers.
 
         Raises:
             RowCountError: a row was lost or repeated.

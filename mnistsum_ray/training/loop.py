@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data
 import ray.train
 import ray.train.torch
 import torch
@@ -113,17 +112,17 @@ def _train_epochs(trainer: Trainer, data: TrainingData, state: TrainerState) -> 
         "test": HeldOutRows(data.blocks, data.test, worker),
     }
     while state.epochs_done < parameters.epochs:
-        line = trainer.train_epoch(state.epochs_done, data.order, batches)
+        figures = trainer.train_epoch(state.epochs_done, data.order, batches)
         broadcast_state(model)
         state.epochs_done += 1
         started = time.perf_counter()
         for name, rows in held_out.items():
             scored = rows.digit_scores(model, bf16=trainer.bf16)
-            line[name] = rows.metrics(model, scored)
+            figures[name] = rows.metrics(model, scored)
             where = f"epoch {state.epochs_done}: the loss on {name} rows is"
-            trainer.check_finite(line[name]["loss"], where)
-        line["evaluation_seconds"] = time.perf_counter() - started
-        line = {"epoch": state.epochs_done, "workers": worker.world_size, **line}
+            trainer.check_finite(figures[name]["loss"], where)
+        figures["evaluation_seconds"] = time.perf_counter() - started
+        line = {"epoch": state.epochs_done, "workers": worker.world_size, **figures}
         state.history.append(line)
         worker.send("epoch", **line)
         report_epoch(state, model, trainer.optimizer, worker.rank)

@@ -41,12 +41,8 @@ first step comes soon."""
 _AHEAD_BYTES: Final = 64 * 2**20
 """Memory of rows that wait for a worker."""
 
-_TASKS_IN_FLIGHT: Final = 2
-"""Tasks that an actor has at the same time: one that runs, and the next."""
-
 _RETRIES: Final = 3
 """Starts of an actor after a failure: by itself Ray Data would start new ones for ever."""
-
 
 _START: Final = "from epoch "
 
@@ -102,7 +98,8 @@ class StepsInOrder(DataConfig):
         # Actors, since Ray ends the process of a task that has had no work for a second, and a
         # new one takes two.
         actors = ActorPoolStrategy(
-            size=min(self._readers, count), max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT
+            size=min(self._readers, count),
+            max_tasks_in_flight_per_actor=2,  # the one that runs, and the next
         )
         rows = dataset.map_batches(
             ReadSteps,

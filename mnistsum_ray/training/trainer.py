@@ -5,9 +5,7 @@ import time
 from typing import Any, Final
 
 import pyarrow as pa
-import ray
 import ray.data
-import ray.train
 import ray.train.torch
 import torch
 from torch import Tensor
@@ -66,17 +64,12 @@ class TrainingBatches:
 
     def take(self, count: int) -> Batch:
         """The next rows; fewer where the pipeline has lost some, which the epoch's count shows."""
-        if count and not self.left:
+        if count and self._start == len(self._rows["row_id"]):
             self._rows = _to_batch(next(self._tables, _NO_ROWS), self._device)
             self._start = 0
         start = self._start
-        self._start += min(count, self.left)
+        self._start = min(start + count, len(self._rows["row_id"]))
         return {name: values[start : self._start] for name, values in self._rows.items()}
-
-    @property
-    def left(self) -> int:
-        """Rows that are there and not taken; none after the last step of an epoch."""
-        return len(self._rows["row_id"]) - self._start
 
 
 def _to_batch(table: pa.Table, device: torch.device) -> Batch:
@@ -110,21 +103,15 @@ class EpochCounter:
     def all_reduce(self) -> float:
         """Sum over all workers; return the mean loss a row since the last time."""
         rows, loss = self.rows, self.loss
-        self.rows = self._sum(self._own_rows)
+        own_rows = torch.tensor([self._own_rows], device=self._own_loss.device)
+        self.rows = int(all_reduce_sum(own_rows))
         self.row_ids = int(all_reduce_sum(self._own_row_ids))
         self.loss = all_reduce_sum(self._own_loss).item()
         return (self.loss - loss) / max(1, self.rows - rows)
 
-    def check(self, order: TrainingOrder, left: int, where: str) -> None:
-        """Raise RowCountError on all workers unless each row was seen once.
-
-        `left` rows were there and not taken.
-        """
-        rows = self.rows + self._sum(left)
-        check_row_counts(rows, self.row_ids, len(order.ids), order.id_sum, where)
-
-    def _sum(self, count: int) -> int:
-        return int(all_reduce_sum(torch.tensor([count], device=self._own_row_ids.device)))
+    def check(self, order: TrainingOrder, where: str) -> None:
+        """Raise RowCountError on all workers unless each row was seen once."""
+        check_row_counts(self.rows, self.row_ids, len(order.ids), order.id_sum, where)
 
 
 class Trainer:
@@ -202,7 +189,7 @@ class Trainer:
                     loss=counter.loss / counter.rows,
                 )
         seconds = time.perf_counter() - started
-        counter.check(order, batches.left, f"training epoch {epoch + 1}")
+        counter.check(order, f"training epoch {epoch + 1}")
         every = -(-len(curve) // _CURVE_POINTS)
         first = (len(curve) - 1) % every  # so that the last loss is kept
         return {

@@ -60,12 +60,11 @@ def filed(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 DEEP = (100_000).to_bytes(8, "little") + b"[" * 100_000
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no file": (lambda folder: None, "holds no model"),
-    "checksum": (described(sha256="another"), "is damaged (the SHA-256 of its weights differs)"),
     "version": (described(format="else"), "its format is not 'mnistsum_ray/5'"),
     "network": (described(network="Other"), "its 'network' is Other, and here TwoHeadCNN"),
     "tensors": (described(weights={"x": torch.zeros(3)}), "TwoHeadCNN"),
     "cut short": (filed(lambda data: data[:-100]), "cannot be used"),
-    "other bytes": (filed(lambda data: data[:-4] + b"\0\0\0\1"), "is damaged"),
+    "other bytes": (filed(lambda data: data[:-4] + b"\0\0\0\1"), "is damaged (the SHA-256 of"),
     "deep": (filed(lambda _: DEEP), "cannot be used"),
 }
 

@@ -95,3 +95,13 @@ def test_the_loss_is_the_mean_of_the_heads_and_reported_without_smoothing() -> N
     gradients = torch.autograd.grad(rounded, list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert (gradient.dtype, gradient.stride()) == (torch.float32, parameter.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_worker_without_rows_has_gradients_of_zero(dtype: torch.dtype) -> None:
+    model, (images, digits, numbers) = new_model(), random_rows(0)
+    loss, _ = Objective(model, 0.05, dtype)(prepare_images(images), numbers, digits, None)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name

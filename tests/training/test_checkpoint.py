@@ -1,4 +1,4 @@
-"""Checkpoints: what is not whole is known for it. That all bits come back: test_trainer.py."""
+"""Checkpoints: all bits come back, and what is not whole is known for it."""
 
 import hashlib
 from pathlib import Path
@@ -23,8 +23,21 @@ STATE = TrainerState(
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     model = new_model(0)
-    saved.save_checkpoint(folder, STATE, model, MuonAdamW(model, 0.01, torch.float32))
+    optimizer = MuonAdamW(model, 0.01, torch.float32)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved.save_checkpoint(folder, STATE, model, optimizer)
     return folder
+
+
+def test_all_bits_come_back(tmp_path: Path, whole: Path) -> None:
+    state, tensors = saved.read_checkpoint(Location(str(whole)))
+    model = new_model(1)
+    optimizer = MuonAdamW(model, 0.01, torch.float32)
+    saved.restore(tensors, model, optimizer)
+    saved.save_checkpoint(tmp_path, state, model, optimizer)
+    assert (tmp_path / STATE_FILE).read_bytes() == (whole / STATE_FILE).read_bytes()
 
 
 def write(folder: Path, data: bytes, digest: str = "") -> Location:

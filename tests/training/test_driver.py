@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -41,19 +41,16 @@ def test_a_run_that_has_not_begun_is_not_to_be_resumed(
         driver.fit(run, Console(io.StringIO()))
 
 
-@pytest.fixture
-def follower(monkeypatch: pytest.MonkeyPatch) -> EventFollower:
-    """It has no queue, records nothing, and waits no time for workers."""
+def test_a_training_is_ended_whose_workers_do_not_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(events, "Queue", lambda **_: None)
     monkeypatch.setattr(events, "on_node", dict)
     monkeypatch.setattr(events, "_MIN_WAIT_SECONDS", -1.0)
-    nothing = cast("Any", None)
-    return EventFollower(Console(io.StringIO()), nothing, nothing, wait_seconds=-1.0)
-
-
-def test_a_training_is_ended_whose_workers_do_not_come_back(follower: EventFollower) -> None:
-    ended: list[float] = []
-    follower.expect_workers(lambda: ended.append(cast("float", follower.gave_up_after)))
+    nothing: Any = None
+    follower = EventFollower(Console(io.StringIO()), nothing, nothing, wait_seconds=-1.0)
+    ended: list[float | None] = []
+    follower.expect_workers(lambda: ended.append(follower.gave_up_after))
     follower._handle({"kind": "begin"})
     follower._end_if_late()
     assert not ended
