@@ -80,7 +80,7 @@ class Job:
             "RAY_ADDRESS": address or "local",  # never another cluster of this machine
             "PYTHONFAULTHANDLER": "1",  # a crash prints a traceback
         }
-        self.process = subprocess.Popen(
+        self.process: Any = subprocess.Popen(
             [sys.executable, *map(str, (ROOT / "jobs" / f"{name}.py", *args))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -95,7 +95,6 @@ class Job:
 
     def wait_for_line(self, beginning: str) -> str:
         """Read standard error to a line that begins so after the run's name; return the rest."""
-        assert self.process.stderr is not None
         for line in self.process.stderr:
             self._seen.append(line)
             said = re.sub(r"^[0-9:]{8} \S+  ", "", line)
@@ -115,8 +114,10 @@ class Job:
         self.wait()
 
     def wait(self) -> Done:
-        out, err = self.process.communicate(timeout=400)
-        return Done(self.process.returncode, out, "".join(self._seen) + err)
+        # `communicate` would lose the lines that `wait_for_line` has read ahead.
+        self._seen += self.process.stderr
+        out = self.process.stdout.read()
+        return Done(self.process.wait(), out, "".join(self._seen))
 
 
 def run_job(name: str, *args: object, **options: Any) -> Done:
