@@ -126,12 +126,8 @@ class TrainConfig(JobConfig):
     resume: bool | Literal["auto"] = False
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
     mlflow: str | None = None
-    """MLflow server (http://...) or store (sqlite:///...) that the finished run is logged to; needs
-    the extra mlflow [none]"""
-    mlflow_experiment: str = Field(default="mnistsum", min_length=1)
-    """MLflow experiment of the run"""
-    mlflow_model: str = Field(default="mnistsum", min_length=1)
-    """MLflow registered model; the trained model becomes its newest version"""
+    """MLflow server (http://...) or store (sqlite:///...) that the finished run is logged to, and
+    its model registered; needs the extra mlflow [none]"""
 
     @field_validator("num_workers", mode="before")
     @classmethod

@@ -1,9 +1,10 @@
 """Log a finished run to MLflow (`--mlflow URI`): config, metrics, files; and register the model."""
 
+import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import mlflow.onnx
 import onnx
@@ -14,6 +15,9 @@ from mnistsum_ray.model.folder import DESCRIPTION_FILE, WEIGHTS_FILE, load_model
 from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.report import PICTURES, REPORT
 from mnistsum_ray.storage.store import Location
+
+NAME: Final = "mnistsum"
+"""Name of the registered model, and of the experiment without MLFLOW_EXPERIMENT_NAME."""
 
 
 # MLflow's defaults are 7 retries of 120 s each, which would look like a run that hangs.
@@ -29,7 +33,8 @@ def log_run(
     uri = config["mlflow"]
     # A client alone: the caller's own tracking URI and active run stay as they are.
     client = mlflow.MlflowClient(uri)
-    experiment = client.get_experiment_by_name(config["mlflow_experiment"])
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", NAME)
+    experiment = client.get_experiment_by_name(name)
     if experiment:
         experiment_id = experiment.experiment_id
     else:
@@ -37,7 +42,7 @@ def log_run(
         if uri.startswith("sqlite:///"):
             # MLflow would take the working folder, which Ray deletes after a submitted job.
             artifacts = Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
-        experiment_id = client.create_experiment(config["mlflow_experiment"], artifacts)
+        experiment_id = client.create_experiment(name, artifacts)
     run = client.create_run(experiment_id, run_name=config["name"])
     run_id = str(run.info.run_id)
     status = "FAILED"  # a run that nobody ends is shown as running for ever
@@ -62,10 +67,9 @@ def log_run(
                 model, f"{copy}/onnx", pip_requirements=packages, save_as_external_data=False
             )
             client.log_artifacts(run_id, copy)
-        model_name = config["mlflow_model"]
-        if not client.search_registered_models(f"name = '{model_name}'"):
-            client.create_registered_model(model_name)
-        client.create_model_version(model_name, f"{run.info.artifact_uri}/onnx", run_id)
+        if not client.search_registered_models(f"name = '{NAME}'"):
+            client.create_registered_model(NAME)
+        client.create_model_version(NAME, f"{run.info.artifact_uri}/onnx", run_id)
         status = "FINISHED"
     finally:
         client.set_terminated(run_id, status)
