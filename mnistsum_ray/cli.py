@@ -222,7 +222,9 @@ class StopOnSignals:
             return
         if now - self._received_at < _REPEAT_SECONDS:
             return  # the same signal again
-        os._exit(128 + self.received if self.exit_code is None else self.exit_code)
+        if self.exit_code is None:
+            os._exit(128 + self.received)
+        os._exit(self.exit_code)
 
 
 def _explain(error: BaseException, received: signal.Signals | None) -> int:

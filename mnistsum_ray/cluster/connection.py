@@ -57,7 +57,7 @@ def connect() -> str:
     # The dashboard takes seconds to start.
     _init("local", "Ray cannot be started here", include_dashboard=False)
     _started = ray.get_runtime_context().gcs_address
-    # Ray itself waits for that cluster at the end of a training, for 10 s.
+    # Worth a line: with a file of `ray start` that is out of date each training ends 10 s later.
     why = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it" if address else ""
     return f"started Ray on this machine, for this job alone{why}"
 
@@ -112,6 +112,6 @@ def _answers(address: str) -> bool:
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_SECONDS).close()
-    except (OSError, OverflowError):  # a port has 16 bits
+    except (OSError, OverflowError, UnicodeError):  # a port of more than 16 bits, a host like a..b
         return False
     return True

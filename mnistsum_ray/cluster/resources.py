@@ -147,7 +147,7 @@ def reserve(
             limit = f"only if the autoscaler's limits allow all {most} workers"
             say(f"more than {needed} workers run as nodes come, {limit}")
         with plan.reserved(config.wait_seconds, say):
-            # GPUs of nodes that came while it waited are unknown yet: plan again, with a look.
+            # Else nodes with GPUs came while it waited: plan again, now that CUDA can be asked for.
             if gpu or not plan.use_gpu:
                 yield plan
                 return
@@ -182,14 +182,15 @@ def plan_workers(
         limit = max(1, present)
         if cluster.can_grow:
             limit = max(present, _ASSUMED_LIMIT[kind])
-        sharing = 1  # workers on one GPU, as its memory and the cores beside it allow
+        per_device = 1  # workers on a CPU, or on a GPU as its memory and the cores beside it allow
         if gpu:
             cores = int(cluster.total("CPU") / present)
             in_memory = gpu.memory_bytes // _WORKER_GPU_BYTES
-            sharing = max(1, min(_MAX_WORKERS_PER_GPU, cores, in_memory))
-        most = high or sharing * limit
-        sharing = min(sharing, math.ceil(most / max(1, present)))
-        plan = WorkerPlan((1, most), {kind: 1 / sharing}, gpu)
+            per_device = max(1, min(_MAX_WORKERS_PER_GPU, cores, in_memory))
+        most = high or per_device * limit
+        # If fewer were asked for, each gets a larger share.
+        per_device = min(per_device, math.ceil(most / max(1, present)))
+        plan = WorkerPlan((1, most), {kind: 1 / per_device}, gpu)
     fitting = cluster.workers_that_fit(plan.per_worker)
     if low > fitting and not cluster.can_grow:
         fit = f"only {fitting} of them, with {_format(plan.per_worker)} each, fit on the nodes"

@@ -40,7 +40,7 @@ class Inputs:
     skipped: list[str]
     """Paths that are left out: hidden, without a suffix, or links to folders."""
     unusable: dict[str, str]
-    """Why files cannot be used, by name, which is escaped. `files` has them too."""
+    """Why files cannot be used, by name. `files` has them too; names are as of `printable`."""
 
 
 def list_inputs(
@@ -144,6 +144,7 @@ def _walk(value: _Value) -> Iterator[tuple[str, Entry | None]]:
         folder = top.at(above)
         for name in names:
             file = folder / name
+            # A link that leads nowhere, or a pipe, gets no e_tag: `_fault` says so.
             yield file.path, file.status() or Entry(file.path, 0, "")
         read = []
         for name in folders:

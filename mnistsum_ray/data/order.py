@@ -82,7 +82,7 @@ def _bits(seed: int, epoch: int, purpose: RandomStream, row_ids: RowIds) -> Bits
 
 def integer_type(count: int) -> str:
     """Smallest signed type of 0..count - 1, by its name in NumPy and Arrow: `int8` up to 128."""
-    return np.min_scalar_type(-count).name
+    return np.min_scalar_type(-count).name  # a negative number has a signed type
 
 
 def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.signedinteger[Any]]:

@@ -26,7 +26,7 @@ INTERFACE: Final = {
     "number": f"0..{NUMBERS - 1}",
     "output": {head.name: f"{head.classes} scores" for head in HEADS},
 }
-"""What the description must say for the model to be used, there `number` in `input`."""
+"""What the description must say for the model to be used; its `number` is an entry of `input`."""
 
 Weights = dict[str, Tensor]
 """float32, but for buffers such as the number of batches of `nn.BatchNorm2d`."""

@@ -93,7 +93,7 @@ class MuonAdamW:
         """Take over the state of a parameter, from any device and in any memory format."""
         for name, value in state.items():
             value = value.to(parameter.device)
-            if value.shape == parameter.shape:  # AdamW's kernel takes momenta that lie as it does
+            if value.shape == parameter.shape:  # AdamW needs momenta in its memory format
                 value = torch.empty_like(parameter.detach()).copy_(value)
             self.state[parameter][name] = value
 

@@ -5,6 +5,7 @@ seen scores between two digits, and predicts another sum there. Fine-tuning show
 mixed from the scores of training rows. The convolutions stay as they are, and so do the digits.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -25,7 +26,13 @@ _LEARNING_RATE: Final = 0.02
 """Of AdamW at the first step; it falls linearly to 0. With 0.01 and 0.05 more sums differ."""
 
 
-def finetune_sum_head(model: Network, digit_scores: Tensor, steps: int, seed: int) -> None:
+def finetune_sum_head(
+    model: Network,
+    digit_scores: Tensor,
+    steps: int,
+    seed: int,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> None:
     """Train all heads but the digit's, with `class_distribution` of the digit scores as target.
 
     The targets are distributions, as in distillation (Hinton et al. 2015). Trained on the most
@@ -49,6 +56,7 @@ def finetune_sum_head(model: Network, digit_scores: Tensor, steps: int, seed: in
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        on_progress(1)
 
 
 def class_distribution(head: Head, digit_scores: Tensor, numbers: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ def run(request: Request, execute: Execute, console: Console) -> ScoreResult:
     for name, reason in itertools.islice(failures.items(), _NAMED):  # files.parquet has all
         console.say(f"cannot be used: {name}: {reason}")
     planned = {part.output: part for part in parts}
-    # Asked before the parts are: a manifest that a second run writes meanwhile is true.
+    # Before the parts are listed: a manifest that appears later is a second run's, of all parts,
+    # and must stay.
     was_finished = (output / MANIFEST).status() is not None
     names, counts, gone = read_parts(request, planned, console)
     if gone:

@@ -180,7 +180,7 @@ def read_parts(
             raise _refusal(request.output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
         else:
             gone += 1
-            if rows:  # files without rows may be alike
+            if rows:  # two files without rows have the same bytes, and so the same ETag
                 gone_names[stamp["e_tag"]] = input_name
     _check_not_renamed(request, {planned[name].name for name in done}, gone_names)
     return done, counts, gone

@@ -91,8 +91,8 @@ def output_base_folder() -> Path:
 def may_hold_keys(text: str) -> bool:
     """Whether a URI, perhaps mistyped, has user info, or a query that may be a key."""
     address, _, query = text.partition("?")
-    if "://" not in address:
-        return re.match(r"(//)?\w+:\S*@", text) is not None
+    if "://" not in address:  # `s3:ID:KEY@bucket`, `s3//ID:KEY@bucket`
+        return re.match(r"(\w*//)?\w+:\S*@", text) is not None
     try:
         parts = urlsplit(address)
         _ = parts.port  # ValueError: it is no number, and may be a key

@@ -203,9 +203,10 @@ class _Training:
         if not started_cluster():
             detached_data_actors()
         abort = make_interruptible(trainer)
-        events.expect_workers(abort)
+        events.end_if_silent(abort)
         try:
             with default_environment(_train_environment()):
+                # A text: a failure that another attempt would meet again.
                 finished: FinishedModel | str = trainer.fit().return_value
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             raise self._explained(error, events.gave_up_after) from error
@@ -243,14 +244,18 @@ def choose_threads(run: TrainingRun, plan: resources.WorkerPlan) -> int | None:
     same_workers = stored.get("num_workers") == list(plan.worker_range)
     if same_workers and stored.get("threads"):
         return int(stored["threads"])
-    # Ray can be told of more CPUs than there are; with as many threads a step takes minutes.
-    real = {ray.get_runtime_context().get_node_id(): os.cpu_count() or 1}
+    here = ray.get_runtime_context().get_node_id()
     cpus = []
     for node in usable_nodes():
         count = int(node["Resources"].get("CPU", 0))
-        if count >= plan.per_worker["CPU"]:
-            cpus.append(min(count, real.get(node["NodeID"], count)))
-    workers_on_node = -(-plan.worker_range[0] // max(1, len(cpus)))
+        if count < plan.per_worker["CPU"]:
+            continue
+        if node["NodeID"] == here:
+            # Ray can be told of more than there are, and with so many threads a step takes minutes.
+            count = min(count, os.cpu_count() or 1)
+        cpus.append(count)
+    # Elastic ones may all be on the nodes that are there now.
+    workers_on_node = -(-plan.workers // max(1, len(cpus)))
     return max(1, min(cpus, default=1) // workers_on_node)
 
 

@@ -1,7 +1,6 @@
 """Events: what the processes of a training tell its driver, by a queue that a thread follows.
 
 kind      sent by                     fields
-begin     train_loop_per_worker
 progress  Trainer.train_epoch         epoch, epochs, rows, of_rows, rows_per_second, loss
 epoch     train_loop_per_worker       those of a line of history.jsonl
 failure   FailureLines                text
@@ -12,7 +11,7 @@ counter   HeldOutRows.digit_scores    what, done, total
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import ray
@@ -26,32 +25,34 @@ from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.training.record import RunRecord
 
-_MIN_WAIT_SECONDS: Final = 60.0
-"""Shortest wait for workers to report: a cluster takes a while to notice what it has lost."""
+_MIN_SILENCE_SECONDS: Final = 60.0
+"""A cluster takes a while to notice what it has lost."""
 
 
 class EventFollower:
-    """Shows and records the events of a run, and ends a training whose workers do not come."""
+    """Shows and records the events of a run, and ends a training whose workers are silent."""
 
     def __init__(
         self, console: Console, record: RunRecord, metrics: JobMetrics, wait_seconds: float
     ) -> None:
         self.queue = Queue(actor_options=on_node())  # so that it is not lost with another node
         self.gave_up_after: float | None = None
-        """Seconds that workers were waited for in vain; None: the training was not ended."""
+        """Seconds of silence after which the training was ended; None: it was not."""
         self._console = console
         self._record = record
         self._metrics = metrics
-        self._longest_wait = max(wait_seconds, _MIN_WAIT_SECONDS)
-        self._end_training: Callable[[], None] = lambda: None
-        self._wanted_at: float | None = None
-        """When workers were wanted that have not reported yet."""
+        self._longest_silence = max(wait_seconds, _MIN_SILENCE_SECONDS)
+        self._end_training: Callable[[], None] | None = None
+        self._heard_at = time.monotonic()
         self._ended = threading.Event()
 
-    def expect_workers(self, end_training: Callable[[], None]) -> None:
-        """Workers are wanted from now on; if they do not come in time, call `end_training`."""
+    def end_if_silent(self, end_training: Callable[[], None]) -> None:
+        """From now on call `end_training` if workers do not come, or come back, or say nothing.
+
+        They send something every few seconds. Ray Train waits for them for ever.
+        """
+        self._heard_at = time.monotonic()
         self._end_training = end_training
-        self._wanted_at = time.monotonic()
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -60,7 +61,8 @@ class EventFollower:
         thread.start()
         try:
             yield
-            self.queue.put(None)  # the last event: the thread ends once those before it are shown
+            with suppress(ray.exceptions.RayError):  # what was trained counts without its events
+                self.queue.put(None)  # the last one: the thread ends once those before it are shown
             thread.join(timeout=10)
         finally:
             self._ended.set()
@@ -73,7 +75,7 @@ class EventFollower:
                 try:
                     event = self.queue.get(timeout=5.0)
                 except Empty:
-                    self._end_if_late()
+                    self._look_for_silence()
                     continue
                 except ray.exceptions.RayError:  # the node is too busy, or the queue has ended
                     if self._ended.wait(1.0):
@@ -81,30 +83,23 @@ class EventFollower:
                     continue
                 if event is None:
                     return
+                self._heard_at = time.monotonic()
                 try:
                     self._handle(event)
                 except Exception as error:
                     what = f"an event of the workers is left out ({event['kind']})"
                     self._console.say(f"{what}: {one_line(error)}")
 
-    def _end_if_late(self) -> None:
-        """End the training if its workers have not come in time: Ray Train waits for ever."""
-        if self._wanted_at is None:
-            return
-        waited = time.monotonic() - self._wanted_at
-        if waited > self._longest_wait:
-            self.gave_up_after = waited
-            self._wanted_at = None
-            self._end_training()
+    def _look_for_silence(self) -> None:
+        silent = time.monotonic() - self._heard_at
+        if self._end_training and silent > self._longest_silence:
+            self.gave_up_after = silent
+            end_training, self._end_training = self._end_training, None
+            end_training()
 
     def _handle(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
-        if kind == "begin":
-            self._wanted_at = None
-        elif kind == "failure":
-            self._console.say(event["text"])
-            self._wanted_at = time.monotonic()
-        elif kind == "note":
+        if kind in ("failure", "note"):
             self._console.say(event["text"])
         elif kind == "counter":
             self._console.progress(event["what"], event["done"], event["total"])

@@ -88,7 +88,6 @@ def _train(config: LoopConfig) -> FinishedModel | None:
     data: TrainingData = ray.get(config.data)
     state, tensors = latest_state(config.start.checkpoint)
     state.precision = state.precision or parameters.precision or _best_precision(worker)
-    worker.send("begin")
     trainer = Trainer(parameters, worker, state.precision)
     model = trainer.model
     if tensors is not None:

@@ -72,7 +72,11 @@ class RunRecord:
                 "train_rows": len(source.train),
                 "validation_rows": len(source.validation),
                 "test_rows": len(source.test),
-                "bad_rows": {"rows": source.bad.total} | vars(source.bad),
+                "bad_rows": {
+                    "rows": source.bad.total,
+                    "reasons": source.bad.reasons,
+                    "examples": source.bad.examples,
+                },
             },
         }
         if init_from:
@@ -131,7 +135,7 @@ class RunRecord:
             run=folder.display,
             model=(folder / "model").display,
             parameters=description["parameters"],
-            data=SplitRows(**self.manifest["data"]),
+            data=SplitRows(**self.manifest["data"]),  # it takes its four fields
             test=HeldOutMetrics(**description["test"]),
             images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
             seconds=round(time.monotonic() - started, 1),

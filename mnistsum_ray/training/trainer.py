@@ -169,7 +169,8 @@ class Trainer:
             batch = batches.take(max(0, own_rows))
             step_of_run = epoch * steps + step
             rate = one_cycle(step_of_run, steps * parameters.epochs, parameters.learning_rate)
-            counter.add(batch, self._step(batch, epoch, step, rows, rate))
+            loss = self._step(batch, epoch, step, rows, rate)
+            counter.add(batch, loss)
             last = step == steps - 1
             if not last and (step + 1) % check_steps:
                 continue

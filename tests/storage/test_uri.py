@@ -65,7 +65,7 @@ def test_a_path_is_refused_with_the_reason(text: str, said: str) -> None:
 
 KEYS = """
 s3://AKIA:topsecret@b/in s3://AKIA:top/secret@b/in s3://topsecret@b/in
-s3://AKIA:0/topsecret@b/in s3://AKIA:/topsecret@b/in
+s3://AKIA:0/topsecret@b/in s3://AKIA:/topsecret@b/in s3//AKIA:topsecret@b
 s3://AKIA:topsecret%40b/in s3://AKIA:topsecret@[x/y s3://b/in?key=topsecret s3://b/in?region=x&topsecret
 s3://b/in?endpoint_override=http%3A%2F%2Fme%3Atopsecret%40h
 abfs://account:topsecret@container/in abfs://container@a.dfs.core.windows.net/in?sig=topsecret

@@ -41,20 +41,15 @@ def test_a_run_that_has_not_begun_is_not_to_be_resumed(
         driver.fit(run, Console(io.StringIO()))
 
 
-def test_a_training_is_ended_whose_workers_do_not_come_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_training_is_ended_whose_workers_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "Queue", lambda **_: None)
     monkeypatch.setattr(events, "on_node", dict)
-    monkeypatch.setattr(events, "_MIN_WAIT_SECONDS", -1.0)
+    monkeypatch.setattr(events, "_MIN_SILENCE_SECONDS", -1.0)
     nothing: Any = None
     follower = EventFollower(Console(io.StringIO()), nothing, nothing, wait_seconds=-1.0)
     ended: list[float | None] = []
-    follower.expect_workers(lambda: ended.append(follower.gave_up_after))
-    follower._handle({"kind": "begin"})
-    follower._end_if_late()
-    assert not ended
-    follower._handle({"kind": "failure", "text": "worker 1 failed"})
-    follower._end_if_late()
-    follower._end_if_late()
+    follower._look_for_silence()
+    follower.end_if_silent(lambda: ended.append(follower.gave_up_after))
+    follower._look_for_silence()
+    follower._look_for_silence()
     assert ended == [follower.gave_up_after]
