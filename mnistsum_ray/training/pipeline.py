@@ -121,9 +121,7 @@ def tasks(order: TrainingOrder, epochs: range, world_size: int) -> list[dict[str
     for epoch in epochs:
         start = 0
         while start < order.steps:
-            end = start + max(1, rows * world_size // order.batch_size)
-            # The last batch may have no row for some rank, and Ray Data yields no empty blocks.
-            end = order.steps if end >= order.steps - 1 else end
+            end = min(order.steps, start + max(1, rows * world_size // order.batch_size))
             found.append({"epoch": epoch, "start": start, "end": end})
             start, rows = end, _TASK_ROWS
     return found
