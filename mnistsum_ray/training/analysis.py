@@ -19,7 +19,7 @@ from mnistsum_ray.model.metrics import analyse_errors, fit_temperatures, score_r
 from mnistsum_ray.model.network import Network, make_network
 from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.training.checkpoint import TrainerState
-from mnistsum_ray.training.held_out import HeldOutRows
+from mnistsum_ray.training.held_out import HeldOutRows, ScoredDigits
 from mnistsum_ray.training.rows import TrainingData
 from mnistsum_ray.training.worker import Worker
 
@@ -54,32 +54,31 @@ def finish_model(
     state: TrainerState,
     trained: Network,
     worker: Worker,
+    scored: dict[str, ScoredDigits] | None,
 ) -> FinishedModel:
     """Fine-tune the sum head of the last epoch's model, calibrate it, and analyse its errors.
 
-    Rank 0 does it alone. The same trained model gives the same finished one each time.
+    Rank 0 does it alone. The same trained model gives the same finished one each time. `scored` are
+    the held-out rows by split, all of them; without it they are scored here.
     """
     worker = replace(worker, world_size=1)
     bf16 = state.precision == "bf16"
     # A copy without the hooks of DDP, which would wait for the other workers.
     model = make_network().to(worker.device)
     model.load_state_dict(trained.state_dict())
-    validation = HeldOutRows(data.blocks, data.validation, worker)
-    test = HeldOutRows(data.blocks, data.test, worker)
+    splits = {"validation": data.validation, "test": data.test}
+    held_out = {name: HeldOutRows(data.blocks, ids, worker) for name, ids in splits.items()}
     # Digit scores stay as they are from here on: the convolutions are trained no more.
-    validation_scores = list(validation.digit_scores(model, bf16=bf16))
-    test_scores = list(test.digit_scores(model, bf16=bf16))
-    metrics = {name: state.history[-1][name] for name in ("validation", "test")}
+    if scored is None:
+        scored = {name: rows.digit_scores(model, bf16=bf16) for name, rows in held_out.items()}
+    metrics = {name: state.history[-1][name] for name in splits}
     tuning = None
     if parameters.sum_head_steps:
         train = HeldOutRows(data.blocks, sample(data.order.ids, sum_head.MAX_ROWS), worker)
         train_scores = [scores.float() for _, scores in train.digit_scores(model, bf16=bf16)]
         _finetune(parameters, model, torch.cat(train_scores), worker)
         before = metrics
-        metrics = {
-            "validation": validation.metrics(model, validation_scores),
-            "test": test.metrics(model, test_scores),
-        }
+        metrics = {name: rows.metrics(model, scored[name]) for name, rows in held_out.items()}
         tuning = {"steps": parameters.sum_head_steps, "before": before, "after": metrics}
         shares = [percent(of["validation"]["consistency"]) for of in (before, metrics)]
         text = "validation sums equal to digit + number: {} before, {} after"
@@ -87,9 +86,9 @@ def finish_model(
     # Before calibration: by this two runs are compared, bit for bit.
     trained_sha256 = checksum(copy_weights(model))
     worker.note("analysing the model's answers on the test rows")
-    fitted_scores = _at_most(_FITTED_BATCHES, validation_scores)
+    fitted_scores = _at_most(_FITTED_BATCHES, scored["validation"])
     temperatures = fit_temperatures(score_rows(model, fitted_scores))
-    analysed_scores = _at_most(_ANALYSED_BATCHES, test_scores)
+    analysed_scores = _at_most(_ANALYSED_BATCHES, scored["test"])
     analysis = analyse_errors(score_rows(model, analysed_scores), temperatures)
     errors = {name: {"ece": of["ece"]} for name, of in analysis["probabilities"].items()}
     model.fold_temperatures(temperatures)

@@ -1,6 +1,6 @@
 """Held-out rows: scored and counted, by all workers together or by one of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
@@ -21,6 +21,9 @@ _BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
 _FETCHED_ROWS: Final = 100_000
 """Held-out rows that are copied together, 0.8 KB each: they may be spread over all blocks, and of
 spilled ones each is restored once."""
+
+ScoredDigits = list[tuple[LabelledRows, Tensor]]
+"""Batches of `digit` and `row_id`, with digit scores [n, 10]."""
 
 
 class HeldOutRows:
@@ -52,19 +55,21 @@ class HeldOutRows:
                     "row_id": array_to_device(ids[rows], device),
                 }
 
-    def digit_scores(self, model: Network, *, bf16: bool) -> Iterator[tuple[LabelledRows, Tensor]]:
-        """Batches of `digit` and `row_id`, with digit scores [n, 10]."""
+    def digit_scores(self, model: Network, *, bf16: bool) -> ScoredDigits:
+        """Score the digits of this rank's rows."""
         model.eval()
+        scored = []
         show = partial(self._worker.send, "counter")
         on_progress = Progress(show, "rows evaluated", len(self._all_ids))
         for batch in self._batches():
             images = batch.pop("image")
             scores = score_digits(model, images, bf16=bf16)
-            yield batch, scores
+            scored.append((batch, scores))
             # An estimate: the other workers are about as far.
             on_progress(len(scores) * self._worker.world_size)
+        return scored
 
-    def metrics(self, model: Network, scored: Iterable[tuple[LabelledRows, Tensor]]) -> Metrics:
+    def metrics(self, model: Network, scored: ScoredDigits) -> Metrics:
         """Metrics with all numbers, of what `digit_scores` gives; over all workers.
 
         Raises:

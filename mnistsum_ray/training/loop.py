@@ -28,7 +28,7 @@ from mnistsum_ray.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from mnistsum_ray.training.held_out import HeldOutRows
+from mnistsum_ray.training.held_out import HeldOutRows, ScoredDigits
 from mnistsum_ray.training.pipeline import start_name
 from mnistsum_ray.training.rows import TrainingData
 from mnistsum_ray.training.trainer import Trainer, TrainingBatches
@@ -96,13 +96,20 @@ def _train(config: LoopConfig) -> FinishedModel | None:
         worker.note(f"going on after epoch {state.epochs_done}, on {workers}")
     elif config.start.weights is not None:
         model.load_state_dict(config.start.weights)
+    scored = None
     if state.epochs_done < parameters.epochs:
-        _train_epochs(trainer, data, state)
-    return finish_model(parameters, data, state, model, worker) if worker.rank == 0 else None
+        scored = _train_epochs(trainer, data, state)
+    if worker.rank > 0:
+        return None
+    if worker.world_size > 1:
+        scored = None  # each worker has scored its share alone
+    return finish_model(parameters, data, state, model, worker, scored)
 
 
-def _train_epochs(trainer: Trainer, data: TrainingData, state: TrainerState) -> None:
-    """Train, evaluate and report each epoch that is left."""
+def _train_epochs(
+    trainer: Trainer, data: TrainingData, state: TrainerState
+) -> dict[str, ScoredDigits]:
+    """Train, evaluate and report each epoch that is left; the scores of the last, by split."""
     parameters, model, worker = trainer.hyperparameters, trainer.model, trainer.worker
     shard = ray.train.get_dataset_shard(start_name(state.epochs_done))
     batches = TrainingBatches(shard, worker.device)
@@ -110,14 +117,15 @@ def _train_epochs(trainer: Trainer, data: TrainingData, state: TrainerState) -> 
         "validation": HeldOutRows(data.blocks, data.validation, worker),
         "test": HeldOutRows(data.blocks, data.test, worker),
     }
+    scored = {}
     while state.epochs_done < parameters.epochs:
         figures = trainer.train_epoch(state.epochs_done, data.order, batches)
         broadcast_state(model)
         state.epochs_done += 1
         started = time.perf_counter()
         for name, rows in held_out.items():
-            scored = rows.digit_scores(model, bf16=trainer.bf16)
-            figures[name] = rows.metrics(model, scored)
+            scored[name] = rows.digit_scores(model, bf16=trainer.bf16)
+            figures[name] = rows.metrics(model, scored[name])
             where = f"epoch {state.epochs_done}: the loss on {name} rows is"
             trainer.check_finite(figures[name]["loss"], where)
         figures["evaluation_seconds"] = time.perf_counter() - started
@@ -125,6 +133,7 @@ def _train_epochs(trainer: Trainer, data: TrainingData, state: TrainerState) -> 
         state.history.append(line)
         worker.send("epoch", **line)
         report_epoch(state, model, trainer.optimizer, worker.rank)
+    return scored
 
 
 def _best_precision(worker: Worker) -> str:
