@@ -1,9 +1,13 @@
 """Training as a person runs it: what it prints, what it leaves, and how it begins from another."""
 
 import json
+import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ from mnistsum_ray.model.network import prepare_images
 from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.uri import locate
 from tests.integration.conftest import joined, metrics_of, nodes, train_here
-from tests.jobs import Done, Job, history_of, run_job, training, wait_until
+from tests.jobs import Done, Job, free_port, history_of, run_job, training, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +163,32 @@ def test_a_finished_run_is_resumed_without_training_and_logged_to_mlflow(
     expected = predict_pairs(load_model(copy), images, numbers, len(images))
     answers = registered.predict({"image": images, "number": numbers})
     assert answers["pred_sum"].tolist() == expected["pred_sum"].tolist()
+
+
+@pytest.mark.nightly
+def test_a_run_is_logged_to_a_server_of_mlflow(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "mine")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "digits")
+    port = free_port()
+    command: list[Any] = [Path(sys.executable).with_name("mlflow"), "server", "--port", str(port)]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--artifacts-destination", tmp_path / "artifacts"]
+    server = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    try:
+        wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        uri = f"http://127.0.0.1:{port}"
+        train_here(storage_path=tmp_path, name="mine", resume=True, mlflow=uri)
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name("digits")
+        assert experiment
+        (logged,) = client.search_runs([experiment.experiment_id])
+        assert logged.info.status == "FINISHED"
+        assert "report.html" in {file.path for file in client.list_artifacts(logged.info.run_id)}
+        assert client.get_model_version("mnistsum", "1").run_id == logged.info.run_id
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
