@@ -90,9 +90,10 @@ def _flag(field: str) -> str:
 def _read_yaml(path: str) -> dict[str, Any]:
     """Values of the config file by field name, as text: YAML 1.1 would read 010 as 8."""
     with as_request_error("--config"):
-        text = locate(path, "--config").read_bytes()
+        data = locate(path, "--config").read_bytes()
     try:
-        values = yaml.load(BytesIO(text), yaml.BaseLoader)  # errors quote a text, but no stream
+        # As a stream: of a string PyYAML's errors quote lines, which may hold keys.
+        values = yaml.load(BytesIO(data), yaml.BaseLoader)
     except yaml.YAMLError as error:
         problem = shortened(one_line(error))
         raise RequestError(f"--config {path}: is not YAML: {problem}") from None

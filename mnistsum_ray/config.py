@@ -44,8 +44,8 @@ RECIPES: Final = {
 }
 """Values of the recipes quick, short and long; then those for fewer than SMALL_ROWS training rows.
 
-The sum head needs its number of steps: few rows need smaller batches and more epochs. Few steps
-need a higher learning rate and label smoothing.
+The sum head needs some thousand steps. An epoch of few rows has few, so batches are smaller, and
+`quick` and `long` have more epochs. Few steps need a higher learning rate and label smoothing.
 """
 
 SMALL_ROWS: Final = 20_000
@@ -191,7 +191,8 @@ class ScoreConfig(JobConfig):
     file, but 8192 to 32768]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
-    # conv2 computes 50,176 values a row: GPU kernels with indices of 32 bits take 42,799 rows.
+    # conv2 computes 50,176 values a row: GPU kernels with indices of 32 bits take at most 42,799
+    # rows, and this is well below.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
     num_workers: int | None = Field(default=None, ge=1)

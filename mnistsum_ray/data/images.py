@@ -141,6 +141,8 @@ def decode_images(column: pa.Array) -> tuple[Pixels, Reasons]:
             one = _whole_column(column.take(pa.array([row])))
             not_pixels = "the image is not 784 or 28 x 28 integers in 0..255; resize or scale it"
             image = not_pixels if one is None else one[0]
+        elif value.is_valid and column.type == IMAGE_TYPE:
+            image = np.frombuffer(value.as_py(), np.uint8).reshape(SIDE, SIDE)
         elif value.is_valid:
             image = _decode_bytes(value.as_py())
         if isinstance(image, str):
@@ -156,7 +158,8 @@ def _whole_column(column: pa.Array) -> Pixels | None:
         return None
     try:
         if not isinstance(column.type, _LISTS):
-            # At quality 95 about one in 200 MNIST images gives a JPEG of exactly 784 bytes.
+            # At quality 95 about one in 200 MNIST images gives a JPEG of exactly 784 bytes; a
+            # column whose type allows no other length holds pixels.
             starts = () if column.type == IMAGE_TYPE else _PICTURE_STARTS
             if any(pc.any(pc.starts_with(column, start)).as_py() for start in starts):
                 return None

@@ -26,7 +26,8 @@ def tune_malloc() -> None:
     accepted = libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
     if not accepted:  # glibc before 2.35 takes no more than this:
         accepted = libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
-    # Without that threshold these two would make it give back even small blocks.
+    # Either of these stops glibc's own growth of that threshold, which begins at 128 KiB: blocks
+    # above it would then be given back each time. So they are set only after it.
     if accepted:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(_M_TOP_PAD, 2**28)

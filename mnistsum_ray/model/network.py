@@ -48,7 +48,8 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
     rows = len(images)
     if not rows:
         return images
-    # (x, y, 1) of each pixel, x and y from -1 to 1. `F.affine_grid` adds in another order.
+    # (x, y, 1) of each pixel, x and y from -1 to 1. Not by `F.affine_grid`, which adds in another
+    # order: a run would have other bits than the same run before.
     middles = (torch.arange(SIDE, device=images.device) + 0.5) * (2 / SIDE) - 1
     x, y = middles.repeat(SIDE), middles.repeat_interleave(SIDE)
     pixels = torch.stack([x, y, torch.ones_like(x)])

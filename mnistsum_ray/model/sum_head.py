@@ -72,8 +72,8 @@ def mix_scores(digit_scores: Tensor, generator: torch.Generator) -> Tensor:
     """Synthetic scores between digits, one row made from each: float32[n, 10] to float32[n, 10].
 
     The first half is brought close to a tie of two digits, then mixed with other digits. The second
-    lies anywhere between two digits. On shifted validation images, half as many sums differ from
-    predicted digit + number as with all rows mixed with other digits.
+    lies anywhere between two digits. If all rows were mixed with other digits, twice as many sums
+    would differ from predicted digit + number on shifted validation images.
     """
     half = len(digit_scores) // 2
     ties = mix_with_swap(digit_scores[:half], (0.35, 0.65), generator)

@@ -1,7 +1,8 @@
 """Figures of a running job for Ray's dashboard and its Prometheus endpoint, by `ray.util.metrics`.
 
-Ray puts `ray_` in front of the names, and `_total` behind those of counters. A job that ends hands
-on its last values. Its node keeps the counters as long as Ray runs there, and the gauges for 20 s.
+Ray puts `ray_` in front of the names, and `_total` behind those of counters. When a process ends,
+Ray sends its last values to the agent of its node, which keeps counters while Ray runs there, and
+gauges for 20 s.
 """
 
 from typing import Any, Final

@@ -29,7 +29,8 @@ GPU_TASK_ROWS: Final = 262_144
 """Rows of a task, some seconds of work: a task costs the driver 7 to 9 ms."""
 
 _MIN_TASK_ROWS: Final = 4_096
-"""Rows that a CPU core scores while a worker starts: with fewer, fewer workers end sooner."""
+"""A CPU core scores so many rows while a worker starts. There is at most one worker a task:
+smaller tasks would start workers that do not pay."""
 
 _TASKS_PER_WORKER: Final = 4
 """With several tasks per worker, none has to finish a long one alone at the end."""

@@ -153,7 +153,7 @@ class Location:
         with self.storage_errors("listed"):
             if self.is_local:
                 found = (self.at(str(path)).status() for path in Path(self.path).rglob("*"))
-                # None are folders, pipes, devices and links that lead nowhere.
+                # Folders, pipes, devices and links that lead nowhere have no status.
                 return sorted(filter(None, found))
             entries = [_object_entry(meta) for page in self.store.list(self.path) for meta in page]
             # Consoles mark a folder by an empty object of its name.

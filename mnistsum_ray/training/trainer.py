@@ -63,7 +63,10 @@ class TrainingBatches:
         self._start = 0
 
     def take(self, count: int) -> Batch:
-        """The next rows; fewer where the pipeline has lost some, which the epoch's count shows."""
+        """The next rows; fewer where the pipeline has lost some, which the epoch's count shows.
+
+        A table holds the rows of whole steps, so no step needs two.
+        """
         if count and self._start == len(self._rows["row_id"]):
             self._rows = _to_batch(next(self._tables, _NO_ROWS), self._device)
             self._start = 0

@@ -11,6 +11,7 @@ from ray.data.extensions import ArrowTensorArray
 
 from mnistsum_ray.data.images import (
     DIGITS,
+    IMAGE_TYPE,
     Pixels,
     ReasonCounts,
     decode_images,
@@ -136,3 +137,11 @@ def test_sums_of_reasons_stay_small() -> None:
     assert counts.examples == [("00", row, f"the digit is {row}") for row in range(5)]
     assert counts.describe().startswith("00: row 0: the digit is 0 | 00: row 1: ")
     assert counts.describe().endswith(" | …")
+
+
+def test_a_column_of_784_bytes_holds_pixels_whatever_they_begin_with() -> None:
+    pixels = b"\xff\xd8\xff" + bytes(781)  # as a JPEG begins
+    for values in ([pixels], [pixels, None]):
+        images, bad = decode_images(pa.array(values, IMAGE_TYPE))
+        assert images[0].tobytes() == pixels
+        assert [*bad] == [row for row, value in enumerate(values) if value is None]
