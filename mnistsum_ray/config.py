@@ -44,8 +44,8 @@ RECIPES: Final = {
 }
 """Values of the recipes quick, short and long; then those for fewer than SMALL_ROWS training rows.
 
-The sum head needs some thousand steps. An epoch of few rows has few, so batches are smaller, and
-`quick` and `long` have more epochs. Few steps need a higher learning rate and label smoothing.
+An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
+epochs. Few steps need a higher learning rate and label smoothing.
 """
 
 SMALL_ROWS: Final = 20_000
