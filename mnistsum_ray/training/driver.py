@@ -223,7 +223,8 @@ class _Training:
         """Why Ray Train has given up, in one line."""
         resume = self.run.how_to_resume()
         if gave_up_after is not None:
-            return TryAgainError(f"{self.plan.shortage(gave_up_after)}; {resume}")
+            silence = f"no word from the workers for {gave_up_after:.0f} s"
+            return TryAgainError(f"{silence}: {resources.explain_worker_silence()}; {resume}")
         if isinstance(error, ray.train.WorkerGroupError):
             failures = counted(self.run.config.max_failures + 1, "failure")
             return RunError(f"gave up after {failures} of workers, see above; {resume}")
