@@ -24,7 +24,7 @@ from mnistsum_ray.data.images import (
     number_type_error,
     one_chunk,
 )
-from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.model.heads import added_column

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.randomness import NUMBERS
 
 SIDE: Final = 28
 PIXELS: Final = SIDE * SIDE

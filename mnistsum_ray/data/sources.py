@@ -31,7 +31,7 @@ from mnistsum_ray.data.images import (
     pixels_array,
 )
 from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.data.order import BLOCK_ROWS, RowIds, hold_out
+from mnistsum_ray.data.randomness import BLOCK_ROWS, RowIds, hold_out
 from mnistsum_ray.data.parquet import (
     column_error,
     open_parquet,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mnistsum_ray import __version__
 from mnistsum_ray.config import ExportModelConfig
-from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.folder import load_model

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import IMAGE_TYPE, pixels_array
-from mnistsum_ray.data.order import BLOCK_ROWS, NUMBERS, RowIds, integer_type, random_numbers
+from mnistsum_ray.data.randomness import BLOCK_ROWS, NUMBERS, RowIds, integer_type, random_numbers
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RunError, RunInterrupted, StorageError

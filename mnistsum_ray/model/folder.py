@@ -9,7 +9,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shortened
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import NETWORK, PIXEL_MEAN, PIXEL_STD, Network, make_network

@@ -7,7 +7,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from mnistsum_ray.data.images import DIGITS
-from mnistsum_ray.data.order import NUMBERS, integer_type
+from mnistsum_ray.data.randomness import NUMBERS, integer_type
 
 
 @dataclass(frozen=True)

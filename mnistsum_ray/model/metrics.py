@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnistsum_ray.data.images import DIGITS
-from mnistsum_ray.data.order import NUMBERS, check_row_counts, mix_ids
+from mnistsum_ray.data.randomness import NUMBERS, check_row_counts, mix_ids
 from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.heads import HEADS, SUM
 from mnistsum_ray.model.network import Network, Scores

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnistsum_ray.data.images import SIDE
-from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM
 
 Scores = tuple[Tensor, ...]
@@ -44,7 +44,7 @@ def to_channels_last(images: Tensor) -> Tensor:
 
 
 def distort(images: Tensor, matrices: Tensor) -> Tensor:
-    """Distort prepared images float32[n, 1, 28, 28] by float32[n, 6] of `data/order.py`."""
+    """Distort prepared images float32[n, 1, 28, 28] by float32[n, 6] of `data/randomness.py`."""
     rows = len(images)
     if not rows:
         return images

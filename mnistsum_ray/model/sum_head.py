@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnistsum_ray.data.images import DIGITS
-from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.model.heads import HEADS, Head
 from mnistsum_ray.model.network import Network
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.data.order import RandomStream, sample, step_seed
+from mnistsum_ray.data.randomness import RandomStream, sample, step_seed
 from mnistsum_ray.errors import percent
 from mnistsum_ray.model import sum_head
 from mnistsum_ray.model.device import hardware

@@ -17,7 +17,7 @@ from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import check_shared_storage, usable_nodes
 from mnistsum_ray.cluster.workarounds import detached_data_actors, make_interruptible
 from mnistsum_ray.data.inputs import report_skipped
-from mnistsum_ray.data.order import TrainingOrder
+from mnistsum_ray.data.randomness import TrainingOrder
 from mnistsum_ray.data.sources import FileGroup, Source
 from mnistsum_ray.errors import (
     RequestError,

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
-from mnistsum_ray.data.order import RowIds, mix_ids
+from mnistsum_ray.data.randomness import RowIds, mix_ids
 from mnistsum_ray.model.device import array_to_device
 from mnistsum_ray.model.metrics import AnswerCounts, LabelledRows, Metrics, score_rows
 from mnistsum_ray.model.network import Network, score_digits

@@ -4,7 +4,7 @@
                                                  └──▶ ReadSteps ──▶ rank 1: step 0, step 1, …
 
 A dataset goes on over the ends of the epochs. Which rows it gives follows from seed, epoch and row
-ids alone (data/order.py). A worker knows only from its checkpoint which epoch it starts with, so it
+ids alone (data/randomness.py). A worker knows only from its checkpoint which epoch it starts with, so it
 asks Ray Train for a dataset by the name of that epoch, and `StepsInOrder` then makes that one.
 
 This module does not import torch: an actor that took a second to import it would delay the first
@@ -22,7 +22,7 @@ from ray.train import DataConfig
 
 from mnistsum_ray.cluster.nodes import set_data_options
 from mnistsum_ray.data.images import Pixels, pixels_array
-from mnistsum_ray.data.order import (
+from mnistsum_ray.data.randomness import (
     AFFINE_VALUES,
     RowIds,
     TrainingOrder,

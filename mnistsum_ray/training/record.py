@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mnistsum_ray.cluster.resources import WorkerPlan
-from mnistsum_ray.data.order import NUMBERS
+from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.data.sources import Source
 from mnistsum_ray.errors import RequestError, RunError, counted, one_line, shell_command
 from mnistsum_ray.model.folder import write_model

@@ -18,7 +18,7 @@ import ray.exceptions
 
 from mnistsum_ray.cluster.nodes import usable_nodes
 from mnistsum_ray.data.images import PIXELS, SIDE, Pixels
-from mnistsum_ray.data.order import RowIds, TrainingOrder
+from mnistsum_ray.data.randomness import RowIds, TrainingOrder
 from mnistsum_ray.data.sources import BadRows, Block, Digits, FileGroup, Groups, Source
 from mnistsum_ray.errors import RequestError, RowCountError, RunError, counted
 

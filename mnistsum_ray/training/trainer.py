@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import IMAGE_TYPE, SIDE, one_chunk, pixels_view
-from mnistsum_ray.data.order import (
+from mnistsum_ray.data.randomness import (
     AFFINE_VALUES,
     RandomStream,
     TrainingOrder,

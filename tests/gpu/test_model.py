@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.data.order import distortions
+from mnistsum_ray.data.randomness import distortions
 from mnistsum_ray.model.device import disable_tf32
 from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.inference import Predictor

@@ -14,7 +14,7 @@ import torch
 from ray._private.internal_api import memory_summary
 
 from mnistsum_ray.data.images import pixels_array, pixels_view
-from mnistsum_ray.data.order import (
+from mnistsum_ray.data.randomness import (
     TrainingOrder,
     distortions,
     positions_of_rank,

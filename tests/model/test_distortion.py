@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mnistsum_ray.data.order import affine_matrices
+from mnistsum_ray.data.randomness import affine_matrices
 from mnistsum_ray.model.network import distort, prepare_images
 from tests.model import random_rows
 

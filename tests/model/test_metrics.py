@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.data.order import mix_ids
+from mnistsum_ray.data.randomness import mix_ids
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mnistsum_ray import RequestError, load_model, predict_rows, save_model
 from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.images import pixels_view
-from mnistsum_ray.data.order import NUMBERS, mix_ids
+from mnistsum_ray.data.randomness import NUMBERS, mix_ids
 from mnistsum_ray.export.onnx import export_model
 from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields

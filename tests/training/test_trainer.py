@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from mnistsum_ray.data.order import TrainingOrder
+from mnistsum_ray.data.randomness import TrainingOrder
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.device import broadcast_state
 from mnistsum_ray.model.folder import copy_weights

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from mnistsum_ray.data.order import (
+from mnistsum_ray.data.randomness import (
     RandomStream,
     TrainingOrder,
     distortions,
