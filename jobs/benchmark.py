@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, default_collate
 from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, save_model, score
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.randomness import distortions
-from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.pairs import export_pairs
 from mnistsum_ray.model import network
 from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import Predictor
@@ -151,7 +151,7 @@ def train_guide(folder: str) -> float:
 
 def train_project(folder: str) -> float:
     settings: dict[str, Any] = {"data": f"{folder}/rows", "storage_path": folder, "epochs": EPOCHS}
-    settings |= {"batch_size": BATCH, "distortion": 0.5, "sum_head_steps": 0, "num_workers": 1}
+    settings |= {"batch_size": BATCH, "distortion": 0.5, "num_workers": 1}
     return fit(TrainConfig(**settings)).images_per_second
 
 

@@ -24,8 +24,8 @@ from mnistsum_ray.data.images import (
     number_type_error,
     one_chunk,
 )
-from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.data.picture import Picture, prepare_picture
+from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.overrides import quiet_logger
@@ -58,14 +58,14 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
         RequestError: the request is invalid; the message names the field and says what to do.
         RunError: the run has begun and failed.
     """
-    from mnistsum_ray.training.preflight import preflight
+    from mnistsum_ray.training.run import check_request
 
     with Console() as console:
-        run = preflight(config, partial(Progress, console.progress))
-        with _on_cluster(console, str(run.config.name)):
-            from mnistsum_ray.training import driver
+        request = check_request(config, partial(Progress, console.progress))
+        with _on_cluster(console, str(request.config.name)):
+            from mnistsum_ray.training.job import train
 
-            return driver.fit(run, console, callbacks)
+            return train(request, console, callbacks)
 
 
 def score(config: ScoreConfig) -> ScoreResult:

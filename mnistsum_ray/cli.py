@@ -85,7 +85,7 @@ def export_pairs(config: ExportPairsConfig) -> Result:
 
     mnistsum export-pairs --output pairs/
     """
-    from mnistsum_ray.export import pairs
+    from mnistsum_ray import pairs
     from mnistsum_ray.reporting.console import Console
 
     console = Console()

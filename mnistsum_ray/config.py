@@ -40,7 +40,6 @@ RECIPES: Final = {
     "distortion": ((0.5, 0.5, 1.0), (0.5, 0.5, 1.0)),
     "label_smoothing": ((0.05, 0.0, 0.05), (0.05, 0.05, 0.05)),
     "dropout": ((0.0, 0.0, 0.25), (0.0, 0.0, 0.25)),
-    "sum_head_steps": ((1_000, 2_000, 2_000), (1_000, 1_000, 2_000)),
 }
 """Values of the recipes quick, short and long; then those for fewer than SMALL_ROWS training rows.
 
@@ -74,12 +73,21 @@ def _by_recipe(values: tuple[float, ...]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in named)
 
 
-class TrainConfig(JobConfig):
-    """Config of a training run. Unset fields follow from the data and the cluster."""
+class LabelledDataConfig(JobConfig):
+    """Where images with their digits are from."""
 
     data: str = "auto"
     """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist
-    (never the sample), or a folder or URI of IDX files or Parquet"""
+    (never the sample), or a folder or URI of MNIST's files or Parquet"""
+    image_column: str = Field(default="image", min_length=1)
+    """column of the images in Parquet"""
+    label_column: str | None = Field(default=None, min_length=1)
+    """column of the digits in Parquet: integers, whole floats or their text [digit or label]"""
+
+
+class TrainConfig(LabelledDataConfig):
+    """Config of a training run. Unset fields follow from the data and the cluster."""
+
     skip_bad_rows: bool = False
     """train without the rows that cannot be used, and count them in manifest and report"""
     init_from: str | None = None
@@ -96,24 +104,18 @@ class TrainConfig(JobConfig):
     distortion: float | None = _recipe("distortion", "strength of random distortions", ge=0, le=4)
     label_smoothing: float | None = _recipe("label_smoothing", "share of other labels", ge=0, lt=1)
     dropout: float | None = _recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)
-    sum_head_steps: int | None = _recipe(
-        "sum_head_steps",
-        "steps of the sum head alone, after the last epoch",
-        ge=0,
-        le=100_000,
-    )
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """seed of initial weights, order, numbers, augmentation, dropout and fine-tuning"""
+    """seed of initial weights, order, numbers, augmentation and dropout"""
     num_workers: int | tuple[int, int] | None = None
     """training workers: N, or MIN,MAX for elastic training [one per GPU, but at least 256 rows of a
-    batch each; without GPUs, one per node]"""
+    batch each; without GPUs, one]"""
     use_gpu: bool | None = None
     """train on GPUs [true if the cluster has GPUs]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads of a worker, which decide the last bits of the weights [its share of the CPUs of
-    the smallest node]"""
+    """CPUs that a worker reserves, and its threads, which decide the last bits of the weights [all
+    CPUs of a node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
     """failures of workers and nodes to recover from in the whole run; nodes that announce their end
     do not count"""
@@ -158,7 +160,6 @@ class Hyperparameters:
     distortion: float
     label_smoothing: float
     dropout: float
-    sum_head_steps: int
     seed: int
     precision: str | None
     """None: bf16 if it is faster on all workers, else fp32."""
@@ -215,11 +216,9 @@ class ScoreConfig(JobConfig):
         return self
 
 
-class ExportPairsConfig(JobConfig):
+class ExportPairsConfig(LabelledDataConfig):
     """Config of an export of pairs."""
 
-    data: str = "auto"
-    """as for mnistsum train: auto, sample, mnist, or a folder or URI"""
     split: Literal["train", "validation", "test"] = "test"
     """split whose rows are exported, in their order: train, validation or test"""
     output: str

@@ -21,6 +21,10 @@ class TryAgainError(RunError):
     """The same command may work later: no resources in time, or another run holds the folder."""
 
 
+class RepeatingError(RunError):
+    """All workers have failed at the same step, and another attempt would fail there again."""
+
+
 class RowCountError(RunError):
     """Rows were lost or repeated, so results computed from them are wrong."""
 

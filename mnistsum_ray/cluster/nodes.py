@@ -9,7 +9,6 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mnistsum_ray.cluster.workarounds import PatientExecution
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.store import Location
 
@@ -54,8 +53,6 @@ def set_data_options(
     if block_bytes is not None:
         context.target_max_block_size = block_bytes
     if object_store_bytes is not None:
-        # At this limit the scheduling loop of Ray Data would run without a pause.
-        context.custom_execution_callback_classes += [PatientExecution]
         limits = options.resource_limits.copy(object_store_memory=object_store_bytes)
         options.resource_limits = limits
 

@@ -1,33 +1,31 @@
-"""Logical resources of the cluster: plan the workers of a job, and wait until they are free."""
+"""Logical resources: what a training asks for, what is free, and who holds the rest."""
 
-import math
+import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+import ray.exceptions
+from ray.util import state
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.nodes import Resources, on_node, usable_nodes
-from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError, TryAgainError, counted
 
-_TRAINING_CPUS: Final = 0.75
-"""CPUs that a training worker reserves: the rest is for the tasks that feed it."""
-
-_ASSUMED_LIMIT: Final = {"GPU": 16, "CPU": 128}
-"""What a cluster is assumed to grow to: its autoscaler's limits are not known."""
-
-_MAX_WORKERS_PER_GPU: Final = 8
-_WORKER_GPU_BYTES: Final = 4 * 2**30
-"""GPU memory of a worker that scores: CUDA's own, and the activations of 2,048 rows."""
+_ROWS_PER_GPU: Final = 256
+"""Rows of a step below which another GPU is of no use: the kernels of so small a network take as
+long for 32 rows as for 256."""
 
 _CUDA_SECONDS: Final = 120.0
 """Longest wait for the import of PyTorch on another node."""
 _REPORT_SECONDS: Final = 10.0
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,6 @@ class Gpu:
     """A GPU that PyTorch can use; with `bf16` it is faster in bfloat16."""
 
     bf16: bool
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -52,150 +49,11 @@ class ClusterResources:
     def workers_that_fit(self, per_worker: Resources) -> int:
         """Number of workers that fit on the nodes; each reserves an amount of one kind."""
         ((kind, amount),) = per_worker.items()
-        # Where k share a GPU, 1 / (1 / k) may be less than k.
         return sum(int(node.get(kind, 0.0) / amount + 1e-9) for node in self.nodes)
 
     def __str__(self) -> str:
         totals = {kind: self.total(kind) for kind in ("CPU", "GPU")}
         return f"{_format(totals)} on {counted(len(self.nodes), 'node')}"
-
-
-@dataclass(frozen=True)
-class WorkerPlan:
-    """Workers of a job and what each of them reserves."""
-
-    worker_range: tuple[int, int]
-    """Number that has to fit for the job to start, and maximum number."""
-    per_worker: Resources
-    """Reserved: CPU, or GPU without a CPU beside it, as in Ray Train; 1 / k where k share one."""
-    gpu: Gpu | None = None
-
-    @property
-    def workers(self) -> int:
-        """Maximum number of workers at the same time."""
-        return self.worker_range[1]
-
-    @property
-    def use_gpu(self) -> bool:
-        return "GPU" in self.per_worker
-
-    def describe(self) -> str:
-        """A text such as `1 CPU worker` or `2 to 4 GPU workers`."""
-        low, high = self.worker_range
-        number = "" if low == high else f"{low} to "
-        return number + counted(high, "GPU worker" if self.use_gpu else "CPU worker")
-
-    def shortage(self, waited: float) -> str:
-        """Message that the workers could not be had: what is there and what is missing."""
-        free = f"after {waited:.0f} s only {_free()}"
-        why = "other jobs hold the rest, or the cluster has not grown, and `ray status` tells why"
-        advice = "ask for fewer --num-workers or give more --wait-seconds"
-        return f"needs {self._needed()}, but {free}: {why}; {advice}"
-
-    @contextmanager
-    def reserved(self, seconds: float, say: Callable[[str], None]) -> Iterator[None]:
-        """Wait for what the workers need, and hold it for the block, by a placement group.
-
-        Ray would wait without limit or message. After these seconds it is a TryAgainError.
-        """
-        started = time.monotonic()
-        next_report = 0.0
-        group = placement_group([self.per_worker] * self.worker_range[0])
-        try:
-            # Ray takes up to a second to count what was given back.
-            while not group.wait(1.0):
-                waited = time.monotonic() - started
-                if waited >= seconds:
-                    raise TryAgainError(self.shortage(waited))
-                if waited >= next_report:
-                    next_report = waited + _REPORT_SECONDS
-                    left = f"giving up in {seconds - waited:.0f} s"
-                    say(f"waiting for {self._needed()}; only {_free()}; {left}")
-            yield
-        finally:
-            remove_placement_group(group)
-
-    def _needed(self) -> str:
-        number = self.worker_range[0]
-        return ("" if number == 1 else f"{number} times ") + _format(self.per_worker)
-
-
-@contextmanager
-def reserve(
-    config: TrainConfig | ScoreConfig, say: Callable[[str], None], useful_gpus: int = 1
-) -> Iterator[WorkerPlan]:
-    """Plan a job's workers, wait until enough of them fit, and hold their resources for the block.
-
-    While they are held no other job takes them, and no autoscaler removes a node as idle. A
-    training is not faster on more than `useful_gpus`.
-
-    Raises:
-        RequestError: a cluster that this process has started is too small, or PyTorch finds no CUDA
-            for `--use-gpu true`.
-        TryAgainError: the cluster does not give the workers within `wait_seconds`.
-    """
-    while True:
-        cluster = inspect_cluster()
-        gpu: Gpu | None = None
-        if cluster.total("GPU") and config.use_gpu is not False:
-            gpu = _ask_for_cuda(config.use_gpu, say)
-        plan = plan_workers(config, cluster, gpu, useful_gpus)
-        needed, most = plan.worker_range
-        elastic = isinstance(config, TrainConfig) and cluster.can_grow and most > needed
-        if elastic and cluster.workers_that_fit(plan.per_worker) < most:
-            # Ray Train asks for all of them at once, and Ray's autoscaler v2 grants all or none.
-            limit = f"only if the autoscaler's limits allow all {most} workers"
-            say(f"more than {needed} workers run as nodes come, {limit}")
-        with plan.reserved(config.wait_seconds, say):
-            # Else nodes with GPUs came while it waited: plan again, now that CUDA can be asked for.
-            if gpu or not plan.use_gpu:
-                yield plan
-                return
-
-
-def plan_workers(
-    config: TrainConfig | ScoreConfig,
-    cluster: ClusterResources,
-    gpu: Gpu | None,
-    useful_gpus: int,
-) -> WorkerPlan:
-    """Choose workers and devices: as requested, else by what the cluster has.
-
-    Those that train start together; of those that score, one is enough to start. `gpu` is None if
-    there is none yet that PyTorch can use. Errors are those of `reserve`.
-    """
-    low, high = 0, 0  # not asked for
-    if isinstance(config.num_workers, int):
-        low = high = config.num_workers
-    elif config.num_workers:
-        low, high = config.num_workers
-    use_gpu = gpu is not None if config.use_gpu is None else config.use_gpu
-    kind = "GPU" if use_gpu else "CPU"
-    present = int(cluster.total(kind))
-    if use_gpu and not present and not cluster.can_grow:
-        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
-    if isinstance(config, TrainConfig):
-        useful = min(present, useful_gpus) if use_gpu else len(cluster.nodes)
-        workers = (low or max(1, useful), high or max(1, useful))
-        plan = WorkerPlan(workers, {kind: 1.0 if use_gpu else _TRAINING_CPUS}, gpu)
-    else:
-        limit = max(1, present)
-        if cluster.can_grow:
-            limit = max(present, _ASSUMED_LIMIT[kind])
-        per_device = 1  # workers on a CPU, or on a GPU as its memory and the cores beside it allow
-        if gpu:
-            cores = int(cluster.total("CPU") / present)
-            in_memory = gpu.memory_bytes // _WORKER_GPU_BYTES
-            per_device = max(1, min(_MAX_WORKERS_PER_GPU, cores, in_memory))
-        most = high or per_device * limit
-        # If fewer were asked for, each gets a larger share.
-        per_device = min(per_device, math.ceil(most / max(1, present)))
-        plan = WorkerPlan((1, most), {kind: 1 / per_device}, gpu)
-    fitting = cluster.workers_that_fit(plan.per_worker)
-    if low > fitting and not cluster.can_grow:
-        fit = f"only {fitting} of them, with {_format(plan.per_worker)} each, fit on the nodes"
-        raise RequestError(f"--num-workers {low}: {fit} ({cluster})")
-    return plan
 
 
 def inspect_cluster() -> ClusterResources:
@@ -204,15 +62,150 @@ def inspect_cluster() -> ClusterResources:
     return ClusterResources(nodes, can_grow=not started_cluster())
 
 
-def explain_worker_silence() -> str:
-    """Possible reasons why no worker reports, for a console line."""
-    return f"they are being started or replaced, or wait for data; {_free()}"
+@dataclass(frozen=True)
+class WorkerPlan:
+    """Workers of a training, and what each of them reserves and uses."""
+
+    least: int
+    most: int
+    """They differ in an elastic training."""
+    per_worker: Resources
+    """`CPU` or, without a CPU beside it as in Ray Train, `GPU`."""
+    threads: int | None
+    """Threads of PyTorch on CPUs, which decide the last bits of the weights; None on GPUs."""
+
+    @property
+    def use_gpu(self) -> bool:
+        return "GPU" in self.per_worker
+
+    def __str__(self) -> str:
+        number = "" if self.least == self.most else f"{self.least} to "
+        kind = "GPU worker" if self.use_gpu else "CPU worker"
+        threads = f" of {counted(self.threads, 'thread')}" if self.threads else ""
+        return f"{number}{counted(self.most, kind)}{threads}"
+
+    @property
+    def needed(self) -> str:
+        """What must be free for the training to start."""
+        return ("" if self.least == 1 else f"{self.least} times ") + _format(self.per_worker)
 
 
-def _free() -> str:
+def plan_training(
+    config: TrainConfig, batch_size: int, stored: dict[str, Any] | None, say: Say
+) -> WorkerPlan:
+    """Choose the workers of a training: as requested, else by what the cluster has.
+
+    `stored` is the manifest of a run that goes on: its threads give the same bits.
+
+    Raises:
+        RequestError: a cluster that this process has started is too small, or PyTorch finds no CUDA
+            for `--use-gpu true`, or there are more workers than rows of a batch.
+    """
+    cluster = inspect_cluster()
+    gpu = find_gpu(config.use_gpu, say)
+    use_gpu = gpu is not None if config.use_gpu is None else config.use_gpu
+    if use_gpu and not cluster.total("GPU") and not cluster.can_grow:
+        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
+    asked = config.num_workers or 1
+    if use_gpu and config.num_workers is None:
+        present = int(cluster.total("GPU"))
+        asked = max(1, min(present, batch_size // _ROWS_PER_GPU))
+        if asked < present:
+            small = f"a batch of {batch_size} rows is too small for more"
+            say(f"using {asked} of {counted(present, 'GPU')}: {small}; give --batch-size")
+    least, most = asked if isinstance(asked, tuple) else (asked, asked)
+    if most > batch_size:
+        raise RequestError(f"--num-workers {most}: more than the rows of a batch ({batch_size})")
+    if use_gpu:
+        plan = WorkerPlan(least, most, {"GPU": 1.0}, config.threads)
+    else:
+        threads = config.threads or _stored_threads(stored, [least, most]) or _cpus(most)
+        plan = WorkerPlan(least, most, {"CPU": float(threads)}, _existing_cores(threads))
+    fitting = cluster.workers_that_fit(plan.per_worker)
+    if least > fitting and not cluster.can_grow:
+        each = f"with {_format(plan.per_worker)} each"
+        fit = f"only {fitting} of them, {each}, fit on the nodes ({cluster})"
+        raise RequestError(f"--num-workers {least}: {fit}; give fewer, or fewer --threads")
+    return plan
+
+
+def _stored_threads(stored: dict[str, Any] | None, workers: list[int]) -> int:
+    """Threads of the workers of a run that goes on, if it had as many workers; else 0."""
+    if stored and stored.get("num_workers") == workers:
+        return int(stored.get("threads") or 0)
+    return 0
+
+
+def _cpus(workers: int) -> int:
+    """CPUs of each of so many workers: all of a node, or a worker's share of those of a node."""
+    here = ray.get_runtime_context().get_node_id()
+    cpus = sorted((int(node["Resources"].get("CPU", 0)) for node in usable_nodes()), reverse=True)
+    cpus = [count for count in cpus if count]
+    if not cpus:  # nodes will come, and nobody knows of which size
+        return 1
+    nodes = cpus[: min(workers, len(cpus))]
+    share = nodes[-1] // -(-workers // len(nodes))
+    others = [node for node in usable_nodes() if node["NodeID"] != here]
+    if others and share > 1:
+        # One stays free for the tasks that read again what was lost with a node.
+        share -= 1
+    return max(1, share)
+
+
+def _existing_cores(cpus: int) -> int:
+    """So many, unless Ray was told of more CPUs than this machine has, if it is the only one.
+
+    With more threads than cores a step takes minutes.
+    """
+    return min(cpus, os.cpu_count() or 1) if len(usable_nodes()) == 1 else cpus
+
+
+def wait_for_cpu(seconds: float, say: Say) -> None:
+    """Wait until a task gets a CPU. Ray Data, whose tasks need one too, would wait for ever.
+
+    TryAgainError: none is free within so many seconds.
+    """
+    nothing = ray.remote(num_cpus=1)(lambda: None).remote()
+    started = time.monotonic()
+    while not ray.wait([nothing], timeout=min(_REPORT_SECONDS, seconds))[0]:
+        waited = time.monotonic() - started
+        if waited >= seconds:
+            ray.cancel(nothing)
+            raise TryAgainError(shortage("1 CPU, for the tasks that read rows", waited))
+        left = f"giving up in {seconds - waited:.0f} s"
+        say(f"waiting for 1 CPU, for the tasks that read rows; only {describe_free()}; {left}")
+
+
+def shortage(needed: str, waited: float) -> str:
+    """Message that something could not be had: what is there, and what is missing."""
+    free = f"after {waited:.0f} s only {describe_free()}"
+    holders = _describe_holders()
+    why = f"the rest is held by {holders}" if holders else "other jobs hold the rest"
+    why += ", or the cluster has not grown, and `ray status` tells why"
+    advice = "ask for fewer --num-workers or give more --wait-seconds"
+    return f"needs {needed}, but {free}: {why}; {advice}"
+
+
+def describe_free() -> str:
+    """What is free of what there is."""
     free = ray.available_resources()
     amounts = _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
     return f"{amounts} are free ({inspect_cluster()})"
+
+
+def _describe_holders() -> str:
+    """The actors that other jobs run, if a dashboard knows: `job 02000000 (3 RayTrainWorker)`."""
+    own = ray.get_runtime_context().get_job_id()
+    actors: dict[str, Counter[str]] = {}
+    with suppress(Exception):  # a cluster without a dashboard, or one that is busy
+        for actor in state.list_actors(filters=[("state", "=", "ALIVE")], timeout=5):
+            if actor.job_id != own:
+                actors.setdefault(actor.job_id, Counter())[actor.class_name] += 1
+    texts = []
+    for job, names in list(actors.items())[:3]:
+        most = ", ".join(f"{count} {name}" for name, count in names.most_common(2))
+        texts.append(f"job {job} ({most})")
+    return " and ".join(texts)
 
 
 def _format(resources: Resources) -> str:
@@ -221,11 +214,19 @@ def _format(resources: Resources) -> str:
     return " and ".join(amounts)
 
 
-def _ask_for_cuda(required: bool | None, say: Callable[[str], None]) -> Gpu | None:
+def find_gpu(required: bool | None, say: Say) -> Gpu | None:
     """The GPU of a node that counts some, if PyTorch can use it; else None, with a console line.
 
-    Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver alone.
+    Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver alone. `required`
+    is the value of --use-gpu.
+
+    Raises:
+        RequestError: one is required, and PyTorch has no CUDA there.
+        TryAgainError: the node does not answer.
     """
+    nodes = [node for node in usable_nodes() if node["Resources"].get("GPU")]
+    if not nodes or required is False:
+        return None
 
     def ask() -> Gpu | None:
         import torch
@@ -234,17 +235,20 @@ def _ask_for_cuda(required: bool | None, say: Callable[[str], None]) -> Gpu | No
 
         if not torch.cuda.is_available():
             return None
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return Gpu(faster_with_bf16(torch.device("cuda")), memory)
+        return Gpu(faster_with_bf16(torch.device("cuda")))
 
-    node = next(node for node in usable_nodes() if node["Resources"].get("GPU"))
+    node = nodes[0]
     # Its process ends with the task, and gives back the memory of the GPU.
     answer = ray.remote(max_calls=1)(ask).options(**on_node(node["NodeID"])).remote()
-    gpu: Gpu | None = ray.get(answer, timeout=_CUDA_SECONDS)
+    address = node["NodeManagerAddress"]
+    try:
+        gpu: Gpu | None = ray.get(answer, timeout=_CUDA_SECONDS)
+    except ray.exceptions.RayError as error:
+        raise TryAgainError(f"the node {address}, which has a GPU, does not answer") from error
     if gpu is None:
-        problem = f"Ray counts GPUs on node {node['NodeManagerAddress']}, but PyTorch has no CUDA"
+        problem = f"Ray counts GPUs on node {address}, but PyTorch has no CUDA there"
         if required:
             advice = "install a CUDA build that fits its driver, or leave --use-gpu out"
-            raise RequestError(f"--use-gpu true: {problem} there; {advice}")
-        say(f"running on CPUs: {problem} there")
+            raise RequestError(f"--use-gpu true: {problem}; {advice}")
+        say(f"running on CPUs: {problem}")
     return gpu

@@ -93,6 +93,13 @@ def number_type_error(kind: pa.DataType) -> str | None:
     return f"has type {kind}, not an integer type"
 
 
+def label_type_error(kind: pa.DataType) -> str | None:
+    """Why a column of this type cannot hold labels: integers, whole floats, or their text."""
+    if pa.types.is_floating(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return None
+    return number_type_error(kind)
+
+
 def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Reasons]:
     """Decode one Arrow array, of any type, of whole numbers below `count`.
 

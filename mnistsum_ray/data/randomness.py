@@ -1,25 +1,12 @@
-"""Order, number and distortion of training rows: pure functions of seed, epoch and row id.
+"""What is random about a row: pure functions of seed, epoch and row id.
 
-Ten rows in five blocks of two, windows of two blocks, batches of 4 on two workers, seed 0, epoch 0:
-
-    blocks        0 1 | 2 3 | 4 5 | 6 7 | 8 9
-    windows       2 3 6 7 | 4 5 8 9 | 0 1      dealt at random, anew each epoch
-    shuffled      6 7 2 3 | 4 8 9 5 | 0 1      each window by itself
-    batches       6 7 2 3   4 8 9 5   0 1      a step takes the next rows, over the ends of windows
-    worker 0      6 7       4 8       0 1      takes positions 0 and 1 of every batch
-    worker 1          2 3       9 5            takes positions 2 and 3
-
-Real blocks have 8,192 rows and windows 128 blocks: up to a million rows are one window, and one
-permutation an epoch. The order does not depend on workers, nodes, timing or restarts.
-
-The bits come from SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014), since no library promises that its generator stays the same.
+So a row gets the same number and the same distortion on whatever worker it is trained, and again
+after a restart. NumPy's generators give streams, in which a row's draw would depend on the rows
+before it: here the bits of a row come from its id alone, by SplitMix64 (Steele, Lea and Flood,
+"Fast splittable pseudorandom number generators", OOPSLA 2014).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property, lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -29,9 +16,6 @@ from mnistsum_ray.errors import RowCountError
 
 RowIds = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint64]
-
-Window = tuple[int, ...]
-"""Blocks whose rows are shuffled together, ascending."""
 
 NUMBERS: Final = 10
 """Numbers are 0..NUMBERS - 1: a training row gets one at random, a row to be scored has its own."""
@@ -45,12 +29,6 @@ _LOG_SCALE: Final = 0.1  # natural logarithm of the factor along each axis
 _SHEAR: Final = 0.1  # horizontal shift in pixels for each pixel down
 _SHIFT: Final = 3 / 14  # three pixels, as a share of the 14 from the middle to the edge
 
-BLOCK_ROWS: Final = 8192
-"""Most rows of a block."""
-
-WINDOW_BLOCKS: Final = 128
-"""Most blocks whose rows are shuffled together: a million rows, 0.8 GB."""
-
 
 class RandomStream(IntEnum):
     """Purpose of a draw, as a part of its key: draws for two purposes are not correlated."""
@@ -59,9 +37,7 @@ class RandomStream(IntEnum):
     SPLIT = 3
     DISTORTION = 4
     DROPOUT = 5
-    SUM_HEAD = 6
     ROW_ORDER = 7
-    BLOCK_ORDER = 8
 
 
 def _mix(z: Bits) -> Bits:
@@ -93,6 +69,14 @@ def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.sig
     return numbers.astype(integer_type(NUMBERS))
 
 
+def split_keys(row_ids: RowIds) -> Bits:
+    """Keys, uint64[n], the smallest of which are held out.
+
+    They depend on no seed, so that runs with different seeds can be compared.
+    """
+    return _bits(0, 0, RandomStream.SPLIT, row_ids)
+
+
 def distortions(seed: int, epoch: int, row_ids: RowIds, strength: float) -> npt.NDArray[np.float32]:
     """The random distortion of each training image in an epoch, as of `affine_matrices`."""
     bits = _bits(seed, epoch, RandomStream.DISTORTION, row_ids)
@@ -122,109 +106,9 @@ def affine_matrices(draws: npt.NDArray[np.float32], strength: float) -> npt.NDAr
     return np.stack(x_row + y_row, axis=1, dtype=np.float32)
 
 
-def step_seed(seed: int, epoch: int, step: int, purpose: RandomStream) -> int:
-    """Seed of a generator that is used for the whole global batch of a step: 0..2**63-1."""
-    return int(_bits(seed, epoch, purpose, np.array([step], np.int64))[0] >> np.uint64(1))
-
-
-def _shuffled(ids: RowIds, seed: int, epoch: int, purpose: RandomStream) -> RowIds:
-    return ids[np.argsort(_bits(seed, epoch, purpose, ids), kind="stable")]
-
-
-def hold_out(ids: RowIds, count: int) -> tuple[RowIds, RowIds]:
-    """Split ids, which are ascending, into (kept, held out), with `count` ids held out.
-
-    The choice depends on the ids alone, not on a seed, so that runs with different seeds can be
-    compared.
-    """
-    shuffled = _shuffled(ids, 0, 0, RandomStream.SPLIT)
-    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
-
-
-def sample(ids: RowIds, limit: int) -> RowIds:
-    """At most `limit` of the ids, evenly spaced: the first of sorted files all show one digit."""
-    if len(ids) <= limit:
-        return ids
-    return ids[np.arange(limit) * len(ids) // limit]
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingOrder:
-    """Which training rows each step of an epoch takes."""
-
-    ids: RowIds
-    """Training rows, ascending: int64[n]."""
-    bounds: RowIds
-    """Block i holds the row ids bounds[i]..bounds[i + 1] - 1."""
-    batch_size: int
-    """Rows of a step over all workers."""
-    seed: int
-    window_blocks: int = WINDOW_BLOCKS
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch, whose last batch may be smaller."""
-        return -(-len(self.ids) // self.batch_size)
-
-    def batch_rows(self, step: int) -> int:
-        """Number of rows of the global batch at a step of an epoch."""
-        return min(self.batch_size, len(self.ids) - step * self.batch_size)
-
-    @cached_property
-    def id_sum(self) -> int:
-        """Sum of all scrambled ids (`mix_ids`) modulo 2**64."""
-        return int(mix_ids(self.ids).sum())
-
-    def row_ids_of_steps(
-        self, epoch: int, steps: range, positions: range
-    ) -> Iterator[tuple[Window, RowIds]]:
-        """Ids of the rows at some positions of the batches of some steps, in their order.
-
-        They come window by window: pairs of a window and the ids of rows in it.
-        """
-        # Of the sequence of all rows of an epoch, the steps take the rows first..end - 1.
-        first, end = steps.start * self.batch_size, steps.stop * self.batch_size
-        window_first = 0
-        for blocks in self._windows(epoch):
-            rows = sum(int(self._edges[block + 1] - self._edges[block]) for block in blocks)
-            window_end = window_first + rows
-            indexes = np.arange(max(first, window_first), min(end, window_end))
-            if len(indexes):
-                ids = _shuffled_window(self, epoch, blocks)[indexes - window_first]
-                position = indexes % self.batch_size
-                yield blocks, ids[(positions.start <= position) & (position < positions.stop)]
-            window_first = window_end
-
-    def row_ids_of_window(self, blocks: Window) -> RowIds:
-        """Ids of the training rows in a window, ascending."""
-        edges = self._edges
-        return np.concatenate([self.ids[edges[block] : edges[block + 1]] for block in blocks])
-
-    def _windows(self, epoch: int) -> list[Window]:
-        blocks = np.arange(len(self.bounds) - 1)
-        if len(blocks) > self.window_blocks:
-            blocks = _shuffled(blocks, self.seed, epoch, RandomStream.BLOCK_ORDER)
-        windows = []
-        for start in range(0, len(blocks), self.window_blocks):
-            window = np.sort(blocks[start : start + self.window_blocks])
-            windows.append(tuple(window.tolist()))
-        return windows
-
-    @cached_property
-    def _edges(self) -> npt.NDArray[np.int64]:
-        """Index in `ids` of the first training row of each block, and their number."""
-        return np.searchsorted(self.ids, self.bounds)
-
-
-@lru_cache(maxsize=1)  # a window serves many tasks, and sorting a million keys takes 0.1 s
-def _shuffled_window(order: TrainingOrder, epoch: int, blocks: Window) -> RowIds:
-    """Ids of the training rows in a window, in their order of an epoch."""
-    return _shuffled(order.row_ids_of_window(blocks), order.seed, epoch, RandomStream.ROW_ORDER)
-
-
-def positions_of_rank(batch_size: int, rank: int, world_size: int) -> range:
-    """The positions of every batch that one worker trains on; shares differ by one row."""
-    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+def step_seed(seed: int, epoch: int, index: int, purpose: RandomStream) -> int:
+    """Seed of a generator for a step, or for the order of a rank's rows: 0..2**63 - 1."""
+    return int(_bits(seed, epoch, purpose, np.array([index], np.int64))[0] >> np.uint64(1))
 
 
 def mix_ids(row_ids: Any) -> Any:

@@ -1,97 +1,61 @@
-"""Data sources: MNIST's IDX files, Parquet files or the bundled sample, and the rows of each split.
+"""What `--data` names: MNIST, the bundled sample, or Parquet files; and the split of each row.
 
-IDX files and the sample are read at once, of Parquet files only the footers: their rows are read
-and decoded block by block.
+MNIST and the sample are read at once, of Parquet files only the footers. No row is decoded here.
 """
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator
+import socket
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from mnistsum_ray.data.idx import IDX_FILES, download_mnist, find_idx, read_idx
+from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.images import (
-    DIGITS,
-    BadRow,
+    Numbers,
     Pixels,
-    ReasonCounts,
-    decode_images,
-    decode_numbers,
     image_type_error,
-    join_reasons,
-    number_type_error,
+    label_type_error,
     one_chunk,
     pixels_array,
+    pixels_view,
 )
 from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.data.randomness import BLOCK_ROWS, RowIds, hold_out
-from mnistsum_ray.data.parquet import (
-    column_error,
-    open_parquet,
-    read_footer,
-    read_rows,
-    read_table,
-)
-from mnistsum_ray.errors import (
-    RequestError,
-    RunError,
-    StorageError,
-    UnusableFileError,
-    counted,
-    one_line,
-)
+from mnistsum_ray.data.parquet import column_error, read_footer, read_table
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import locate, locate_existing
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
-_DIGIT_COLUMNS: Final = ("digit", "label")
+SPLITS: Final = ("train", "validation", "test")
+
+MAX_HELD_OUT_ROWS: Final = 5000
+"""Most rows, beside a tenth, that are held out for a split which no file is named for."""
+
+_LABEL_COLUMNS: Final = ("digit", "label")
 
 _SPLIT: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(?![a-z])")
 """A word in the name of a file or folder, in lower case, that names a split."""
 
-_MAX_HELD_OUT_ROWS: Final = 5000
+_MNIST_FILE: Final = "train-images-idx3-ubyte"
 
-Digits = npt.NDArray[np.int8]
-
-BadRows = dict[int, BadRow]
-"""Rows that cannot be used, by their index."""
+_DOWNLOAD_TIMEOUT_SECONDS: Final = 3
+"""Timeout of the connection and of each read; it does not limit the download as a whole."""
 
 
-@dataclass(frozen=True)
-class Block:
-    """Decoded rows: images uint8[n, 28, 28] and digits int8[n], zeros in bad rows."""
+class LabelledColumns(NamedTuple):
+    """Names and types of two columns. Ray Data reads files together where they are the same."""
 
-    images: Pixels
-    digits: Digits
-    bad: BadRows
-
-    @classmethod
-    def decode(cls, images: pa.Array, digits: pa.Array, file: str, first: int = 0) -> "Block":
-        """Decode the rows of a file from its row `first` on."""
-        pixels, bad_images = decode_images(images)
-        values, bad_digits = decode_numbers(digits, DIGITS)
-        reasons = join_reasons(bad_images, bad_digits, "digit")
-        bad = {row: (file, first + row, reason) for row, reason in reasons.items()}
-        return cls(pixels, values.astype(np.int8), bad)
-
-    @property
-    def rows(self) -> int:
-        return len(self.digits)
-
-    def blocks(self) -> Iterator["Block"]:
-        """The rows in blocks of BLOCK_ROWS, the last of fewer."""
-        for start in range(0, self.rows, BLOCK_ROWS):
-            stop = start + BLOCK_ROWS
-            bad = {row - start: why for row, why in self.bad.items() if start <= row < stop}
-            yield Block(self.images[start:stop], self.digits[start:stop], bad)
+    image: str
+    label: str
+    types: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -99,206 +63,212 @@ class LabelledFile:
     """A Parquet file with images and digits, as its footer describes it."""
 
     path: Location
-    entry: Entry
     name: str
     """Relative to the folder that was listed."""
     rows: int
-    digit_column: str
-
-
-@dataclass(frozen=True)
-class FileGroup:
-    """One Parquet file, or several that together have the rows of one block at most."""
-
-    files: list[LabelledFile]
-
-    @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files)
-
-    def blocks(self) -> Iterator[Block]:
-        """Read and decode the rows, in their order, in blocks of BLOCK_ROWS, the last of fewer.
-
-        Raises:
-            RequestError: a file has changed, or cannot be read.
-            StorageError: the storage does not give a file.
-        """
-        if len(self.files) == 1:
-            yield from _read_blocks(self.files[0])
-        elif self.rows:
-            yield _join_blocks([block for file in self.files for block in _read_blocks(file)])
-
-
-Groups = list[Block | FileGroup]
-"""What a source consists of: rows in memory, or in files."""
-
-
-def _read_blocks(file: LabelledFile) -> Iterator[Block]:
-    """The rows of a file in blocks; errors as of `FileGroup.blocks`."""
-    edges = [*range(0, file.rows, BLOCK_ROWS), file.rows]
-    ranges = [range(start, end) for start, end in pairwise(edges)]
-    try:
-        with open_parquet(file.path, file.entry) as parquet:
-            tables = read_rows(parquet, ranges, ["image", file.digit_column])
-            for rows, table in zip(ranges, tables, strict=True):
-                images, digits = one_chunk(table["image"]), one_chunk(table[file.digit_column])
-                yield Block.decode(images, digits, file.name, rows.start)
-    except UnusableFileError as error:
-        raise RequestError(f"{file.path.display}: {error}") from None
-
-
-def _join_blocks(blocks: list[Block]) -> Block:
-    """The rows of blocks that follow each other."""
-    bad: BadRows = {}
-    first = 0
-    for block in blocks:
-        bad |= {first + row: why for row, why in block.bad.items()}
-        first += block.rows
-    images = np.concatenate([block.images for block in blocks])
-    return Block(images, np.concatenate([block.digits for block in blocks]), bad)
+    columns: LabelledColumns
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images with digits. Row ids count from 0 in the order of the groups; each is in one split."""
+    """Where the rows of a run are from, by the split that a file is named for.
+
+    Either the rows are in memory (`tables`), or they are in `files`.
+    """
 
     name: str
     """sample, mnist or parquet."""
     location: str
-    groups: Groups
-    train: RowIds
-    validation: RowIds
-    test: RowIds
-    """Row ids of each split, ascending: int64[n]."""
+    fingerprint: str
+    """SHA-256 of the content or, for files, of their names, sizes and ETags."""
+    tables: dict[str, pa.Table] = field(default_factory=dict)
+    """By split: `image` (784 bytes) and `digit`, with `path` and `row_hash` as of Ray Data."""
+    files: dict[str, list[LabelledFile]] = field(default_factory=dict)
+    """By split."""
     notice: str = ""
     """Message for the console about the choice of source."""
     skipped: list[str] = field(default_factory=list)
     """As of `Inputs`."""
-    bad: ReasonCounts = field(default_factory=ReasonCounts)
-    """Rows that are in no split, since they cannot be used."""
+
+    def rows_of(self, split: str) -> int:
+        """Rows in memory, or in files, that are named for this split."""
+        if split in self.tables:
+            return int(self.tables[split].num_rows)
+        return sum(file.rows for file in self.files.get(split, []))
 
     @property
-    def rows(self) -> int:
-        """Rows of the data, bad ones included."""
-        return sum(group.rows for group in self.groups)
+    def held_out(self) -> list[str]:
+        """Splits that no file is named for: `held_out_rows` of the training rows are theirs."""
+        return [split for split in ("test", "validation") if not self.rows_of(split)]
 
-    def refuse(self, bad: BadRows) -> None:
-        """RequestError, which counts bad rows and names the first, if there are any."""
-        if bad:
-            first = ReasonCounts.of([*bad.values()]).describe()
-            of = f"{len(bad):,} of {counted(self.rows, 'row')} cannot be used: {first}"
-            advice = "a new run with --skip-bad-rows trains without them"
-            raise RequestError(f"--data {self.location}: {of}; {advice}")
-
-    def without(self, bad: BadRows) -> "Source":
-        """The source without bad rows, by their ids. Other rows stay in their splits.
-
-        RequestError: too few are left.
-        """
-        if not bad:
-            return self
-        ids = np.array([*bad], np.int64)
-        counts = ReasonCounts.of([*bad.values()])
-        splits = (self.train, self.validation, self.test)
-        train, validation, test = (np.setdiff1d(split, ids, assume_unique=True) for split in splits)
-        rest = replace(self, train=train, validation=validation, test=test, bad=counts)
-        return rest.checked()
-
-    def checked(self) -> "Source":
-        """The source itself. RequestError: it has too few rows."""
-        train, validation, test = map(len, (self.train, self.validation, self.test))
-        if not (train and validation and test):
-            has = f"has {train:,} training, {validation:,} validation and {test:,} test rows"
-            if self.bad.total:
-                has += f" beside {self.bad.total:,} bad ones: {self.bad.describe()}"
-            raise RequestError(f"--data {self.location}: {has}; each split needs some")
-        return self
+    @property
+    def train_rows(self) -> int:
+        """Training rows that are left when the other splits have theirs."""
+        rows = self.rows_of("train")
+        return rows - len(self.held_out) * held_out_rows(rows)
 
 
-StartProgress = Callable[[str, int], Callable[[int], None]]
+def held_out_rows(train_rows: int) -> int:
+    """Number of rows that are held out of so many for one split."""
+    return min(MAX_HELD_OUT_ROWS, train_rows // 10)
+
+
+CountFooters = Callable[[str, int], Callable[[int], None]]
 """Gets the name and number of the things that will be counted; returns what adds to the count."""
 
 
 def no_progress(what: str, total: int) -> Callable[[int], None]:
-    """A StartProgress that shows nothing."""
+    """Shows nothing."""
     return lambda count: None
 
 
-def open_source(data: str, progress: StartProgress = no_progress) -> Source:
-    """Open the data source that `--data` names; `progress` counts the footers that have been read.
+def open_source(config: LabelledDataConfig, progress: CountFooters = no_progress) -> Source:
+    """Find what `--data` names; `progress` counts the footers that have been read.
 
     Raises:
         RequestError: it is missing, cannot be used, or has no images with digits; names the file.
         RunError: the storage does not give a file.
     """
+    data = config.data
     if data == "sample":
         return _sample()
     if data in ("auto", "mnist"):
         return _full_mnist(fall_back=data == "auto")
     location = locate_existing(data, "--data")
+    folder = _find_mnist(Path(location.path)) if location.is_local else None
+    if folder is not None:
+        return _mnist(folder)
     try:
-        with location.storage_errors("listed"):
-            folder = find_idx(Path(location.path)) if location.is_local else None
-        return _idx(folder) if folder else _parquet(data, location, progress)
+        return _parquet(config, location, progress)
     except StorageError as error:
         raise RunError(f"--data {error}; nothing was begun") from None
 
 
 def _sample() -> Source:
     table = read_table(locate(str(SAMPLE), "--data"))
-    block = Block.decode(one_chunk(table["image"]), one_chunk(table["digit"]), SAMPLE.name)
-    return _with_splits("sample", str(SAMPLE), [block], {"train": np.arange(block.rows)})
+    images = pixels_view(one_chunk(table["image"]))
+    return _in_memory("sample", str(SAMPLE), {"train": (images, table["digit"].to_numpy())})
 
 
 def _full_mnist(*, fall_back: bool) -> Source:
     """MNIST from ./data, the cache or a download; with `fall_back` else the sample."""
     cache = Path.home() / ".cache" / "mnistsum_ray"
-    folder = find_idx(Path("data").resolve()) or find_idx(cache)
+    folder = _find_mnist(Path("data").resolve()) or _find_mnist(cache)
     try:
-        return _idx(folder or download_mnist(cache))
+        return _mnist(folder or _download_mnist(cache))
     except (OSError, RuntimeError) as error:
         missing = f"not in ./data or {cache}, and it cannot be downloaded ({one_line(error)})"
     if not fall_back:
         raise RequestError(f"--data mnist: {missing}; name its folder, or take --data sample")
     sample = _sample()
-    rest = f"Going on with the bundled sample of {sample.rows:,} images"
+    rest = f"Going on with the bundled sample of {sample.rows_of('train'):,} images"
     advice = "--data FOLDER names a copy of the full set"
     return replace(sample, notice=f"NOT the full MNIST: it is {missing}. {rest}; {advice}.")
 
 
-def _idx(folder: Path) -> Source:
-    train, test = (
-        Block.decode(pixels_array(images), pa.array(labels), labels_file)
-        for images, labels, labels_file in read_idx(folder)
-    )
-    block = _join_blocks([train, test])
-    ids = {"train": np.arange(train.rows), "test": np.arange(train.rows, block.rows)}
-    return _with_splits("mnist", str(folder), [block], ids)
+def _find_mnist(root: Path) -> Path | None:
+    """The folder with MNIST's files: `root`/MNIST/raw or `root`/raw, as in torchvision, or it."""
+    for folder in (root / "MNIST" / "raw", root / "raw", root):
+        if (folder / _MNIST_FILE).exists():
+            return folder
+    return None
 
 
-def _parquet(data: str, location: Location, progress: StartProgress) -> Source:
-    idx = f"IDX files ({IDX_FILES[0][0]}, …, not gzipped) on a local disk"
-    found = list_inputs([data], flag="--data", none=f"holds neither {idx} nor Parquet files")
-    root = found.root
+def _mnist(folder: Path) -> Source:
+    """MNIST in the files of this folder. RequestError: one is missing or damaged."""
+    from torchvision.datasets import MNIST  # takes seconds to import
+
+    class MnistHere(MNIST):
+        raw_folder = str(folder)
+
+    rows = {}
+    for split, is_train in (("train", True), ("test", False)):
+        try:
+            found = MnistHere(str(folder), train=is_train)
+        except Exception as error:  # of damaged files its reader raises many types
+            problem = f"holds no whole MNIST ({one_line(error)}); get its four files again"
+            raise RequestError(f"--data {folder}: {problem}") from None
+        rows[split] = (found.data.numpy(), found.targets.numpy())
+    return _in_memory("mnist", str(folder), rows)
+
+
+def _download_mnist(root: Path) -> Path:
+    """Download MNIST to `root`/MNIST/raw, which appears only when it is complete.
+
+    OSError, RuntimeError: no mirror has some file, or they cannot be written. Without a network
+    this fails within seconds.
+    """
+    from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
+
+    root.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECONDS)  # torchvision would wait for minutes
+    try:
+        with tempfile.TemporaryDirectory(dir=root) as temporary:
+            MNIST(temporary, download=True)
+            if _find_mnist(root) is None:  # otherwise another run was faster
+                Path(temporary, "MNIST").rename(root / "MNIST")
+    finally:
+        socket.setdefaulttimeout(before)
+    return root / "MNIST" / "raw"
+
+
+def _in_memory(name: str, location: str, rows: dict[str, tuple[Pixels, Numbers]]) -> Source:
+    """A source of these images and digits, by split. Row ids count over all splits."""
+    digest = hashlib.sha256()
+    tables = {}
+    first = 0
+    for split, (images, digits) in rows.items():
+        count = len(digits)
+        tables[split] = pa.table(
+            {
+                "image": pixels_array(images),
+                "digit": digits,
+                "row_hash": np.arange(first, first + count),
+                "path": pa.array([f"{name} ({split})"] * count),
+            }
+        )
+        first += count
+        digest.update(images.tobytes())
+        digest.update(digits.astype(np.int64).tobytes())
+    return Source(name, location, digest.hexdigest(), tables)
+
+
+def _parquet(config: LabelledDataConfig, location: Location, progress: CountFooters) -> Source:
+    mnist = f"MNIST's files ({_MNIST_FILE}, …, not gzipped) on a local disk"
+    found = list_inputs([config.data], flag="--data", none=f"holds neither {mnist} nor Parquet")
     if found.unusable:
         name, reason = next(iter(found.unusable.items()))
-        raise RequestError(f"--data {(root / name).display}: {reason}")
+        raise RequestError(f"--data {(found.root / name).display}: {reason}")
+    describe = partial(_describe, config, found.root)
     count = progress("footers read", len(found.files))
-    files = list(in_threads(root, partial(_describe, root), list(found.files.items()), count))
-    names = [_split_of_name(name) for name in found.files]
-    if None in names and any(names):
+    listed = in_threads(found.root, describe, list(found.files.items()), count)
+    files: dict[str, list[LabelledFile]] = {}
+    unnamed = []
+    for file in listed:
+        split = _split_of_name(file.name)
+        if split is None:
+            unnamed.append(file)
+        else:
+            files.setdefault(split, []).append(file)
+    if unnamed and files:
         mixed = "some files are named train or test and some are not; rename them"
-        raise RequestError(f"--data {location.display}: {mixed}")
-    splits = [name or "train" for name in names]
-    ids = {}
-    for split in set(splits):
-        is_in_split = [name == split for name in splits]
-        ids[split] = np.flatnonzero(np.repeat(is_in_split, [file.rows for file in files]))
-    source = _with_splits("parquet", location.display, _grouped(files), ids)
-    return replace(source, skipped=found.skipped)
+        raise RequestError(f"--data {location.display}: {mixed} ({unnamed[0].name})")
+    digest = hashlib.sha256()
+    for name, entry in found.files.items():
+        digest.update(f"{name}\n{entry.size}\n{entry.e_tag}\n".encode())
+    return Source(
+        name="parquet",
+        location=location.display,
+        fingerprint=digest.hexdigest(),
+        files=files or {"train": unnamed},
+        skipped=found.skipped,
+    )
 
 
-def _describe(root: Location, listed: tuple[str, Entry]) -> LabelledFile:
+def _describe(
+    config: LabelledDataConfig, root: Location, listed: tuple[str, Entry]
+) -> LabelledFile:
     """An input file, by its footer."""
     name, entry = listed
     file = root / name
@@ -306,29 +276,26 @@ def _describe(root: Location, listed: tuple[str, Entry]) -> LabelledFile:
         footer = read_footer(file, entry)
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
-    names = footer.schema.names
-    digit = next((name for name in _DIGIT_COLUMNS if name in names), None)
-    if "image" not in names or digit is None:
-        needed = "a column 'image' and a column 'digit' or 'label'"
+    # Ray Data makes a column of each folder `name=value`.
+    folders = dict(re.findall(r"([^/=]+)=([^/]*)/", name))
+    names = [*footer.schema.names, *folders]
+    image = config.image_column
+    label = config.label_column or next((one for one in _LABEL_COLUMNS if one in names), None)
+    if image not in names or label not in names:
+        needed = f"a column {image!r} (--image-column) and "
+        needed += f"{label or ' or '.join(map(repr, _LABEL_COLUMNS))} (--label-column)"
         raise RequestError(f"{file.display}: needs {needed}, has {', '.join(names)}")
-    for column, type_error in (("image", image_type_error), (digit, number_type_error)):
+    types = []
+    for column, type_error in ((image, image_type_error), (label, label_type_error)):
+        if column in folders:
+            types.append("folder")
+            continue
         wrong = column_error(footer.schema, column, type_error)
         if wrong:
             raise RequestError(f"{file.display}: {wrong}")
-    return LabelledFile(file, entry, name, footer.metadata.num_rows, digit)
-
-
-def _grouped(files: list[LabelledFile]) -> Groups:
-    """Small files that follow each other share a block, up to its rows."""
-    groups: list[list[LabelledFile]] = []
-    rows = 0  # of the last group
-    for file in files:
-        if not groups or rows + file.rows > BLOCK_ROWS:
-            groups.append([])
-            rows = 0
-        groups[-1].append(file)
-        rows += file.rows
-    return [FileGroup(group) for group in groups]
+        types.append(str(footer.schema.field(column).type))
+    columns = LabelledColumns(image, label, tuple(types))
+    return LabelledFile(file, name, footer.metadata.num_rows, columns)
 
 
 def _split_of_name(file: str) -> str | None:
@@ -336,20 +303,5 @@ def _split_of_name(file: str) -> str | None:
     for name in reversed(file.split("/")[-2:]):
         found = _SPLIT.search(name.lower())
         if found:
-            return found[1]
+            return "validation" if found[1] == "val" else found[1]
     return None
-
-
-def _with_splits(name: str, location: str, groups: Groups, ids: dict[str, RowIds]) -> Source:
-    """A source with the rows of these splits: train, val and test.
-
-    A missing val or test is held out of the training rows. RequestError: there are too few rows.
-    """
-    train = ids.get("train", np.empty(0, np.int64))
-    count = min(_MAX_HELD_OUT_ROWS, len(train) // 10)
-    test, validation = ids.get("test"), ids.get("val")
-    if test is None:
-        train, test = hold_out(train, count)
-    if validation is None:
-        train, validation = hold_out(train, count)
-    return Source(name, location, groups, train, validation, test).checked()

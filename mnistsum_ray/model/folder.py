@@ -40,9 +40,7 @@ def copy_weights(model: Network) -> Weights:
     return copied
 
 
-def describe_model(
-    weights: Weights, *, epoch: int, metrics: dict[str, Any], sum_head: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def describe_model(weights: Weights, *, epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """The description of weights of an epoch; `metrics` are by split."""
     return {
         "format": MODEL_FORMAT,
@@ -58,7 +56,6 @@ def describe_model(
         },
         "output": INTERFACE["output"],
         "epoch": epoch,
-        "sum_head": sum_head,
         **metrics,
     }
 

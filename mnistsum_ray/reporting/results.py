@@ -1,8 +1,11 @@
 """Results of the jobs: `fit` and `score` return them, and the commands print them as JSON."""
 
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
+
+MANIFEST: Final = "manifest.json"
+"""In the folder of a run and of an output: totals, config and versions of a finished job."""
 
 
 class Result(BaseModel):

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import ray.train
 import torch
+from ray.train import CheckpointUploadMode
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -25,7 +28,7 @@ kill has cut fails for good. So each attempt of a job has a new name for Ray, an
 checkpoint is looked for here.
 """
 
-STATE_FORMAT: Final = "mnistsum_ray/13"
+STATE_FORMAT: Final = "mnistsum_ray/14"
 STATE_FILE: Final = "trainer.safetensors"
 STATE_DIGEST: Final = "trainer.sha256"
 
@@ -116,3 +119,37 @@ def newest_checkpoint(
         except CheckpointError as error:
             say(str(error))
     return None
+
+
+def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights | None]:
+    """State that a worker goes on from, and its tensors for `restore`; None at the beginning.
+
+    They are those of the last checkpoint of this attempt, or else of the one that it resumed.
+    """
+    latest = ray.train.get_checkpoint()
+    if latest is not None:
+        with latest.as_directory() as folder:
+            return read_checkpoint(Location(folder))
+    if resumed is not None:
+        return read_checkpoint(resumed)
+    return TrainerState(0, [], ""), None
+
+
+def report_epoch(state: TrainerState, model: Network, optimizer: MuonAdamW, rank: int) -> None:
+    """Report the last epoch to Ray Train on every worker, with a checkpoint that rank 0 writes.
+
+    Ray Train uploads it in the background; a worker ends after its uploads.
+    """
+    checkpoint = None
+    if rank == 0:
+        folder = Path(tempfile.mkdtemp())  # which Ray Train deletes
+        save_checkpoint(folder, state, model, optimizer)
+        checkpoint = ray.train.Checkpoint.from_directory(folder)
+    line = state.history[-1]
+    ray.train.report(
+        {name: line[name] for name in ("epoch", "train_loss", "validation", "test")},
+        checkpoint=checkpoint,
+        checkpoint_dir_name=f"epoch_{state.epochs_done:05d}",
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )

@@ -1,38 +1,51 @@
-"""The training loop of each worker: train, evaluate and report each epoch that is left."""
+"""What each worker does: train the epochs that are left, evaluate, report; rank 0 has the model.
 
-import tempfile
+for each epoch    shuffle the shard ─▶ batches ─▶ steps ─▶ count the rows of all ranks
+                  evaluate on the held-out rows ─▶ checkpoint ─▶ ray.train.report
+"""
+
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import ray
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointUploadMode
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.errors import RequestError, RunError, counted, root_cause
-from mnistsum_ray.model.device import all_reduce_sum, broadcast_state, faster_with_bf16
-from mnistsum_ray.model.folder import Weights
-from mnistsum_ray.model.network import Network
-from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.storage.store import Location
-from mnistsum_ray.training.analysis import FinishedModel, finish_model
-from mnistsum_ray.training.checkpoint import (
-    CheckpointError,
-    TrainerState,
-    read_checkpoint,
-    restore,
-    save_checkpoint,
+from mnistsum_ray.errors import RepeatingError, RequestError, RunError, counted
+from mnistsum_ray.model.device import (
+    all_reduce_sum,
+    broadcast_state,
+    disable_tf32,
+    enable_determinism,
+    faster_with_bf16,
+    tune_malloc,
 )
-from mnistsum_ray.training.held_out import HeldOutRows, ScoredDigits
-from mnistsum_ray.training.pipeline import start_name
-from mnistsum_ray.training.rows import TrainingData
-from mnistsum_ray.training.trainer import Trainer, TrainingBatches
-from mnistsum_ray.training.worker import Worker, send, set_up_process
+from mnistsum_ray.model.finish import FinishedModel, ScoredDigits, finish_model
+from mnistsum_ray.model.folder import Weights
+from mnistsum_ray.model.metrics import AnswerCounts, LabelledRows, Metrics, score_rows
+from mnistsum_ray.model.network import Network, score_digits
+from mnistsum_ray.reporting.console import Progress
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.training.checkpoint import CheckpointError, latest_state, report_epoch, restore
+from mnistsum_ray.training.progress import Events
+from mnistsum_ray.training.rows import RowTotals
+from mnistsum_ray.training.trainer import Trainer
+
+_BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
+"""Held-out rows that are scored together."""
+
+_KEPT_ROWS: Final = 200_000
+"""Held-out rows of a split that a worker keeps on its device, 0.8 KB each; of more it reads them
+again after each epoch."""
+
+_ANALYSED_ROWS: Final = {"validation": 5_000, "test": 100_000}
+"""Rows that the temperatures are fitted on, and whose errors are analysed. Metrics count all."""
 
 
 @dataclass(frozen=True)
@@ -53,138 +66,151 @@ class LoopConfig:
 
     hyperparameters: Hyperparameters
     threads: int | None
-    data: "ray.ObjectRef[TrainingData]"
-    events: Queue
-    """From the workers to the driver."""
+    totals: dict[str, RowTotals]
+    """By split: what the driver has counted."""
+    queue: Queue
+    """Of events for the driver."""
     start: Start
 
     def __repr__(self) -> str:  # Ray's dashboard shows it
         return repr(self.hyperparameters)
 
 
-def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | str | None:
-    """Train on this worker.
+def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | None:
+    """Train on this worker; rank 0 returns the finished model.
 
-    Returns:
-        The finished model, on rank 0. Or why the run failed in a way that another attempt would
-        meet again: all workers meet it at the same step. What is raised is tried again by Ray
-        Train.
+    What is raised is tried again by Ray Train, a RepeatingError excepted: all ranks meet it at the
+    same step, and another attempt would meet it again.
     """
     try:
         return _train(config["loop"])
-    except CheckpointError:  # met by one worker alone
+    except CheckpointError:  # met by one rank alone
         raise
     except (RequestError, RunError) as error:
-        return str(error)
+        raise RepeatingError(str(error)) from None
 
 
 def _train(config: LoopConfig) -> FinishedModel | None:
-    """Train the epochs that are left; on rank 0, finish the model."""
+    """Train the epochs that are left, and finish the model."""
     parameters = config.hyperparameters
-    context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    set_up_process(device, config.threads)
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device, config.events)
-    data: TrainingData = ray.get(config.data)
+    _set_up_process(device, config.threads)
+    events = Events(config.queue, ray.train.get_context().get_world_rank())
     state, tensors = latest_state(config.start.checkpoint)
-    state.precision = state.precision or parameters.precision or _best_precision(worker)
-    trainer = Trainer(parameters, worker, state.precision)
-    model = trainer.model
+    state.precision = state.precision or parameters.precision or _best_precision(device)
+    trainer = Trainer(parameters, config.totals["train"], device, state.precision, events)
     if tensors is not None:
-        restore(tensors, model, trainer.optimizer)
-        workers = counted(worker.world_size, "worker")
-        worker.note(f"going on after epoch {state.epochs_done}, on {workers}")
+        restore(tensors, trainer.model, trainer.optimizer)
+        workers = counted(trainer.world_size, "worker")
+        events.note(f"going on after epoch {state.epochs_done}, on {workers}")
     elif config.start.weights is not None:
-        model.load_state_dict(config.start.weights)
-    scored = None
-    if state.epochs_done < parameters.epochs:
-        scored = _train_epochs(trainer, data, state)
-    if worker.rank > 0:
-        return None
-    if worker.world_size > 1:
-        scored = None  # each worker has scored its share alone
-    return finish_model(parameters, data, state, model, worker, scored)
-
-
-def _train_epochs(
-    trainer: Trainer, data: TrainingData, state: TrainerState
-) -> dict[str, ScoredDigits]:
-    """Train, evaluate and report each epoch that is left; the scores of the last, by split."""
-    parameters, model, worker = trainer.hyperparameters, trainer.model, trainer.worker
-    shard = ray.train.get_dataset_shard(start_name(state.epochs_done))
-    batches = TrainingBatches(shard, worker.device)
+        trainer.model.load_state_dict(config.start.weights)
     held_out = {
-        "validation": HeldOutRows(data.blocks, data.validation, worker),
-        "test": HeldOutRows(data.blocks, data.test, worker),
+        split: HeldOutRows(split, config.totals[split], device, events)
+        for split in ("validation", "test")
     }
-    scored = {}
     while state.epochs_done < parameters.epochs:
-        figures = trainer.train_epoch(state.epochs_done, data.order, batches)
-        broadcast_state(model)
+        figures = trainer.train_epoch(state.epochs_done)
+        broadcast_state(trainer.model)
         state.epochs_done += 1
         started = time.perf_counter()
-        for name, rows in held_out.items():
-            scored[name] = rows.digit_scores(model, bf16=trainer.bf16)
-            figures[name] = rows.metrics(model, scored[name])
-            where = f"epoch {state.epochs_done}: the loss on {name} rows is"
-            trainer.check_finite(figures[name]["loss"], where)
+        for split, rows in held_out.items():
+            figures[split] = rows.evaluate(trainer.model, bf16=trainer.bf16)
+            where = f"epoch {state.epochs_done}: the loss on {split} rows is"
+            trainer.check_finite(figures[split]["loss"], where)
         figures["evaluation_seconds"] = time.perf_counter() - started
-        line = {"epoch": state.epochs_done, "workers": worker.world_size, **figures}
+        line = {"epoch": state.epochs_done, "workers": trainer.world_size, **figures}
         state.history.append(line)
-        worker.send("epoch", **line)
-        report_epoch(state, model, trainer.optimizer, worker.rank)
-    return scored
-
-
-def _best_precision(worker: Worker) -> str:
-    """bf16 if it is faster on all workers, else fp32."""
-    votes = torch.tensor(float(faster_with_bf16(worker.device)), device=worker.device)
-    return "bf16" if all_reduce_sum(votes).item() == worker.world_size else "fp32"
-
-
-def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights | None]:
-    """State that a worker goes on from, and its tensors for `restore`; None at the beginning.
-
-    They are those of the last checkpoint of this attempt, or else of the one that it resumed.
-    """
-    latest = ray.train.get_checkpoint()
-    if latest is not None:
-        with latest.as_directory() as folder:
-            return read_checkpoint(Location(folder))
-    if resumed is not None:
-        return read_checkpoint(resumed)
-    return TrainerState(0, [], ""), None
-
-
-def report_epoch(state: TrainerState, model: Network, optimizer: MuonAdamW, rank: int) -> None:
-    """Report the last epoch to Ray Train on every worker, with a checkpoint that rank 0 writes.
-
-    Ray Train uploads it in the background; a worker ends after its uploads.
-    """
-    checkpoint = None
-    if rank == 0:
-        folder = Path(tempfile.mkdtemp())  # which Ray Train deletes
-        save_checkpoint(folder, state, model, optimizer)
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
-    line = state.history[-1]
-    ray.train.report(
-        {name: line[name] for name in ("epoch", "train_loss", "validation", "test")},
-        checkpoint=checkpoint,
-        checkpoint_dir_name=f"epoch_{state.epochs_done:05d}",
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
+        events.send("epoch", **line)
+        report_epoch(state, trainer.model, trainer.optimizer, trainer.rank)
+    scored = {}
+    for split, rows in held_out.items():
+        scored[split] = rows.gather_scored(trainer.model, bf16=trainer.bf16)
+    if trainer.rank > 0:
+        return None
+    events.note("analysing the model's answers on the test rows")
+    return finish_model(
+        trainer.model, scored["validation"], scored["test"], state.history, state.precision
     )
 
 
-class FailureLines(ray.train.UserCallback):
-    """Says why workers have failed, before Ray Train starts them again."""
+def _set_up_process(device: torch.device, threads: int | None) -> None:
+    """Make this process compute exact float32 on GPUs, and on CPUs the same bits each time."""
+    disable_tf32()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device.type == "cpu":
+        enable_determinism()
+        tune_malloc()
 
-    def __init__(self, events: Queue) -> None:
+
+def _best_precision(device: torch.device) -> str:
+    """bf16 if it is faster on all workers, else fp32."""
+    votes = torch.tensor(float(faster_with_bf16(device)), device=device)
+    world_size = ray.train.get_context().get_world_size()
+    return "bf16" if all_reduce_sum(votes).item() == world_size else "fp32"
+
+
+class HeldOutRows:
+    """The held-out rows of a split in the shard of this rank, undistorted and without numbers."""
+
+    def __init__(self, split: str, totals: RowTotals, device: torch.device, events: Events) -> None:
+        self._split = split
+        self._totals = totals
+        self._device = device
         self._events = events
+        self._world_size = ray.train.get_context().get_world_size()
+        self._shard = ray.train.get_dataset_shard(split)
+        self._kept = list(self._read()) if totals.rows <= _KEPT_ROWS else None
+        self._scored: ScoredDigits | None = None
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train in its controller."""
-        for rank, error in worker_exceptions.items():
-            cause = root_cause(error).partition(". ")[0]  # Ray's advice follows
-            text = f"worker {rank} failed: {cause} (full text in Ray's logs)"
-            send(self._events, "failure", text=text)
+    def _read(self) -> Iterator[LabelledRows]:
+        """The rows in batches on the device."""
+        return iter(
+            self._shard.iter_torch_batches(
+                batch_size=_BATCH_ROWS[self._device.type],
+                collate_fn=_to_tensors,
+                pin_memory=self._device.type == "cuda",
+            )
+        )
+
+    def evaluate(self, model: Network, *, bf16: bool) -> Metrics:
+        """Metrics with all numbers, over all workers.
+
+        Raises:
+            RowCountError: a row was lost or repeated.
+        """
+        model.eval()
+        self._scored = []
+        progress = Progress(self._events.count, f"{self._split} rows", self._totals.rows)
+        every = -(-self._totals.rows // _ANALYSED_ROWS[self._split])
+        counts = AnswerCounts(self._device)
+        for index, batch in enumerate(self._kept or self._read()):
+            digit_scores = score_digits(model, batch["image"], bf16=bf16)
+            for labels, scores in score_rows(model, [(batch, digit_scores)]):
+                counts.add(labels, scores)
+            # Evenly spaced, since the first rows of sorted files all show one digit.
+            if index % every == 0:
+                self._scored.append((batch, digit_scores))
+            progress(len(digit_scores) * self._world_size)  # the others are about as far
+        if self._world_size > 1:
+            counts.all_reduce()
+        return counts.metrics(self._totals.rows, self._totals.id_sum)
+
+    def gather_scored(self, model: Network, *, bf16: bool) -> ScoredDigits:
+        """Rows of all ranks, with the digit scores of the last evaluation, for the analysis."""
+        if self._scored is None:  # a run that was lost after its last epoch
+            self.evaluate(model, bf16=bf16)
+        own: ScoredDigits = self._scored or []
+        if self._world_size == 1:
+            return own
+        on_cpu = []
+        for batch, scores in own:
+            on_cpu.append(({name: values.cpu() for name, values in batch.items()}, scores.cpu()))
+        of_ranks: list[Any] = [None] * self._world_size
+        torch.distributed.all_gather_object(of_ranks, on_cpu)
+        return list(itertools.chain(*of_ranks))
+
+
+def _to_tensors(rows: dict[str, np.ndarray]) -> LabelledRows:
+    return {name: torch.tensor(rows[name]) for name in ("image", "digit", "row_id")}

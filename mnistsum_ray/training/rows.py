@@ -1,194 +1,296 @@
-"""The rows of a run: read and decoded once, by tasks, into blocks in Ray's object store.
+"""The rows of a run, by Ray Data: read, decoded, split, and dealt to the workers.
 
-Neither Ray Data, Ray Train nor PyTorch is imported here: processes that only need rows start a
-second sooner.
+    read_parquet ─▶ map_batches(decode) ─▶ materialize ─┬─▶ train        randomize_block_order
+    MNIST, the sample ─▶ decode ─▶ from_blocks ─────────┼─▶ validation
+                                                        └─▶ test
+
+The three Datasets lie in Ray's object store, which spills to disk what memory does not hold. From
+there `WholeShards` deals them to the workers, in whole blocks, and no task runs for that: workers
+may hold all CPUs. PyTorch is not imported here, since the processes that read would wait for it.
 """
 
-import hashlib
-import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
+import itertools
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import ray
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
 import ray.exceptions
+from ray.data import Dataset
+from ray.train import DataConfig
 
-from mnistsum_ray.cluster.nodes import usable_nodes
-from mnistsum_ray.data.images import PIXELS, SIDE, Pixels
-from mnistsum_ray.data.randomness import RowIds, TrainingOrder
-from mnistsum_ray.data.sources import BadRows, Block, Digits, FileGroup, Groups, Source
-from mnistsum_ray.errors import RequestError, RowCountError, RunError, counted
+from mnistsum_ray.cluster.nodes import set_data_options
+from mnistsum_ray.data.images import (
+    DIGITS,
+    ReasonCounts,
+    decode_images,
+    decode_numbers,
+    join_reasons,
+    one_chunk,
+)
+from mnistsum_ray.data.parquet import open_parquet
+from mnistsum_ray.data.randomness import RowIds, mix_ids, split_keys
+from mnistsum_ray.data.sources import (
+    SPLITS,
+    LabelledColumns,
+    LabelledFile,
+    Source,
+    held_out_rows,
+)
+from mnistsum_ray.errors import (
+    RequestError,
+    RowCountError,
+    UnusableFileError,
+    counted,
+    root_cause,
+)
+from mnistsum_ray.storage.arrow import arrow_place
 
-_ROW_BYTES: Final = PIXELS + 1
-"""Memory of a row in a block: pixels and digit."""
+_BLOCKS: Final = 256
+_LEAST_BLOCK_ROWS: Final = 32
+_MOST_BLOCK_ROWS: Final = 8192
+"""The rows are cut into some 256 blocks of so many rows. Ranks get whole blocks, so their shards
+differ by the rows of one; each block costs a worker about a millisecond an epoch."""
 
-_USABLE_SHARE: Final = 0.8
-"""Share of an object store that a run may plan to fill: Ray spills to disk above that."""
+_NAMED_ROWS: Final = 5
+"""Rows that cannot be used and are named."""
 
-_RETRIES: Final = 3
-"""Processes that Ray starts again for the same rows."""
-
-_Summary = tuple[int, BadRows, bytes]
-"""What the driver learns of a block: its rows, the bad ones, and the SHA-256 of its content."""
-
-_LoadedBlocks = Iterator[tuple[_Summary, "ray.ObjectRef[tuple[Pixels, Digits]]"]]
-"""Blocks in the object store, with their summaries, in the order of the rows."""
-
-
-@dataclass(frozen=True)
-class RowBlocks:
-    """All rows, decoded, in the object store, which spills to disk what it has no memory for."""
-
-    refs: list["ray.ObjectRef[tuple[Pixels, Digits]]"]
-    bounds: RowIds
-    """Block i holds the row ids bounds[i]..bounds[i + 1] - 1."""
-
-    def fetch(self, ids: RowIds) -> tuple[Pixels, Digits]:
-        """Copy rows int64[n], in any order, as uint8[n, 28, 28] and int8[n].
-
-        Their blocks are asked for one by one, so that spilled ones do not all come back at once.
-        """
-        images = np.empty((len(ids), SIDE, SIDE), np.uint8)
-        digits = np.empty(len(ids), np.int8)
-        order = np.argsort(ids, kind="stable")
-        edges = np.searchsorted(ids[order], self.bounds)
-        for block in np.flatnonzero(np.diff(edges)):
-            # Where the rows of this block stand in `ids`.
-            places = order[edges[block] : edges[block + 1]]
-            rows = ids[places] - self.bounds[block]
-            block_images, block_digits = ray.get(self.refs[block])
-            images[places] = block_images[rows]
-            digits[places] = block_digits[rows]
-        return images, digits
+Decoded = pa.Table | Dataset
+"""Rows as `decode` gives them, in memory or in the object store."""
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """What every worker and every reader knows of the rows."""
+class RowTotals:
+    """What all workers together must see of a split in an epoch."""
 
-    blocks: RowBlocks
-    order: TrainingOrder
-    validation: RowIds
-    test: RowIds
+    rows: int
+    id_sum: int
+    """Sum of the scrambled ids (`mix_ids`) of the rows."""
 
-
-def check_space(rows: int) -> str:
-    """Check that the object stores of the cluster hold the rows, and the disk what they do not.
-
-    Returns:
-        The console line that says so.
-
-    Raises:
-        RequestError: the disk cannot hold what Ray would spill to it.
-    """
-    nodes = usable_nodes()
-    stores = sum(node["Resources"].get("object_store_memory", 0.0) for node in nodes)
-    needed = rows * _ROW_BYTES
-    spilled = needed - _USABLE_SHARE * stores
-    there = f"{_mebibytes(needed)}, and the object stores have {_mebibytes(stores)}"
-    line = f"reading {counted(rows, 'row')}: {there}"
-    if spilled <= 0:
-        return line
-    # Ray spills into the folder of its session. Other nodes are taken to have as much room.
-    here = ray.get_runtime_context().get_node_id()
-    session = next(node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here)
-    free = len(nodes) * shutil.disk_usage(Path(session).parent).free
-    if spilled > free:
-        raise RequestError(
-            f"--data: {line}; Ray would spill {_mebibytes(spilled)} to disk, where "
-            f"{_mebibytes(free)} are free; start Ray with a larger --object-store-memory, or "
-            "RAY_TMPDIR on a larger disk"
-        )
-    return f"{line}; Ray spills the rest to disk, where {_mebibytes(free)} are free"
+    @classmethod
+    def of(cls, ids: RowIds) -> "RowTotals":
+        return cls(len(ids), int(mix_ids(ids).sum()))
 
 
-def _mebibytes(count: float) -> str:
-    return f"{count / 2**20:,.0f} MiB"
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run, by split: `image` uint8[28, 28], `digit` and `row_id` int64."""
+
+    datasets: dict[str, Dataset]
+    totals: dict[str, RowTotals]
+    bad: ReasonCounts
+    """Rows that are in no split, since they cannot be used."""
 
 
-def load_blocks(
-    source: Source, *, skip_bad_rows: bool, on_progress: Callable[[int], None] = lambda _: None
-) -> tuple[Source, RowBlocks, str]:
-    """Read and decode all rows into the object store, file by file, by tasks.
-
-    `on_progress` gets numbers of rows that have been read.
-
-    Returns:
-        The source without bad rows, the blocks, and a SHA-256 of their content and of the splits.
+def read_rows(source: Source, seed: int, *, skip_bad_rows: bool) -> Rows:
+    """Read and decode all rows into the object store.
 
     Raises:
         RequestError: a file or a row cannot be used, or too few rows can.
-        RunError: the storage does not give a file, or the process that reads it dies repeatedly.
-        RowCountError: a file holds more or fewer rows than its footer says.
+        RowCountError: files hold more or fewer rows than their footers say.
     """
-    refs = []
-    bounds = [0]
-    bad: BadRows = {}
-    digest = hashlib.sha256()
-    for (rows, bad_rows, sha256), ref in _read_groups(source.groups):
-        bad |= {bounds[-1] + row: place for row, place in bad_rows.items()}
-        refs.append(ref)
-        bounds.append(bounds[-1] + rows)
-        digest.update(sha256)
-        on_progress(rows)
-    if bounds[-1] != source.rows:
-        problem = f"read {bounds[-1]:,} rows of files that hold {source.rows:,}"
-        raise RowCountError(f"--data {source.location}: {problem}")
-    if not skip_bad_rows:
-        source.refuse(bad)
-    good = source.without(bad)
-    for split in (good.train, good.validation, good.test):
-        digest.update(f"{len(split)} rows".encode() + split.tobytes())
-    return good, RowBlocks(refs, np.array(bounds)), digest.hexdigest()
-
-
-def _summary(block: Block) -> _Summary:
-    digest = hashlib.sha256(block.images.tobytes())
-    digest.update(block.digits.tobytes())
-    return len(block.digits), block.bad, digest.digest()
-
-
-def _read_groups(groups: Groups) -> _LoadedBlocks:
-    """Load all groups, several at a time; errors are those of `load_blocks`."""
-    # No CPU is reserved, so that busy workers of another job cannot hold these tasks up.
-    options = {"num_cpus": 0, "max_retries": _RETRIES, "num_returns": "streaming"}
-    read = ray.remote(**options)(_read_group)
-    most = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    loading: deque[_LoadedBlocks] = deque()
-    for group in groups:
-        if isinstance(group, Block):
-            loading.append(_put_blocks(group))
-        else:
-            loading.append(_blocks_of_task(read.remote(group)))
-        if len(loading) >= most:
-            yield from loading.popleft()
-    for blocks in loading:
-        yield from blocks
-
-
-def _put_blocks(rows: Block) -> _LoadedBlocks:
-    """Put rows that are in memory into the object store."""
-    for block in rows.blocks():
-        yield _summary(block), ray.put((block.images, block.digits))
-
-
-def _read_group(group: FileGroup) -> Iterator[_Summary | tuple[Pixels, Digits]]:
-    """A task: of each block its summary, which the driver gets, then its rows, which stay there."""
-    for block in group.blocks():
-        yield _summary(block)
-        yield block.images, block.digits
-
-
-def _blocks_of_task(objects: Any) -> _LoadedBlocks:
-    """The blocks of a task of `_read_group`, of the references to its objects."""
+    rows_of_block = min(max(source.train_rows // _BLOCKS, _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS)
+    decoded: dict[str, Decoded] = {split: decode(rows) for split, rows in source.tables.items()}
     try:
-        for reference in objects:
-            summary = ray.get(reference)  # first: after an error no rows follow
-            yield summary, next(objects)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RequestError | RowCountError):
-            raise error.cause from None
-        raise RunError(f"--data {error.cause}; nothing was begun") from error
+        for split, files in source.files.items():
+            decoded[split] = _read_files(files, rows_of_block)
+        facts = {split: _facts(rows) for split, rows in decoded.items()}
+    except (ray.exceptions.RayError, OSError) as error:
+        _refuse_damaged_file(source)
+        raise RequestError(f"--data {source.location}: {root_cause(error)}") from error
+    for split, rows in facts.items():
+        planned, ids = source.rows_of(split), rows["row_id"].to_numpy()
+        if len(ids) != planned or len(np.unique(ids)) != planned:
+            read = f"read {len(ids):,} rows of files that hold {planned:,}"
+            raise RowCountError(f"--data {source.location}: {read}, or some twice")
+    bad = _bad_rows(source, facts)
+    if bad.total and not skip_bad_rows:
+        all_rows = counted(sum(source.rows_of(split) for split in facts), "row")
+        unusable = f"{bad.total:,} of {all_rows} cannot be used: {bad.describe()}"
+        advice = "a new run with --skip-bad-rows trains without them"
+        raise RequestError(f"--data {source.location}: {unusable}; {advice}")
+    datasets = {}
+    totals = {}
+    for split, chosen in _choose(source, facts).items():
+        ids = chosen(facts[chosen.files_of])["row_id"].to_numpy()
+        totals[split] = RowTotals.of(ids)
+        if len(ids):
+            are_all = len(ids) == facts[chosen.files_of].num_rows
+            from_rows = decoded[chosen.files_of]
+            datasets[split] = _dataset(from_rows, chosen, rows_of_block, are_all)
+    if len(datasets) < len(SPLITS):
+        present = ", ".join(f"{totals[split].rows:,} {split}" for split in totals)
+        besides = f" beside {bad.total:,} bad ones: {bad.describe()}" if bad.total else ""
+        needed = f"has too few rows ({present}){besides}; each split needs some"
+        raise RequestError(f"--data {source.location}: {needed}")
+    # Files may be sorted by digit: then neither a rank nor the buffer in which it shuffles gets one
+    # digit alone.
+    datasets["train"] = datasets["train"].randomize_block_order(seed=seed).materialize()
+    return Rows(datasets, totals, bad)
+
+
+def rows_in_memory(source: Source) -> dict[str, pa.Table]:
+    """The rows of a source that is in memory, by split, without Ray."""
+    decoded = {split: decode(rows) for split, rows in source.tables.items()}
+    chosen = _choose(source, decoded)
+    return {split: which(decoded[which.files_of]) for split, which in chosen.items()}
+
+
+def _read_files(files: list[LabelledFile], rows_of_block: int) -> Dataset:
+    """Read and decode Parquet files by the tasks of Ray Data."""
+    groups: dict[LabelledColumns, list[LabelledFile]] = {}
+    for file in files:
+        groups.setdefault(file.columns, []).append(file)
+    datasets = []
+    for columns, group in groups.items():
+        places = [arrow_place(file.path) for file in group]
+        filesystem, _ = places[0]
+        rows = ray.data.read_parquet(  # noqa: TID251 - it refuses pickles: tests/data
+            [path for _, path in places],
+            filesystem=filesystem,
+            file_extensions=None,  # the files are on a list of our own
+            include_paths=True,
+            include_row_hash=True,
+        )
+        # Else the blocks stand as their tasks ended, and each run has other bits.
+        set_data_options(rows, preserve_order=True)
+        names = {"image": columns.image, "label": columns.label}
+        rows = rows.select_columns([*names.values(), "path", "row_hash"])
+        datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=names))
+    first, *rest = datasets
+    decoded = first.union(*rest) if rest else first
+    decoded = decoded.repartition(target_num_rows_per_block=rows_of_block)
+    decoded.set_name("read-rows")
+    return decoded.materialize()
+
+
+def decode(rows: pa.Table, image: str = "image", label: str = "digit") -> pa.Table:
+    """Decode images and labels; `path` and `row_hash` say which row it is, as Ray Data names them.
+
+    Returns:
+        `image` as tensors uint8[28, 28], `digit` and `row_id` int64; and of each row that cannot be
+        used `reason` and `path`, which are null in others.
+    """
+    images, bad_images = decode_images(one_chunk(rows[image]))
+    digits, bad_digits = decode_numbers(one_chunk(rows[label]), DIGITS)
+    reasons = join_reasons(bad_images, bad_digits, "digit")
+    reason = pa.array([reasons.get(row) for row in range(len(digits))], pa.string())
+    return pa.table(
+        {
+            "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+            "digit": digits,
+            "row_id": one_chunk(rows["row_hash"]).to_numpy().view(np.int64),
+            "reason": reason,
+            "path": pc.if_else(reason.is_null(), None, one_chunk(rows["path"])),
+        }
+    )
+
+
+def _facts(decoded: Decoded) -> pa.Table:
+    """What the driver knows of each row: its id, and of one that cannot be used why, and its file.
+
+    Some 20 bytes a row.
+    """
+    names = ["row_id", "reason", "path"]
+    if isinstance(decoded, pa.Table):
+        return decoded.select(names)
+    tables = decoded.select_columns(names).iter_batches(batch_size=None, batch_format="pyarrow")
+    return pa.concat_tables(tables)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The good rows in the files of a split whose `split_keys` are first..last."""
+
+    files_of: str
+    first: int = 0
+    last: int = 2**64 - 1
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        keys = split_keys(rows["row_id"].to_numpy())
+        is_between = (np.uint64(self.first) <= keys) & (keys <= np.uint64(self.last))
+        return rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
+
+
+def _choose(source: Source, facts: dict[str, pa.Table]) -> dict[str, _Chosen]:
+    """Which rows each split has: those of its own files, or some that are held out of `train`."""
+    chosen = {split: _Chosen(split) for split in facts}
+    if "train" not in facts:
+        return chosen
+    good = chosen["train"](facts["train"])
+    keys = np.sort(split_keys(good["row_id"].to_numpy()))
+    count = held_out_rows(len(keys))
+    first = 0
+    for index, split in enumerate(source.held_out if count else []):
+        after = int(keys[(index + 1) * count])
+        chosen[split] = _Chosen("train", first, after - 1)
+        first = after
+    chosen["train"] = _Chosen("train", first)
+    return chosen
+
+
+def _dataset(decoded: Decoded, chosen: _Chosen, rows_of_block: int, are_all: bool) -> Dataset:
+    """The chosen rows as a Dataset in the object store."""
+    if isinstance(decoded, pa.Table):
+        rows = chosen(decoded)
+        starts = range(0, rows.num_rows, rows_of_block)
+        return ray.data.from_blocks([rows.slice(start, rows_of_block) for start in starts])
+    if are_all:  # nothing needs to be copied
+        return decoded
+    return decoded.map_batches(chosen, batch_format="pyarrow").materialize()
+
+
+def _bad_rows(source: Source, facts: dict[str, pa.Table]) -> ReasonCounts:
+    """Count the rows that cannot be used by reason, and name the first of them.
+
+    The task that has read a row knows its file and not its place there: so the files of those that
+    are named are read again.
+    """
+    counts = ReasonCounts()
+    for split, rows in facts.items():
+        bad = rows.filter(rows["reason"].is_valid())
+        examples = []
+        for path in bad["path"].unique().to_pylist()[:_NAMED_ROWS]:
+            name, again = _read_again(source, split, path)
+            places = np.flatnonzero(again["reason"].is_valid())[:_NAMED_ROWS]
+            examples += [(name, row, again["reason"][row].as_py()) for row in places.tolist()]
+        reasons = Counter(bad["reason"].to_pylist())
+        counts.add_reasons(ReasonCounts(reasons, examples))
+    return counts
+
+
+def _read_again(source: Source, split: str, path: str) -> tuple[str, pa.Table]:
+    """The name of a file, and the `_facts` of its rows, in their order."""
+    if split in source.tables:
+        return path, _facts(decode(source.tables[split]))
+    file = next(file for file in source.files[split] if arrow_place(file.path)[1] == path)
+    return file.name, _facts(_read_files([file], _MOST_BLOCK_ROWS))
+
+
+def _refuse_damaged_file(source: Source) -> None:
+    """RequestError that names the file which cannot be read, if there is one."""
+    for file in itertools.chain(*source.files.values()):
+        try:
+            with open_parquet(file.path) as parquet:
+                for _ in parquet.iter_batches():
+                    pass
+        except UnusableFileError as error:
+            raise RequestError(f"--data {file.path.display}: {error}") from None
+
+
+class WholeShards(DataConfig):
+    """Deals whole blocks to the ranks: every row, which Ray's default does not promise.
+
+    That makes all shards equal, and drops up to a row a worker.
+    """
+
+    def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        """The shard of each rank, by the name of the dataset."""
+        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            for rank, shard in enumerate(dataset.split(world_size)):  # no task runs for this
+                shards[rank][name] = shard.iterator()  # as Ray's own DataConfig does
+        return shards

@@ -1,28 +1,29 @@
-"""Training of one worker: its batches, a step, and an epoch."""
+"""A worker's part in an epoch: its rows in batches, the steps, and the count of all rows."""
 
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
-import pyarrow as pa
-import ray.data
+import numpy as np
+import ray.train
 import ray.train.torch
 import torch
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.images import IMAGE_TYPE, SIDE, one_chunk, pixels_view
+from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.randomness import (
-    AFFINE_VALUES,
     RandomStream,
-    TrainingOrder,
     check_row_counts,
+    distortions,
     mix_ids,
-    positions_of_rank,
+    random_numbers,
     step_seed,
 )
 from mnistsum_ray.errors import RequestError, RunError
-from mnistsum_ray.model.device import all_reduce_sum, array_to_device
+from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.network import (
     Objective,
     distort,
@@ -31,169 +32,188 @@ from mnistsum_ray.model.network import (
     prepare_images,
 )
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
-from mnistsum_ray.reporting.console import UPDATE_SECONDS
-from mnistsum_ray.training.worker import Worker
+from mnistsum_ray.training.progress import Events
+from mnistsum_ray.training.rows import RowTotals
 
 Batch = dict[str, Tensor]
 """image uint8[n, 28, 28], digit, number and row_id int64[n] and, with --distortion, affine
-float32[n, AFFINE_VALUES]; all on the worker's device."""
+float32[n, AFFINE_VALUES]."""
 
-_CHECK_STEPS: Final = 16
-_CHECK_ROWS: Final = 8192
-"""Most steps and rows between checks of the loss. Each waits for the device; 8,192 rows take a CPU
-some seconds."""
+_SHUFFLED_ROWS: Final = 1_000_000
+"""Most rows that are shuffled together, 0.8 GB: up to so many a shard is one permutation."""
+
+_CHECK_SECONDS: Final = 2.0
+"""Time between two looks at the loss, each of which waits for the device and the other ranks."""
 
 _CURVE_POINTS: Final = 100
-"""Maximum number of losses of an epoch in history.jsonl."""
+"""Most losses of an epoch in history.jsonl."""
 
-_NO_ROWS: Final = pa.schema(
-    [("image", IMAGE_TYPE), *((name, pa.int64()) for name in ("digit", "number", "row_id"))]
-).empty_table()
-
-
-class TrainingBatches:
-    """The rows of one rank, in the order of the steps, from its dataset (pipeline.py)."""
-
-    def __init__(self, shard: ray.data.DataIterator, device: torch.device) -> None:
-        self._tables = iter(
-            shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-        )
-        self._device = device
-        self._rows = _to_batch(_NO_ROWS, device)
-        self._start = 0
-
-    def take(self, count: int) -> Batch:
-        """The next rows; fewer where the pipeline has lost some, which the epoch's count shows.
-
-        A table holds the rows of whole steps, so no step needs two.
-        """
-        if count and self._start == len(self._rows["row_id"]):
-            self._rows = _to_batch(next(self._tables, _NO_ROWS), self._device)
-            self._start = 0
-        start = self._start
-        self._start = min(start + count, len(self._rows["row_id"]))
-        return {name: values[start : self._start] for name, values in self._rows.items()}
+_NO_ROWS: Final = {
+    "image": np.empty((0, SIDE, SIDE), np.uint8),
+    "digit": np.empty(0, np.int64),
+    "row_id": np.empty(0, np.int64),
+}
 
 
-def _to_batch(table: pa.Table, device: torch.device) -> Batch:
-    columns = {"image": pixels_view(one_chunk(table["image"]))}
-    columns |= {name: table[name].to_numpy() for name in ("digit", "number", "row_id")}
-    if "affine" in table.column_names:
-        values = one_chunk(table["affine"]).flatten().to_numpy()
-        columns["affine"] = values.reshape(-1, AFFINE_VALUES)
-    return {name: array_to_device(values, device) for name, values in columns.items()}
+@dataclass(frozen=True)
+class EpochSteps:
+    """The steps of an epoch, which follow from the rows of all shards.
+
+    A rank takes its share of each batch until its shard is used up. Shards differ by the rows of a
+    block, so that the last batches of an epoch may be smaller.
+    """
+
+    shards: tuple[int, ...]
+    """Rows of each rank."""
+    batch_size: int
+    """Rows of a step over all ranks."""
+
+    def share(self, rank: int) -> int:
+        """Rows of a full batch that one rank takes; shares differ by one row."""
+        ranks = len(self.shards)
+        return (rank + 1) * self.batch_size // ranks - rank * self.batch_size // ranks
+
+    @property
+    def count(self) -> int:
+        """Number of steps, until the last rank is done."""
+        return max(-(-rows // self.share(rank)) for rank, rows in enumerate(self.shards))
+
+    def batch_rows(self, step: int) -> int:
+        """Rows of the global batch at a step of an epoch."""
+        rows = 0
+        for rank, of_shard in enumerate(self.shards):
+            share = self.share(rank)
+            rows += min(share, max(0, of_shard - step * share))
+        return rows
 
 
-class EpochCounter:
-    """Loss, rows and row ids of an epoch, kept on the device, and now and then summed over all."""
+class PairWithNumbers:
+    """Collates a batch of Ray Data: pairs each row with its number and distortion of an epoch.
 
-    def __init__(self, device: torch.device) -> None:
-        self.rows = 0
-        """Rows of all workers up to the last `all_reduce`; `loss` in nats and `row_ids` are sums
-        over them."""
-        self.loss = 0.0
-        self.row_ids = 0
-        self._own_rows = 0
-        self._own_loss = torch.zeros(1, dtype=torch.float64, device=device)
-        self._own_row_ids = torch.zeros(1, dtype=torch.int64, device=device)
+    They follow from seed, epoch and row id, so that it does not matter which worker has the row.
+    """
 
-    def add(self, batch: Batch, loss: Tensor) -> None:
-        """Add a step: its batch and the sum of its rows' losses."""
-        self._own_loss += loss
-        self._own_row_ids += mix_ids(batch["row_id"]).sum()
-        self._own_rows += len(batch["row_id"])
+    def __init__(self, seed: int, epoch: int, distortion: float) -> None:
+        self._seed, self._epoch, self._distortion = seed, epoch, distortion
 
-    def all_reduce(self) -> float:
-        """Sum over all workers; return the mean loss a row since the last time."""
-        rows, loss = self.rows, self.loss
-        own_rows = torch.tensor([self._own_rows], device=self._own_loss.device)
-        self.rows = int(all_reduce_sum(own_rows))
-        self.row_ids = int(all_reduce_sum(self._own_row_ids))
-        self.loss = all_reduce_sum(self._own_loss).item()
-        return (self.loss - loss) / max(1, self.rows - rows)
-
-    def check(self, order: TrainingOrder, where: str) -> None:
-        """Raise RowCountError on all workers unless each row was seen once."""
-        check_row_counts(self.rows, self.row_ids, len(order.ids), order.id_sum, where)
+    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
+        ids = rows["row_id"]
+        batch = {name: torch.tensor(rows[name]) for name in ("image", "digit", "row_id")}
+        numbers = random_numbers(self._seed, self._epoch, ids)
+        batch["number"] = torch.from_numpy(numbers.astype(np.int64))
+        if self._distortion:  # the images are distorted on the device
+            matrices = distortions(self._seed, self._epoch, ids, self._distortion)
+            batch["affine"] = torch.from_numpy(matrices)
+        return batch
 
 
 class Trainer:
-    """The network, its optimizer and its DDP wrapper on one worker.
+    """The network, its optimizer, its DDP wrapper and the training rows of one worker.
 
     The state of a checkpoint may be loaded into `model` and `optimizer`, on all workers alike,
     before the first step.
     """
 
-    def __init__(self, hyperparameters: Hyperparameters, worker: Worker, precision: str) -> None:
-        self.hyperparameters = hyperparameters
-        self.worker = worker
+    def __init__(
+        self,
+        parameters: Hyperparameters,
+        totals: RowTotals,
+        device: torch.device,
+        precision: str,
+        events: Events,
+    ) -> None:
+        self.parameters = parameters
         self.bf16 = precision == "bf16"
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        batch_size = hyperparameters.batch_size
-        self._positions = positions_of_rank(batch_size, worker.rank, worker.world_size)
-        torch.manual_seed(hyperparameters.seed)
-        self.model = make_network().to(worker.device)
-        if hyperparameters.dropout and self.model.dropout_shape is None:
+        self._totals = totals
+        self._device = device
+        self._events = events
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        torch.manual_seed(parameters.seed)
+        self.model = make_network().to(device)
+        if parameters.dropout and self.model.dropout_shape is None:
             problem = "the network has no dropout; give --dropout 0"
-            raise RequestError(f"--dropout {hyperparameters.dropout:g}: {problem}")
-        self.optimizer = MuonAdamW(self.model, hyperparameters.weight_decay, dtype)
+            raise RequestError(f"--dropout {parameters.dropout:g}: {problem}")
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.optimizer = MuonAdamW(self.model, parameters.weight_decay, dtype)
         self._objective = ray.train.torch.prepare_model(
-            Objective(self.model, hyperparameters.label_smoothing, dtype),
+            Objective(self.model, parameters.label_smoothing, dtype),
             # See `broadcast_state`.
             parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
         )
-        if worker.world_size > 1:
-            # DDP orders its buckets anew after its first step, and three workers then sum in
-            # another order, so a run that goes on would have other bits. Therefore one step now:
-            # `zero_grad` drops its gradients.
-            numbers = torch.zeros(len(self._positions), dtype=torch.int64, device=worker.device)
-            pixels = numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8)
-            self._objective.eval()  # so that no buffer changes
-            self._objective(prepare_images(pixels), numbers, numbers, None)[0].backward()
+        if self.world_size > 1:
+            self._order_buckets()
+        self._shard = ray.train.get_dataset_shard("train")
+        shards = torch.zeros(self.world_size, dtype=torch.int64, device=device)
+        shards[self.rank] = self._shard.materialize().count()  # no task runs: it is there
+        self._steps = EpochSteps(tuple(all_reduce_sum(shards).tolist()), parameters.batch_size)
 
-    def train_epoch(
-        self, epoch: int, order: TrainingOrder, batches: TrainingBatches
-    ) -> dict[str, Any]:
+    def _order_buckets(self) -> None:
+        """Take a step without effect.
+
+        DDP orders its buckets anew after its first step, and three workers then sum in another
+        order: a run that goes on would have other bits. `zero_grad` drops the gradients.
+        """
+        numbers = torch.zeros(2, dtype=torch.int64, device=self._device)
+        pixels = numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8)
+        self._objective.eval()  # so that no buffer changes
+        self._objective(prepare_images(pixels), numbers, numbers, None)[0].backward()
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        """The rows of this rank on its device, in the order of an epoch."""
+        parameters, share = self.parameters, self._steps.share(self.rank)
+        rows = self._steps.shards[self.rank]
+        seed = step_seed(parameters.seed, epoch, self.rank, RandomStream.ROW_ORDER)
+        return iter(
+            self._shard.iter_torch_batches(
+                batch_size=share,
+                local_shuffle_buffer_size=max(share, min(rows, _SHUFFLED_ROWS)),
+                local_shuffle_seed=seed,
+                collate_fn=PairWithNumbers(parameters.seed, epoch, parameters.distortion),
+                pin_memory=self._device.type == "cuda",
+            )
+        )
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
         """Train an epoch, counted from 0; return its figures for history.jsonl.
 
         `train_loss` is the mean a row, in nats; `step_losses` are pairs of a step and that of the
         last rows. A RunError says that the loss is infinite, or that rows were lost or repeated.
         """
-        parameters = self.hyperparameters
-        steps = order.steps
-        counter = EpochCounter(self.worker.device)
+        parameters, steps = self.parameters, self._steps
+        batches = self._batches(epoch)
+        no_rows = PairWithNumbers(parameters.seed, epoch, parameters.distortion)(_NO_ROWS)
+        no_rows = {name: values.to(self._device) for name, values in no_rows.items()}
+        counter = EpochCounter(self._device)
         curve = []
-        started = reported = time.perf_counter()
-        check_steps = max(1, min(_CHECK_STEPS, _CHECK_ROWS // parameters.batch_size))
-        for step in range(steps):
-            rows = order.batch_rows(step)
-            # The last batch may end before the positions of this worker do.
-            own_rows = min(self._positions.stop, rows) - self._positions.start
-            batch = batches.take(max(0, own_rows))
-            step_of_run = epoch * steps + step
-            rate = one_cycle(step_of_run, steps * parameters.epochs, parameters.learning_rate)
-            loss = self._step(batch, epoch, step, rows, rate)
+        started = time.perf_counter()
+        next_check = 1
+        for step in range(1, steps.count + 1):
+            batch = next(batches, no_rows)  # a rank whose shard is used up has none
+            of_run = epoch * steps.count + step - 1
+            rate = one_cycle(of_run, steps.count * parameters.epochs, parameters.learning_rate)
+            loss = self._step(batch, epoch, step, steps.batch_rows(step - 1), rate)
             counter.add(batch, loss)
-            last = step == steps - 1
-            if not last and (step + 1) % check_steps:
+            if step < min(next_check, steps.count):
                 continue
-            curve.append((step + 1, counter.all_reduce()))
-            where = f"epoch {epoch + 1}, step {step + 1} of {steps}: the loss is"
-            self.check_finite(counter.loss, where)
-            now = time.perf_counter()
-            if last or now - reported >= UPDATE_SECONDS:
-                reported = now
-                self.worker.send(
-                    "progress",
-                    epoch=epoch + 1,
-                    epochs=parameters.epochs,
-                    rows=counter.rows,
-                    of_rows=len(order.ids),
-                    rows_per_second=counter.rows / (now - started),
-                    loss=counter.loss / counter.rows,
-                )
+            mean_loss, seconds_of_step = counter.all_reduce(step)
+            curve.append((step, mean_loss))
+            where = f"epoch {epoch + 1}, step {step} of {steps.count}: the loss is"
+            self.check_finite(mean_loss, where)
+            next_check = step + max(1, int(_CHECK_SECONDS / seconds_of_step))
+            self._events.send(
+                "progress",
+                epoch=epoch + 1,
+                epochs=parameters.epochs,
+                rows=counter.rows,
+                of_rows=self._totals.rows,
+                rows_per_second=counter.rows / (time.perf_counter() - started),
+                loss=counter.loss / max(1, counter.rows),
+            )
         seconds = time.perf_counter() - started
-        counter.check(order, f"training epoch {epoch + 1}")
+        for batch in batches:  # there should be no more
+            counter.add(batch, torch.zeros((), device=self._device))
+        counter.check(self._totals, f"training epoch {epoch + 1}")
         every = -(-len(curve) // _CURVE_POINTS)
         first = (len(curve) - 1) % every  # so that the last loss is kept
         return {
@@ -217,31 +237,71 @@ class Trainer:
             images = distort(images, batch["affine"])
         # A last share may have one row or none, of which batch normalization has no statistics.
         self._objective.train(len(images) > 1)
-        dropout = self.dropout(epoch, step, global_rows)
+        dropout = self._dropout(epoch, step, len(images))
         reported: Tensor
         loss, reported = self._objective(images, batch["number"], batch["digit"], dropout)
-        # DDP averages over workers, whose shares differ by a row: this makes it the mean over the
-        # rows of the global batch.
-        (loss * (self.worker.world_size / global_rows)).backward()
+        # DDP averages over workers, whose shares differ: this makes it the mean over the rows of
+        # the global batch.
+        (loss * (self.world_size / global_rows)).backward()
         self.optimizer.set_learning_rate(learning_rate)
         self.optimizer.step()
         return reported
 
-    def dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
-        """Dropout of this worker's rows of the global batch of so many rows.
-
-        That of the batch is the same for any number of workers.
-        """
+    def _dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
+        """Dropout of so many rows at a step of this rank."""
         shape = self.model.dropout_shape
-        if not self.hyperparameters.dropout or shape is None:
+        if not self.parameters.dropout or shape is None:
             return None
-        seed = step_seed(self.hyperparameters.seed, epoch, step, RandomStream.DROPOUT)
-        generator = torch.Generator(self.worker.device).manual_seed(seed)
-        factors = dropout_factors(rows, shape, self.hyperparameters.dropout, generator)
-        return factors[self._positions.start : self._positions.stop]
+        index = step * self.world_size + self.rank
+        seed = step_seed(self.parameters.seed, epoch, index, RandomStream.DROPOUT)
+        generator = torch.Generator(self._device).manual_seed(seed)
+        return dropout_factors(rows, shape, self.parameters.dropout, generator)
 
     def check_finite(self, loss: float, where: str) -> None:
         """Raise RunError unless the loss is finite."""
         if not math.isfinite(loss):
-            rate = f"now {self.hyperparameters.learning_rate:g}"
+            rate = f"now {self.parameters.learning_rate:g}"
             raise RunError(f"{where} {loss}; lower --learning-rate ({rate})")
+
+
+class EpochCounter:
+    """Loss, rows and row ids of an epoch, kept on the device, and now and then summed over all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rows = 0
+        """Rows of all workers up to the last `all_reduce`; `loss`, in nats, is a sum over them."""
+        self.loss = 0.0
+        self._own_rows = 0
+        self._own_loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._own_ids = torch.zeros((), dtype=torch.int64, device=device)
+        self._reduced_at = (0, time.perf_counter())
+
+    def add(self, batch: Batch, loss: Tensor) -> None:
+        """Add a step: its batch and the sum of its rows' losses."""
+        self._own_loss += loss
+        self._own_ids += mix_ids(batch["row_id"]).sum()
+        self._own_rows += len(batch["row_id"])
+
+    def all_reduce(self, step: int) -> tuple[float, float]:
+        """Sum over all workers after a step, counted from 1.
+
+        Returns:
+            The mean loss a row since the last time, and the seconds of a step, of all workers
+            together: the same on each.
+        """
+        rows, loss = self.rows, self.loss
+        last_step, last_time = self._reduced_at
+        self._reduced_at = step, time.perf_counter()
+        seconds = (self._reduced_at[1] - last_time) / (step - last_step)
+        known = self._own_loss.new_tensor([self._own_rows, seconds])
+        all_rows, all_seconds, self.loss = all_reduce_sum(
+            torch.cat([known, self._own_loss[None]])
+        ).tolist()
+        self.rows = int(all_rows)
+        return (self.loss - loss) / max(1, self.rows - rows), all_seconds
+
+    def check(self, totals: RowTotals, where: str) -> None:
+        """Raise RowCountError on all workers unless each row was seen once."""
+        own = torch.stack([torch.full_like(self._own_ids, self._own_rows), self._own_ids])
+        rows, id_sum = all_reduce_sum(own).tolist()
+        check_row_counts(rows, id_sum, totals.rows, totals.id_sum, where)

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("ray", reason="the jobs need Ray")
 
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.pairs import export_pairs
 from tests.jobs import Done, Job, kill_worker, run_job, wait_for_files
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 
 from mnistsum_ray import RequestError, RunError
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.pairs import export_pairs
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from tests.integration.conftest import (

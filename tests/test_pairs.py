@@ -11,7 +11,7 @@ import pytest
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.export.pairs import export_pairs
+from mnistsum_ray.pairs import export_pairs
 
 
 def run(folder: Path, **settings: Any) -> list[pa.Table]:

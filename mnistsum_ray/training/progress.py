@@ -1,58 +1,83 @@
-"""Events: what the processes of a training tell its driver, by a queue that a thread follows.
+"""Progress: what the processes of a training tell its driver, by a queue that a thread follows.
 
 kind      sent by                     fields
 progress  Trainer.train_epoch         epoch, epochs, rows, of_rows, rows_per_second, loss
 epoch     train_loop_per_worker       those of a line of history.jsonl
+counter   HeldOutRows.evaluate        what, done, total
+note      train_loop_per_worker       text
 failure   FailureLines                text
-note      Worker.note                 text
-counter   HeldOutRows.digit_scores    what, done, total
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Any
 
 import ray
 import ray.exceptions
+import ray.train
 from ray.util.queue import Empty, Queue
 
 from mnistsum_ray.cluster.nodes import on_node
-from mnistsum_ray.cluster.resources import explain_worker_silence
-from mnistsum_ray.errors import one_line
+from mnistsum_ray.cluster.resources import describe_free
+from mnistsum_ray.errors import RepeatingError, one_line, root_cause
 from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.prometheus import JobMetrics
-from mnistsum_ray.training.record import RunRecord
 
-_MIN_SILENCE_SECONDS: Final = 60.0
-"""A cluster takes a while to notice what it has lost."""
+
+def _send(queue: Queue, kind: str, **fields: Any) -> None:
+    with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
+        queue.put({"kind": kind, **fields})
+
+
+class Events:
+    """Sends the driver the events of a worker, if it is the one of rank 0."""
+
+    def __init__(self, queue: Queue, rank: int) -> None:
+        self._queue = queue
+        self._rank = rank
+
+    def send(self, kind: str, **fields: Any) -> None:
+        if self._rank == 0:
+            _send(self._queue, kind, **fields)
+
+    def note(self, text: str) -> None:
+        """Send a line for the console."""
+        self.send("note", text=text)
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Send how far some work is."""
+        self.send("counter", what=what, done=done, total=total)
+
+
+class FailureLines(ray.train.UserCallback):
+    """Says why workers have failed, before Ray Train starts them again."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train in its controller, which ends the run if this raises."""
+        for error in worker_exceptions.values():
+            if isinstance(error, RepeatingError):
+                raise error
+        for rank, error in worker_exceptions.items():
+            cause = root_cause(error).partition(". ")[0]  # Ray's advice follows
+            text = f"worker {rank} failed: {cause} (full text in Ray's logs)"
+            _send(self._queue, "failure", text=text)
 
 
 class EventFollower:
-    """Shows and records the events of a run, and ends a training whose workers are silent."""
+    """Shows the events of a run; `add_epoch` gets each line of history.jsonl."""
 
     def __init__(
-        self, console: Console, record: RunRecord, metrics: JobMetrics, wait_seconds: float
+        self, console: Console, metrics: JobMetrics, add_epoch: Callable[[dict[str, Any]], None]
     ) -> None:
         self.queue = Queue(actor_options=on_node())  # so that it is not lost with another node
-        self.gave_up_after: float | None = None
-        """Seconds of silence after which the training was ended; None: it was not."""
         self._console = console
-        self._record = record
         self._metrics = metrics
-        self._longest_silence = max(wait_seconds, _MIN_SILENCE_SECONDS)
-        self._end_training: Callable[[], None] | None = None
-        self._heard_at = time.monotonic()
+        self._add_epoch = add_epoch
         self._ended = threading.Event()
-
-    def end_if_silent(self, end_training: Callable[[], None]) -> None:
-        """From now on call `end_training` if workers do not come, or come back, or say nothing.
-
-        They send something every few seconds. Ray Train waits for them for ever.
-        """
-        self._heard_at = time.monotonic()
-        self._end_training = end_training
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -70,32 +95,26 @@ class EventFollower:
             thread.join(timeout=5)  # it must not call Ray after this process has left the cluster
 
     def _follow(self) -> None:
-        with self._console.waiting_for("the workers", explain_worker_silence):
-            while True:
+        with self._console.waiting_for("the workers", explain_silence):
+            while not self._ended.is_set():
                 try:
                     event = self.queue.get(timeout=5.0)
                 except Empty:
-                    self._look_for_silence()
                     continue
-                except ray.exceptions.RayError:  # the node is too busy, or the queue has ended
-                    if self._ended.wait(1.0):
-                        return
+                except ray.exceptions.RayActorError:
+                    if not self._ended.is_set():
+                        lost = "the queue of the workers' events is lost"
+                        self._console.say(f"{lost}; the training goes on, and its lines do not")
+                    return
+                except ray.exceptions.RayError:  # the node is too busy
                     continue
                 if event is None:
                     return
-                self._heard_at = time.monotonic()
                 try:
                     self._handle(event)
                 except Exception as error:
                     what = f"an event of the workers is left out ({event['kind']})"
                     self._console.say(f"{what}: {one_line(error)}")
-
-    def _look_for_silence(self) -> None:
-        silent = time.monotonic() - self._heard_at
-        if self._end_training and silent > self._longest_silence:
-            self.gave_up_after = silent
-            end_training, self._end_training = self._end_training, None
-            end_training()
 
     def _handle(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
@@ -116,4 +135,9 @@ class EventFollower:
             result = f"loss {line['train_loss']:.4f}, test {accuracies(line['test'])}"
             rate = f"{line['rows_per_second']:,.0f} rows/s"
             self._console.say(f"epoch {line['epoch']}: {result}, {rate}")
-            self._record.add_epoch(line)  # after an error it is written with the next one
+            self._add_epoch(line)
+
+
+def explain_silence() -> str:
+    """Possible reasons why no worker reports, for a console line."""
+    return f"they are being started or replaced, or wait for each other; {describe_free()}"

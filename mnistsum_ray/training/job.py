@@ -1,0 +1,248 @@
+"""The training job: read the rows with Ray Data, train with a Ray Train TorchTrainer, publish.
+
+    read_rows ─▶ TorchTrainer(train_loop_per_worker, datasets, WholeShards).fit() ─▶ publish
+
+Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, from the last
+checkpoint, and its timeout of the start ends a run that cannot get its workers.
+"""
+
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import ray
+import ray.exceptions
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from mnistsum_ray.cluster.connection import started_cluster
+from mnistsum_ray.cluster.nodes import usable_nodes
+from mnistsum_ray.cluster.resources import WorkerPlan, plan_training, shortage, wait_for_cpu
+from mnistsum_ray.data.inputs import report_skipped
+from mnistsum_ray.errors import (
+    RepeatingError,
+    RequestError,
+    RunError,
+    RunInterrupted,
+    StorageError,
+    TryAgainError,
+    counted,
+    root_cause,
+)
+from mnistsum_ray.model.finish import FinishedModel
+from mnistsum_ray.model.folder import load_model
+from mnistsum_ray.overrides import default_environment
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.prometheus import JobMetrics
+from mnistsum_ray.reporting.report import versions
+from mnistsum_ray.reporting.results import TrainResult
+from mnistsum_ray.storage.arrow import arrow_uri
+from mnistsum_ray.storage.lock import folder_lock
+from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
+from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
+from mnistsum_ray.training.progress import EventFollower, FailureLines, explain_silence
+from mnistsum_ray.training.rows import Rows, WholeShards, read_rows
+from mnistsum_ray.training.run import RunRecord, TrainRequest
+
+Callbacks = Sequence[ray.train.UserCallback]
+
+
+def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) -> TrainResult:
+    """Train on the cluster that this process is connected to.
+
+    Raises:
+        RequestError: the cluster is too small, or a row of the data cannot be used.
+        TryAgainError: the workers are not free in time, another run writes there, or the storage
+            does not answer.
+        RunError: the loss became infinite, or workers or callbacks failed more often than
+            `--max-failures`.
+        RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
+    """
+    started = time.monotonic()
+    config, parameters = request.config, request.hyperparameters
+    how_to_go_on = "nothing was begun; the same command tries again"
+    try:
+        with folder_lock(request.folder, "--name", console.say):
+            start = find_start(request, console)
+            if request.source.files or not usable_nodes():
+                wait_for_cpu(config.wait_seconds, console.say)
+            plan = plan_training(config, parameters.batch_size, request.stored, console.say)
+            rows = read(request, console)
+            record = RunRecord(request, plan, start.history)
+            record.begin(rows, start.init_from, versions())
+            how_to_go_on = request.how_to_resume
+            try:
+                finished = fit(request, plan, rows, start, record, console, callbacks)
+                return record.publish(finished, time.monotonic() - started, console.say)
+            except KeyboardInterrupt:
+                record.write_status("stopped")
+                raise RunInterrupted(how_to_go_on) from None
+            except BaseException:
+                record.write_status("failed")
+                raise
+    except ray.exceptions.RayError as error:  # some are OSErrors too
+        console.say_lines(str(error))
+        raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
+    except StorageError as error:
+        raise TryAgainError(f"{error}; {how_to_go_on}") from error
+
+
+def read(request: TrainRequest, console: Console) -> Rows:
+    """Read the rows into the object store, and say which there are, and which are left out."""
+    source, config, say = request.source, request.config, console.say
+    if source.notice:
+        say(source.notice)
+    report_skipped(source.skipped, say)
+    with console.waiting_for("the tasks that read rows", explain_silence):
+        rows = read_rows(source, config.seed, skip_bad_rows=config.skip_bad_rows)
+    if rows.bad.total:
+        say(f"left out: {counted(rows.bad.total, 'row')}: {rows.bad.describe()}")
+    counts = ", ".join(f"{totals.rows:,} {split}" for split, totals in rows.totals.items())
+    where = source.name if source.name == "sample" else f"{source.name} ({source.location})"
+    say(f"run {config.name}: {counts} rows of {where}")
+    return rows
+
+
+def fit(
+    request: TrainRequest,
+    plan: WorkerPlan,
+    rows: Rows,
+    start: Start,
+    record: RunRecord,
+    console: Console,
+    callbacks: Callbacks,
+) -> FinishedModel:
+    """Train the epochs that are left with Ray Train, which starts workers again that fail."""
+    config = request.config
+    done_rows = len(start.history) * rows.totals["train"].rows
+    metrics = JobMetrics("train", request.folder.display, done_rows)
+    events = EventFollower(console, metrics, record.add_epoch)
+    loop = LoopConfig(request.hyperparameters, plan.threads, rows.totals, events.queue, start)
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"loop": loop},
+        datasets=rows.datasets,
+        dataset_config=WholeShards(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.least if plan.least == plan.most else (plan.least, plan.most),
+            use_gpu=plan.use_gpu,
+            resources_per_worker=plan.per_worker,
+            # GPUs exchange gradients fastest within a node; CPU workers use all cores of theirs.
+            placement_strategy="PACK" if plan.use_gpu else "SPREAD",
+            # How often an elastic run looks for more workers; it grows from its checkpoint.
+            elastic_resize_monitor_interval_s=30.0,
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # see CHECKPOINTS
+            storage_path=arrow_uri(request.folder / CHECKPOINTS),
+            callbacks=[*callbacks, FailureLines(events.queue)],
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.max_failures,
+                max_preemption_failures=-1,
+                controller_failure_limit=0,  # the workers did not come within the wait
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    console.say(f"training with {plan}")
+    started = time.monotonic()
+    with events.following(), default_environment(_environment(plan, config.wait_seconds)):
+        try:
+            with _ctrl_c_as_before():
+                finished: FinishedModel = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise _explained(error, request, plan, started, console) from error
+    return finished
+
+
+def find_start(request: TrainRequest, console: Console) -> Start:
+    """Find the newest checkpoint, or else the weights of `--init-from`."""
+    config, stored = request.config, request.stored
+    if stored is not None:
+        _check_same_data(request)
+        found = newest_checkpoint(request.folder, console.say)
+        if found is not None:
+            checkpoint, state = found
+            return Start(checkpoint, state.history)
+        if stored.get("status") == "finished":
+            raise RequestError(
+                f"--resume: run {config.name} is finished, and no checkpoint is left to "
+                "resume from; its files stay as they are; start another run"
+            )
+        console.say("no checkpoint can be used, so the run starts from the beginning")
+    if config.init_from is None:
+        return Start()
+    network, description = load_model(locate(config.init_from, "--init-from"))
+    init_from = {"model": config.init_from, "sha256": description["sha256"]}
+    return Start(weights=network.state_dict(), init_from=init_from)
+
+
+def _check_same_data(request: TrainRequest) -> None:
+    """RequestError: the data are not those of the run that goes on."""
+    data = (request.stored or {})["data"]
+    if data["fingerprint"] != request.source.fingerprint:
+        raise RequestError(
+            f"--resume: the data are not those of the run, from {data['location']} (fingerprint "
+            f"{request.source.fingerprint[:12]}…, the run has {data['fingerprint'][:12]}…); name "
+            "the same data, or start another run"
+        )
+
+
+@contextmanager
+def _ctrl_c_as_before() -> Iterator[None]:
+    """Give back the handler of SIGINT, which Ray Train takes for good, in the main thread only.
+
+    Its own ends the workers, and then the process, with exit code 0: here that is an interrupt.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
+    """Options that Ray Train reads only from environment variables."""
+    joined = "0" if started_cluster() else "1"
+    # An elastic run looks after the timeout what there is now, and goes on with fewer workers.
+    is_elastic = plan.least < plan.most
+    return {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(30 if is_elastic else wait_seconds),
+        # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s
+        # more of each run.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        # Some clouds give only 30 s of notice before they take a node away. The process that asks
+        # takes a second to start.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": joined,
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        # Attempts, workers and their logs, at /api/train/v2/runs/v1 of the dashboard. They are kept
+        # by a process of 250 MiB that stays on the head; the first run of a cluster starts it, in
+        # 3 s. A cluster of this process has no dashboard.
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": joined,
+    }
+
+
+def _explained(
+    error: Exception, request: TrainRequest, plan: WorkerPlan, started: float, console: Console
+) -> RunError:
+    """Why Ray Train has given up, in one line."""
+    resume = request.how_to_resume
+    if isinstance(error, ray.train.WorkerGroupError):
+        failures = counted(request.config.max_failures + 1, "failure")
+        return RunError(f"gave up after {failures} of workers, see above; {resume}")
+    cause = getattr(error, "controller_failure", error)
+    if isinstance(cause, RepeatingError):
+        return RunError(str(cause))
+    if "startup timed out" in str(cause):  # the type is private
+        waited = time.monotonic() - started
+        return TryAgainError(f"{shortage(plan.needed, waited)}; {resume}")
+    console.say_lines(str(error))
+    return RunError(f"{root_cause(cause)}; {resume}")

@@ -1,0 +1,289 @@
+"""A run: its checked request, its folder, and what is written there.
+
+Neither torch nor Ray, which take seconds, is imported for the check: a wrong request is refused at
+once.
+"""
+
+import json
+import secrets
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Final
+
+import yaml
+
+from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
+from mnistsum_ray.data.inputs import components_below, real_path
+from mnistsum_ray.data.randomness import NUMBERS
+from mnistsum_ray.data.sources import CountFooters, Source, no_progress, open_source
+from mnistsum_ray.errors import (
+    MissingFileError,
+    RequestError,
+    RunError,
+    StorageError,
+    counted,
+    shell_command,
+)
+from mnistsum_ray.reporting.results import MANIFEST, HeldOutMetrics, SplitRows, TrainResult
+from mnistsum_ray.storage.store import Location, is_hidden
+from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
+
+if TYPE_CHECKING:
+    from mnistsum_ray.cluster.resources import WorkerPlan
+    from mnistsum_ray.model.finish import FinishedModel
+    from mnistsum_ray.training.rows import Rows
+
+_HYPERPARAMETERS: Final = [parameter.name for parameter in fields(Hyperparameters)]
+
+_FIXED_BY_RUN: Final = (
+    "recipe",
+    "skip_bad_rows",
+    "init_from",
+    "image_column",
+    "label_column",
+    *_HYPERPARAMETERS,
+)
+"""Fields that `--resume` may not change."""
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """A checked request: hyperparameters, data and folder."""
+
+    config: TrainConfig
+    hyperparameters: Hyperparameters
+    source: Source
+    folder: Location
+    """Run folder `<storage_path>/<name>`."""
+    stored: dict[str, Any] | None
+    """Manifest of the run that is resumed, whose data must be the same."""
+
+    @property
+    def how_to_resume(self) -> str:
+        """End of an error message: the command that resumes the run."""
+        flags = ["--storage-path", self.config.storage_path, "--name", str(self.config.name)]
+        command = f"{shell_command('train')} {shlex.join(flags)} --resume"
+        return f"checkpoints are kept, and this command resumes: {command}"
+
+
+def check_request(config: TrainConfig, progress: CountFooters = no_progress) -> TrainRequest:
+    """Check the request and fill in its defaults. `progress` is that of `open_source`.
+
+    Raises:
+        RequestError: something in the request is wrong; the message says what to do.
+    """
+    storage = locate(config.storage_path, "--storage-path", output_base_folder())
+    name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    folder = storage / name
+    if config.init_from:  # before it is compared with the absolute path of a stored run
+        model = locate_existing(config.init_from, "--init-from").display
+        config = config.model_copy(update={"init_from": model})
+    stored = None
+    with as_request_error("--storage-path"):
+        # A run that was killed before it wrote its manifest has done nothing: its name is free.
+        begun = (folder / MANIFEST).exists()
+        if config.resume == "auto":
+            config = config.model_copy(update={"resume": begun})
+        if config.resume:
+            stored, begun_with = _read_run(folder)
+            config = _resumed(config, begun_with)
+        else:
+            _check_free(folder, name, begun)
+    source = open_source(config, progress)
+    _check_outside_data(storage, source)
+    recipe = recipe_defaults(config.recipe, small=source.train_rows < SMALL_ROWS)
+    chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
+    # Absolute paths, so that --resume from another folder finds the same data.
+    chosen |= {"name": name, "storage_path": storage.display}
+    chosen["data"] = "sample" if source.name == "sample" else source.location
+    config = config.model_copy(update=chosen)
+    hyperparameters = Hyperparameters(**{key: getattr(config, key) for key in _HYPERPARAMETERS})
+    return TrainRequest(config, hyperparameters, source, folder, stored)
+
+
+def _check_free(folder: Location, name: str, begun: bool) -> None:
+    """Check that a new run may take this folder."""
+    names = [file.path.removeprefix(folder.path).lstrip("/") for file in folder.files()]
+    if folder.status() is not None or not all(map(is_hidden, names)):
+        there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
+        raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
+
+
+def _check_outside_data(storage: Location, source: Source) -> None:
+    """Check that no later run takes files of runs for data."""
+    data = locate(source.location, "--data")
+    if source.name != "parquet" or storage.bucket != data.bucket:
+        return
+    if components_below(real_path(storage), real_path(data)) is not None:
+        raise RequestError(
+            f"--storage-path {storage.display}: lies in --data {data.display}, whose next run "
+            "would take the files of this one for data; put it elsewhere"
+        )
+
+
+def _resumed(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
+    """The config of the run that is resumed, with the fields that are given now.
+
+    RequestError: a field would change its numbers.
+    """
+    # A null, as a YAML file may have it, leaves the choice to the stored run.
+    asked = {key: getattr(config, key) for key in config.model_fields_set}
+    given = {key: value for key, value in asked.items() if value is not None}
+    for key in _FIXED_BY_RUN:
+        has = getattr(stored, key)
+        if key in given and given[key] != has:
+            flag = f"--{key.replace('_', '-')} {given[key]}"
+            raise RequestError(
+                f"{flag}: the run {config.name} has {'none' if has is None else has}, and its "
+                "numbers depend on it; leave the flag out, or start another run"
+            )
+    return stored.model_copy(update=given)
+
+
+def _read_run(folder: Location) -> tuple[dict[str, Any], TrainConfig]:
+    """The manifest of a run, and its config.
+
+    RequestError: there is none, or it is damaged, or another version wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = path.read_json()
+        config = TrainConfig(**manifest["config"])
+        if not {"fingerprint", "location", "notice"} <= set(manifest["data"]):
+            raise KeyError("data")
+    except MissingFileError:
+        problem = f"there is no run in {folder.display} (no {MANIFEST}); start it without --resume"
+        raise RequestError(f"--resume: {problem}") from None
+    except StorageError as error:
+        raise RequestError(f"--resume: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        problem = "is damaged, or of another version; start another run"
+        raise RequestError(f"--resume: {path.display} {problem}") from None
+    return manifest, config
+
+
+@dataclass
+class RunRecord:
+    """Writes config.yaml, history.jsonl and manifest.json of a run."""
+
+    request: TrainRequest
+    plan: "WorkerPlan"
+    history: list[dict[str, Any]]
+    """Lines of history.jsonl, one an epoch."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    """What the file has since `begin`."""
+
+    def begin(self, rows: "Rows", init_from: dict[str, str] | None, versions: Any) -> None:
+        """Write the manifest of a run that begins or goes on."""
+        request, plan, source = self.request, self.plan, self.request.source
+        stored = request.stored or {}
+        # Results of a run that is resumed stay until there are new ones.
+        self.manifest = stored | {
+            "status": "running",
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": request.config.model_dump(mode="json", exclude={"resume"}),
+            "versions": versions,
+            "workers": str(plan),
+            "num_workers": [plan.least, plan.most],
+            "threads": plan.threads,
+            "data": {
+                "source": source.name,
+                "location": source.location,
+                # The config of a run that is resumed names the data that `--data auto` found, so
+                # only the first manifest says that it is not full MNIST.
+                "notice": source.notice or stored.get("data", {}).get("notice", ""),
+                "fingerprint": source.fingerprint,
+                **{f"{split}_rows": totals.rows for split, totals in rows.totals.items()},
+                "bad_rows": {
+                    "rows": rows.bad.total,
+                    "reasons": rows.bad.reasons,
+                    "examples": rows.bad.examples,
+                },
+            },
+        }
+        if init_from:
+            self.manifest["init_from"] = init_from
+        file = request.folder / MANIFEST
+        write = file.write if request.config.resume else file.create
+        write(self.manifest)
+
+    def write_status(self, status: str) -> None:
+        """Write how the run ends, unless it is finished; what fails here is left out."""
+        if self.manifest["status"] != "finished":
+            with suppress(OSError, RunError, KeyboardInterrupt):
+                (self.request.folder / MANIFEST).write(self.manifest | {"status": status})
+
+    def add_epoch(self, line: dict[str, Any]) -> None:
+        """Write history.jsonl with one more epoch."""
+        self.history = [*self.history[: line["epoch"] - 1], line]
+        self._write_history()
+
+    def _write_history(self) -> None:
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        (self.request.folder / "history.jsonl").write(lines.encode())
+
+    def _write_config(self, precision: str) -> None:
+        """Write config.yaml: the config of the run, with what it has chosen, for another run."""
+        plan = self.plan
+        chosen = {
+            "num_workers": plan.least if plan.least == plan.most else (plan.least, plan.most),
+            "use_gpu": plan.use_gpu,
+            "threads": plan.threads,
+            "precision": precision,
+        }
+        config = self.request.config.model_copy(update=chosen)
+        entries = config.model_dump(mode="json", exclude={"storage_path", "name", "resume"})
+        text = "# mnistsum train --config FILE trains the same again\n"
+        text += yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+        (self.request.folder / "config.yaml").write(text.encode())
+
+    def publish(
+        self, finished: "FinishedModel", seconds: float, say: Callable[[str], None]
+    ) -> TrainResult:
+        """Write the model, the report and, last, the manifest: then the run is finished.
+
+        `seconds` is how long the job has taken.
+        """
+        from mnistsum_ray.model.folder import write_model
+        from mnistsum_ray.reporting.console import accuracies
+        from mnistsum_ray.reporting.report import REPORT, write_report
+
+        folder, description = self.request.folder, finished.description
+        self.history = history = finished.history
+        write_model(folder / "model", finished.weights, description)
+        self._write_config(finished.precision)
+        self._write_history()
+        # The first epoch includes one-time work such as loading kernels.
+        steady = history[1:] or history
+        speeds = [line["rows_per_second"] for line in steady]
+        result = TrainResult(
+            run=folder.display,
+            model=(folder / "model").display,
+            parameters=description["parameters"],
+            data=SplitRows(**self.manifest["data"]),  # it takes its four fields
+            test=HeldOutMetrics(**description["test"]),
+            images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
+            seconds=round(seconds, 1),
+        )
+        training = sum(line["seconds"] + line["evaluation_seconds"] for line in history)
+        manifest = self.manifest | {
+            "status": "finished",
+            "metrics": result.line(),
+            "training_seconds": round(training, 1),
+            "precision": finished.precision,
+            "hardware": finished.hardware,
+            "error_analysis": finished.error_analysis,
+        }
+        write_report(folder, manifest, description, history, finished.mistake_images, say)
+        rows = f"{counted(description['test']['rows'], 'row')}, all {NUMBERS} numbers"
+        say(f"test: {accuracies(description['test'])} ({rows})")
+        say(f"report: {(folder / REPORT).display}")
+        command = f"{shell_command('score')} --model {shlex.quote(folder.display)}"
+        say(f"score with it: {command} --input PAIRS --output SCORED")
+        self.manifest = manifest  # from here on the run is neither stopped nor failed
+        (folder / MANIFEST).write(manifest)
+        return result
