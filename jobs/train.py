@@ -6,11 +6,10 @@ ray job submit --working-dir . -- python jobs/train.py --data sample
 
 What happens, and where to read it:
 
-mnistsum_ray/cli.py                 flags, signals, the JSON line, exit codes
-mnistsum_ray/api.py                 `fit`: join a Ray cluster, or start one
-mnistsum_ray/training/driver.py     wait for workers, read the rows, run a TorchTrainer, publish
-mnistsum_ray/training/pipeline.py   a Ray Dataset for each worker: its rows of every step, in order
-mnistsum_ray/training/loop.py       what each worker does
+mnistsum_ray/training/job.py       the job, top down: read the rows, run a TorchTrainer, publish
+mnistsum_ray/training/rows.py      Ray Data: read_parquet, map_batches(decode), split, the shards
+mnistsum_ray/training/loop.py      what each worker does; trainer.py has its steps
+mnistsum_ray/cli.py                flags, signals, the JSON line, exit codes; api.py joins a cluster
 """
 
 import sys

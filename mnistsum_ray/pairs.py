@@ -76,7 +76,6 @@ def _pairs(source: Source, split: str, seed: int) -> Iterator[pa.Table]:
         for batch in batches:
             ids = batch["row_id"].to_numpy()
             images = one_chunk(batch["image"]).to_numpy_ndarray()
-            numbers = random_numbers(seed, rounds, ids)
             columns = {
                 "row_id": ids,
                 "image": pixels_array(images),

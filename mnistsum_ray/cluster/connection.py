@@ -44,12 +44,13 @@ def connect() -> str:
     if ray.is_initialized():
         return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
     asked = os.environ.get("RAY_ADDRESS", "")
-    address = None if asked == "local" else asked
-    if asked in ("", "auto"):
-        address = last_cluster_address()
+    is_auto = asked in ("", "auto")
+    address = last_cluster_address() if is_auto else asked.removeprefix("local")
     # `ray.init` would try for minutes to reach a cluster that is gone.
     if address and _answers(address):
-        _init(address, f"the Ray cluster at {address} cannot be joined")
+        # Asked for "auto" Ray sends the token of this machine, which HOST:PORT does not.
+        given = "auto" if is_auto else address
+        _init(given, f"the Ray cluster at {address} cannot be joined")
         return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
     if asked not in ("", "local"):
         where = address or "this machine"

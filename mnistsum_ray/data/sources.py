@@ -280,11 +280,12 @@ def _describe(
     folders = dict(re.findall(r"([^/=]+)=([^/]*)/", name))
     names = [*footer.schema.names, *folders]
     image = config.image_column
-    label = config.label_column or next((one for one in _LABEL_COLUMNS if one in names), None)
-    if image not in names or label not in names:
-        needed = f"a column {image!r} (--image-column) and "
-        needed += f"{label or ' or '.join(map(repr, _LABEL_COLUMNS))} (--label-column)"
-        raise RequestError(f"{file.display}: needs {needed}, has {', '.join(names)}")
+    wanted = [config.label_column] if config.label_column else list(_LABEL_COLUMNS)
+    label = next((one for one in wanted if one in names), None)
+    if image not in names or label is None:
+        needed = f"a column {image!r} (--image-column) and {' or '.join(map(repr, wanted))}"
+        has = ", ".join(names)
+        raise RequestError(f"{file.display}: needs {needed} (--label-column), has {has}")
     types = []
     for column, type_error in ((image, image_type_error), (label, label_type_error)):
         if column in folders:

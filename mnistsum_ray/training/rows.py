@@ -12,7 +12,7 @@ may hold all CPUs. PyTorch is not imported here, since the processes that read w
 import itertools
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +58,7 @@ differ by the rows of one; each block costs a worker about a millisecond an epoc
 _NAMED_ROWS: Final = 5
 """Rows that cannot be used and are named."""
 
-Decoded = pa.Table | Dataset
+Decoded: TypeAlias = "pa.Table | Dataset"
 """Rows as `decode` gives them, in memory or in the object store."""
 
 

@@ -48,7 +48,7 @@ _CHECK_SECONDS: Final = 2.0
 _CURVE_POINTS: Final = 100
 """Most losses of an epoch in history.jsonl."""
 
-_NO_ROWS: Final = {
+_NO_ROWS: Final[dict[str, np.ndarray]] = {
     "image": np.empty((0, SIDE, SIDE), np.uint8),
     "digit": np.empty(0, np.int64),
     "row_id": np.empty(0, np.int64),
