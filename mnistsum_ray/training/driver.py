@@ -33,7 +33,7 @@ from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.results import TrainResult
-from mnistsum_ray.storage.lock import LOCK_NAME, FolderLock, folder_lock
+from mnistsum_ray.storage.lock import LOCK_NAME, folder_lock
 from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.analysis import FinishedModel
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
@@ -64,8 +64,8 @@ def fit(
     started = time.monotonic()
     how_to_go_on = "nothing was begun; the same command tries again"
     try:
-        with folder_lock(run.folder, "--name", console.say) as lock:
-            training = _begin(run, lock, console)
+        with folder_lock(run.folder, "--name"):
+            training = _begin(run, console)
             how_to_go_on = run.how_to_resume()
             return training.fit(callbacks, started)
     except ray.exceptions.RayError as error:  # of the driver's own tasks; some are OSErrors too
@@ -95,7 +95,7 @@ def _find_start(run: TrainingRun, say: Callable[[str], None]) -> Start:
     return Start(weights=network.state_dict(), init_from=init_from)
 
 
-def _begin(run: TrainingRun, lock: FolderLock, console: Console) -> "_Training":
+def _begin(run: TrainingRun, console: Console) -> "_Training":
     """Wait for what the workers need, read the rows while it is held, and write the manifest."""
     parameters = run.hyperparameters
     start = _find_start(run, console.say)  # before the wait, so that a wrong one is refused at once
@@ -105,7 +105,7 @@ def _begin(run: TrainingRun, lock: FolderLock, console: Console) -> "_Training":
         source, blocks, sha256 = _load_rows(run, console)
         order = TrainingOrder(source.train, blocks.bounds, parameters.batch_size, parameters.seed)
         data = ray.put(TrainingData(blocks, order, source.validation, source.test))
-        record = RunRecord(run, lock, console.say, plan, threads, start.history)
+        record = RunRecord(run, console.say, plan, threads, start.history)
         record.begin(source, sha256, start.init_from)
     train, validation, test = map(len, (source.train, source.validation, source.test))
     of = source.name if source.name == "sample" else f"{source.name} ({source.location})"

@@ -20,17 +20,15 @@ from mnistsum_ray.model.folder import write_model
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.reporting.report import REPORT, versions, write_report
 from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
-from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.analysis import FinishedModel
 from mnistsum_ray.training.preflight import MANIFEST, TrainingRun
 
 
 @dataclass
 class RunRecord:
-    """Writes the files of a run, whose folder is held by `lock`; `say` gets lines."""
+    """Writes the files of a run, whose folder is held; `say` gets lines."""
 
     run: TrainingRun
-    lock: FolderLock
     say: Callable[[str], None]
     plan: WorkerPlan
     threads: int | None
@@ -90,7 +88,6 @@ class RunRecord:
         if self.manifest["status"] == "finished":
             return
         with suppress(OSError, RunError, KeyboardInterrupt):
-            self.lock.check()
             (self.run.folder / MANIFEST).write(self.manifest | {"status": status})
 
     def _write_config(self, precision: str) -> None:
@@ -124,7 +121,6 @@ class RunRecord:
         """
         folder, description = self.run.folder, finished.description
         self.history = history = finished.history
-        self.lock.check()
         write_model(folder / "model", finished.weights, description)
         self._write_config(finished.manifest["precision"])
         self._write_history()
@@ -151,7 +147,6 @@ class RunRecord:
         self.say(f"report: {(folder / REPORT).display}")
         command = f"{shell_command('score')} --model {shlex.quote(folder.display)}"
         self.say(f"score with it: {command} --input PAIRS --output SCORED")
-        self.lock.check()
         self.manifest = manifest  # from here on the run is neither stopped nor failed
         (folder / MANIFEST).write(manifest)
         if self.run.config.mlflow:
