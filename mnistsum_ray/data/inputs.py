@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mnistsum_ray.errors import RequestError, printable
-from mnistsum_ray.storage.store import Entry, Location, is_hidden, is_utf8
+from mnistsum_ray.storage.store import Entry, Location, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate_existing
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
@@ -92,7 +92,7 @@ def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:
 
 def _fault(file: Entry) -> str | None:
     """Why a file cannot be used, as far as a listing says."""
-    if not is_utf8(file.path):
+    if file.path != file.path.encode(errors="replace").decode():
         return "its name is not UTF-8; rename it"
     if re.search(r"[\x00-\x1f\x7f-\x9f]", file.path):
         return "its name holds a control character; rename it"

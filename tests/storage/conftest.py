@@ -17,7 +17,8 @@ from pyarrow.fs import AzureFileSystem
 from werkzeug import Request, Response
 from werkzeug.serving import make_server
 
-from mnistsum_ray.storage.store import Location, open_store
+from mnistsum_ray.storage.bucket import open_store
+from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 
 KEY = (  # of Azurite, as its documentation has it
