@@ -1,6 +1,6 @@
 """Input files: which Parquet files `--input` and `--data` name, and their names below one folder.
 
-A glob is matched here, so that it means the same on a disk and in an object store.
+A glob means the same on a disk and in an object store: files are listed, and their names matched.
 """
 
 import os
@@ -17,6 +17,9 @@ from mnistsum_ray.storage.uri import as_request_error, locate_existing
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
+
+_DELTA_LOG: Final = "_delta_log"
+"""Folder in a table of Delta Lake with its log, which says which files are still part of it."""
 
 Components = tuple[str, ...]
 """Components of a path, or of a glob, in which `**` is any number of folders."""
@@ -52,34 +55,31 @@ def list_inputs(
     """List what the values of a flag name: files, globs, and folders with all their Parquet files.
 
     Raises:
-        RequestError: a value names nothing; there is no Parquet file (`none` says so); input and
-            output lie in each other.
+        RequestError: a value names nothing, or a table of Delta Lake; there is no Parquet file
+            (`none` says so); input and output lie in each other.
     """
-    values = [_parsed(text, flag) for text in texts]
+    values = [_parse(text, flag) for text in texts]
     root = _common_root(values, flag)
     if output is not None:
         _check_outside_input(values, output)
     found: dict[str, Entry | None] = {}
     for value in values:
         with as_request_error(flag), value.location.storage_errors("listed"):
-            for path, file in _listed(value):
-                # What one value leaves out another may name.
-                found[path] = found.get(path) or file
-    files = {}
-    skipped = []
-    unusable = {}
+            for path, file in _list(value, flag):
+                found[path] = found.get(path) or file  # what one leaves out another may name
+    files: dict[str, Entry] = {}
+    unusable: dict[str, str] = {}
     for path, file in sorted(found.items()):
-        if file is None:
-            skipped.append(path)
-            continue
-        name = path.removeprefix(root.path).lstrip("/")
-        fault = _fault(file)
-        if fault:
-            name = printable(name)
-            unusable[name] = fault
-        files[name] = file
+        if file is not None:
+            name = path.removeprefix(root.path).lstrip("/")
+            fault = _fault(file)
+            if fault:
+                name = printable(name)
+                unusable[name] = fault
+            files[name] = file
     if not files:
         raise RequestError(f"{flag} {' '.join(texts)}: {none} ({', '.join(SUFFIXES)})")
+    skipped = sorted(path for path, file in found.items() if file is None)
     return Inputs(root, files, skipped, unusable)
 
 
@@ -99,34 +99,39 @@ def _fault(file: Entry) -> str | None:
     return None if file.e_tag else "is a link that leads nowhere, or no file"
 
 
-def _parsed(text: str, flag: str) -> _Value:
+def _parse(text: str, flag: str) -> _Value:
     """A value of the flag, which names something that is there."""
     # In a URI a question mark begins options, and is no wildcard.
     path, question, query = text.partition("?") if "://" in text else (text, "", "")
     wild = re.search(r"[^/]*[*?\[].*", path, re.DOTALL)
-    folder = text
     glob: Components = ()
+    folder = text
     if wild and not os.path.lexists(text):  # a file's name may contain wildcards
         glob = tuple(pattern for pattern in wild[0].split("/") if pattern)
         folder = (path[: wild.start()] or ".") + question + query
+    if glob and glob[-1] == "**":
+        glob = (*glob, "*")
     location = locate_existing(folder, flag)
     with as_request_error(flag):
-        if not glob and location.status() is None:
-            glob = ("**", "*")
-        if glob and not location.is_folder():
-            missing = f"there is no such file or folder ({location.display})"
-            raise RequestError(f"{flag} {text}: {missing}")
-    return _Value(location, glob)
+        if location.is_folder():
+            return _Value(location, glob or ("**", "*"))
+        if not glob and location.status():
+            return _Value(location, ())
+    raise RequestError(f"{flag} {text}: there is no such file or folder ({location.display})")
 
 
-def _listed(value: _Value) -> Iterator[tuple[str, Entry | None]]:
+def _list(value: _Value, flag: str) -> Iterator[tuple[str, Entry | None]]:
     """Paths that a value names, and the files there; None for what is left out."""
     top, glob = value
     if not glob:
         yield top.path, top.status()
         return
-    for path, file in _walk(value):
+    listed = _walk(top, glob) if top.is_local else ((file.path, file) for file in top.files())
+    for path, file in listed:
         below = components_below(path, top.path) or ()
+        if _DELTA_LOG in below and _may_match_in(below[: below.index(_DELTA_LOG)], glob):
+            advice = "its log says which files are part of it; jobs/recipes/dataset.py scores one"
+            raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
         if file is None:
             yield path, None
         elif _matches(below, glob):
@@ -134,28 +139,22 @@ def _listed(value: _Value) -> Iterator[tuple[str, Entry | None]]:
             yield path, file if is_taken else None
 
 
-def _walk(value: _Value) -> Iterator[tuple[str, Entry | None]]:
-    """Paths that may match; None for folders on a disk that are not read: hidden, or links."""
-    top, glob = value
-    if not top.is_local:
-        yield from ((file.path, file) for file in top.files())
-        return
+def _walk(top: Location, glob: Components) -> Iterator[tuple[str, Entry | None]]:
+    """Files on a disk that may match; None for folders that are not read: hidden, or links."""
     for above, folders, names in os.walk(top.path, onerror=_fail):
         folder = top.at(above)
         for name in names:
             file = folder / name
             # A link that leads nowhere, or a pipe, gets no e_tag: `_fault` says so.
             yield file.path, file.status() or Entry(file.path, 0, "")
-        read = []
-        for name in folders:
+        for name in [*folders]:
             path = (folder / name).path
-            if not _may_match_in(components_below(path, top.path) or (), glob):
-                continue
-            if is_hidden(name) or Path(path).is_symlink():
+            may_match = _may_match_in(components_below(path, top.path) or (), glob)
+            is_left_out = is_hidden(name) or Path(path).is_symlink()
+            if is_left_out or not may_match:
+                folders.remove(name)  # `os.walk` does not read it then
+            if is_left_out and (may_match or name == _DELTA_LOG):
                 yield path, None
-            else:
-                read.append(name)
-        folders[:] = read
 
 
 def _fail(error: OSError) -> None:
@@ -165,10 +164,8 @@ def _fail(error: OSError) -> None:
 
 def _matches(path: Components, glob: Components) -> bool:
     """Whether a path matches a glob."""
-    if not path:
-        return all(pattern == "**" for pattern in glob)
-    if not glob:
-        return False
+    if not path or not glob:
+        return path == glob
     if glob[0] == "**":  # no folder, or one and perhaps more
         return _matches(path, glob[1:]) or _matches(path[1:], glob)
     return fnmatchcase(path[0], glob[0]) and _matches(path[1:], glob[1:])

@@ -116,6 +116,25 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
     assert set(inputs.files) == {*NAMES, *inputs.unusable, good, "latest.parquet"}
 
 
+DELTA = [("table", True), ("table/*.parquet", True), ("**/*.parquet", True), ("*.parquet", False)]
+
+
+@pytest.mark.parametrize(("text", "is_refused"), DELTA)
+def test_a_table_of_delta_lake_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, is_refused: bool
+) -> None:
+    """It holds files that its log has removed."""
+    said = r"^--input \S+: holds a table of Delta Lake; .*; jobs/recipes/dataset.py scores one$"
+    with serve_s3(monkeypatch) as uri:
+        for root in (str(tmp_path), uri):
+            for name in ("table/_delta_log/0.json", "table/a.parquet", "b.parquet"):
+                (locate(root, "--input") / name).write(b"x")
+            folder, question, query = root.partition("?")
+            refusal = pytest.raises(RequestError, match=said) if is_refused else nullcontext()
+            with refusal:
+                assert [*list_inputs([f"{folder}/{text}{question}{query}"]).files] == ["b.parquet"]
+
+
 def test_an_object_store_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a disk is."""
 

@@ -57,8 +57,8 @@ def test_a_null_in_a_list_of_fixed_size_is_a_reason_and_not_the_end_of_the_file(
 
 
 RANGES = [
-    [range(0, 30_000)],
-    [range(0, 1), range(1, 9_000), range(9_000, 30_000)],
+    [range(30_000)],
+    [range(1), range(1, 9_000), range(9_000, 30_000)],
     [range(5, 5), range(8_191, 8_193), range(20_000, 20_001)],
     [],
 ]

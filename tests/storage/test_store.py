@@ -143,7 +143,7 @@ def test_content_and_name_are_on_the_disk_when_a_write_ends(
     file = locate(str(tmp_path), "--output") / "file"
 
     def fsync(number: int) -> None:
-        synced.append((Path(os.readlink(f"/proc/self/fd/{number}")), file.exists()))
+        synced.append((Path(f"/proc/self/fd/{number}").readlink(), file.exists()))
 
     monkeypatch.setattr(os, "fsync", fsync)
     file.create(b"1")
