@@ -1,7 +1,6 @@
 """Every accepted form of an image decodes to the same pixels; what is no image gives a reason."""
 
 import io
-import zlib
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from mnistsum_ray.data.images import (
     pixels_array,
     pixels_view,
 )
+from tests.data.test_picture import giant
 
 IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 
@@ -30,13 +30,6 @@ def encoded(image: Any, form: str = "PNG", mode: str = "L", **options: Any) -> b
     data = io.BytesIO()
     Image.fromarray(image).convert(mode).save(data, form, **options)
     return data.getvalue()
-
-
-def giant(side: int) -> bytes:
-    """A PNG of a few bytes that says in its header that it has so many pixels a side."""
-    png = encoded(IMAGES[0])
-    header = b"IHDR" + side.to_bytes(4, "big") * 2 + png[24:29]
-    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
 
 
 BYTES = [image.tobytes() for image in IMAGES]
