@@ -51,10 +51,7 @@ class BadImageError(ValueError):
 
 def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
     """An array of IMAGE_TYPE without nulls as uint8[n, 28, 28], without a copy."""
-    buffer = column.buffers()[1]
-    if buffer is None:
-        return np.empty((0, SIDE, SIDE), np.uint8)
-    flat = np.frombuffer(buffer, np.uint8)
+    flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)
     start = column.offset * PIXELS
     return flat[start : start + len(column) * PIXELS].reshape(len(column), SIDE, SIDE)
 
@@ -109,34 +106,27 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Rea
     Returns:
         int64[n]; and a reason for each value that is none of 0..count - 1, in whose place is 0.
     """
-    kind = column.type
-    is_text = kind in _TEXTS
-    numbers = np.full(len(column), np.nan)
+    values = column
+    is_text = column.type in _TEXTS
     if is_text:
         is_whole = pc.match_substring_regex(column, r"^[+-]?\d+(\.0*)?$")
-        numbers = _as_floats(pc.if_else(is_whole, column, None))
-    elif _is_number(kind):
-        numbers = _as_floats(column)
+        values = pc.if_else(is_whole, column, None)
+    elif not _is_number(column.type):
+        values = pa.nulls(len(column))
+    # A null becomes NaN; a huge integer is rounded, but stays out of range.
+    numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     is_right = (numbers >= 0) & (numbers < count) & (numbers == np.floor(numbers))
     reasons: Reasons = {}
     for row in np.flatnonzero(~is_right).tolist():
         value = column[row]
-        if value.is_valid:
-            # To look at a value of another type may run code: Ray has one of pickles.
-            is_known = is_text or _is_number(kind)
-            shown = shortened(repr(value.as_py())) if is_known else f"of type {kind}"
-            reasons[row] = f"is {shown}, not one of 0..{count - 1}; correct it or drop the row"
-        else:
+        if not value.is_valid:
             reasons[row] = "is null; fill it in or drop the row"
+            continue
+        # A value of another type is not looked at: Ray has one of pickles, which would run.
+        is_known = is_text or _is_number(column.type)
+        shown = shortened(repr(value.as_py())) if is_known else f"of type {column.type}"
+        reasons[row] = f"is {shown}, not one of 0..{count - 1}; correct it or drop the row"
     return np.where(is_right, numbers, 0).astype(np.int64), reasons
-
-
-def _as_floats(column: pa.Array) -> npt.NDArray[np.float64]:
-    """An array of numbers, or of their texts, as float64[n]; NaN for nulls."""
-    # A huge integer is rounded, but stays out of range.
-    floats = column.cast(pa.float64(), safe=False)
-    numbers: npt.NDArray[np.float64] = floats.to_numpy(zero_copy_only=False)
-    return numbers
 
 
 def decode_images(column: pa.Array) -> tuple[Pixels, Reasons]:
@@ -180,8 +170,7 @@ def _cast_to_pixels(column: pa.Array) -> Pixels | None:
         flat = column.cast(nested if is_nested else pa.list_(pa.uint8(), PIXELS))
     except pa.ArrowException:
         return None
-    while isinstance(flat.type, _LISTS):
-        flat = flat.flatten()  # leaves null lists out
+    flat = flat.flatten(recursive=True)  # leaves null lists out
     if flat.null_count or len(flat) != len(column) * PIXELS:
         return None
     pixels: Pixels = flat.to_numpy(zero_copy_only=False)

@@ -129,7 +129,7 @@ def _list(value: _Value, flag: str) -> Iterator[tuple[str, Entry | None]]:
     listed = _walk(top, glob) if top.is_local else ((file.path, file) for file in top.files())
     for path, file in listed:
         below = components_below(path, top.path) or ()
-        if _DELTA_LOG in below and _may_match_in(below[: below.index(_DELTA_LOG)], glob):
+        if _DELTA_LOG in below and _matches(below[: below.index(_DELTA_LOG)], glob, partly=True):
             advice = "its log says which files are part of it; jobs/recipes/dataset.py scores one"
             raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
         if file is None:
@@ -149,7 +149,7 @@ def _walk(top: Location, glob: Components) -> Iterator[tuple[str, Entry | None]]
             yield file.path, file.status() or Entry(file.path, 0, "")
         for name in [*folders]:
             path = (folder / name).path
-            may_match = _may_match_in(components_below(path, top.path) or (), glob)
+            may_match = _matches(components_below(path, top.path) or (), glob, partly=True)
             is_left_out = is_hidden(name) or Path(path).is_symlink()
             if is_left_out or not may_match:
                 folders.remove(name)  # `os.walk` does not read it then
@@ -162,23 +162,15 @@ def _fail(error: OSError) -> None:
     raise error
 
 
-def _matches(path: Components, glob: Components) -> bool:
-    """Whether a path matches a glob."""
+def _matches(path: Components, glob: Components, partly: bool = False) -> bool:
+    """Whether a path matches a glob, or with `partly` whether a path below it may."""
+    if partly and not path:
+        return bool(glob)
     if not path or not glob:
         return path == glob
     if glob[0] == "**":  # no folder, or one and perhaps more
-        return _matches(path, glob[1:]) or _matches(path[1:], glob)
-    return fnmatchcase(path[0], glob[0]) and _matches(path[1:], glob[1:])
-
-
-def _may_match_in(folder: Components, glob: Components) -> bool:
-    """Whether the path of some file in this folder may match."""
-    for name, pattern in zip(folder, glob, strict=False):
-        if pattern == "**":
-            return True
-        if not fnmatchcase(name, pattern):
-            return False
-    return len(folder) < len(glob)
+        return partly or _matches(path, glob[1:]) or _matches(path[1:], glob)
+    return fnmatchcase(path[0], glob[0]) and _matches(path[1:], glob[1:], partly)
 
 
 def components_below(path: str, folder: str) -> Components | None:
@@ -207,7 +199,7 @@ def _check_outside_input(values: list[_Value], output: Location) -> None:
         if location.bucket != output.bucket:
             return
         inside = components_below(real_path(output), real_path(location))
-        may_match = inside is not None and _may_match_in(inside, glob)
+        may_match = inside is not None and _matches(inside, glob, partly=True)
         if may_match or components_below(real_path(location), real_path(output)) is not None:
             reason = f"lies in the input {location.display}, or holds it, and would be scored"
             raise RequestError(f"--output {output.display}: {reason}; put it elsewhere")

@@ -15,19 +15,13 @@ from mnistsum_ray.errors import RequestError, StorageError
 from mnistsum_ray.storage.bucket import open_store
 from mnistsum_ray.storage.store import Location
 
-OPTIONS: Final = (
-    "region",
-    "endpoint_override",
-    "scheme",
-    "allow_bucket_creation",
-    "allow_bucket_deletion",
-)
-"""Options in the query of a URI, as Arrow takes them; none of them is a key."""
+_OPTIONS: Final = re.compile("region|scheme|endpoint_override|allow_bucket_(creation|deletion)")
+"""What the query of a URI may hold, as Arrow has it; none of it is a key."""
 
 KEYS_REFUSED: Final = (
-    f"must have no user info, and no query but {', '.join(OPTIONS)}; "
-    "keys belong in the environment, such as AWS_SECRET_ACCESS_KEY, "
-    "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY or MLFLOW_TRACKING_TOKEN"
+    "must have no user info, and no query but region, endpoint_override, scheme and allow_bucket_…;"
+    " keys belong in the environment, such as AWS_SECRET_ACCESS_KEY, "
+    "GOOGLE_APPLICATION_CREDENTIALS or AZURE_STORAGE_ACCOUNT_KEY"
 )
 """Message on a text that `may_hold_keys`, which it must not quote."""
 
@@ -109,7 +103,7 @@ def may_hold_keys(text: str) -> bool:
         return True
     address, _, query = text.partition("?")
     options = parse_qsl(query, keep_blank_values=True) if "://" in address else []
-    return any(name not in OPTIONS or "@" in value for name, value in options)
+    return any(not _OPTIONS.fullmatch(name) or "@" in value for name, value in options)
 
 
 def hide_keys(text: str) -> str:
