@@ -96,7 +96,7 @@ def test_user_info_is_cut_out_of_a_message() -> None:
         assert hide_keys(text) == text
 
 
-ENDPOINTS = "h:99999999 :80 http%3A%2F%2F http:///x a%20b ftp%3A%2F%2Fh h:x [::1".split()
+ENDPOINTS = ["h:99999999", ":80", "http%3A%2F%2F", "http:///x", "a%20b", "ftp%3A%2F%2Fh", "[::1"]
 
 
 def test_an_endpoint_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
