@@ -109,7 +109,7 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Rea
     values = column
     is_text = column.type in _TEXTS
     if is_text:
-        is_whole = pc.match_substring_regex(column, r"^[+-]?\d+(\.0*)?$")
+        is_whole = pc.match_substring_regex(column, r"^\d+(\.0*)?$")
         values = pc.if_else(is_whole, column, None)
     elif not _is_number(column.type):
         values = pa.nulls(len(column))
