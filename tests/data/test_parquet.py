@@ -84,3 +84,26 @@ def test_a_file_without_its_end_is_unusable(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(UnusableFileError, match="is not Parquet, or was cut off"):
             read_table(locate(str(path), "--input"))
+
+
+LIES = [
+    (1, "has a damaged footer"),  # the file's rows
+    (3, "has other rows than its footer says"),  # and its column's and its group's
+]
+
+
+@pytest.mark.parametrize(("places", "reason"), LIES)
+def test_a_footer_that_counts_wrong_makes_the_file_unusable(
+    tmp_path: Path, places: int, reason: str
+) -> None:
+    path = tmp_path / "in.parquet"
+    whole = to_parquet(pa.table({"id": range(300)})).to_pybytes()
+    length = int.from_bytes(whole[-8:-4], "little") + 8
+    rows_300, rows_301 = b"\x16\xd8\x04", b"\x16\xda\x04"  # fields of Thrift's compact protocol
+    footer = whole[-length:].replace(rows_300, rows_301, places)
+    path.write_bytes(whole[:-length] + footer)
+    with (
+        pytest.raises(UnusableFileError, match=reason),
+        open_parquet(locate(str(path), "--input")) as parquet,
+    ):
+        list(read_rows(parquet, [range(301)]))
