@@ -3,6 +3,7 @@
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,22 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
         **dict.fromkeys(("gone.parquet", "pipe.parquet"), nowhere),
     }
     assert set(inputs.files) == {*NAMES, *inputs.unusable, good, "latest.parquet"}
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_not_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "e":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    said = "^--input .*: cannot be listed: Permission denied$"
+    with pytest.raises(RequestError, match=said):
+        find(folder)
 
 
 DELTA = [("table", True), ("table/*.parquet", True), ("**/*.parquet", True), ("*.parquet", False)]
