@@ -35,11 +35,11 @@ from torch.utils.data import DataLoader, default_collate
 from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, save_model, score
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.randomness import distortions
-from mnistsum_ray.pairs import export_pairs
 from mnistsum_ray.model import network
 from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.model.optimizer import MuonAdamW
+from mnistsum_ray.pairs import export_pairs
 
 EPOCHS = 3
 BATCH = 256

@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from mnistsum_ray.data.randomness import NUMBERS
+from mnistsum_ray.errors import shortened
 
 SIDE: Final = 28
 PIXELS: Final = SIDE * SIDE
@@ -34,12 +35,8 @@ _PICTURE_STARTS: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 """First bytes of a PNG and of a JPEG."""
 
 _LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
-_BYTES: Final = (
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-    pa.types.is_binary_view,
-    pa.types.is_fixed_size_binary,
-)
+_BYTES: Final = (pa.binary(), pa.large_binary(), pa.binary_view())
+_TEXTS: Final = (pa.string(), pa.large_string())
 
 Pixels = npt.NDArray[np.uint8]
 """uint8[n, 28, 28] or, for one image, uint8[28, 28]."""
@@ -48,12 +45,13 @@ Reasons = dict[int, str]
 """Why a row cannot be used, by its index."""
 
 
+class BadImageError(ValueError):
+    """A value is no image; the message says why and what to do."""
+
+
 def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
     """An array of IMAGE_TYPE without nulls as uint8[n, 28, 28], without a copy."""
-    buffer = column.buffers()[1]
-    if buffer is None:
-        return np.empty((0, SIDE, SIDE), np.uint8)
-    flat = np.frombuffer(buffer, np.uint8)
+    flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)
     start = column.offset * PIXELS
     return flat[start : start + len(column) * PIXELS].reshape(len(column), SIDE, SIDE)
 
@@ -74,7 +72,7 @@ def image_type_error(kind: pa.DataType) -> str | None:
     values = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     if pa.types.is_struct(values) and "bytes" in values.names:
         values = values.field("bytes").type
-    if pa.types.is_null(values) or any(is_bytes(values) for is_bytes in _BYTES):
+    if values in (pa.null(), *_BYTES) or pa.types.is_fixed_size_binary(values):
         return None
     depth = 0
     while isinstance(values, _LISTS):
@@ -87,117 +85,134 @@ def image_type_error(kind: pa.DataType) -> str | None:
 
 
 def number_type_error(kind: pa.DataType) -> str | None:
-    """Why a column of this type cannot hold numbers; None where it can."""
-    if pa.types.is_integer(kind) or pa.types.is_null(kind):
+    """Why a column of this type cannot hold numbers or digits; None where it can.
+
+    pandas writes floats where a number is missing; labels may be text.
+    """
+    if _is_number(kind) or kind in (pa.null(), *_TEXTS):
         return None
-    return f"has type {kind}, not an integer type"
+    return f"has type {kind}, which holds no whole numbers"
 
 
-def label_type_error(kind: pa.DataType) -> str | None:
-    """Why a column of this type cannot hold labels: integers, whole floats, or their text."""
-    if pa.types.is_floating(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return None
-    return number_type_error(kind)
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Reasons]:
     """Decode one Arrow array, of any type, of whole numbers below `count`.
 
-    They are int64[n]; and a reason for each value that is none of 0..count - 1, in whose place is
-    a zero. Floats may be whole.
+    A whole number is an integer, a whole float, or the text of one, such as "7" or "7.0".
+
+    Returns:
+        int64[n]; and a reason for each value that is none of 0..count - 1, in whose place is 0.
     """
-    kind = column.type
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    numbers = np.full(len(column), np.nan)
-    if is_number:  # a null becomes NaN; a huge integer is rounded, but stays out of range
-        numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    right = (numbers >= 0) & (numbers < count) & (numbers == np.floor(numbers))
-    bad: Reasons = {}
-    for row in np.flatnonzero(~right).tolist():
-        value = column[row] if is_number else f"of type {kind}"
-        bad[row] = f"is {value}, not one of 0..{count - 1}; correct it or drop the row"
-        if not column[row].is_valid:
-            bad[row] = "is null; fill it in or drop the row"
-    return np.where(right, numbers, 0).astype(np.int64), bad
+    values = column
+    is_text = column.type in _TEXTS
+    if is_text:
+        is_whole = pc.match_substring_regex(column, r"^\d+(\.0*)?$")
+        values = pc.if_else(is_whole, column, None)
+    elif not _is_number(column.type):
+        values = pa.nulls(len(column))
+    # A null becomes NaN; a huge integer is rounded, but stays out of range.
+    numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    is_right = (numbers >= 0) & (numbers < count) & (numbers == np.floor(numbers))
+    reasons: Reasons = {}
+    for row in np.flatnonzero(~is_right).tolist():
+        value = column[row]
+        if not value.is_valid:
+            reasons[row] = "is null; fill it in or drop the row"
+            continue
+        # A value of another type is not looked at: Ray has one of pickles, which would run.
+        is_known = is_text or _is_number(column.type)
+        shown = shortened(repr(value.as_py())) if is_known else f"of type {column.type}"
+        reasons[row] = f"is {shown}, not one of 0..{count - 1}; correct it or drop the row"
+    return np.where(is_right, numbers, 0).astype(np.int64), reasons
 
 
 def decode_images(column: pa.Array) -> tuple[Pixels, Reasons]:
     """Decode one Arrow array of images, whose type must pass `image_type_error`.
 
-    They are uint8[n, 28, 28]; and a reason for each value that is no image, in whose place are
-    zeros.
+    Returns:
+        uint8[n, 28, 28]; and a reason for each value that is no image, in whose place are zeros.
     """
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    null = "the image is null; fill it in or drop the row"
     if pa.types.is_struct(column.type):
-        null = "the image, or its bytes, is null; fill them in or drop the row"
         column = pc.struct_field(column, "bytes")
     if pa.types.is_binary_view(column.type):
         column = column.cast(pa.binary())  # Arrow has few functions for views
-    whole = _whole_column(column)
-    if whole is not None:
-        return whole, {}
-    # The slow way, row by row: some value is a picture, or no image.
+    pixels = _cast_to_pixels(column)
+    if pixels is not None:
+        return pixels, {}
+    # The slow way, value by value: some are pictures, or no images.
     images = np.zeros((len(column), SIDE, SIDE), np.uint8)
-    bad: Reasons = {}
+    reasons: Reasons = {}
     for row, value in enumerate(column):
-        image: Pixels | str = null
-        if value.is_valid and isinstance(column.type, _LISTS):
-            # Not `column[row:row + 1]`: a cast of a slice looks at all rows.
-            one = _whole_column(column.take(pa.array([row])))
-            not_pixels = "the image is not 784 or 28 x 28 integers in 0..255; resize or scale it"
-            image = not_pixels if one is None else one[0]
-        elif value.is_valid and column.type == IMAGE_TYPE:
-            image = np.frombuffer(value.as_py(), np.uint8).reshape(SIDE, SIDE)
-        elif value.is_valid:
-            image = _decode_bytes(value.as_py())
-        if isinstance(image, str):
-            bad[row] = image
-        else:
-            images[row] = image
-    return images, bad
+        try:
+            images[row] = _decode_image(value.as_py())
+        except BadImageError as error:
+            reasons[row] = str(error)
+    return images, reasons
 
 
-def _whole_column(column: pa.Array) -> Pixels | None:
-    """The pixels of a column whose values are all 784 pixels; None where any is another value."""
+def _cast_to_pixels(column: pa.Array) -> Pixels | None:
+    """The pixels of a column all of whose values are 784 pixels; else None."""
     if column.null_count or not len(column):
         return None
     try:
         if not isinstance(column.type, _LISTS):
-            # At quality 95 about one in 200 MNIST images gives a JPEG of exactly 784 bytes; a
-            # column whose type allows no other length holds pixels.
-            starts = () if column.type == IMAGE_TYPE else _PICTURE_STARTS
-            if any(pc.any(pc.starts_with(column, start)).as_py() for start in starts):
+            starts = (pc.starts_with(column, start) for start in _PICTURE_STARTS)
+            if any(pc.any(start).as_py() for start in starts):
                 return None
             return pixels_view(column.cast(IMAGE_TYPE))
-        nested = isinstance(column.type.value_type, _LISTS)
-        lines = pa.list_(pa.list_(pa.uint8(), SIDE), SIDE)
-        flat = column.cast(lines if nested else pa.list_(pa.uint8(), PIXELS))
+        is_nested = isinstance(column.type.value_type, _LISTS)
+        nested = pa.list_(pa.list_(pa.uint8(), SIDE), SIDE)
+        flat = column.cast(nested if is_nested else pa.list_(pa.uint8(), PIXELS))
     except pa.ArrowException:
         return None
-    while isinstance(flat.type, _LISTS):
-        flat = flat.flatten()  # leaves nulls out
+    flat = flat.flatten(recursive=True)  # leaves null lists out
     if flat.null_count or len(flat) != len(column) * PIXELS:
         return None
     pixels: Pixels = flat.to_numpy(zero_copy_only=False)
     return pixels.reshape(len(column), SIDE, SIDE)
 
 
-def _decode_bytes(data: bytes) -> Pixels | str:
-    """The image of 784 pixels or of a PNG or JPEG, or why it is none."""
-    if len(data) == PIXELS and not data.startswith(_PICTURE_STARTS):
-        return np.frombuffer(data, np.uint8).reshape(SIDE, SIDE)
+def _decode_image(value: list[Any] | bytes | None) -> Pixels:
+    """The image of one value of a column. BadImageError: it is none."""
+    if value is None:
+        raise BadImageError("the image is null; fill it in or drop the row")
+    if isinstance(value, list):
+        return _decode_list(value)
+    # At quality 95 about one in 200 MNIST images gives a JPEG of exactly 784 bytes.
+    if len(value) == PIXELS and not value.startswith(_PICTURE_STARTS):
+        return np.frombuffer(value, np.uint8).reshape(SIDE, SIDE)
+    return _decode_picture(value)
+
+
+def _decode_list(values: list[Any]) -> Pixels:
+    """The image of 784 integers, or of 28 lists of 28. BadImageError: they are none."""
+    try:
+        pixels = np.array(values, np.uint8)
+    except (TypeError, ValueError, OverflowError):  # null; lists of unlike lengths; 256
+        pixels = np.empty(0, np.uint8)
+    if pixels.shape not in ((PIXELS,), (SIDE, SIDE)):
+        form = "not 784 or 28 x 28 integers in 0..255"
+        raise BadImageError(f"the image is {form}; resize or scale it")
+    return pixels.reshape(SIDE, SIDE)
+
+
+def _decode_picture(data: bytes) -> Pixels:
+    """The image of a PNG or JPEG. BadImageError: it is none, or has another size or mode."""
     try:
         # Pillow reads only the header until the size is known: a bomb is never unpacked.
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
             if picture.size == (SIDE, SIDE) and picture.mode == "L":
                 return np.asarray(picture)
             form = f"{picture.width} x {picture.height} pixels of mode {picture.mode}"
-            return f"the picture has {form}, not 28 x 28 of L (8-bit grayscale); convert it"
     except Exception as error:  # on damaged bytes Pillow's decoders raise many types
         why = f"neither 784 pixels nor a readable PNG or JPEG ({type(error).__name__})"
-        return f"{len(data)} bytes are {why}; save it again"
+        raise BadImageError(f"{len(data)} bytes are {why}; save it again") from None
+    raise BadImageError(f"the picture has {form}, not 28 x 28 of L (8-bit grayscale); convert it")
 
 
 def join_reasons(bad_images: Reasons, bad_numbers: Reasons, what: str = "number") -> Reasons:

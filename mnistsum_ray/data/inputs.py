@@ -1,6 +1,6 @@
 """Input files: which Parquet files `--input` and `--data` name, and their names below one folder.
 
-A glob is matched here, so that it means the same on a disk and in an object store.
+A glob means the same on a disk and in an object store: files are listed, and their names matched.
 """
 
 import os
@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mnistsum_ray.errors import RequestError, printable
-from mnistsum_ray.storage.store import Entry, Location, is_hidden, is_utf8
+from mnistsum_ray.storage.store import Entry, Location, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate_existing
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
+
+_DELTA_LOG: Final = "_delta_log"
+"""Folder in a table of Delta Lake with its log, which says which files are still part of it."""
 
 Components = tuple[str, ...]
 """Components of a path, or of a glob, in which `**` is any number of folders."""
@@ -52,34 +55,31 @@ def list_inputs(
     """List what the values of a flag name: files, globs, and folders with all their Parquet files.
 
     Raises:
-        RequestError: a value names nothing; there is no Parquet file (`none` says so); input and
-            output lie in each other.
+        RequestError: a value names nothing, or a table of Delta Lake; there is no Parquet file
+            (`none` says so); input and output lie in each other.
     """
-    values = [_parsed(text, flag) for text in texts]
+    values = [_parse(text, flag) for text in texts]
     root = _common_root(values, flag)
     if output is not None:
         _check_outside_input(values, output)
     found: dict[str, Entry | None] = {}
     for value in values:
         with as_request_error(flag), value.location.storage_errors("listed"):
-            for path, file in _listed(value):
-                # What one value leaves out another may name.
-                found[path] = found.get(path) or file
-    files = {}
-    skipped = []
-    unusable = {}
+            for path, file in _list(value, flag):
+                found[path] = found.get(path) or file  # what one leaves out another may name
+    files: dict[str, Entry] = {}
+    unusable: dict[str, str] = {}
     for path, file in sorted(found.items()):
-        if file is None:
-            skipped.append(path)
-            continue
-        name = path.removeprefix(root.path).lstrip("/")
-        fault = _fault(file)
-        if fault:
-            name = printable(name)
-            unusable[name] = fault
-        files[name] = file
+        if file is not None:
+            name = path.removeprefix(root.path).lstrip("/")
+            fault = _fault(file)
+            if fault:
+                name = printable(name)
+                unusable[name] = fault
+            files[name] = file
     if not files:
         raise RequestError(f"{flag} {' '.join(texts)}: {none} ({', '.join(SUFFIXES)})")
+    skipped = sorted(path for path, file in found.items() if file is None)
     return Inputs(root, files, skipped, unusable)
 
 
@@ -92,41 +92,46 @@ def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:
 
 def _fault(file: Entry) -> str | None:
     """Why a file cannot be used, as far as a listing says."""
-    if not is_utf8(file.path):
+    if file.path != file.path.encode(errors="replace").decode():
         return "its name is not UTF-8; rename it"
     if re.search(r"[\x00-\x1f\x7f-\x9f]", file.path):
         return "its name holds a control character; rename it"
     return None if file.e_tag else "is a link that leads nowhere, or no file"
 
 
-def _parsed(text: str, flag: str) -> _Value:
+def _parse(text: str, flag: str) -> _Value:
     """A value of the flag, which names something that is there."""
     # In a URI a question mark begins options, and is no wildcard.
     path, question, query = text.partition("?") if "://" in text else (text, "", "")
     wild = re.search(r"[^/]*[*?\[].*", path, re.DOTALL)
-    folder = text
     glob: Components = ()
+    folder = text
     if wild and not os.path.lexists(text):  # a file's name may contain wildcards
         glob = tuple(pattern for pattern in wild[0].split("/") if pattern)
         folder = (path[: wild.start()] or ".") + question + query
+    if glob and glob[-1] == "**":
+        glob = (*glob, "*")
     location = locate_existing(folder, flag)
     with as_request_error(flag):
-        if not glob and location.status() is None:
-            glob = ("**", "*")
-        if glob and not location.is_folder():
-            missing = f"there is no such file or folder ({location.display})"
-            raise RequestError(f"{flag} {text}: {missing}")
-    return _Value(location, glob)
+        if location.is_folder():
+            return _Value(location, glob or ("**", "*"))
+        if not glob and location.status():
+            return _Value(location, ())
+    raise RequestError(f"{flag} {text}: there is no such file or folder ({location.display})")
 
 
-def _listed(value: _Value) -> Iterator[tuple[str, Entry | None]]:
+def _list(value: _Value, flag: str) -> Iterator[tuple[str, Entry | None]]:
     """Paths that a value names, and the files there; None for what is left out."""
     top, glob = value
     if not glob:
         yield top.path, top.status()
         return
-    for path, file in _walk(value):
+    listed = _walk(top, glob) if top.is_local else ((file.path, file) for file in top.files())
+    for path, file in listed:
         below = components_below(path, top.path) or ()
+        if _DELTA_LOG in below and _matches(below[: below.index(_DELTA_LOG)], glob, partly=True):
+            advice = "its log says which files are part of it; jobs/recipes/dataset.py scores one"
+            raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
         if file is None:
             yield path, None
         elif _matches(below, glob):
@@ -134,28 +139,22 @@ def _listed(value: _Value) -> Iterator[tuple[str, Entry | None]]:
             yield path, file if is_taken else None
 
 
-def _walk(value: _Value) -> Iterator[tuple[str, Entry | None]]:
-    """Paths that may match; None for folders on a disk that are not read: hidden, or links."""
-    top, glob = value
-    if not top.is_local:
-        yield from ((file.path, file) for file in top.files())
-        return
+def _walk(top: Location, glob: Components) -> Iterator[tuple[str, Entry | None]]:
+    """Files on a disk that may match; None for folders that are not read: hidden, or links."""
     for above, folders, names in os.walk(top.path, onerror=_fail):
         folder = top.at(above)
         for name in names:
             file = folder / name
             # A link that leads nowhere, or a pipe, gets no e_tag: `_fault` says so.
             yield file.path, file.status() or Entry(file.path, 0, "")
-        read = []
-        for name in folders:
+        for name in [*folders]:
             path = (folder / name).path
-            if not _may_match_in(components_below(path, top.path) or (), glob):
-                continue
-            if is_hidden(name) or Path(path).is_symlink():
+            may_match = _matches(components_below(path, top.path) or (), glob, partly=True)
+            is_left_out = is_hidden(name) or Path(path).is_symlink()
+            if is_left_out or not may_match:
+                folders.remove(name)  # `os.walk` does not read it then
+            if is_left_out and (may_match or name == _DELTA_LOG):
                 yield path, None
-            else:
-                read.append(name)
-        folders[:] = read
 
 
 def _fail(error: OSError) -> None:
@@ -163,25 +162,15 @@ def _fail(error: OSError) -> None:
     raise error
 
 
-def _matches(path: Components, glob: Components) -> bool:
-    """Whether a path matches a glob."""
-    if not path:
-        return all(pattern == "**" for pattern in glob)
-    if not glob:
-        return False
+def _matches(path: Components, glob: Components, partly: bool = False) -> bool:
+    """Whether a path matches a glob, or with `partly` whether a path below it may."""
+    if partly and not path:
+        return bool(glob)
+    if not path or not glob:
+        return path == glob
     if glob[0] == "**":  # no folder, or one and perhaps more
-        return _matches(path, glob[1:]) or _matches(path[1:], glob)
-    return fnmatchcase(path[0], glob[0]) and _matches(path[1:], glob[1:])
-
-
-def _may_match_in(folder: Components, glob: Components) -> bool:
-    """Whether the path of some file in this folder may match."""
-    for name, pattern in zip(folder, glob, strict=False):
-        if pattern == "**":
-            return True
-        if not fnmatchcase(name, pattern):
-            return False
-    return len(folder) < len(glob)
+        return partly or _matches(path, glob[1:]) or _matches(path[1:], glob)
+    return fnmatchcase(path[0], glob[0]) and _matches(path[1:], glob[1:], partly)
 
 
 def components_below(path: str, folder: str) -> Components | None:
@@ -210,7 +199,7 @@ def _check_outside_input(values: list[_Value], output: Location) -> None:
         if location.bucket != output.bucket:
             return
         inside = components_below(real_path(output), real_path(location))
-        may_match = inside is not None and _may_match_in(inside, glob)
+        may_match = inside is not None and _matches(inside, glob, partly=True)
         if may_match or components_below(real_path(location), real_path(output)) is not None:
             reason = f"lies in the input {location.display}, or holds it, and would be scored"
             raise RequestError(f"--output {output.display}: {reason}; put it elsewhere")

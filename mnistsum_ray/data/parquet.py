@@ -84,25 +84,27 @@ def read_footer(file: Location, listed: Entry) -> Footer:
 def _read_metadata(stream: Any) -> pq.FileMetaData:
     """The footer of an open file, whose columns have the types of Parquet alone.
 
-    The schema of Arrow types that many writers add is hidden. It may name types of Ray, which
-    registers them in the process, and one of them holds pickles: they run code when its values are
-    looked at, here or by a reader of what is scored.
+    The schema of Arrow types that many writers add is hidden. With it, Ray's type of pickles would
+    come back, which runs code when a value is looked at, here or by a reader of what is scored; a
+    null in a list of a fixed size would make the whole file unreadable; and tensors that Ray 2.49
+    to 2.54 wrote would be refused. No option of Arrow's readers leaves that schema out.
     """
     size = stream.seek(0, io.SEEK_END)
-    start = max(0, size - _TAIL_BYTES)
-    stream.seek(start)
-    tail = bytes(stream.read(size - start))
-    length = int.from_bytes(tail[-8:-4], "little") + 8  # with itself and a mark
-    if tail[-4:] != b"PAR1" or length > size:
+    tail_start = max(0, size - _TAIL_BYTES)
+    stream.seek(tail_start)
+    tail = bytes(stream.read(size - tail_start))
+    # A file ends with its footer, the length of that in four bytes, and `PAR1`.
+    footer_start = size - 8 - int.from_bytes(tail[-8:-4], "little")
+    if tail[-4:] != b"PAR1" or footer_start < 0:
         raise UnusableFileError("is not Parquet, or was cut off; write it again")
-    if length > len(tail):
-        stream.seek(size - length)
-        tail = bytes(stream.read(length))
-    # Arrow looks for this key, and ignores it by another name. That has the same length, so each
-    # offset in the footer stays right. `read_metadata` takes the footer for a whole file.
-    footer = tail[-length:].replace(b"ARROW:schema", b"arrow:schema")
-    metadata = pq.read_metadata(pa.BufferReader(footer))  # noqa: TID251
-    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    if footer_start < tail_start:
+        stream.seek(footer_start)
+        tail = bytes(stream.read(size - footer_start))
+    # Arrow looks for this key. The other name has the same length, so each offset in the footer
+    # stays right. `read_metadata` takes the end of a file for a whole one.
+    tail = tail.replace(b"ARROW:schema", b"arrow:schema")
+    metadata = pq.read_metadata(pa.BufferReader(tail))  # noqa: TID251
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     if sum(group.num_rows for group in groups) != metadata.num_rows:
         raise UnusableFileError("has a damaged footer (its rows do not add up); write it again")
     return metadata
@@ -114,34 +116,35 @@ def read_rows(
     """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory."""
     schema = parquet.read_row_groups([], columns).schema
     batches = _read_batches(parquet, ranges, columns)
-    first = end = 0  # rows of the file that are in the batch
+    batch_start, batch = 0, pa.RecordBatch.from_pylist([], schema)
     for rows in ranges:
-        found = []
-        position = rows.start
-        while position < rows.stop:
-            while position >= end:
-                first, batch = next(batches)
-                end = first + batch.num_rows
-            found.append(batch[position - first : rows.stop - first])
-            position = min(end, rows.stop)
-        yield pa.Table.from_batches(found, schema)
+        slices = []
+        next_row = rows.start
+        while next_row < rows.stop:
+            if next_row >= batch_start + batch.num_rows:
+                batch_start, batch = next(batches)
+                continue
+            slices.append(batch[next_row - batch_start : rows.stop - batch_start])
+            next_row += slices[-1].num_rows
+        yield pa.Table.from_batches(slices, schema)
 
 
 def _read_batches(
     parquet: _ParquetFile, ranges: Sequence[range], columns: list[str] | None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Batches of the row groups that hold rows of the ranges, and the row that each begins with."""
-    first = 0
+    group_start = 0
     for group in range(parquet.num_row_groups):
-        end = first + parquet.metadata.row_group(group).num_rows
-        if any(rows.start < end and first < rows.stop for rows in ranges):
+        group_stop = group_start + parquet.metadata.row_group(group).num_rows
+        if any(rows.start < group_stop and group_start < rows.stop for rows in ranges):
             options = {"row_groups": [group], "columns": columns, "use_threads": False}
+            batch_start = group_start
             for batch in parquet.iter_batches(_BATCH_ROWS, **options):
-                yield first, batch
-                first += batch.num_rows
-            if first != end:
+                yield batch_start, batch
+                batch_start += batch.num_rows
+            if batch_start != group_stop:
                 raise UnusableFileError("has other rows than its footer says; write it again")
-        first = end
+        group_start = group_stop
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:

@@ -1,6 +1,7 @@
 """A picture of a handwritten digit, prepared as MNIST's own images were (LeCun et al. 1998)."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -17,6 +18,9 @@ Picture: TypeAlias = str | Path | bytes | Image.Image
 
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are only pixels: for EPS, Pillow would run another program."""
+
+_MAX_PIXELS: Final = 50_000_000
+"""Larger pictures are refused: a file of a few bytes may unfold to any number of pixels."""
 
 _WORKING_SIDE: Final = 1024
 """Larger pictures are scaled down to so many pixels first."""
@@ -51,13 +55,16 @@ def prepare_picture(picture: Picture) -> Pixels:
     drawn = Image.fromarray(ink)
     drawn = drawn.crop(drawn.getbbox())
     scale = _BOX / max(drawn.size)
-    # A line may be thinner than a pixel.
-    width, height = (max(1, round(scale * side)) for side in drawn.size)
-    small = np.asarray(drawn.resize((width, height), Image.Resampling.BICUBIC)).clip(0)
-    small *= 255 / small.max()  # thin strokes have become faint
+    width = max(1, round(scale * drawn.width))  # a line may be thinner than a pixel
+    height = max(1, round(scale * drawn.height))
+    digit = np.asarray(drawn.resize((width, height), Image.Resampling.BICUBIC)).clip(0)
+    digit *= 255 / digit.max()  # thin strokes have become faint
+    mass_of_rows = digit.sum(axis=1)
+    mass_of_columns = digit.sum(axis=0)
+    top = _start_when_centred(mass_of_rows)
+    left = _start_when_centred(mass_of_columns)
     pixels = np.zeros((SIDE, SIDE), np.uint8)
-    top, left = (_first(small.sum(1 - axis)) for axis in (0, 1))
-    pixels[top : top + height, left : left + width] = small.round()
+    pixels[top : top + height, left : left + width] = digit.round()
     return pixels
 
 
@@ -69,7 +76,13 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
             file = locate_existing(str(picture), "picture")
             name, picture = file.display, file.read_bytes()
         if isinstance(picture, bytes):
-            picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
+        picture.draft("RGB", (_WORKING_SIDE, _WORKING_SIDE))  # a large JPEG is decoded smaller
+        size = picture.width * picture.height  # known from the header
+        if size > _MAX_PIXELS:
+            raise RequestError(f"{name}: has {size:,} pixels; scale it down to {_MAX_PIXELS:,}")
         image = ImageOps.exif_transpose(picture).convert("RGBA")
     except (RequestError, StorageError) as error:
         raise RequestError(str(error)) from None
@@ -80,7 +93,7 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
     return name, np.asarray(Image.alpha_composite(white, image).convert("L"), np.float32)
 
 
-def _first(mass: npt.NDArray[np.float32]) -> int:
+def _start_when_centred(mass: npt.NDArray[np.float32]) -> int:
     """Where a digit with this mass by row or column begins, so that its centre is in the middle."""
     centre = np.average(np.arange(len(mass)), weights=mass)
     return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))

@@ -21,7 +21,7 @@ from mnistsum_ray.data.images import (
     Numbers,
     Pixels,
     image_type_error,
-    label_type_error,
+    number_type_error,
     one_chunk,
     pixels_array,
     pixels_view,
@@ -287,7 +287,7 @@ def _describe(
         has = ", ".join(names)
         raise RequestError(f"{file.display}: needs {needed} (--label-column), has {has}")
     types = []
-    for column, type_error in ((image, image_type_error), (label, label_type_error)):
+    for column, type_error in ((image, image_type_error), (label, number_type_error)):
         if column in folders:
             types.append("folder")
             continue

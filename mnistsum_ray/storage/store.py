@@ -1,7 +1,7 @@
 """Files on a disk, and objects in S3, Google Cloud Storage and Azure: read, write, list, delete.
 
 Each write puts a whole file: a reader sees the old content or the new one, whatever kills the
-writer. Object stores are reached through obstore, which retries.
+writer or its machine. Object stores are reached through obstore, which retries.
 """
 
 import io
@@ -12,28 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
-from urllib.parse import parse_qsl
 
 from obstore import exceptions  # noqa: TID251
-from obstore.store import from_url  # noqa: TID251
 
-from mnistsum_ray.errors import ConflictError, MissingFileError, StorageError, shortened
+from mnistsum_ray.errors import ConflictError, MissingFileError, StorageError
+from mnistsum_ray.storage.bucket import first_line, open_store
 
 if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wait for it
     import pyarrow as pa
 
 Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
 """Content of a file; a dict is written as JSON, which has no infinite numbers and no NaN."""
-
-_RETRIES: Final[Any] = {
-    "max_retries": 100,
-    "retry_timeout": timedelta(seconds=50),
-    "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=5)},
-}
 
 _THREADS: Final = 16
 _ITEMS_AT_ONCE: Final = 1000
@@ -95,20 +86,20 @@ class Location:
 
     def status(self) -> Entry | None:
         """The file here; None where there is none, or a folder."""
-        with self.storage_errors("read"), suppress(FileNotFoundError):
-            if self.is_local:
-                path = Path(self.path)
-                return _disk_entry(self.path, path.stat()) if path.is_file() else None
-            # Asked for the key "", a store answers for the bucket.
-            return _object_entry(self.store.head(self.path)) if self.path else None
-        return None
+        with self.storage_errors("read"):
+            try:
+                if self.is_local:
+                    path = Path(self.path)
+                    return _disk_entry(self.path, path.stat()) if path.is_file() else None
+                # Asked for the key "", a store answers for the bucket.
+                return _object_entry(self.store.head(self.path)) if self.path else None
+            except FileNotFoundError:
+                return None
 
     def is_folder(self) -> bool:
         """Whether this is a folder, or a prefix of keys."""
-        if self.is_local:
-            return Path(self.path).is_dir()
         with self.storage_errors("listed"):
-            return any(self.store.list(self.path))
+            return Path(self.path).is_dir() if self.is_local else any(self.store.list(self.path))
 
     def exists(self) -> bool:
         """Whether there is a file or a folder here."""
@@ -130,20 +121,21 @@ class Location:
 
         ConflictError, here or at a later read: it is not the one that was listed.
         """
-        with self.storage_errors("read"):  # makes MissingFileError and ConflictError of Python's
-            listed = listed or self.status()
-            if listed is None:
-                raise FileNotFoundError
-            if not self.is_local:
-                return _ObjectFile(self, listed)
-            import pyarrow as pa
+        listed = listed or self.status()
+        if listed is None:
+            raise self._missing()
+        if not self.is_local:
+            return _ObjectFile(self, listed)
+        import pyarrow as pa
 
+        with self.storage_errors("read"):
             file = pa.OSFile(self.path)
             # Of the open file, which stays readable when another one takes its name.
-            if _disk_entry(self.path, os.fstat(file.fileno())).e_tag != listed.e_tag:
-                file.close()
-                raise FileExistsError
-            return file
+            opened = _disk_entry(self.path, os.fstat(file.fileno()))
+        if opened.e_tag != listed.e_tag:
+            file.close()
+            raise self._conflict()
+        return file
 
     def files(self) -> list[Entry]:
         """All files below a folder, sorted by path; none where the folder is missing.
@@ -208,21 +200,26 @@ class Location:
         except StorageError:
             raise
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
-            raise ConflictError(f"{self.display}: was written by another") from None
+            raise self._conflict() from None
         except (exceptions.BaseError, OSError) as error:
             # Where a write finds no file, its bucket is missing.
-            if what == "written" or not isinstance(error, FileNotFoundError):
-                raise self.error(error, what) from error
-            shared = ", or not on this node; a local path must be on storage that all nodes share"
-            missing = f"{self.display}: is not there{shared if self.is_local else ''}"
-            raise MissingFileError(missing) from None
+            if isinstance(error, FileNotFoundError) and what != "written":
+                raise self._missing() from None
+            raise self.error(error, what) from error
 
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
-        cause = getattr(error, "strerror", None) or _first_line(error)
+        cause = getattr(error, "strerror", None) or first_line(error)
         if "Received redirect without LOCATION" in cause:
             cause += "; give its region as ?region=… or in AWS_REGION"
         return StorageError(f"{self.display}: cannot be {what}: {cause}")
+
+    def _missing(self) -> MissingFileError:
+        shared = ", or not on this node; a local path must be on storage that all nodes share"
+        return MissingFileError(f"{self.display}: is not there{shared if self.is_local else ''}")
+
+    def _conflict(self) -> ConflictError:
+        return ConflictError(f"{self.display}: was written by another")
 
 
 class _ObjectFile(io.RawIOBase):
@@ -279,41 +276,20 @@ def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
     # long the final one is.
     partial = path.with_name(f".mnistsum-partial-{secrets.token_hex(8)}")
     try:
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave a name without its content
         if mode == "create":
             os.link(partial, path)  # fails where there is a file; a rename would replace it
         else:
             partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@cache
-def open_store(bucket: str, query: str) -> Any:
-    """The obstore store of a bucket, which takes its keys from the environment.
-
-    StorageError: an option, or a variable of the environment, is wrong.
-    """
-    given = dict(parse_qsl(query))
-    config: Any = {}
-    if "region" in given:
-        config["region"] = given["region"]
-    endpoint = given.get("endpoint_override")
-    if endpoint and "://" not in endpoint:
-        endpoint = f"{given.get('scheme', 'https')}://{endpoint}"
-    if endpoint:
-        config["base_url" if bucket.startswith("gs:") else "endpoint"] = endpoint
-    options: Any = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
-    try:
-        return from_url(bucket, config=config, **options)
-    except (exceptions.BaseError, ValueError) as error:
-        raise StorageError(f"{bucket}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    """An error's message without the pages that obstore adds for its developers."""
-    text = " ".join(str(error).partition("Debug source")[0].split())
-    return shortened(text) or type(error).__name__
+    folder = os.open(path.parent, os.O_RDONLY)
+    with suppress(OSError):  # some network disks know no fsync of a folder
+        os.fsync(folder)  # for the name
+    os.close(folder)
 
 
 def in_threads(
@@ -330,11 +306,6 @@ def in_threads(
             for answer in pool.map(work, items[start : start + _ITEMS_AT_ONCE]):
                 yield answer
                 on_progress(1)
-
-
-def is_utf8(path: str) -> bool:
-    """Whether a path can be encoded as UTF-8, which Arrow needs; on a disk it may be any bytes."""
-    return path == path.encode(errors="replace").decode()
 
 
 def is_hidden(name: str) -> bool:

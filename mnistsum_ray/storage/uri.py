@@ -9,19 +9,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from mnistsum_ray.errors import RequestError, StorageError
-from mnistsum_ray.storage.store import Location, open_store
+from mnistsum_ray.storage.bucket import open_store
+from mnistsum_ray.storage.store import Location
+
+_OPTIONS: Final = re.compile("region|scheme|endpoint_override|allow_bucket_(creation|deletion)")
+"""What the query of a URI may hold, as Arrow has it; none of it is a key."""
 
 KEYS_REFUSED: Final = (
-    "must have no user info, and no query but region, endpoint_override, scheme and allow_…; "
-    "keys belong in the environment, such as AWS_SECRET_ACCESS_KEY, "
-    "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY or MLFLOW_TRACKING_TOKEN"
+    "must have no user info, and no query but region, endpoint_override, scheme and allow_bucket_…;"
+    " keys belong in the environment, such as AWS_SECRET_ACCESS_KEY, "
+    "GOOGLE_APPLICATION_CREDENTIALS or AZURE_STORAGE_ACCOUNT_KEY"
 )
 """Message on a text that `may_hold_keys`, which it must not quote."""
 
-_PUBLIC_QUERY: Final = re.compile(r"region|endpoint_override|scheme|allow_\w+")
+_USER_INFO: Final = re.compile(
+    r"//[^/?\s@]*:[^\s@]*(@|%40)"  # `//ID:KEY@`, and a key may hold slashes
+    r"|(?<!abfs:)(?<!abfss:)//[^/?\s@:]+(@|%40)"  # `//KEY@`; in Azure it is a container
+)
 
 _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
 """Other names of schemes, and what obstore and Arrow both call them."""
@@ -48,6 +55,8 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
     location = Location(key.strip("/"), f"{scheme}://{bucket}", query)
+    if location.path and {"", ".", ".."}.intersection(location.path.split("/")):
+        raise RequestError(f"{flag} {text}: a name in it is empty, or is . or ..")
     with as_request_error(flag):
         open_store(location.bucket, location.query)
     return location
@@ -90,19 +99,13 @@ def output_base_folder() -> Path:
 
 def may_hold_keys(text: str) -> bool:
     """Whether a URI, perhaps mistyped, has user info, or a query that may be a key."""
+    if _USER_INFO.search(text):
+        return True
     address, _, query = text.partition("?")
-    if "://" not in address:  # `s3:ID:KEY@bucket`, `s3//ID:KEY@bucket`
-        return re.match(r"(\w*//)?\w+:\S*@", text) is not None
-    try:
-        parts = urlsplit(address)
-        _ = parts.port  # ValueError: it is no number, and may be a key
-    except ValueError:
-        return True
-    # The user of Azure is its container.
-    if parts.password is not None or (parts.username and not parts.scheme.startswith("abfs")):
-        return True
-    # A slash in a key ends what is taken for the host and the port: s3://ID:12/3@bucket.
-    if ":" in parts.netloc and "@" in parts.path:
-        return True
-    values = parse_qsl(query, keep_blank_values=True)
-    return any("@" in value or not _PUBLIC_QUERY.fullmatch(name) for name, value in values)
+    options = parse_qsl(query, keep_blank_values=True) if "://" in address else []
+    return any(not _OPTIONS.fullmatch(name) or "@" in value for name, value in options)
+
+
+def hide_keys(text: str) -> str:
+    """The text without the user info of any URI in it, for what is printed."""
+    return _USER_INFO.sub("//…@", text)

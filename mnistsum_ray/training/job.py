@@ -67,7 +67,7 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     config, parameters = request.config, request.hyperparameters
     how_to_go_on = "nothing was begun; the same command tries again"
     try:
-        with folder_lock(request.folder, "--name", console.say):
+        with folder_lock(request.folder, "--name"):
             start = find_start(request, console)
             if request.source.files or not usable_nodes():
                 wait_for_cpu(config.wait_seconds, console.say)

@@ -3,6 +3,7 @@
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,41 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
         **dict.fromkeys(("gone.parquet", "pipe.parquet"), nowhere),
     }
     assert set(inputs.files) == {*NAMES, *inputs.unusable, good, "latest.parquet"}
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_not_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "e":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    said = "^--input .*: cannot be listed: Permission denied$"
+    with pytest.raises(RequestError, match=said):
+        find(folder)
+
+
+DELTA = [("table", True), ("table/*.parquet", True), ("**/*.parquet", True), ("*.parquet", False)]
+
+
+@pytest.mark.parametrize(("text", "is_refused"), DELTA)
+def test_a_table_of_delta_lake_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, is_refused: bool
+) -> None:
+    """It holds files that its log has removed."""
+    said = r"^--input \S+: holds a table of Delta Lake; .*; jobs/recipes/dataset.py scores one$"
+    with serve_s3(monkeypatch) as uri:
+        for root in (str(tmp_path), uri):
+            for name in ("table/_delta_log/0.json", "table/a.parquet", "b.parquet"):
+                (locate(root, "--input") / name).write(b"x")
+            folder, question, query = root.partition("?")
+            refusal = pytest.raises(RequestError, match=said) if is_refused else nullcontext()
+            with refusal:
+                assert [*list_inputs([f"{folder}/{text}{question}{query}"]).files] == ["b.parquet"]
 
 
 def test_an_object_store_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

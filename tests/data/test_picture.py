@@ -2,6 +2,7 @@
 
 import io
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ def photographed(image: Pixels) -> bytes:
     return file.getvalue()
 
 
+def giant(side: int) -> bytes:
+    """A PNG of a few bytes that says in its header that it has so many pixels a side."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    png = file.getvalue()
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + png[24:29]
+    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+
+
 FORMS: dict[str, Callable[[Pixels], Picture]] = {
     "as it is": Image.fromarray,
     "dark, very large": lambda image: large(255 - image, 2000),
@@ -65,6 +75,7 @@ def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, sample: pa.
         assert np.abs(np.array(mass) - 14).max() <= 0.51
 
 
+@pytest.mark.filterwarnings("error")  # Pillow's, which would stand before the line
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     Image.new("L", (50, 50), 255).save(tmp_path / "white.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "white.png").read_bytes()[:60])
@@ -74,8 +85,18 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
         (tmp_path / "white.png", "nothing is drawn on it"),
         (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), "nothing is drawn on it"),
         (tmp_path / "nowhere.png", "is not there"),
+        (giant(8_000), "has 64,000,000 pixels; scale it down to 50,000,000"),
+        (giant(13_000), "has 169,000,000 pixels; scale it down"),
+        (giant(20_000), "cannot be read as a picture"),  # Pillow takes it for a bomb
     ]
     for picture, said in refused:
         name = str(picture) if isinstance(picture, Path) else "the picture"
         with pytest.raises(RequestError, match=f"^{re.escape(name)}: {said}"):
             prepare_picture(picture)
+
+
+def test_a_large_jpeg_is_decoded_smaller(sample: pa.Table) -> None:
+    image = pixels_view(one_chunk(sample["image"]))[0]
+    file = io.BytesIO()
+    large(image, 8_000).save(file, "JPEG")
+    assert likeness(prepare_picture(file.getvalue()), image) > 0.9

@@ -33,7 +33,7 @@ BAD_FILES = {
     "column.parquet": "has a column 'Reason', which scoring would add; rename it",
     r"control\x1b[2J.parquet": "its name holds a control character; rename it",
     "empty.parquet": "is not Parquet, or was cut off",
-    "floats.parquet": "column 'number' has type double, not an integer type",
+    "flags.parquet": "column 'number' has type bool, which holds no whole numbers",
     "footer.parquet": "is not Parquet, or was cut off",
     "missing.parquet": "has no column 'number' but",
     "pages.parquet": "cannot be read",
@@ -70,7 +70,7 @@ def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pages.parquet").write_bytes(whole[:4] + bytes(middle - 4) + whole[middle:])
     tables = {
         "column": table.append_column("Reason", table["day"]),
-        "floats": table.set_column(1, "number", table["number"].cast(pa.float64())),
+        "flags": table.set_column(1, "number", table["number"].cast(pa.bool_())),
         "missing": table.drop_columns(["number"]),
         "shape": pa.table({"image": [{"data": [0] * 784, "shape": 784}], "number": [1]}),
     }

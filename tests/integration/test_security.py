@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 
 from mnistsum_ray import RequestError, load_model
 from mnistsum_ray.storage.store import Location
@@ -45,27 +46,45 @@ def disguised(table: pa.Table, name: str, extension: str, metadata: bytes = b"")
     return table.cast(table.schema.set(index, table.schema.field(index).with_metadata(marks)))
 
 
-@pytest.mark.usefixtures("cluster")
-def test_pickles_in_a_dataset_are_never_executed(
-    model: Path, tmp_path: Path, sample: pa.Table, bomb: bytes
-) -> None:
+@pytest.fixture
+def files(tmp_path: Path, sample: pa.Table, bomb: bytes) -> Path:
+    """A folder of files that hold pickles, in types of Ray."""
     rows = sample[::500].append_column("number", pa.array([1] * 10, pa.int8()))
     pickles = pa.array([bomb] * 10, pa.binary())
     lists = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(10 * 784, np.uint8)), 784)
     images, tensors = (rows.set_column(0, "image", column) for column in (pickles, lists))
     objects = rows.append_column("note", pickles)
-    files = {
+    tables = {
         "objects": disguised(objects, "note", "arrow_pickled_object"),
         "images": disguised(images, "image", "arrow_pickled_object"),
         "tensors": disguised(tensors, "image", "arrow_tensor", bomb),
         "tensors2": disguised(tensors, "image", "arrow_tensor_v2", bomb),
     }
     (tmp_path / "in").mkdir()
-    for name, table in files.items():
+    for name, table in tables.items():
         pq.write_table(table, tmp_path / "in" / f"{name}.parquet")
-    scored = score_here(model, tmp_path / "out", tmp_path / "in")
-    assert scored.line["files"] == 4
-    assert scored.line["rejected_rows"] + scored.line["failed_files"] > 0
+    return tmp_path / "in"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_pickles_in_a_dataset_are_never_executed(model: Path, tmp_path: Path, files: Path) -> None:
+    """Neither when it is scored, nor by a reader of what is scored, who has imported Ray Data."""
+    scored = score_here(model, tmp_path / "out", files)
+    assert (scored.line["files"], scored.line["failed_files"]) == (4, 0)
+    assert scored.line["rejected_rows"] == 10, "a pickle is no image"
+    found = {path.stem: pq.read_table(path) for path in tmp_path.glob("out/predictions/*")}
+    assert found.keys() == {"objects", "images", "tensors", "tensors2"}
+    assert found["objects"]["note"].type == pa.binary(), "passed through as bytes"
+    for table in found.values():
+        table.to_pylist()
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("name", ["objects", "images", "tensors"])
+def test_ray_data_refuses_pickles_by_itself(files: Path, name: str) -> None:
+    """Training reads with it. One that executes them has to be kept from this project."""
+    with pytest.raises(Exception, match=r"arrow_pickled_object|Unable to deserialize"):
+        ray.data.read_parquet(str(files / f"{name}.parquet")).take_all()
 
 
 def test_pickles_in_place_of_weights_are_never_executed(tmp_path: Path, bomb: bytes) -> None:

@@ -134,7 +134,7 @@ def test_a_finished_run_is_resumed_without_training_and_logged_to_mlflow(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     settings = {"storage_path": tmp_path, "name": "mine", "resume": True}
     said = r"another run \(.*\) is writing there; wait for it"
-    held = folder_lock(locate(str(copy), "--name"), "--name", print)
+    held = folder_lock(locate(str(copy), "--name"), "--name")
     with held, pytest.raises(TryAgainError, match=said):
         train_here(**settings)
     unlogged = train_here(mlflow="http://127.0.0.1:9", **settings)

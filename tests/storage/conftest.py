@@ -6,7 +6,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from http.client import HTTPConnection
 from threading import Thread
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from pyarrow.fs import AzureFileSystem
-from werkzeug import Request, Response
 from werkzeug.serving import make_server
 
-from mnistsum_ray.storage.store import Location, open_store
+from mnistsum_ray.storage.bucket import open_store
+from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 
 KEY = (  # of Azurite, as its documentation has it
@@ -41,17 +40,8 @@ def bucket(
 
 @contextmanager
 def serve_s3(patch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Yield the URI of a bucket. The store's clock is an hour slow, as its answers tell."""
-    app = DomainDispatcherApplication(create_backend_app)
-
-    @Request.application
-    def an_hour_slow(request: Request) -> Response:
-        response = Response.from_app(app, request.environ)
-        if response.last_modified:
-            response.last_modified -= timedelta(hours=1)
-        return response
-
-    with serving(an_hour_slow) as port:
+    """Yield the URI of a bucket."""
+    with serving(DomainDispatcherApplication(create_backend_app)) as port:
         ask(port, "PUT", "/bucket")
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

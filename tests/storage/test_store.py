@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from mnistsum_ray.errors import ConflictError, MissingFileError, StorageError
-from mnistsum_ray.storage import store
+from mnistsum_ray.storage import bucket as buckets
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 
@@ -81,7 +81,7 @@ def test_a_missing_file_and_a_storage_that_is_silent_are_two_errors(
     for read in (Location.read_bytes, Location.open):
         with pytest.raises(MissingFileError, match=r"none.*: is not there"):
             read(bucket / "none")
-    monkeypatch.setitem(store._RETRIES, "max_retries", 0)
+    monkeypatch.setitem(buckets._RETRIES, "max_retries", 0)
     nobody = "region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:9"
     silent = locate(f"s3://bucket/x?{nobody}", "--output")
     said = r"^s3://bucket/x\S+: cannot be \w+: Generic S3 error: [^\n]*$"
@@ -133,3 +133,25 @@ def test_a_full_disk_keeps_no_part_of_a_file(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_content_and_name_are_on_the_disk_when_a_write_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a file would be there that is empty, if the content came second."""
+    synced: list[tuple[Path, bool]] = []
+    file = locate(str(tmp_path), "--output") / "file"
+
+    def fsync(number: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{number}").readlink(), file.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    file.create(b"1")
+    (content, is_named), *rest = synced
+    assert (content.parent, is_named) == (tmp_path, False)
+    assert rest == [(tmp_path, True)]
+
+
+def test_a_name_that_the_disk_cannot_have_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"x: cannot be \w+: File name too long$"):
+        locate(str(tmp_path / ("x" * 300)), "--input").exists()

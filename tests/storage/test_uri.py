@@ -10,6 +10,7 @@ from mnistsum_ray import cli
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.uri import (
     empty_output,
+    hide_keys,
     locate,
     locate_existing,
     may_hold_keys,
@@ -56,6 +57,8 @@ def test_a_submitted_job_writes_to_the_home_folder(
         ("nonsense://x/y", "there is no storage nonsense://, but s3://, gs:// and abfs://"),
         ("/tmp/caf\udce9", "holds control characters, or is not UTF-8"),
         ("/tmp/a\0b", "holds control characters, or is not UTF-8"),
+        ("s3://b/a//b", "a name in it is empty, or is . or .."),
+        ("s3://b/../b", "a name in it is empty, or is . or .."),
     ],
 )
 def test_a_path_is_refused_with_the_reason(text: str, said: str) -> None:
@@ -75,7 +78,6 @@ gs://anonymous@b/in gs://topsecret@b/in https://me:topsecret@host
 NO_KEYS = """
 s3://b/a@b:c/*?region=x&scheme=http&endpoint_override=h:1&allow_bucket_creation=true
 abfs://container@a.dfs.core.windows.net/in
-http://127.0.0.1:5000 http://[::1]:5000 sqlite:////tmp/store.db
 /tmp/10:30@home ./10:30@home days/what?now=*
 """
 
@@ -85,11 +87,36 @@ def test_a_text_that_may_hold_a_key_is_known() -> None:
     assert [text for text in NO_KEYS.split() if may_hold_keys(text)] == []
 
 
+def test_user_info_is_cut_out_of_a_message() -> None:
+    for uri in ("http://me:top/secret@h:1/x", "https://topsecret@h/x", "s3://AKIA:topsecret%40b/x"):
+        said = hide_keys(f"cannot read {uri} (no answer); mail a@b, or go on")
+        assert "secret" not in said
+        assert re.fullmatch(r"cannot read \w+://…@\S+ \(no answer\); mail a@b, or go on", said)
+    for text in ("abfs://container@account/a", "http://127.0.0.1:80/x: a@b", "/a/b:c@d"):
+        assert hide_keys(text) == text
+
+
+ENDPOINTS = ["h:99999999", ":80", "http%3A%2F%2F", "http:///x", "a%20b", "ftp%3A%2F%2Fh", "[::1"]
+
+
+def test_an_endpoint_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client of S3 would print pages about a panic."""
+    said = r"^--input s3://\w+: .* must be HOST:PORT or a URL of http or https$"
+    for endpoint in ENDPOINTS:
+        with pytest.raises(RequestError, match=said):
+            locate(f"s3://b/x?endpoint_override={endpoint}", "--input")
+    for number, endpoint in enumerate(("nonsense", "http://", "me:secret@h:1")):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(RequestError, match=said) as refused:
+            locate(f"s3://bucket{number}/x", "--input")
+        assert "AWS_ENDPOINT_URL" in str(refused.value)
+        assert "secret" not in str(refused.value)
+
+
 FLAGS = {
-    "train": "--data --storage-path --mlflow --config --name --epochs --nonsense",
+    "train": "--data --storage-path --config --name --epochs --nonsense",
     "score": "--model --input --output --config",
     "export-pairs": "--data --output --config",
-    "export-model": "--model --output --config",
     "predict": "--model --config",
 }
 """Those that may be given a URI."""

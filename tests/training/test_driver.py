@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> TrainingRun:
 
 def test_a_folder_is_held_by_one_run(run: TrainingRun) -> None:
     with (
-        folder_lock(run.folder, "--name", print),
+        folder_lock(run.folder, "--name"),
         pytest.raises(TryAgainError, match=r"another run .* is writing there"),
     ):
         driver.fit(run, Console(io.StringIO()))
