@@ -11,19 +11,12 @@ from argparse import SUPPRESS
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from functools import partial
-from importlib.util import find_spec
 from types import FrameType
 from typing import Any, Final, TextIO
 
 from mnistsum_ray import __version__
 from mnistsum_ray.arguments import Parser, parse
-from mnistsum_ray.config import (
-    ExportModelConfig,
-    ExportPairsConfig,
-    PredictConfig,
-    ScoreConfig,
-    TrainConfig,
-)
+from mnistsum_ray.config import ExportPairsConfig, PredictConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -96,28 +89,6 @@ def export_pairs(config: ExportPairsConfig) -> Result:
     return written | {"split": config.split, "rows": config.rows, "files": config.files}
 
 
-def export_model(config: ExportModelConfig) -> Result:
-    """Export a model to ONNX (model.onnx), for programs without this package.
-
-    mnistsum export-model --model runs/mine --output exported/
-
-    It takes images uint8[n, 28, 28] and numbers int64[n], and returns pred_digit,
-    digit_prob, pred_sum and sum_prob. Needs the extra onnx.
-    """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        install = f"not installed ({', '.join(missing)}): pip install -e '.[onnx]'"
-        raise RequestError(f"ONNX export needs packages that are {install}")
-
-    from mnistsum_ray.export import onnx  # imports torch, which takes seconds: after the checks
-    from mnistsum_ray.reporting.console import Console
-
-    console = Console()
-    line = onnx.export_model(config, console.say)
-    console.say(f"written: {line['output']}")
-    return line
-
-
 def predict(config: PredictConfig) -> Result:
     """Look at a picture of a digit: which is it, and what is digit + number?
 
@@ -144,7 +115,6 @@ COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
     "train": (train, TrainConfig, "train the network"),
     "score": (score, ScoreConfig, "score Parquet files with a trained model"),
     "export-pairs": (export_pairs, ExportPairsConfig, "write example input for scoring"),
-    "export-model": (export_model, ExportModelConfig, "write a model for other programs"),
     "predict": (predict, PredictConfig, "answer for one picture and a number"),
 }
 """What a command runs, the class of its config, and its meaning."""

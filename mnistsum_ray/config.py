@@ -125,9 +125,6 @@ class TrainConfig(JobConfig):
     """name of the run and of its folder [a new unique name]"""
     resume: bool | Literal["auto"] = False
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
-    mlflow: str | None = None
-    """MLflow server (http://...) or store (sqlite:///...) that the finished run is logged to, and
-    its model registered; needs the extra mlflow [none]"""
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -142,8 +139,6 @@ class TrainConfig(JobConfig):
             raise ValueError("`num_workers`: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
         if self.resume and self.name is None:
             raise ValueError("`resume`: needs `name`, the run to continue")
-        if self.mlflow and not self.mlflow.startswith(("http://", "https://", "sqlite:///")):
-            raise ValueError("`mlflow`: must be http(s)://HOST:PORT or sqlite:///FILE")
         return self
 
 
@@ -236,15 +231,6 @@ class ExportPairsConfig(JobConfig):
         if self.files > self.rows:
             raise ValueError(f"`files` {self.files}: more files than rows ({self.rows})")
         return self
-
-
-class ExportModelConfig(JobConfig):
-    """Config of an export of a model."""
-
-    model: str
-    """folder or URI of a training run, or of its model folder"""
-    output: str
-    """folder or URI for the files; it must be empty or not exist"""
 
 
 class PredictConfig(JobConfig):

@@ -1,8 +1,11 @@
 """Results of the jobs: `fit` and `score` return them, and the commands print them as JSON."""
 
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
+
+MANIFEST: Final = "manifest.json"
+"""Written last, in the folder of a run and in that of an output: then it is finished."""
 
 
 class Result(BaseModel):

@@ -7,7 +7,6 @@ import secrets
 import shlex
 from dataclasses import dataclass, fields
 from datetime import datetime
-from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -15,10 +14,9 @@ from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe
 from mnistsum_ray.data.inputs import components_below, real_path
 from mnistsum_ray.data.sources import Source, StartProgress, no_progress, open_source
 from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, shell_command
+from mnistsum_ray.reporting.results import MANIFEST
 from mnistsum_ray.storage.store import Location, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
-
-MANIFEST: Final = "manifest.json"
 
 _HYPERPARAMETERS: Final = [field.name for field in fields(Hyperparameters)]
 
@@ -73,8 +71,6 @@ def preflight(config: TrainConfig, progress: StartProgress = no_progress) -> Tra
             config = _resumed(config, begun_with)
         else:
             _check_free(folder, name, begun)
-    if config.mlflow:
-        config = config.model_copy(update={"mlflow": _mlflow(config.mlflow)})
     source = open_source(config.data, progress)
     _check_outside_data(storage, source)
     recipe = recipe_defaults(config.recipe, small=len(source.train) < SMALL_ROWS)
@@ -105,16 +101,6 @@ def _check_outside_data(storage: Location, source: Source) -> None:
             f"--storage-path {storage.display}: lies in --data {data.display}, whose next run "
             "would take the files of this one for data; put it elsewhere"
         )
-
-
-def _mlflow(uri: str) -> str:
-    """The URI with an absolute path, if what logs to it is installed."""
-    missing = [name for name in ("mlflow", "onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        problem = f"packages that are not installed ({', '.join(missing)})"
-        raise RequestError(f"--mlflow needs {problem}: pip install -e '.[mlflow]'")
-    path = uri.removeprefix("sqlite:///")
-    return uri if path == uri else f"sqlite:///{output_base_folder() / path}"
 
 
 def _resumed(config: TrainConfig, stored: TrainConfig) -> TrainConfig:

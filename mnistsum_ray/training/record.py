@@ -15,14 +15,14 @@ import yaml
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.data.sources import Source
-from mnistsum_ray.errors import RequestError, RunError, counted, one_line, shell_command
+from mnistsum_ray.errors import RequestError, RunError, counted, shell_command
 from mnistsum_ray.model.folder import write_model
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.reporting.report import REPORT, versions, write_report
-from mnistsum_ray.reporting.results import HeldOutMetrics, SplitRows, TrainResult
+from mnistsum_ray.reporting.results import MANIFEST, HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.lock import FolderLock
 from mnistsum_ray.training.analysis import FinishedModel
-from mnistsum_ray.training.preflight import MANIFEST, TrainingRun
+from mnistsum_ray.training.preflight import TrainingRun
 
 
 @dataclass
@@ -154,18 +154,4 @@ class RunRecord:
         self.lock.check()
         self.manifest = manifest  # from here on the run is neither stopped nor failed
         (folder / MANIFEST).write(manifest)
-        if self.run.config.mlflow:
-            self._log_to_mlflow(description)
         return result
-
-    def _log_to_mlflow(self, description: dict[str, Any]) -> None:
-        """Log the finished run to MLflow; a line says where, or why not."""
-        uri = self.run.config.mlflow
-        try:
-            from mnistsum_ray.reporting.mlflow import log_run  # needs the extra `mlflow`
-
-            given = (self.manifest, self.history, description, self.run.folder)
-            self.say(f"MLflow: run {log_run(*given)} at {uri}")
-        except Exception as error:  # from the network to a missing client of the server's storage
-            kept = "the run is complete, and --resume logs it again"
-            self.say(f"--mlflow {uri}: {one_line(error)}; {kept}")

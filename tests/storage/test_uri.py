@@ -86,10 +86,9 @@ def test_a_text_that_may_hold_a_key_is_known() -> None:
 
 
 FLAGS = {
-    "train": "--data --storage-path --mlflow --config --name --epochs --nonsense",
+    "train": "--data --storage-path --config --name --epochs --nonsense",
     "score": "--model --input --output --config",
     "export-pairs": "--data --output --config",
-    "export-model": "--model --output --config",
     "predict": "--model --config",
 }
 """Those that may be given a URI."""
