@@ -4,7 +4,7 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -33,45 +33,71 @@ class JobConfig(BaseModel):
 
 RecipeName = Literal["quick", "short", "long"]
 
-RECIPES: Final = {
-    "epochs": ((1, 5, 30), (3, 3, 40)),
-    "batch_size": ((128, 256, 128), (64, 64, 64)),
-    "learning_rate": ((0.05, 0.02, 0.02), (0.05, 0.05, 0.02)),
-    "distortion": ((0.5, 0.5, 1.0), (0.5, 0.5, 1.0)),
-    "label_smoothing": ((0.05, 0.0, 0.05), (0.05, 0.05, 0.05)),
-    "dropout": ((0.0, 0.0, 0.25), (0.0, 0.0, 0.25)),
-    "sum_head_steps": ((1_000, 2_000, 2_000), (1_000, 1_000, 2_000)),
+RECIPES: Final[dict[str, dict[str, Any]]] = {
+    "quick": {
+        "epochs": 1,
+        "batch_size": 128,
+        "learning_rate": 0.05,
+        "distortion": 0.5,
+        "label_smoothing": 0.05,
+        "dropout": 0.0,
+        "sum_head_steps": 1_000,
+    },
+    "short": {
+        "epochs": 5,
+        "batch_size": 256,
+        "learning_rate": 0.02,
+        "distortion": 0.5,
+        "label_smoothing": 0.0,
+        "dropout": 0.0,
+        "sum_head_steps": 2_000,
+    },
+    "long": {
+        "epochs": 30,
+        "batch_size": 128,
+        "learning_rate": 0.02,
+        "distortion": 1.0,
+        "label_smoothing": 0.05,
+        "dropout": 0.25,
+        "sum_head_steps": 2_000,
+    },
 }
-"""Values of the recipes quick, short and long; then those for fewer than SMALL_ROWS training rows.
 
-An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
-epochs. Few steps need a higher learning rate and label smoothing.
-"""
+# An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
+# epochs. Few steps need a higher learning rate and label smoothing.
+FOR_FEW_ROWS: Final[dict[str, dict[str, Any]]] = {
+    "quick": {"epochs": 3, "batch_size": 64},
+    "short": {
+        "epochs": 3,
+        "batch_size": 64,
+        "learning_rate": 0.05,
+        "label_smoothing": 0.05,
+        "sum_head_steps": 1_000,
+    },
+    "long": {"epochs": 40, "batch_size": 64},
+}
+"""What is different with fewer than SMALL_ROWS training rows."""
 
 SMALL_ROWS: Final = 20_000
 
 
 def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
     """Hyperparameters that a recipe sets; `small` for fewer than SMALL_ROWS training rows."""
-    column = get_args(RecipeName).index(name)
-    settings = {}
-    for field, (many_rows, few_rows) in RECIPES.items():
-        settings[field] = few_rows[column] if small else many_rows[column]
-    return settings
+    return RECIPES[name] | (FOR_FEW_ROWS[name] if small else {})
 
 
-def _recipe(name: str, text: str, **limits: Any) -> Any:
+def _recipe(field: str, text: str, **limits: Any) -> Any:
     """An optional field that the recipe sets: its help is the text, and the recipes' values."""
-    many_rows, few_rows = RECIPES[name]
-    values = _by_recipe(many_rows)
-    if few_rows != many_rows:
-        values += f"; under {SMALL_ROWS:,} rows {_by_recipe(few_rows)}"
+    values = _of_recipes(field, small=False)
+    for_few_rows = _of_recipes(field, small=True)
+    if for_few_rows != values:
+        values += f"; under {SMALL_ROWS:,} rows {for_few_rows}"
     return Field(default=None, description=f"{text} [{values}]", **limits)
 
 
-def _by_recipe(values: tuple[float, ...]) -> str:
-    named = zip(get_args(RecipeName), values, strict=True)
-    return ", ".join(f"{name} {value:g}" for name, value in named)
+def _of_recipes(field: str, *, small: bool) -> str:
+    values = [f"{name} {recipe_defaults(name, small=small)[field]:g}" for name in RECIPES]
+    return ", ".join(values)
 
 
 class TrainConfig(JobConfig):
