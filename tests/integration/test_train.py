@@ -29,7 +29,7 @@ def done(cluster: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run with all that a run draws: numbers, order, distortions, dropout."""
     flags: list[Any] = ["--recipe", "long", "--epochs", 3, "--sum-head-steps", 100]
     flags += ["--precision", "fp32"]  # as plain PyTorch below
-    return run_job(*training(data, tmp_path_factory.mktemp("runs"), *flags), address=cluster)
+    return run_job(*training(data, tmp_path_factory.mktemp("läufe"), *flags), address=cluster)
 
 
 @pytest.fixture(scope="module")
