@@ -24,8 +24,9 @@ storage = str(Path("tuned").resolve())
 def trial(chosen: dict[str, Any]) -> None:
     """A run of the trial's name. It reports each epoch, where the scheduler may end it."""
     settings = {"data": args.data, "epochs": args.epochs, "storage_path": storage, **chosen}
-    # Its worker reserves a CPU for its thread, beside the little that the trial holds.
-    config = TrainConfig(**settings, name=tune.get_context().get_trial_name(), threads=1)
+    settings["name"] = tune.get_context().get_trial_name()
+    # The worker reserves a CPU for its thread, beside the little that the trial holds.
+    config = TrainConfig(**settings, num_workers=1, threads=1)
     fit(config, callbacks=[TuneReportCallback()])
 
 

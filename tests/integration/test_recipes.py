@@ -76,30 +76,33 @@ def test_plain_pytorch_as_in_the_document(folder: Path, monkeypatch: pytest.Monk
     assert names["sum_logits"].shape == (3, 19)
 
 
-def test_mlflow_has_each_epoch_of_runs_that_finish_and_that_are_stopped(
+def test_mlflow_has_each_epoch_at_once_and_the_end_of_a_run_that_is_stopped(
     cluster: str, folder: Path
 ) -> None:
-    run_recipe(folder, "mlflow_callback", *train_flags(folder, "short", 2), address=cluster)
+    place: dict[str, Any] = {"address": cluster, "cwd": folder}
+    job = Job("recipes/mlflow_callback", *train_flags(folder, "short", 2), **place)
+    job.wait_for_line("on the Ray cluster")  # the recipe has made MLflow's tables
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (finished,) = client.search_runs(["0"])
-    assert (finished.info.status, finished.data.params["epochs"]) == ("FINISHED", "2")
-    logged = client.get_metric_history(finished.info.run_id, "test/sum_accuracy")
+
+    def runs_named(name: str) -> list[Any]:
+        return list(client.search_runs(["0"], f"attributes.run_name = '{name}'"))
+
+    job.wait_until(lambda: any("test/loss" in run.data.metrics for run in runs_named("short")))
+    assert job.process.poll() is None, "the training goes on"
+    assert job.wait().code == 0
+    (run,) = runs_named("short")
+    assert (run.info.status, run.data.params["epochs"]) == ("FINISHED", "2")
+    logged = client.get_metric_history(run.info.run_id, "test/sum_accuracy")
     history = history_of(folder / "runs" / "short")
     assert [entry.value for entry in logged] == [line["test"]["sum_accuracy"] for line in history]
-    (place,) = folder.glob("mlruns/**/model")
-    assert load_model(place)
+    (model,) = folder.glob("mlruns/**/model")
+    assert load_model(model)
 
-    long = Job(
-        "recipes/mlflow_callback", *train_flags(folder, "long", 1000), address=cluster, cwd=folder
-    )
-
-    def long_runs() -> list[Any]:
-        return list(client.search_runs(["0"], "attributes.run_name = 'long'"))
-
-    long.wait_until(lambda: any("test/loss" in run.data.metrics for run in long_runs()))
-    long.process.send_signal(signal.SIGTERM)
-    assert long.wait().code != 0
-    assert [run.info.status for run in long_runs()] == ["FAILED"]
+    job = Job("recipes/mlflow_callback", *train_flags(folder, "stopped", 2), **place)
+    job.wait_until(lambda: runs_named("stopped"))
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait().code != 0
+    assert runs_named("stopped")[0].info.status == "FAILED"
 
 
 def test_tensorboard_has_each_epoch(cluster: str, folder: Path) -> None:
