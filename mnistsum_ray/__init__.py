@@ -18,35 +18,43 @@ from typing import TYPE_CHECKING, Any, Final
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:
-    from mnistsum_ray.api import fit, load_model, predict, predict_rows, save_model, score
-    from mnistsum_ray.config import ScoreConfig, TrainConfig
-    from mnistsum_ray.data.picture import prepare_picture
-    from mnistsum_ray.errors import RequestError, RunError, TryAgainError
-    from mnistsum_ray.reporting.results import ScoreResult, TrainResult
+    from mnistsum_ray.api import fit as fit
+    from mnistsum_ray.api import load_model as load_model
+    from mnistsum_ray.api import predict as predict
+    from mnistsum_ray.api import predict_rows as predict_rows
+    from mnistsum_ray.api import save_model as save_model
+    from mnistsum_ray.api import score as score
+    from mnistsum_ray.config import ScoreConfig as ScoreConfig
+    from mnistsum_ray.config import TrainConfig as TrainConfig
+    from mnistsum_ray.data.picture import prepare_picture as prepare_picture
+    from mnistsum_ray.errors import RequestError as RequestError
+    from mnistsum_ray.errors import RunError as RunError
+    from mnistsum_ray.errors import TryAgainError as TryAgainError
+    from mnistsum_ray.reporting.results import ScoreResult as ScoreResult
+    from mnistsum_ray.reporting.results import TrainResult as TrainResult
 
-__all__ = [
-    "RequestError",
-    "RunError",
-    "ScoreConfig",
-    "ScoreResult",
-    "TrainConfig",
-    "TrainResult",
-    "TryAgainError",
-    "fit",
-    "load_model",
-    "predict",
-    "predict_rows",
-    "prepare_picture",
-    "save_model",
-    "score",
-]
+_MODULES: Final = {
+    "RequestError": "errors",
+    "RunError": "errors",
+    "ScoreConfig": "config",
+    "ScoreResult": "reporting.results",
+    "TrainConfig": "config",
+    "TrainResult": "reporting.results",
+    "TryAgainError": "errors",
+    "fit": "api",
+    "load_model": "api",
+    "predict": "api",
+    "predict_rows": "api",
+    "prepare_picture": "data.picture",
+    "save_model": "api",
+    "score": "api",
+}
+
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     # Imports on first use: torch and Ray take seconds to import, and `--help` needs neither.
-    modules = ("errors", "config", "api") if name in __all__ else ()
-    for module in modules:
-        found = import_module(f"{__name__}.{module}")
-        if hasattr(found, name):
-            return getattr(found, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,5 +1,6 @@
 """Python API: train and score on a cluster; load a model, and predict in this process."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,6 @@ from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.model.heads import added_column
-from mnistsum_ray.overrides import quiet_logger
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 from mnistsum_ray.storage.uri import as_request_error, empty_output, locate_existing
@@ -88,17 +88,31 @@ def _on_cluster(console: Console, run: str) -> Iterator[None]:
     """Join a cluster or start one; an error there says so if its head is gone."""
     console.run = run
     console.say(connect())
-    import_module("ray.data")  # now, since its import sets the level of its logger
-    # Ray's warnings advise what the user of a job cannot do, and repeat what its console says.
-    with quiet_logger("ray", "ray.data"), warnings.catch_warnings():
-        # Ray 2.60 has no other way to limit how often a process is started again.
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+    with _quiet_ray():
         try:
             yield
         except RunError as error:
             if head_answers():
                 raise
             raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error
+
+
+@contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Hide Ray's warnings: they advise what the user of a job cannot do, or repeat its console."""
+    import_module("ray.data")  # now, since its import sets the level of its logger
+    loggers = [logging.getLogger("ray"), logging.getLogger("ray.data")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # Ray 2.60 has no other way to limit how often a process is started again.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def load_model(model: str | Path) -> "Network":

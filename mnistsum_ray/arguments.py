@@ -2,6 +2,7 @@
 
 import re
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections import defaultdict
 from io import BytesIO
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -108,19 +109,29 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _message(errors: list[Any], kind: type[JobConfig], flags: dict[str, Any]) -> str:
-    """One line on the missing settings, or else on pydantic's first error, with the flag or key."""
+    """One line on the missing settings, or else on the wrong ones, each by its flag or key."""
     missing = [_flag(error["loc"][0]) for error in errors if error["type"] == "missing"]
     if missing:
         where = "on the command line or in the config file (--help has examples)"
         return f"{', '.join(missing)}: required, {where}"
-    place = errors[0]["loc"][:1]
-    said = [error["msg"] for error in errors if error["loc"][:1] == place]  # a union has several
-    texts = [text.removeprefix("Value error, ") for text in said]
-    message = ", or ".join(text[:1].lower() + text[1:] for text in texts)
-    if not place:  # validators write `field`, since `TrainConfig(...)` in Python has no flags
+    errors_of: dict[str, list[Any]] = defaultdict(list)
+    for error in errors:
+        setting = error["loc"][0] if error["loc"] else ""
+        errors_of[setting].append(error)
+    return "; ".join(_problem(setting, errors_of[setting], kind, flags) for setting in errors_of)
+
+
+def _problem(setting: str, errors: list[Any], kind: type[JobConfig], flags: dict[str, Any]) -> str:
+    """What is wrong with a setting; where its type is a union, each type has an error."""
+    texts = []
+    for error in errors:
+        text = error["msg"].removeprefix("Value error, ")
+        texts.append(text[:1].lower() + text[1:])
+    message = ", or ".join(texts)
+    if not setting:  # validators write `field`, since `TrainConfig(...)` in Python has no flags
         return re.sub(r"`([a-z_]+)`", lambda field: _flag(field[1]), message)
-    name = _flag(place[0]) if place[0] in flags else f"key {place[0]!r} of the config file"
+    name = _flag(setting) if setting in flags else f"key {shortened(setting)!r} of the config file"
     if errors[0]["type"] == "extra_forbidden":
-        hint = did_you_mean(place[0], kind.model_fields)
+        hint = did_you_mean(setting, kind.model_fields)
         return f"{name}: there is no such setting{hint} (--help lists them)"
     return f"{name}: {message}, got {shortened(repr(errors[0]['input']))}"

@@ -11,19 +11,12 @@ from argparse import SUPPRESS
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from functools import partial
-from importlib.util import find_spec
 from types import FrameType
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 from mnistsum_ray import __version__
 from mnistsum_ray.arguments import Parser, parse
-from mnistsum_ray.config import (
-    ExportModelConfig,
-    ExportPairsConfig,
-    PredictConfig,
-    ScoreConfig,
-    TrainConfig,
-)
+from mnistsum_ray.config import ExportPairsConfig, PredictConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -34,15 +27,13 @@ from mnistsum_ray.errors import (
     shell_command,
 )
 
-_REPEAT_SECONDS: Final = 2.0
-"""A signal so soon after another is the same one: `timeout` and terminals send it twice."""
-
 _HELP: Final = """
 The value of an unset flag is in brackets below; a bare flag that takes true or
 false says true. Standard output gets one JSON object, the result; a terminal
 gets it with --json only. Exit codes: 0 done, 2 the request is invalid, 75 try
-again later (no resources in time, no cluster, a folder that another run holds),
-128 + N stopped by signal N, 1 anything else.
+again later (no resources in time, no cluster or a lost one, storage that does
+not answer, a folder that another run holds), 128 + N stopped by signal N,
+1 anything else.
 """
 """What `--help` says of every command."""
 
@@ -96,28 +87,6 @@ def export_pairs(config: ExportPairsConfig) -> Result:
     return written | {"split": config.split, "rows": config.rows, "files": config.files}
 
 
-def export_model(config: ExportModelConfig) -> Result:
-    """Export a model to ONNX (model.onnx), for programs without this package.
-
-    mnistsum export-model --model runs/mine --output exported/
-
-    It takes images uint8[n, 28, 28] and numbers int64[n], and returns pred_digit,
-    digit_prob, pred_sum and sum_prob. Needs the extra onnx.
-    """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        install = f"not installed ({', '.join(missing)}): pip install -e '.[onnx]'"
-        raise RequestError(f"ONNX export needs packages that are {install}")
-
-    from mnistsum_ray.export import onnx  # imports torch, which takes seconds: after the checks
-    from mnistsum_ray.reporting.console import Console
-
-    console = Console()
-    line = onnx.export_model(config, console.say)
-    console.say(f"written: {line['output']}")
-    return line
-
-
 def predict(config: PredictConfig) -> Result:
     """Look at a picture of a digit: which is it, and what is digit + number?
 
@@ -144,7 +113,6 @@ COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
     "train": (train, TrainConfig, "train the network"),
     "score": (score, ScoreConfig, "score Parquet files with a trained model"),
     "export-pairs": (export_pairs, ExportPairsConfig, "write example input for scoring"),
-    "export-model": (export_model, ExportModelConfig, "write a model for other programs"),
     "predict": (predict, PredictConfig, "answer for one picture and a number"),
 }
 """What a command runs, the class of its config, and its meaning."""
@@ -172,66 +140,67 @@ def main(argv: list[str] | None = None) -> int:
 def run(job: Callable[[], Result], show_json: bool) -> int:
     """Run a job, whose result is the last line on standard output; return its exit code.
 
-    SIGINT, SIGTERM or SIGHUP stops it: one line says how to go on, and the code is 128 + signal.
+    SIGTERM and SIGHUP do what Ctrl-C does: a line says how to go on, and the code is 128 + signal.
     """
-    stdout, stop = sys.stdout, StopOnSignals()
+    stdout, stop = sys.stdout, StopSignals()
     with redirect_stdout(sys.stderr):  # what Ray's threads print at any time
         try:
             result = job()
-            code = stop.exit_code = 0  # from here on a signal changes nothing
+            stop.ignore()
+            code = 0
             if show_json:
-                _write_line(json.dumps(result, allow_nan=False), stdout)
+                _write(f"{json.dumps(result, allow_nan=False)}\n", stdout.fileno())
         except (RequestError, RunError, KeyboardInterrupt) as error:
-            code = stop.exit_code = _explain(error, stop.received)
+            stop.ignore()
+            code = _explain(error, stop.received)
+        stop.handle_by(lambda *_: os._exit(code))
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a cluster of this process ends with its processes
     gc.freeze()  # Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
     return code
 
 
-def _write_line(text: str, stdout: TextIO) -> None:
-    """Write the result. The reader of a pipe may have closed it, which is no error."""
+def _write(text: str, file: int) -> None:
     try:
-        print(text, file=stdout, flush=True)
+        # Without Python's buffer, which it would try to write again at its end.
+        os.write(file, text.encode())
     except OSError as error:
-        # Python would try again at its end, and say so.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise RunError(f"standard output cannot be written: {error.strerror}") from None
+        raise RunError(f"standard output cannot be written: {error.strerror}") from None
 
 
-class StopOnSignals:
-    """From here on a stop signal raises KeyboardInterrupt, and a second one ends the process."""
+class StopSignals:
+    """A stop signal raises KeyboardInterrupt, and a second one ends the process."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.exit_code: int | None = None
-        """Of a job that is over: no signal changes it any more."""
-        self._received_at = 0.0
+        self.handle_by(self._interrupt)
+
+    def handle_by(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        """From here on this handles the stop signals."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # `nohup` ignores SIGHUP, and a script's `&` SIGINT.
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._receive)
+                signal.signal(number, handler)
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self._received_at = signal.Signals(number), now
-            if self.exit_code is None:
-                raise KeyboardInterrupt
-            return
-        if now - self._received_at < _REPEAT_SECONDS:
-            return  # the same signal again
-        if self.exit_code is None:
-            os._exit(128 + self.received)
-        os._exit(self.exit_code)
+    def ignore(self) -> None:
+        self.handle_by(lambda *_: None)
+
+    def _interrupt(self, number: int, _: FrameType | None) -> None:
+        self.received, received_at = signal.Signals(number), time.monotonic()
+
+        def end(number: int, _: FrameType | None) -> None:
+            if time.monotonic() > received_at + 1:  # `timeout` sends its signal twice
+                os._exit(128 + number)
+
+        self.handle_by(end)
+        raise KeyboardInterrupt
 
 
 def _explain(error: BaseException, received: signal.Signals | None) -> int:
     """Say why the job has ended, and how to go on; return the exit code."""
     text, code = f"error: {error}", 1
     if isinstance(error, KeyboardInterrupt):
-        received = received or signal.SIGINT
+        received = received or signal.SIGINT  # Ray Train has its own handler of this one
     if received:
         how = str(error) or "nothing was begun, and the same command begins again"
         text, code = f"stopped by {received.name}; {how}", 128 + received

@@ -4,7 +4,7 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -33,44 +33,67 @@ class JobConfig(BaseModel):
 
 RecipeName = Literal["quick", "short", "long"]
 
-RECIPES: Final = {
-    "epochs": ((1, 5, 30), (3, 3, 40)),
-    "batch_size": ((128, 256, 128), (64, 64, 64)),
-    "learning_rate": ((0.05, 0.02, 0.02), (0.05, 0.05, 0.02)),
-    "distortion": ((0.5, 0.5, 1.0), (0.5, 0.5, 1.0)),
-    "label_smoothing": ((0.05, 0.0, 0.05), (0.05, 0.05, 0.05)),
-    "dropout": ((0.0, 0.0, 0.25), (0.0, 0.0, 0.25)),
+RECIPES: Final[dict[str, dict[str, Any]]] = {
+    "quick": {
+        "epochs": 1,
+        "batch_size": 128,
+        "learning_rate": 0.05,
+        "distortion": 0.5,
+        "label_smoothing": 0.05,
+        "dropout": 0.0,
+    },
+    "short": {
+        "epochs": 5,
+        "batch_size": 256,
+        "learning_rate": 0.02,
+        "distortion": 0.5,
+        "label_smoothing": 0.0,
+        "dropout": 0.0,
+    },
+    "long": {
+        "epochs": 30,
+        "batch_size": 128,
+        "learning_rate": 0.02,
+        "distortion": 1.0,
+        "label_smoothing": 0.05,
+        "dropout": 0.25,
+    },
 }
-"""Values of the recipes quick, short and long; then those for fewer than SMALL_ROWS training rows.
 
-An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
-epochs. Few steps need a higher learning rate and label smoothing.
-"""
+# An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
+# epochs. Few steps need a higher learning rate and label smoothing.
+FOR_FEW_ROWS: Final[dict[str, dict[str, Any]]] = {
+    "quick": {"epochs": 3, "batch_size": 64},
+    "short": {
+        "epochs": 3,
+        "batch_size": 64,
+        "learning_rate": 0.05,
+        "label_smoothing": 0.05,
+    },
+    "long": {"epochs": 40, "batch_size": 64},
+}
+"""What is different with fewer than SMALL_ROWS training rows."""
 
 SMALL_ROWS: Final = 20_000
 
 
 def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
     """Hyperparameters that a recipe sets; `small` for fewer than SMALL_ROWS training rows."""
-    column = get_args(RecipeName).index(name)
-    settings = {}
-    for field, (many_rows, few_rows) in RECIPES.items():
-        settings[field] = few_rows[column] if small else many_rows[column]
-    return settings
+    return RECIPES[name] | (FOR_FEW_ROWS[name] if small else {})
 
 
-def _recipe(name: str, text: str, **limits: Any) -> Any:
+def _recipe(field: str, text: str, **limits: Any) -> Any:
     """An optional field that the recipe sets: its help is the text, and the recipes' values."""
-    many_rows, few_rows = RECIPES[name]
-    values = _by_recipe(many_rows)
-    if few_rows != many_rows:
-        values += f"; under {SMALL_ROWS:,} rows {_by_recipe(few_rows)}"
+    values = _of_recipes(field, small=False)
+    for_few_rows = _of_recipes(field, small=True)
+    if for_few_rows != values:
+        values += f"; under {SMALL_ROWS:,} rows {for_few_rows}"
     return Field(default=None, description=f"{text} [{values}]", **limits)
 
 
-def _by_recipe(values: tuple[float, ...]) -> str:
-    named = zip(get_args(RecipeName), values, strict=True)
-    return ", ".join(f"{name} {value:g}" for name, value in named)
+def _of_recipes(field: str, *, small: bool) -> str:
+    values = [f"{name} {recipe_defaults(name, small=small)[field]:g}" for name in RECIPES]
+    return ", ".join(values)
 
 
 class LabelledDataConfig(JobConfig):
@@ -127,9 +150,6 @@ class TrainConfig(LabelledDataConfig):
     """name of the run and of its folder [a new unique name]"""
     resume: bool | Literal["auto"] = False
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
-    mlflow: str | None = None
-    """MLflow server (http://...) or store (sqlite:///...) that the finished run is logged to, and
-    its model registered; needs the extra mlflow [none]"""
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -144,8 +164,6 @@ class TrainConfig(LabelledDataConfig):
             raise ValueError("`num_workers`: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
         if self.resume and self.name is None:
             raise ValueError("`resume`: needs `name`, the run to continue")
-        if self.mlflow and not self.mlflow.startswith(("http://", "https://", "sqlite:///")):
-            raise ValueError("`mlflow`: must be http(s)://HOST:PORT or sqlite:///FILE")
         return self
 
 
@@ -235,15 +253,6 @@ class ExportPairsConfig(LabelledDataConfig):
         if self.files > self.rows:
             raise ValueError(f"`files` {self.files}: more files than rows ({self.rows})")
         return self
-
-
-class ExportModelConfig(JobConfig):
-    """Config of an export of a model."""
-
-    model: str
-    """folder or URI of a training run, or of its model folder"""
-    output: str
-    """folder or URI for the files; it must be empty or not exist"""
 
 
 class PredictConfig(JobConfig):

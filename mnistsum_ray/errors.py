@@ -57,9 +57,11 @@ def one_line(error: BaseException) -> str:
 def root_cause(error: BaseException) -> str:
     """The line of an error's message that names the cause.
 
-    Ray keeps the exception of a task as `cause`. Other messages may hold the traceback of another
-    process, which ends with the cause; Ray's OutOfMemoryError begins with it, and ends with advice.
+    Ray keeps the exception of a task as `cause`, and Ray Train that of a lost worker as
+    `health_check_failure`. Other messages may hold the traceback of another process, which ends
+    with the cause; Ray's OutOfMemoryError begins with it, and ends with advice.
     """
+    error = getattr(error, "health_check_failure", error)
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
         first, *_ = str(cause).strip().splitlines() or [""]

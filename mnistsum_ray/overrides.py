@@ -1,22 +1,8 @@
-"""Override log levels and environment variables of other packages while a block runs."""
+"""Override environment variables of other packages while a block runs."""
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-
-@contextmanager
-def quiet_logger(*names: str) -> Iterator[None]:
-    """Hide the messages below ERROR of loggers: advice of a library that a user cannot follow."""
-    before = {name: logging.getLogger(name).level for name in names}
-    for name, level in before.items():
-        logging.getLogger(name).setLevel(max(level, logging.ERROR))
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

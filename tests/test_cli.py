@@ -126,8 +126,8 @@ DONE = (0, '{"done": true}\n', "")
     [
         (TERM, 0, None, (143, "", "stopped by SIGTERM; what is saved stays\n")),
         # `timeout` sends its signal twice; a later one ends the process at once.
-        (INT, 1, 0, (130, "", "stopped by SIGINT; what is saved stays\n")),
-        (INT, 60, 2.5, (130, "", "")),
+        (HUP, 1, 0, (129, "", "stopped by SIGHUP; what is saved stays\n")),
+        (INT, 60, 1.5, (130, "", "")),
     ],
 )
 def test_a_signal_stops_a_job_and_another_its_cleanup(
@@ -154,6 +154,18 @@ def test_a_signal_after_the_result_changes_nothing() -> None:
     assert job.stdout.readline() == DONE[1]
     job.send_signal(TERM)
     assert end(job) == (0, "", "")
+
+
+def test_a_result_that_nobody_gets_is_an_error() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", _JOB.format(work=0, cleanup=0)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    said = "ready\nerror: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

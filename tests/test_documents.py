@@ -10,13 +10,13 @@ from tests.jobs import ROOT
 
 PACKAGE = ROOT / "mnistsum_ray"
 SHOWN = re.compile(
-    r"(?:python jobs/|mnistsum (?=[a-z-]+ --|predict ))([a-z_-]+)(?:\.py)?([^\n`#]*)"
+    r"(?:python jobs/|mnistsum (?=[a-z-]+ --|predict ))([a-z_/-]+)(?:\.py)?([^\n`#]*)"
 )
 
 
 def test_a_command_that_is_shown_parses() -> None:
     files = [ROOT / "README.md", ROOT / "cluster.yaml", PACKAGE / "cli.py"]
-    files += [*ROOT.glob(".deploy/*"), *ROOT.glob("jobs/*.py")]
+    files += [*ROOT.glob(".deploy/*"), *ROOT.glob("jobs/**/*.py")]
     texts = [re.sub(r"\\\n#?", " ", file.read_text()) for file in files]
     commands = {command for text in texts for command in SHOWN.findall(text)}
     assert len(commands) > 20

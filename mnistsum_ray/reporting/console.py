@@ -1,7 +1,6 @@
 """Console output of a running job, on standard error: lines, and below them a progress bar."""
 
 import builtins
-import io
 import sys
 import threading
 import time
@@ -20,9 +19,6 @@ LINE_SECONDS: Final = 30.0
 """Where there is no bar, progress is a line after so much time without a line."""
 SILENCE_SECONDS: Final = 60.0
 """Time without a line or progress after which a line says so."""
-
-_LINE: Final = "{desc}: {n:,} of {total:,}{postfix}, {rate_fmt}, {remaining} left"
-"""Progress as a line, of what tqdm knows."""
 
 
 class Progress:
@@ -54,11 +50,12 @@ class Console:
         """Once it is set, each line begins with the time of day and this name."""
         self._stream = stream or sys.stderr
         self._has_bars = self._stream.isatty() or hasattr(builtins, "__IPYTHON__")
-        self._bar_options: dict[str, Any] = {"file": self._stream, "dynamic_ncols": True}
-        if not self._has_bars:  # nobody sees the bar: tqdm only formats the line that says it
-            self._bar_options = {"file": io.StringIO(), "bar_format": _LINE}
         self._bar: Any = None
-        self._line_time = self._heard = time.monotonic()
+        # What `progress` was told of last, and how far that was at first.
+        self._work, self._first_done, self._work_began = "", 0, 0.0
+        self._last_line = time.monotonic()
+        self._last_sign = time.monotonic()
+        """Of the last line or progress."""
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +71,7 @@ class Console:
         def watch() -> None:
             wait = SILENCE_SECONDS
             while not ended.wait(wait):
-                silent = time.monotonic() - self._heard
+                silent = time.monotonic() - self._last_sign
                 wait = SILENCE_SECONDS - silent
                 if wait <= 0:
                     wait = SILENCE_SECONDS
@@ -89,7 +86,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Write a line."""
-        self._heard = time.monotonic()
+        self._last_sign = time.monotonic()
         self._write(text)
 
     def say_lines(self, text: str) -> None:
@@ -103,24 +100,39 @@ class Console:
         with suppress(OSError):  # its reader has closed it; the job goes on
             tqdm.write(printable(text), file=self._stream)
             self._stream.flush()
-        self._line_time = time.monotonic()
+        self._last_line = time.monotonic()
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show how far some work is: by a bar of its own, or in a log by a line now and then."""
-        self._heard = time.monotonic()
+        self._last_sign = time.monotonic()
         if done >= total:  # some totals are estimates
             self._close_bar()
-            return
+            self._work = ""
+        elif self._has_bars:
+            self._show_bar(what, done, total, note)
+        else:
+            self._say_progress(what, done, total, note)
+
+    def _show_bar(self, what: str, done: int, total: int, note: str) -> None:
         with suppress(OSError):
             bar = self._bar
             if bar is None or (bar.desc, bar.total) != (what, total) or bar.n > done:
                 self._close_bar()
-                options = self._bar_options | {"total": total, "initial": done}
-                self._bar = tqdm(desc=what, leave=False, unit="", disable=False, **options)
+                options: dict[str, Any] = {"total": total, "initial": done, "file": self._stream}
+                options |= {"desc": what, "leave": False, "unit": "", "dynamic_ncols": True}
+                self._bar = tqdm(disable=False, **options)
             self._bar.n = done
-            self._bar.set_postfix_str(note, refresh=self._has_bars)
-            if not self._has_bars and self._heard - self._line_time >= LINE_SECONDS:
-                self.say(str(self._bar))
+            self._bar.set_postfix_str(note)
+
+    def _say_progress(self, what: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if what != self._work or done < self._first_done:
+            self._work, self._first_done, self._work_began = what, done, now
+        if now - self._last_line >= LINE_SECONDS:
+            per_second = (done - self._first_done) / max(now - self._work_began, 1e-9)
+            left = tqdm.format_interval((total - done) / per_second) if per_second else "?"
+            known = f"{what}: {done:,} of {total:,}" + (f", {note}" if note else "")
+            self.say(f"{known}, {per_second:,.1f}/s, {left} left")
 
     def _close_bar(self) -> None:
         with suppress(OSError):

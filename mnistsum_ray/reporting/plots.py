@@ -1,7 +1,6 @@
 """Pictures of training runs as PNG files, drawn from numbers that are also in the run's JSON files.
 
-Blue is the digit and what is right, orange the sum and what is wrong: they differ with any kind of
-colour blindness.
+Blue is the digit, orange the sum: they differ with any kind of colour blindness.
 """
 
 import io
@@ -9,13 +8,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
-from matplotlib import colormaps, style
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.model.heads import HEADS
 
 _STYLE: Final[dict[Any, Any]] = {
@@ -27,24 +26,22 @@ _STYLE: Final[dict[Any, Any]] = {
     "figure.dpi": 150,
 }
 
-_ACROSS: Final = 6
-"""Most images beside each other."""
-
 
 def draw_history(history: list[dict[str, Any]]) -> Figure:
     """Loss and error (100 % less the accuracy) of each head by epoch."""
     figure = Figure(figsize=(9, 4))
     losses, errors = figure.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
-    times, means = [], []
+    times, step_losses = [], []
     for entry in history:
-        steps, _ = entry["step_losses"][-1]  # the last of the epoch
-        times += [entry["epoch"] - 1 + step / steps for step, _ in entry["step_losses"]]
-        means += [loss for _, loss in entry["step_losses"]]
-    losses.plot(times, means, color="grey", linewidth=1, label="training")
+        steps_of_epoch, _ = entry["step_losses"][-1]
+        for step, loss in entry["step_losses"]:
+            times.append(entry["epoch"] - 1 + step / steps_of_epoch)
+            step_losses.append(loss)
+    losses.plot(times, step_losses, color="grey", linewidth=1, label="training")
     for split, line in (("validation", "o:"), ("test", "o-")):
-        means = [entry[split]["loss"] for entry in history]
-        losses.plot(epochs, means, line, color="black", label=split)
+        split_losses = [entry[split]["loss"] for entry in history]
+        losses.plot(epochs, split_losses, line, color="black", label=split)
         for index, head in enumerate(HEADS):
             wrong = [100 - 100 * entry[split][f"{head.name}_accuracy"] for entry in history]
             errors.plot(epochs, wrong, line, color=f"C{index}", label=f"{head.name}, {split}")
@@ -61,21 +58,18 @@ def draw_history(history: list[dict[str, Any]]) -> Figure:
 
 
 def draw_confusion(confusion: list[list[int]]) -> Figure:
-    """Rows by true digit (down) and predicted digit (across); right ones blue, mistakes orange."""
+    """Counts by true digit (down) and predicted digit (across)."""
     counts = np.array(confusion)
-    right = np.eye(len(counts), dtype=bool)
-    # On a logarithmic scale a mistake can be seen beside a thousand right ones.
-    shades = LogNorm(0.3, max(10, counts.max()))(np.maximum(counts, 0.3))
-    colors = np.where(right[..., None], colormaps["Blues"](shades), colormaps["Oranges"](shades))
-    colors[counts == 0] = 1
     figure = Figure(figsize=(6.5, 6))
     axes = figure.subplots()
-    axes.imshow(colors)
+    # On a logarithmic scale a mistake can be seen beside a thousand right ones.
+    shades = LogNorm(0.5, max(10, counts.max()), clip=True)
+    axes.imshow(counts, "Blues", norm=shades)
     axes.grid(visible=False)
     for (true, predicted), count in np.ndenumerate(counts):
-        color = "white" if shades[true, predicted] > 0.6 else "black"
-        text = f"{count:,}" if count else ""
-        axes.text(predicted, true, text, ha="center", va="center", fontsize=9, color=color)
+        if count:
+            color = "white" if shades(count) > 0.6 else "black"
+            axes.text(predicted, true, f"{count:,}", ha="center", va="center", color=color)
     share = np.trace(counts) / counts.sum()
     axes.set_title(f"digits: {share:.2%} of {counts.sum():,} rows correct")
     axes.set(xlabel="predicted digit", ylabel="true digit")
@@ -83,22 +77,23 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
     return figure
 
 
-def draw_mistakes(mistakes: list[dict[str, Any]], images: npt.NDArray[np.uint8]) -> Figure:
+def draw_mistakes(mistakes: list[dict[str, Any]], images: Pixels) -> Figure:
     """Each mistake of the manifest's error analysis with its image, uint8[n, 28, 28]."""
-    down = max(1, -(-len(mistakes) // _ACROSS))
+    across = 6
+    down = max(1, -(-len(mistakes) // across))
     figure = Figure(figsize=(9, 0.6 + 2.1 * down))
     figure.suptitle(f"the {len(mistakes)} most confident mistakes on test images")
-    panels = figure.subplots(down, _ACROSS, squeeze=False).ravel()
+    panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes in panels:
         axes.axis("off")
     for axes, mistake, image in zip(panels, mistakes, images, strict=False):
         axes.imshow(image, "gray", vmin=0, vmax=255)  # as the data are, light or dark
         lines = [f"image + {mistake['number']}"]
         for head in HEADS:
-            predicted, share = mistake[f"pred_{head.name}"], mistake[f"{head.name}_prob"]
+            predicted = mistake[f"pred_{head.name}"]
             true = head.target(mistake["digit"], mistake["number"])
             wrong = "" if predicted == true else f", not {true}"
-            lines.append(f"{head.name} {predicted} ({share:.0%}){wrong}")
+            lines.append(f"{head.name} {predicted} ({mistake[f'{head.name}_prob']:.0%}){wrong}")
         axes.set_title("\n".join(lines), fontsize=9)
     return figure
 
@@ -108,13 +103,13 @@ def draw_reliability(heads: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(4.5 * len(heads), 4))
     panels = figure.subplots(1, len(heads), squeeze=False).ravel()
     for index, (name, head) in enumerate(heads.items()):
-        bins = head["reliability"]
-        rows, probability, right = map(np.array, (bins["rows"], bins["probability"], bins["right"]))
+        rows = np.array(head["reliability"]["rows"])
+        used = rows > 0
+        probability = np.array(head["reliability"]["probability"])[used] / rows[used]
+        accuracy = np.array(head["reliability"]["right"])[used] / rows[used]
         axes = panels[index]
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect calibration")
-        used = rows > 0
-        x, y = probability[used] / rows[used], right[used] / rows[used]
-        axes.plot(x, y, "o", color=f"C{index}", label="accuracy")
+        axes.plot(probability, accuracy, "o", color=f"C{index}", label="accuracy")
         axes.set_title(f"{name}: expected calibration error {head['ece']:.4f}")
         axes.set(xlabel="predicted probability", ylabel="accuracy")
         axes.legend(loc="lower right")

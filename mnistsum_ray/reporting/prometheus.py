@@ -5,7 +5,9 @@ Ray sends its last values to the agent of its node, which keeps counters while R
 gauges for 20 s.
 """
 
+from contextlib import suppress
 from typing import Any, Final
+from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge
 
@@ -21,11 +23,15 @@ GAUGES: Final = {
 
 
 class JobMetrics:
-    """Metrics of one job; tags: `kind` (train or score) and `run` (the run or output folder)."""
+    """Metrics of one job, which never end it: where Ray refuses one, it is missing.
+
+    Tags: `kind` (train or score) and `run` (the run or output folder, percent-encoded: Ray's tags
+    must be ASCII).
+    """
 
     def __init__(self, kind: str, run: str, rows: int = 0) -> None:
         """Args: rows that an earlier job has done, which do not count here."""
-        tags = {"kind": kind, "run": run}
+        tags = {"kind": kind, "run": quote(run, safe="/:")}
         self._metrics: dict[str, Any] = {}
         for metric, texts in ((Counter, COUNTERS), (Gauge, GAUGES)):
             for name, text in texts.items():
@@ -39,11 +45,14 @@ class JobMetrics:
         """
         for short, total in totals.items():
             name = f"mnistsum_{short}"
-            if total > self._counted[name]:
-                self._metrics[name].inc(total - self._counted[name])
+            more = total - self._counted[name]
+            if more > 0:
+                with suppress(Exception):
+                    self._metrics[name].inc(more)
                 self._counted[name] = total
 
     def set(self, **values: float) -> None:
         """Set gauges, named without `mnistsum_`."""
         for name, value in values.items():
-            self._metrics[f"mnistsum_{name}"].set(value)
+            with suppress(Exception):
+                self._metrics[f"mnistsum_{name}"].set(value)

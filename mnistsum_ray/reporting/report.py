@@ -91,15 +91,18 @@ def _reasons(title: str, counts: dict[str, Any]) -> Table:
 
 
 def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
-    keys = ("started", "finished", "workers", "precision", "data", "hardware", "versions")
-    entries = {key: manifest[key] for key in keys if key in manifest}
-    rows = []
+    settings = dict(manifest["config"])
     # The manifest knows what the config has left open, as its precision.
-    for key, value in (manifest["config"] | entries | {"weights": model}).items():
+    for key in ("started", "finished", "workers", "precision", "data", "hardware", "versions"):
+        settings[key] = manifest.get(key, settings.get(key))
+    settings["weights"] = model
+    rows = []
+    for key, value in settings.items():
         if isinstance(value, dict):
-            shown = [name for name in value if name != "bad_rows" and value[name] is not None]
-            value = ", ".join(f"{name} {value[name]}" for name in shown)
-        if value is not None:
+            entries = {name: entry for name, entry in value.items() if entry is not None}
+            entries.pop("bad_rows", None)  # which have a table of their own
+            rows.append((key, ", ".join(f"{name} {entry}" for name, entry in entries.items())))
+        elif value is not None:
             rows.append((key.replace("_", "-"), value))
     return "Configuration", (), rows
 
@@ -133,20 +136,20 @@ def write_report(
 ) -> None:
     """Write the pictures and report.html of a run; what cannot be drawn never costs the run."""
     analysis = manifest["error_analysis"]
-    shown: dict[str, tuple[Any, ...]] = {
+    numbers_of: dict[str, tuple[Any, ...]] = {
         "history.png": (history,),
         "confusion.png": (analysis["confusion"],),
         "mistakes.png": (analysis["mistakes"], mistake_images),
         "reliability.png": (analysis["probabilities"],),
     }
-    drawn = {}
-    for name, figures in shown.items():
+    pictures = {}
+    for name, numbers in numbers_of.items():
         try:
             from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
 
-            drawn[name] = plots.png(name, *figures)
+            pictures[name] = plots.png(name, *numbers)
         except Exception as error:  # such as of a font that a user's settings name
             say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
-    for name, picture in drawn.items():
+    for name, picture in pictures.items():
         (folder / name).write(picture)
-    (folder / REPORT).write(report_page(manifest, description, drawn).encode())
+    (folder / REPORT).write(report_page(manifest, description, pictures).encode())

@@ -5,7 +5,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 MANIFEST: Final = "manifest.json"
-"""In the folder of a run and of an output: totals, config and versions of a finished job."""
+"""Written last, in the folder of a run and in that of an output: then it is finished."""
 
 
 class Result(BaseModel):

@@ -34,10 +34,9 @@ from mnistsum_ray.errors import (
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.prometheus import JobMetrics
-from mnistsum_ray.reporting.results import ScoreResult
+from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
 from mnistsum_ray.scoring.actor import Report, Score
 from mnistsum_ray.scoring.output import (
-    MANIFEST,
     RUN_FILE,
     begin,
     delete_output,

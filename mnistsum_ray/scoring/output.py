@@ -25,13 +25,13 @@ from mnistsum_ray.errors import ConflictError, MissingFileError, RequestError, U
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.report import REPORT
+from mnistsum_ray.reporting.results import MANIFEST
 from mnistsum_ray.scoring.parts import COUNTS_KEY, PREDICTIONS, STAMP_KEY, Part
 from mnistsum_ray.scoring.request import Request
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
 
 RUN_FILE: Final = "run.json"
 FILES_TABLE: Final = "files.parquet"
-MANIFEST: Final = "manifest.json"
 
 RUN_FORMAT: Final = "mnistsum_ray.score/3"
 """Format of run.json and the manifest, of the stamps, and of how files are cut into parts."""

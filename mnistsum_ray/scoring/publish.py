@@ -13,8 +13,8 @@ from mnistsum_ray.errors import RunError, counted, percent
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.report import REPORT, scored_page, versions
-from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring.output import FILES_TABLE, MANIFEST, RUN_FORMAT, RowCounts
+from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
+from mnistsum_ray.scoring.output import FILES_TABLE, RUN_FORMAT, RowCounts
 from mnistsum_ray.scoring.parts import PREDICTIONS
 from mnistsum_ray.scoring.request import Request
 

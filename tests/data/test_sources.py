@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mnistsum_ray.data.idx import IDX_FILES
 from werkzeug import Response
 from werkzeug.middleware.shared_data import SharedDataMiddleware
 
-from mnistsum_ray.data.idx import IDX_FILES
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.sources import Block, Source, open_source

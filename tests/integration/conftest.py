@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import ray
@@ -174,6 +175,6 @@ def metrics_of(folder: str) -> dict[str, float]:
         lines = answer.read().decode().splitlines()
     found: dict[str, float] = defaultdict(float)
     for line in lines:
-        if line.startswith("ray_mnistsum") and f'run="{folder}"' in line:
+        if line.startswith("ray_mnistsum") and f'run="{quote(folder)}"' in line:
             found[re.split(r"[{ ]", line)[0]] += float(line.rsplit(" ", 1)[1])
     return found

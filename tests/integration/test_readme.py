@@ -74,7 +74,6 @@ def test_the_commands_of_train_and_score(folder: Path, monkeypatch: pytest.Monke
     assert [each["status"] for each in runs] == ["finished", "finished"]
     scored = json.loads(Path("days-scored/manifest.json").read_text())["totals"]
     assert (scored["scored_rows"], scored["failed_files"]) == (1_250, 0)
-    assert Path("exported/model.onnx").exists()
 
 
 @pytest.mark.slow

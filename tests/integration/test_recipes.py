@@ -1,117 +1,181 @@
-"""The blocks of .readme/recipes.md run as they stand."""
+"""Each file of jobs/recipes runs as it is, as a process; so does the code in .readme/recipes.md."""
 
 import json
 import shutil
+import signal
+import time
+import urllib.error
 import urllib.request
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
+from mlflow import MlflowClient
 from PIL import Image
-from ray import serve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mnistsum_ray.config import ExportModelConfig
+from mnistsum_ray import load_model
 from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.export.onnx import export_model
-from tests.conftest import plain_predictions, write_sample
-from tests.jobs import ROOT, free_port, history_of
+from tests.conftest import check_predictions, plain_predictions, write_sample
+from tests.jobs import ROOT, Job, free_port, history_of, run_job
 
 pytestmark = pytest.mark.slow
 
-RECIPES = (ROOT / ".readme" / "recipes.md").read_text()
+ANSWERS = ("pred_digit", "digit_prob", "pred_sum", "sum_prob")
 
 
 @pytest.fixture
-def folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the run runs/mine."""
+def folder(model: Path, tmp_path: Path) -> Path:
+    """The working folder, with the run runs/mine, the rows of a training, and a picture."""
     shutil.copytree(model, tmp_path / "runs" / "mine")
-    monkeypatch.chdir(tmp_path)
+    write_sample(tmp_path / "rows.parquet", 500)
+    pixels = np.full((100, 100), 255, np.uint8)
+    pixels[20:28, 30:70] = 0  # a dark seven on a light background
+    pixels[28:80, 62:70] = 0
+    Image.fromarray(pixels).save(tmp_path / "seven.png")
     return tmp_path
 
 
-def run_recipe(title: str, *changes: tuple[str, str]) -> dict[str, Any]:
-    """Run the block under a title, in which texts are replaced by others; return its names."""
-    section = RECIPES.partition(f"**{title}")[2]
-    code = section.partition("```python\n")[2].partition("```")[0]
-    for written, other in changes:
-        assert written in code
-        code = code.replace(written, other)
-    names: dict[str, Any] = {"__name__": "recipe"}
-    exec(compile(code, title, "exec"), names)
-    return names
+def run_recipe(folder: Path, name: str, *args: object, **options: Any) -> str:
+    """Run a recipe to its end; return its standard output."""
+    done = run_job(f"recipes/{name}", *args, cwd=folder, **options)
+    assert done.code == 0, done.err
+    return done.out
 
 
-def test_onnx_runtime_and_plain_pytorch_give_the_same_answers(folder: Path, pixels: Pixels) -> None:
-    export_model(ExportModelConfig(model="runs/mine", output="exported"), print)
-    onnx = run_recipe("ONNX Runtime")
-    torch_logits = run_recipe("Plain PyTorch")["sum_logits"]
-    expected = plain_predictions(folder / "runs" / "mine", onnx["images"], onnx["numbers"])
-    assert onnx["pred_digit"].tolist() == expected["pred_digit"].tolist()
-    assert onnx["pred_sum"].tolist() == torch_logits.argmax(1).tolist()
-    assert np.allclose(onnx["sum_prob"], torch_logits.softmax(1).max(1).values, atol=1e-3)
-    digits, numbers = pixels[::500], np.arange(10)  # the images of the recipes are black
-    pred_digit, _, pred_sum, _ = onnx["session"].run(None, {"image": digits, "number": numbers})
-    expected = plain_predictions(folder / "runs" / "mine", digits, numbers)
-    assert pred_digit.tolist() == expected["pred_digit"].tolist()
-    assert pred_sum.tolist() == expected["pred_sum"].tolist()
+def train_flags(folder: Path, name: str, epochs: int) -> list[Any]:
+    few = ["--sum-head-steps", 5, "--threads", 1]
+    return ["--data", folder / "rows.parquet", "--name", name, "--epochs", epochs, *few]
 
 
-def test_pictures_become_rows(folder: Path) -> None:
-    write_picture(folder / "seven.png")
-    (folder / "photos.csv").write_text("file,number\nseven.png,5\n")
-    run_recipe("Your own pictures")
-    (row,) = pq.read_table("photos.parquet").to_pylist()
-    assert (len(row["image"]), row["number"]) == (784, 5)
+def test_an_onnx_file_answers_as_pytorch_and_not_for_other_numbers(
+    folder: Path, pixels: Pixels
+) -> None:
+    run_recipe(folder, "onnx_export", "--model", "runs/mine", "--output", "mine.onnx")
+    session = onnxruntime.InferenceSession(folder / "mine.onnx")
+    images, numbers = pixels[::100], np.arange(50) % 10
+    found = session.run(ANSWERS, {"image": images, "number": numbers})
+    expected = plain_predictions(folder / "runs" / "mine", images, numbers)
+    for name, values in zip(ANSWERS, found, strict=True):
+        assert np.allclose(values, expected[name], atol=1e-3), name
+    others = session.run(ANSWERS, {"image": images[:3], "number": np.array([-1, 10, 9])})
+    assert others[2].tolist()[:2] == [-1, -1]
+    assert np.isnan(others[3]).tolist() == [True, True, False]
 
 
-def test_ray_serve_answers_for_a_picture(cluster: str, folder: Path) -> None:
-    write_picture(folder / "seven.png")
-    # A replica has another current folder.
-    recipe = run_recipe("Ray Serve", ("runs/mine", str(folder / "runs" / "mine")))
-    port = free_port()
-    serve.start(http_options={"port": port})
-    try:
-        serve.run(recipe["app"])
-        picture = (folder / "seven.png").read_bytes()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/?number=5", picture) as answer:
-            assert set(json.load(answer)) == {"digit", "sum", "unsure"}
-    finally:
-        serve.shutdown()
+def test_plain_pytorch_as_in_the_document(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = (ROOT / ".readme" / "recipes.md").read_text()
+    code = document.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["sum_logits"].shape == (3, 19)
 
 
-def test_ray_tune_finds_the_best_trial(cluster: str, folder: Path) -> None:
-    results = run_recipe("Ray Tune", few_rows(folder), ("[0.02, 0.05]", "[0.02]"))["results"]
-    assert not results.errors
-    assert len(results) == 1
+def test_mlflow_has_each_epoch_at_once_and_the_end_of_a_run_that_is_stopped(
+    cluster: str, folder: Path
+) -> None:
+    place: dict[str, Any] = {"address": cluster, "cwd": folder}
+    job = Job("recipes/mlflow_callback", *train_flags(folder, "short", 2), **place)
+    job.wait_for_line("on the Ray cluster")  # the recipe has made MLflow's tables
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+
+    def runs_named(name: str) -> list[Any]:
+        return list(client.search_runs(["0"], f"attributes.run_name = '{name}'"))
+
+    job.wait_until(lambda: any("test/loss" in run.data.metrics for run in runs_named("short")))
+    assert job.process.poll() is None, "the training goes on"
+    assert job.wait().code == 0
+    (run,) = runs_named("short")
+    assert (run.info.status, run.data.params["epochs"]) == ("FINISHED", "2")
+    logged = client.get_metric_history(run.info.run_id, "test/sum_accuracy")
+    history = history_of(folder / "runs" / "short")
+    assert [entry.value for entry in logged] == [line["test"]["sum_accuracy"] for line in history]
+    (model,) = folder.glob("mlruns/**/model")
+    assert load_model(model)
+
+    job = Job("recipes/mlflow_callback", *train_flags(folder, "stopped", 2), **place)
+    job.wait_until(lambda: runs_named("stopped"))
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait().code != 0
+    assert runs_named("stopped")[0].info.status == "FAILED"
 
 
-def test_tensorboard_shows_each_epoch(cluster: str, folder: Path) -> None:
-    trained = run_recipe("TensorBoard", few_rows(folder))["trained"]
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    expected: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in history_of(trained.run):
-        expected["train/loss"][line["epoch"]] = line["train_loss"]
+def test_tensorboard_has_each_epoch(cluster: str, folder: Path) -> None:
+    run_recipe(folder, "tensorboard_callback", *train_flags(folder, "mine2", 2), address=cluster)
+    events = EventAccumulator(str(folder / "tensorboard" / "mine2")).Reload()
+    for line in history_of(folder / "runs" / "mine2"):
+        values = {"train/loss": line["train_loss"]}
         for split in ("validation", "test"):
-            for name, value in line[split].items():
-                expected[f"{split}/{name}"][line["epoch"]] = value
-    assert set(events.Tags()["scalars"]) == expected.keys()
-    for tag, values in expected.items():
-        assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(values)
+            values |= {f"{split}/{name}": value for name, value in line[split].items()}
+        for tag, value in values.items():
+            shown = {event.step: event.value for event in events.Scalars(tag)}
+            assert shown[line["epoch"]] == pytest.approx(value), tag
 
 
-def few_rows(folder: Path) -> tuple[str, str]:
-    """Replaces the sample in a recipe by a tenth of it."""
-    rows = write_sample(folder / "rows.parquet", 500)
-    return 'data="sample"', f'data="{rows}", sum_head_steps=5'
+def test_tune_reports_each_epoch_of_trials_by_name(cluster: str, folder: Path) -> None:
+    out = run_recipe(
+        folder, "tune", "--data", folder / "rows.parquet", "--epochs", 2, address=cluster
+    )
+    assert "'learning_rate': 0.0" in out.splitlines()[-1]
+    trials = sorted(path.name for path in (folder / "tuned").iterdir())
+    assert len(trials) == 2
+    results = [*Path.home().glob(f"ray_results/*/{trials[0]}_*/result.json")]
+    lines = [json.loads(line) for line in results[0].read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
 
 
-def write_picture(file: Path) -> None:
-    """A dark seven on a light background, 100 x 100."""
-    pixels = np.full((100, 100), 255, np.uint8)
-    pixels[20:28, 30:70] = 0
-    pixels[28:80, 62:70] = 0
-    Image.fromarray(pixels).save(file)
+def test_serve_answers_for_a_picture_and_says_what_is_wrong(folder: Path) -> None:
+    port, picture = free_port(), (folder / "seven.png").read_bytes()
+    server = Job("recipes/serve", "runs/mine", port, cwd=folder)
+
+    def ask(query: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{query}", body) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def is_up() -> bool:
+        try:
+            return ask("?number=5", picture)[0] == 200
+        except (urllib.error.URLError, ValueError):
+            time.sleep(0.5)
+            return False
+
+    server.wait_until(is_up)
+    assert set(ask("?number=5", picture)[1]) == {"digit", "sum", "unsure"}
+    assert ask("?number=5", b"none")[1]["detail"].endswith(
+        "cannot be read as a picture; save it as PNG"
+    )
+    wrong = [("?number=10", picture), ("?number=x", picture), ("", picture), ("?number=5", b"none")]
+    assert [ask(*request)[0] for request in wrong] == [422] * 4
+    server.kill()
+
+
+def test_photos_become_rows_and_one_that_is_missing_a_rejected_one(folder: Path) -> None:
+    (folder / "photos.csv").write_text("file,number\nseven.png,5\nnone.png,3\n")
+    run_recipe(folder, "photos", "photos.csv", "photos.parquet")
+    seven, missing = pq.read_table(folder / "photos.parquet").to_pylist()
+    assert (seven["file"], seven["number"], len(seven["image"])) == ("seven.png", 5, 784)
+    assert (missing["number"], missing["image"]) == (3, None)
+
+
+def test_a_delta_table_is_scored_without_the_rows_that_it_has_removed(
+    cluster: str, folder: Path, sample: Any, pixels: Pixels
+) -> None:
+    ids, numbers = np.arange(len(sample)), np.arange(len(sample)) % 10
+    pairs = sample.append_column("id", [ids]).append_column("number", [numbers])
+    write_deltalake(folder / "pairs", pairs[:100])
+    write_deltalake(folder / "pairs", pairs[200:220], mode="overwrite")
+    write_deltalake(folder / "pairs", pairs[4000:4020], mode="append")
+    run_recipe(folder, "dataset", "runs/mine", folder / "pairs", folder / "scored", address=cluster)
+    scored = pq.read_table(folder / "scored").sort_by("id")
+    rows = [*range(200, 220), *range(4000, 4020)]
+    assert scored["id"].to_pylist() == rows
+    model = folder / "runs" / "mine"
+    check_predictions(scored, plain_predictions(model, pixels[rows], numbers[rows]))

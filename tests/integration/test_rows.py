@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from mnistsum_ray.training.pipeline import StepsInOrder, start_name
 from ray._private.internal_api import memory_summary
 
 from mnistsum_ray.data.images import pixels_array, pixels_view
@@ -23,7 +24,6 @@ from mnistsum_ray.data.randomness import (
 from mnistsum_ray.data.sources import Block, open_source
 from mnistsum_ray.errors import RequestError, RunError
 from mnistsum_ray.training import driver, pipeline
-from mnistsum_ray.training.pipeline import StepsInOrder, start_name
 from mnistsum_ray.training.rows import TrainingData, load_blocks
 from mnistsum_ray.training.trainer import Batch, TrainingBatches
 from tests.conftest import write_sample

@@ -8,18 +8,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from mnistsum_ray.model.sum_head import finetune_sum_head
 from torch import Tensor, nn
 
 from mnistsum_ray import RequestError, load_model, predict_rows, save_model
-from mnistsum_ray.config import ExportModelConfig
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.randomness import NUMBERS, mix_ids
-from mnistsum_ray.export.onnx import export_model
 from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, fit_temperatures, score_rows
 from mnistsum_ray.model.network import Network, Scores, divide_scores, score_digits
-from mnistsum_ray.model.sum_head import finetune_sum_head
 from tests.training import CPU, as_worker, new_trainer
 
 EVEN = Head("even", 2, lambda digits, numbers: 1 - digits % 2)
@@ -125,9 +123,6 @@ def test_it_is_trained_asked_and_exported(sample: pa.Table, tmp_path: Path) -> N
     right = answered["pred_even"].to_numpy() == 1 - table["digit"].to_numpy() % 2
     assert right.mean() > 0.8
     assert set(map(len, answered["even_probs"].to_pylist())) == {2}
-
-    config = ExportModelConfig(model=str(tmp_path), output=str(tmp_path / "exported"))
-    assert export_model(config, print)["largest_difference"] < 1e-4
 
 
 def test_dropout_that_it_does_not_have_is_refused() -> None:

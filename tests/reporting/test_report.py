@@ -1,31 +1,37 @@
-"""The report page of a training. That of a scoring: tests/integration/test_score.py."""
+"""The report of a training and its pictures. That of a scoring: tests/integration/test_score.py."""
 
+import io
 import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
+from PIL import Image
 
 from mnistsum_ray.reporting import plots
 from mnistsum_ray.reporting.report import write_report
 from mnistsum_ray.storage.store import Location
-from tests.reporting.test_plots import EPOCH, IMAGES, MISTAKE
 
 TEST = {"rows": 10, "loss": 0.25, "digit_accuracy": 0.91, "sum_accuracy": 0.8}
-DESCRIPTION = {"parameters": 220_125, "sha256": "f" * 64, "epoch": 1, "test": TEST}
+NO_ERROR = TEST | {"digit_accuracy": 1.0, "sum_accuracy": 1.0}
+EPOCH: dict[str, Any] = {"epoch": 1, "step_losses": [[5, 2.0], [9, 1.0]]}
+EPOCH |= {"test": TEST, "validation": TEST}
+MISTAKE: dict[str, Any] = {"digit": 3, "number": 4}
+MISTAKE |= {"pred_digit": 5, "digit_prob": 0.9, "pred_sum": 9, "sum_prob": 0.8}
+IMAGES = np.zeros((8, 28, 28), np.uint8)
 BINS = {"rows": [0] * 14 + [9_000], "probability": [0.0] * 14 + [8_900.0], "right": [0] * 14 + [1]}
-ANALYSIS: dict[str, Any] = {
-    "confusion": (np.eye(10, dtype=int) * 50).tolist(),
-    "mistakes": [MISTAKE] * 8,
-    "probabilities": {head: {"ece": 0.01, "reliability": BINS} for head in ("digit", "sum")},
-}
 MANIFEST: dict[str, Any] = {
     "config": {"name": "a <b> & c"},
     "data": {"notice": "NOT the full MNIST", "bad_rows": {"reasons": {}, "examples": []}},
     "metrics": {"run": "/runs/mine", "images_per_second": 1234.5},
     "training_seconds": 4321.0,
-    "error_analysis": ANALYSIS,
+    "error_analysis": {
+        "confusion": (np.eye(10, dtype=int) * 50).tolist(),
+        "mistakes": [MISTAKE] * 8,
+        "probabilities": {head: {"ece": 0.01, "reliability": BINS} for head in ("digit", "sum")},
+    },
 }
 
 
@@ -34,10 +40,34 @@ def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(
 ) -> None:
     monkeypatch.setitem(plots._DRAW, "confusion.png", lambda _: 1 / 0)
     place, said = Location(str(tmp_path)), list[str]()
-    write_report(place, MANIFEST, DESCRIPTION, [EPOCH] * 2, IMAGES, said.append)
+    description = {"parameters": 220_125, "sha256": "f" * 64, "epoch": 1, "test": TEST}
+    write_report(place, MANIFEST, description, [EPOCH] * 2, IMAGES, said.append)
     assert said == ["confusion.png cannot be drawn: division by zero; report.html is without it"]
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len([*tmp_path.glob("*.png")]) == 3
     assert "a &lt;b&gt; &amp; c" in page
     assert "NOT the full MNIST" in page
     assert not re.search(r'(src|href)="(?!data:|#)|url\(|@import', page)
+
+
+EXTREMES: dict[str, tuple[Any, ...]] = {
+    "history.png": ([EPOCH | {"test": NO_ERROR, "validation": NO_ERROR}],),
+    "mistakes.png": ([], IMAGES[:0]),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+@pytest.mark.filterwarnings("error")
+def test_a_picture_is_wide_enough_to_read_whatever_the_users_settings_are(name: str) -> None:
+    with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 20}):
+        drawn = plots.png(name, *EXTREMES[name])
+    with Image.open(io.BytesIO(drawn)) as picture:
+        assert 600 <= picture.width <= 1400
+
+
+def test_a_wrong_answer_is_named_with_the_right_one() -> None:
+    figure = plots.draw_mistakes([MISTAKE, MISTAKE | {"pred_digit": 3}], IMAGES[:2])
+    assert [axes.get_title() for axes in figure.axes[:2]] == [
+        "image + 4\ndigit 5 (90%), not 3\nsum 9 (80%), not 7",
+        "image + 4\ndigit 3 (90%)\nsum 9 (80%), not 7",
+    ]

@@ -5,12 +5,12 @@ from typing import Any, TypeVar
 
 import ray.train
 import torch
+from mnistsum_ray.training.preflight import preflight
+from mnistsum_ray.training.worker import Worker
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.training.preflight import preflight
 from mnistsum_ray.training.trainer import Trainer
-from mnistsum_ray.training.worker import Worker
 
 CPU = torch.device("cpu")
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mnistsum_ray.training.events import EventFollower
+from mnistsum_ray.training.preflight import TrainingRun, preflight
 
 from mnistsum_ray.cluster import resources
 from mnistsum_ray.config import TrainConfig
@@ -12,8 +14,6 @@ from mnistsum_ray.errors import RunError, TryAgainError
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.training import driver, events
-from mnistsum_ray.training.events import EventFollower
-from mnistsum_ray.training.preflight import TrainingRun, preflight
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mnistsum_ray.training.preflight import TrainingRun, preflight
 from pyarrow.fs import FileSystem
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.uri import locate
-from mnistsum_ray.training.preflight import TrainingRun, preflight
 
 SETTINGS: dict[str, Any] = {
     "epochs": 7,

@@ -1,0 +1,28 @@
+"""Make scoring input of your own photos of digits. Needs nothing more.
+
+python jobs/recipes/photos.py photos.csv photos.parquet    (columns of the CSV: file, number)
+python jobs/score.py --model runs/mine --input photos.parquet --output scored/
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mnistsum_ray import RequestError, prepare_picture
+
+source, output = map(Path, sys.argv[1:])
+columns = {"file": pa.string(), "number": pa.int64(), "image": pa.binary()}
+with source.open(newline="") as lines:
+    rows = list(csv.DictReader(lines))
+for row in rows:
+    row["number"] = int(row["number"])
+    try:
+        # Grey, cropped to the ink, scaled and centred, as MNIST's images were.
+        row["image"] = prepare_picture(source.parent / row["file"]).tobytes()
+    except RequestError as error:
+        print(error, file=sys.stderr)
+        row["image"] = None  # scoring rejects the row, and counts it
+pq.write_table(pa.Table.from_pylist(rows, pa.schema(columns)), output)
