@@ -31,6 +31,7 @@ from mnistsum_ray.data.images import (
     join_reasons,
     one_chunk,
 )
+from mnistsum_ray.data.inputs import SUFFIXES
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.data.randomness import RowIds, mix_ids, split_keys
 from mnistsum_ray.data.sources import (
@@ -86,7 +87,7 @@ class Rows:
 
 
 def read_rows(source: Source, seed: int, *, skip_bad_rows: bool) -> Rows:
-    """Read and decode all rows into the object store.
+    """Read and decode all rows into the object store, and split them.
 
     Raises:
         RequestError: a file or a row cannot be used, or too few rows can.
@@ -96,40 +97,54 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool) -> Rows:
     decoded: dict[str, Decoded] = {split: decode(rows) for split, rows in source.tables.items()}
     try:
         for split, files in source.files.items():
-            decoded[split] = _read_files(files, rows_of_block)
+            if source.rows_of(split):
+                decoded[split] = _read_files(files, rows_of_block)
         facts = {split: _facts(rows) for split, rows in decoded.items()}
     except (ray.exceptions.RayError, OSError) as error:
         _refuse_damaged_file(source)
         raise RequestError(f"--data {source.location}: {root_cause(error)}") from error
+    _check_counts(source, facts)
+    bad = _bad_rows(source, facts)
+    if bad.total and not skip_bad_rows:
+        all_rows = counted(sum(rows.num_rows for rows in facts.values()), "row")
+        unusable = f"{bad.total:,} of {all_rows} cannot be used: {bad.describe()}"
+        advice = "a new run with --skip-bad-rows trains without them"
+        raise RequestError(f"--data {source.location}: {unusable}; {advice}")
+    rows = Rows({}, {}, bad)
+    for split, chosen in _choose(source, facts).items():
+        ids = chosen(facts[chosen.files_of])["row_id"].to_numpy()
+        rows.totals[split] = RowTotals.of(ids)
+        if len(ids):
+            are_all = len(ids) == facts[chosen.files_of].num_rows
+            of_files = decoded[chosen.files_of]
+            rows.datasets[split] = _dataset(of_files, chosen, rows_of_block, are_all)
+    _check_splits(source, rows)
+    # Files may be sorted by digit: then neither a rank nor the buffer in which it shuffles gets one
+    # digit alone.
+    train = rows.datasets["train"].randomize_block_order(seed=seed)
+    rows.datasets["train"] = train.materialize()
+    return rows
+
+
+def _check_counts(source: Source, facts: dict[str, pa.Table]) -> None:
+    """Check that Ray Data has read each row of the footers, and none twice."""
     for split, rows in facts.items():
         planned, ids = source.rows_of(split), rows["row_id"].to_numpy()
         if len(ids) != planned or len(np.unique(ids)) != planned:
             read = f"read {len(ids):,} rows of files that hold {planned:,}"
             raise RowCountError(f"--data {source.location}: {read}, or some twice")
-    bad = _bad_rows(source, facts)
-    if bad.total and not skip_bad_rows:
-        all_rows = counted(sum(source.rows_of(split) for split in facts), "row")
-        unusable = f"{bad.total:,} of {all_rows} cannot be used: {bad.describe()}"
-        advice = "a new run with --skip-bad-rows trains without them"
-        raise RequestError(f"--data {source.location}: {unusable}; {advice}")
-    datasets = {}
-    totals = {}
-    for split, chosen in _choose(source, facts).items():
-        ids = chosen(facts[chosen.files_of])["row_id"].to_numpy()
-        totals[split] = RowTotals.of(ids)
-        if len(ids):
-            are_all = len(ids) == facts[chosen.files_of].num_rows
-            from_rows = decoded[chosen.files_of]
-            datasets[split] = _dataset(from_rows, chosen, rows_of_block, are_all)
-    if len(datasets) < len(SPLITS):
-        present = ", ".join(f"{totals[split].rows:,} {split}" for split in totals)
-        besides = f" beside {bad.total:,} bad ones: {bad.describe()}" if bad.total else ""
-        needed = f"has too few rows ({present}){besides}; each split needs some"
-        raise RequestError(f"--data {source.location}: {needed}")
-    # Files may be sorted by digit: then neither a rank nor the buffer in which it shuffles gets one
-    # digit alone.
-    datasets["train"] = datasets["train"].randomize_block_order(seed=seed).materialize()
-    return Rows(datasets, totals, bad)
+
+
+def _check_splits(source: Source, rows: Rows) -> None:
+    """Check that each split has rows."""
+    if all(split in rows.datasets for split in SPLITS):
+        return
+    counts = {split: rows.totals[split].rows for split in SPLITS if split in rows.totals}
+    present = ", ".join(f"{count:,} {split}" for split, count in counts.items()) or "none"
+    problem = f"has too few rows ({present}); each split needs some"
+    if rows.bad.total:
+        problem += f"; {rows.bad.total:,} cannot be used: {rows.bad.describe()}"
+    raise RequestError(f"--data {source.location}: {problem}")
 
 
 def rows_in_memory(source: Source) -> dict[str, pa.Table]:
@@ -151,7 +166,7 @@ def _read_files(files: list[LabelledFile], rows_of_block: int) -> Dataset:
         rows = ray.data.read_parquet(  # noqa: TID251 - it refuses pickles: tests/data
             [path for _, path in places],
             filesystem=filesystem,
-            file_extensions=None,  # the files are on a list of our own
+            file_extensions=[suffix.lstrip(".") for suffix in SUFFIXES],  # None means parquet alone
             include_paths=True,
             include_row_hash=True,
         )
@@ -240,7 +255,9 @@ def _dataset(decoded: Decoded, chosen: _Chosen, rows_of_block: int, are_all: boo
         return ray.data.from_blocks([rows.slice(start, rows_of_block) for start in starts])
     if are_all:  # nothing needs to be copied
         return decoded
-    return decoded.map_batches(chosen, batch_format="pyarrow").materialize()
+    rows_left = decoded.map_batches(chosen, batch_format="pyarrow")
+    # Again, since blocks that lost rows would make unequal shards.
+    return rows_left.repartition(target_num_rows_per_block=rows_of_block).materialize()
 
 
 def _bad_rows(source: Source, facts: dict[str, pa.Table]) -> ReasonCounts:
