@@ -14,6 +14,7 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
+from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
@@ -169,7 +170,7 @@ class HeldOutRows:
         return iter(
             self._shard.iter_torch_batches(
                 batch_size=_BATCH_ROWS[self._device.type],
-                collate_fn=_to_tensors,
+                collate_fn=ToTensors(),
                 pin_memory=self._device.type == "cuda",
             )
         )
@@ -212,5 +213,8 @@ class HeldOutRows:
         return list(itertools.chain(*of_ranks))
 
 
-def _to_tensors(rows: dict[str, np.ndarray]) -> LabelledRows:
-    return {name: torch.tensor(rows[name]) for name in ("image", "digit", "row_id")}
+class ToTensors(NumpyBatchCollateFn):
+    """Collates a batch of Ray Data: images, digits and row ids as tensors."""
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> LabelledRows:
+        return {name: torch.tensor(rows[name]) for name in ("image", "digit", "row_id")}

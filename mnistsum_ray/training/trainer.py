@@ -10,6 +10,7 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
+from ray.data.collate_fn import NumpyBatchCollateFn
 from torch import Tensor
 
 from mnistsum_ray.config import Hyperparameters
@@ -87,7 +88,7 @@ class EpochSteps:
         return rows
 
 
-class PairWithNumbers:
+class PairWithNumbers(NumpyBatchCollateFn):
     """Collates a batch of Ray Data: pairs each row with its number and distortion of an epoch.
 
     They follow from seed, epoch and row id, so that it does not matter which worker has the row.

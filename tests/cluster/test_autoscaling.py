@@ -97,7 +97,7 @@ def test_nodes_come_work_and_all_go(
 ) -> None:
     """None comes with a GPU, and a training leaves no process that keeps its node up."""
     rows = write_sample(tmp_path / "rows.parquet", 500)
-    train = training(rows, tmp_path, "--epochs", 1, "--sum-head-steps", 5, "--num-workers", 3)
+    train = training(rows, tmp_path, "--epochs", 1, "--num-workers", 3)
     score = scoring(model, rows, tmp_path / "out", "--number-column", "digit")
     ray.shutdown()
     with autoscaling_cluster(version, tmp_path) as address:

@@ -68,7 +68,7 @@ def test_the_commands_of_train_and_score(folder: Path, monkeypatch: pytest.Monke
         if "box" in flags:  # README's run is of MNIST; `--resume auto` finds the sample's
             flags[flags.index("box")] = "mine"
         if "--config" in flags:  # it would train as long as the run whose config it is
-            flags += ["--epochs", "1", "--sum-head-steps", "5"]
+            flags += ["--epochs", "1"]
         run_command(name, *flags)
     runs = [json.loads(path.read_text()) for path in Path("runs").glob("*/manifest.json")]
     assert [each["status"] for each in runs] == ["finished", "finished"]
@@ -82,7 +82,7 @@ def test_the_example_in_python(
 ) -> None:
     rows = write_sample(tmp_path / "rows.parquet", 500)
     written = 'data="sample", epochs=2)'
-    smaller = f'data="{rows}", epochs=1, sum_head_steps=5)'
+    smaller = f'data="{rows}", epochs=1)'
     code = block("From Python", "python")
     assert written in code
     monkeypatch.chdir(folder)
@@ -110,10 +110,10 @@ def test_the_notebook_runs(cluster: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     notebook = read_notebook()
     trains = next(cell for cell in notebook.cells if "fit(" in cell.source)
-    written = 'data="sample", name="first", epochs=3, sum_head_steps=1000'
+    written = 'data="sample", name="first", epochs=3, seed=0'
     assert written in trains.source
     rows = write_sample(tmp_path / "rows.parquet", 500)
-    smaller = f'data="{rows}", epochs=1, sum_head_steps=5'
+    smaller = f'data="{rows}", epochs=1'
     trains.source = trains.source.replace(written, smaller)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     assert "rejected_rows=1" in json.dumps([cell.get("outputs", []) for cell in notebook.cells])

@@ -48,7 +48,7 @@ def run_recipe(folder: Path, name: str, *args: object, **options: Any) -> str:
 
 
 def train_flags(folder: Path, name: str, epochs: int) -> list[Any]:
-    few = ["--sum-head-steps", 5, "--threads", 1]
+    few = ["--threads", 1]
     return ["--data", folder / "rows.parquet", "--name", name, "--epochs", epochs, *few]
 
 
