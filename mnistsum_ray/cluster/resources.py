@@ -87,7 +87,7 @@ class WorkerPlan:
 
     def shortage(self, waited: float) -> str:
         """Message that the workers could not be had: what is there and what is missing."""
-        free = f"after {waited:.0f} s only {_free()}"
+        free = f"after {waited:.0f} s only {describe_free()}"
         why = "other jobs hold the rest, or the cluster has not grown, and `ray status` tells why"
         advice = "ask for fewer --num-workers or give more --wait-seconds"
         return f"needs {self._needed()}, but {free}: {why}; {advice}"
@@ -110,7 +110,7 @@ class WorkerPlan:
                 if waited >= next_report:
                     next_report = waited + _REPORT_SECONDS
                     left = f"giving up in {seconds - waited:.0f} s"
-                    say(f"waiting for {self._needed()}; only {_free()}; {left}")
+                    say(f"waiting for {self._needed()}; only {describe_free()}; {left}")
             yield
         finally:
             remove_placement_group(group)
@@ -138,7 +138,7 @@ def reserve(
         cluster = inspect_cluster()
         gpu: Gpu | None = None
         if cluster.total("GPU") and config.use_gpu is not False:
-            gpu = _ask_for_cuda(config.use_gpu, say)
+            gpu = find_gpu(config.use_gpu, say)
         plan = plan_workers(config, cluster, gpu, useful_gpus)
         needed, most = plan.worker_range
         elastic = isinstance(config, TrainConfig) and cluster.can_grow and most > needed
@@ -206,10 +206,10 @@ def inspect_cluster() -> ClusterResources:
 
 def explain_worker_silence() -> str:
     """Possible reasons why no worker reports, for a console line."""
-    return f"they are being started or replaced, or wait for data; {_free()}"
+    return f"they are being started or replaced, or wait for data; {describe_free()}"
 
 
-def _free() -> str:
+def describe_free() -> str:
     free = ray.available_resources()
     amounts = _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
     return f"{amounts} are free ({inspect_cluster()})"
@@ -221,11 +221,18 @@ def _format(resources: Resources) -> str:
     return " and ".join(amounts)
 
 
-def _ask_for_cuda(required: bool | None, say: Callable[[str], None]) -> Gpu | None:
-    """The GPU of a node that counts some, if PyTorch can use it; else None, with a console line.
+def find_gpu(use_gpu: bool | None, say: Callable[[str], None]) -> Gpu | None:
+    """The GPU of a node that counts some, if PyTorch can use it; None where none is to be used.
 
     Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver alone.
+
+    RequestError: `use_gpu` is true, and there is none and none can come, or PyTorch has no CUDA.
     """
+    cluster = inspect_cluster()
+    if not cluster.total("GPU") and use_gpu and not cluster.can_grow:
+        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
+    if not cluster.total("GPU") or use_gpu is False:
+        return None
 
     def ask() -> Gpu | None:
         import torch
@@ -243,7 +250,7 @@ def _ask_for_cuda(required: bool | None, say: Callable[[str], None]) -> Gpu | No
     gpu: Gpu | None = ray.get(answer, timeout=_CUDA_SECONDS)
     if gpu is None:
         problem = f"Ray counts GPUs on node {node['NodeManagerAddress']}, but PyTorch has no CUDA"
-        if required:
+        if use_gpu:
             advice = "install a CUDA build that fits its driver, or leave --use-gpu out"
             raise RequestError(f"--use-gpu true: {problem} there; {advice}")
         say(f"running on CPUs: {problem} there")

@@ -1,8 +1,11 @@
 """Results of the jobs: `fit` and `score` return them, and the commands print them as JSON."""
 
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
+
+MANIFEST: Final = "manifest.json"
+"""The file of a run or of an output that is written last: it says what came out, and of what."""
 
 
 class Result(BaseModel):
