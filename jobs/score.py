@@ -7,7 +7,7 @@ What happens, and where to read it:
 
 mnistsum_ray/cli.py               flags, signals, the JSON line, exit codes
 mnistsum_ray/api.py               `score`: join a Ray cluster, or start one
-mnistsum_ray/scoring/driver.py    plan the parts, score those that are not there, count all
+mnistsum_ray/scoring/job.py       the job: plan the parts, score those that are not there, count all
 mnistsum_ray/scoring/actor.py     what an actor of Ray Data does with its parts
 """
 

@@ -78,9 +78,9 @@ def score(config: ScoreConfig) -> ScoreResult:
     with Console() as console:
         run = check_request(config, console)
         with _on_cluster(console, Path(run.output.path).name):
-            from mnistsum_ray.scoring import driver
+            from mnistsum_ray.scoring import job
 
-            return driver.score(run, console)
+            return job.score(run, console)
 
 
 @contextmanager

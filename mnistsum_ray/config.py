@@ -204,6 +204,10 @@ class ScoreConfig(JobConfig):
     """write no manifest, and exit with 1, if any file or row cannot be scored"""
     overwrite: bool = False
     """delete an earlier output first, and score everything again"""
+    rescore_changed: bool = False
+    """score files again that have changed since they were scored; without it they are refused"""
+    keep_gone: bool = False
+    """leave the output of files that are not in the input now; without it, it is refused"""
     # Of 784 bytes each, Arrow's limit is 2.7 million.
     max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
     """maximum rows in an output file, and what a worker loses in a kill [a quarter of the input
@@ -215,7 +219,7 @@ class ScoreConfig(JobConfig):
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
     num_workers: int | None = Field(default=None, ge=1)
-    """scoring workers [up to 8 per GPU, as CPUs and memory allow; without GPUs, one per CPU]"""
+    """scoring workers [four per GPU; without GPUs, one per CPU]"""
     use_gpu: bool | None = None
     """score on GPUs [true if the cluster has GPUs]"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)

@@ -104,8 +104,6 @@ def plan_training(
     cluster = inspect_cluster()
     gpu = find_gpu(config.use_gpu, say)
     use_gpu = gpu is not None if config.use_gpu is None else config.use_gpu
-    if use_gpu and not cluster.total("GPU") and not cluster.can_grow:
-        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
     asked = config.num_workers or 1
     if use_gpu and config.num_workers is None:
         present = int(cluster.total("GPU"))
@@ -214,18 +212,21 @@ def _format(resources: Resources) -> str:
     return " and ".join(amounts)
 
 
-def find_gpu(required: bool | None, say: Say) -> Gpu | None:
+def find_gpu(use_gpu: bool | None, say: Say) -> Gpu | None:
     """The GPU of a node that counts some, if PyTorch can use it; else None, with a console line.
 
-    Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver alone. `required`
-    is the value of --use-gpu.
+    Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver alone.
 
     Raises:
-        RequestError: one is required, and PyTorch has no CUDA there.
+        RequestError: `use_gpu` is true, and there is none and none can come, or PyTorch has no CUDA
+            there.
         TryAgainError: the node does not answer.
     """
     nodes = [node for node in usable_nodes() if node["Resources"].get("GPU")]
-    if not nodes or required is False:
+    cluster = inspect_cluster()
+    if use_gpu and not nodes and not cluster.can_grow:
+        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
+    if use_gpu is False or not nodes:
         return None
 
     def ask() -> Gpu | None:
@@ -247,7 +248,7 @@ def find_gpu(required: bool | None, say: Say) -> Gpu | None:
         raise TryAgainError(f"the node {address}, which has a GPU, does not answer") from error
     if gpu is None:
         problem = f"Ray counts GPUs on node {address}, but PyTorch has no CUDA there"
-        if required:
+        if use_gpu:
             advice = "install a CUDA build that fits its driver, or leave --use-gpu out"
             raise RequestError(f"--use-gpu true: {problem}; {advice}")
         say(f"running on CPUs: {problem}")

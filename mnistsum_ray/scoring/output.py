@@ -1,4 +1,4 @@
-"""The output folder: the request that it holds, the parts that are done, and their counts.
+"""The output folder: the run that it is of, what is refused there, and the files about all parts.
 
 OUTPUT/run.json                      the request, created first, and only if there is none
 OUTPUT/predictions/                  the parts, each whole under its name, and nothing else
@@ -6,57 +6,71 @@ OUTPUT/files.parquet, report.html    about the whole run, written after all part
 OUTPUT/manifest.json                 written last: while it exists, the output is finished
 """
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mnistsum_ray import __version__
-from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.data.images import DIGITS, ReasonCounts, decode_numbers, one_chunk
-from mnistsum_ray.data.parquet import read_footer
-from mnistsum_ray.errors import ConflictError, MissingFileError, RequestError, UnusableFileError
+from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.errors import ConflictError, MissingFileError, RunError, TryAgainError, counted
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.report import REPORT
-from mnistsum_ray.reporting.results import MANIFEST
-from mnistsum_ray.scoring.parts import COUNTS_KEY, PREDICTIONS, STAMP_KEY, Part
-from mnistsum_ray.scoring.request import Request
-from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
+from mnistsum_ray.reporting.console import Console, accuracies
+from mnistsum_ray.reporting.report import REPORT, scored_page, versions
+from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
+from mnistsum_ray.scoring.parts import (
+    NOT_OURS,
+    PREDICTIONS,
+    START_OVER,
+    Part,
+    PartsThere,
+    list_files,
+    read_footers,
+    refusal,
+)
+from mnistsum_ray.scoring.request import ScoreRequest
+from mnistsum_ray.storage.store import Location
 
 RUN_FILE: Final = "run.json"
 FILES_TABLE: Final = "files.parquet"
 
-RUN_FORMAT: Final = "mnistsum_ray.score/3"
+RUN_FORMAT: Final = "mnistsum_ray.score/4"
 """Format of run.json and the manifest, of the stamps, and of how files are cut into parts."""
 
-_START_OVER: Final = "--overwrite deletes that output and scores everything again"
-_NOT_OURS: Final = "is not a file of this program"
-_AWAY: Final = "move it away, or choose another folder"
+FILES_TABLE_SCHEMA: Final = pa.schema(
+    {
+        "file": pa.string(),
+        "rows": pa.int64(),  # null if the footer cannot be read
+        "scored": pa.int64(),
+        "rejected": pa.int64(),
+        "failed": pa.int64(),  # all rows of a file that failed, else 0
+        "status": pa.string(),  # `scored` or `failed`; `gone`: scored, and not in --input now
+        "reason": pa.string(),  # why the file failed
+    }
+)
+"""`files.parquet`: one row per input file; rows == scored + rejected + failed."""
 
 
 def read_run(output: Location) -> dict[str, Any] | None:
-    """The request that an output folder holds, by flag, and its format; None where no run began.
+    """The content of run.json: `format`, `id`, `request`; None where no run has begun.
 
     RequestError: another program wrote it.
     """
     try:
-        run = (output / RUN_FILE).read_json()
-        return {"format": run["format"]} | dict(run["request"])
+        run: dict[str, Any] = (output / RUN_FILE).read_json()
+        dict(run["request"], format=run["format"])
+        return run
     except MissingFileError:
         return None
     except (ValueError, TypeError, KeyError):
-        raise _refusal(output, f"{RUN_FILE} {_NOT_OURS}; {_AWAY}") from None
+        raise refusal(output, f"{RUN_FILE} {NOT_OURS}") from None
 
 
-def begin(request: Request) -> None:
-    """Create run.json, or check that the one that is there holds this request.
+def begin(request: ScoreRequest) -> str:
+    """Create run.json, or check that the one that is there holds this request; return its id.
 
     RequestError: another request was begun here, or files of other programs are. Nothing is changed
     then.
@@ -66,156 +80,173 @@ def begin(request: Request) -> None:
         others = list_files(output)
         # Asked again: a second run may have begun meanwhile, and the files are its own.
         if others and read_run(output) is None:
-            raise _refusal(output, f"{next(iter(others))} {_NOT_OURS}; {_AWAY}")
-        run = {"format": RUN_FORMAT, "version": __version__, "request": request.identity}
+            raise refusal(output, f"{next(iter(others))} {NOT_OURS}")
+        run = {"format": RUN_FORMAT, "id": secrets.token_hex(8), "version": __version__}
         with suppress(ConflictError):  # a second run began at the same time
-            (output / RUN_FILE).create(run)
-    begun = read_run(output) or {}
+            (output / RUN_FILE).create(run | {"request": request.identity})
+    begun = read_run(output)
+    if begun is None:
+        raise TryAgainError(f"--output {output.display}: another run has just deleted {RUN_FILE}")
+    values = {"format": begun["format"]} | begun["request"]
     for flag, value in ({"format": RUN_FORMAT} | request.identity).items():
-        if begun.get(flag) != value:
-            differs = f"was begun with {flag} {begun.get(flag)}, and this run has {value}"
-            raise _refusal(output, f"{differs}; give the same again, or {_START_OVER}")
-
-
-def list_files(folder: Location) -> dict[str, Entry]:
-    """The files below a folder by their names there; hidden ones do not count."""
-    found = {file.path.removeprefix(folder.path).lstrip("/"): file for file in folder.files()}
-    return {name: file for name, file in found.items() if not is_hidden(name)}
+        if values.get(flag) != value:
+            differs = f"was begun with {flag} {values.get(flag)}, and this run has {value}"
+            raise refusal(output, f"{differs}; give the same again, or {START_OVER}")
+    return str(begun.get("id"))
 
 
 def delete_output(output: Location, console: Console) -> None:
     """Delete an earlier output, run.json last: until then all files are known to be ours."""
     if read_run(output) is None:
         return
-    names = [name for name, _, _ in _read_part_footers(output, console)]
+    names = [name for name, *_ in read_footers(output, console)]
     (output / MANIFEST).delete()
     output.delete_files([FILES_TABLE, REPORT, *(f"{PREDICTIONS}/{name}" for name in names)])
     (output / RUN_FILE).delete()
 
 
-@dataclass
-class RowCounts:
-    """Counts over rows."""
-
-    rows: int = 0
-    bad: ReasonCounts = field(default_factory=ReasonCounts)
-    """Rejected rows by reason."""
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Rejected rows by input file."""
-    consistent: int = 0
-    """Scored rows whose predicted sum is the predicted digit + number."""
-    labelled: int = 0
-    """Scored rows whose label is known."""
-    right: Counter[str] = field(default_factory=Counter)
-    """Labelled rows that a head predicts right, by its name."""
-
-    def add(self, part: Part, counts: Mapping[str, Any]) -> None:
-        """Add what `count_part` has counted, as JSON gives it back, in place."""
-        examples = [(file, row, reason) for file, row, reason in counts["examples"]]
-        bad = ReasonCounts(Counter(counts["reasons"]), examples)
-        self.rows += part.rows
-        self.bad.add_reasons(bad)
-        if bad.total:
-            self.rejected[part.name] += bad.total
-        self.consistent += counts["consistent"]
-        self.labelled += counts["labelled"]
-        self.right.update(counts["right"])
+def check_may_go_on(request: ScoreRequest, there: PartsThere) -> None:
+    """RequestError: parts are of input that has changed or is gone, and no flag says what to do."""
+    if there.stale and not request.config.rescore_changed:
+        part, file = next(iter(there.stale.items()))
+        problem = f"{PREDICTIONS}/{part} has rows of {file}, which has changed since"
+        advice = f"--rescore-changed scores such files again, and {START_OVER}"
+        raise refusal(request.output, f"{problem}; {advice}")
+    if there.gone and not request.config.keep_gone:
+        part, file = next(iter(there.gone.items()))
+        problem = f"{PREDICTIONS}/{part} has rows of {file}, which is not in --input now"
+        advice = f"--keep-gone leaves such output as it is, and {START_OVER}"
+        raise refusal(request.output, f"{problem}; {advice}")
 
 
-def count_part(output: pa.Table, part: Part, config: ScoreConfig) -> dict[str, Any]:
-    """Counts of a part's rows, as its footer has them; `output` has the columns of its file."""
-    is_bad = output["reason"].is_valid()
-    bad_rows = part.first_row + np.flatnonzero(is_bad.to_numpy())
-    reasons = output["reason"].drop_null().to_pylist()
-    bad = [(part.name, row, reason) for row, reason in zip(bad_rows.tolist(), reasons, strict=True)]
-    labelled = 0
-    right = {}
-    if config.label_column:
-        predicted = [f"pred_{head.name}" for head in HEADS]
-        columns = {config.number_column, config.label_column, *predicted}
-        good = output.select(sorted(columns)).filter(pc.invert(is_bad))
-        numbers, _ = decode_numbers(one_chunk(good[config.number_column]))
-        labels, unknown = decode_numbers(one_chunk(good[config.label_column]), DIGITS)
-        labelled = len(labels) - len(unknown)
-        for head in HEADS:
-            is_right = good[f"pred_{head.name}"].to_numpy() == head.target(labels, numbers)
-            is_right[list(unknown)] = False
-            right[head.name] = int(is_right.sum())
-    bad_counts = ReasonCounts.of(bad)
-    return {
-        "reasons": bad_counts.reasons,
-        "examples": bad_counts.examples,
-        "consistent": pc.sum(output["consistent"]).as_py() or 0,
-        "labelled": labelled,
-        "right": right,
+def check_complete(
+    request: ScoreRequest, planned: Mapping[str, Part], before: PartsThere, there: PartsThere
+) -> None:
+    """Check at the end that the folder is of this run still, and holds its parts and no others.
+
+    The name of a part says which rows of which file it has, so each row is there exactly once.
+
+    TryAgainError: it is not so; another run may be at work there.
+    """
+    missing = sorted(planned.keys() - there.done)
+    strange = [*there.stale, *(there.gone.keys() - before.gone.keys())]
+    run = read_run(request.output)
+    if run is None or run.get("id") != request.run_id:
+        problem = f"{RUN_FILE} is of another run now"
+    elif missing:
+        problem = f"{PREDICTIONS}/{missing[0]} is not there"
+        if request.output.is_local:
+            problem += " (a local folder must be one that all nodes share)"
+    elif strange:
+        problem = f"{PREDICTIONS}/{strange[0]} is there, which this run has not written"
+    else:
+        return
+    advice = f"no {MANIFEST} is written; wait for other runs there, and run the command again"
+    raise TryAgainError(f"--output {request.output.display}: {problem}; {advice}")
+
+
+def publish(
+    request: ScoreRequest,
+    failures: Mapping[str, str],
+    there: PartsThere,
+    figures: dict[str, Any],
+    console: Console,
+) -> ScoreResult:
+    """Write the files about the run, and the manifest last, and say the result.
+
+    `failures` say of files why they cannot be used; `figures` are those fields of the result that
+    the output does not say.
+
+    RunError: nothing could be scored; or with `--strict` something cannot be used, and there is no
+    manifest then.
+    """
+    output = request.output
+    totals = _totals(request, failures, there) | figures
+    manifest = _manifest(request, totals, there)
+    (output / FILES_TABLE).write(_files_table(request, failures, there))
+    (output / REPORT).write(scored_page(manifest, there.bad).encode())
+    rows, files = counted(totals["input_rows"], "row"), counted(totals["files"], "file")
+    console.say(f"scored {totals['scored_rows']:,} of {rows} in {files}, each exactly once")
+    if there.bad.total:
+        console.say(f"rejected, null in the output: {there.bad.describe()}")
+    if there.totals["labelled"]:
+        labelled = counted(there.totals["labelled"], "labelled row")
+        console.say(f"right: {accuracies(totals)} ({labelled})")
+    console.say(f"predictions: {output.display}/{PREDICTIONS}; report: {output.display}/{REPORT}")
+
+    left_out = counted(there.bad.total, "row") + f" and {counted(len(failures), 'file')}"
+    why = f"{left_out} cannot be used; {REPORT} and {FILES_TABLE} say why"
+    is_whole = not there.bad.total and not failures
+    if not is_whole:
+        console.say(why)
+    if request.config.strict and not is_whole:
+        (output / MANIFEST).delete()  # one of a run without --strict
+        raise RunError(f"--strict: no {MANIFEST} was written: {why}")
+    (output / MANIFEST).write(manifest)
+    if not is_whole and not totals["scored_rows"]:
+        raise RunError(f"nothing was scored: {why}")
+    return ScoreResult(**totals)
+
+
+def _totals(
+    request: ScoreRequest, failures: Mapping[str, str], there: PartsThere
+) -> dict[str, Any]:
+    """The fields of the result that the output and the input say."""
+    rows, rejected_rows = there.totals["rows"], there.bad.total
+    failed_rows = sum(file.rows or 0 for file in request.files if file.name in failures)
+    totals: dict[str, Any] = {
+        "output": request.output.display,
+        "input_rows": rows + failed_rows,
+        "scored_rows": rows - rejected_rows,
+        "rejected_rows": rejected_rows,
+        "failed_rows": failed_rows,
+        "files": len(request.files),
+        "failed_files": len(failures),
     }
+    if request.config.label_column:
+        known = there.totals["labelled"]
+        for head in HEADS:
+            right = there.totals[f"{head.name}_right"]
+            totals[f"{head.name}_accuracy"] = right / known if known else None
+    return totals
 
 
-def read_parts(
-    request: Request, planned: Mapping[str, Part], console: Console
-) -> tuple[set[str], RowCounts, int]:
-    """Read the footers of all parts in the output folder, and compare them with the plan.
-
-    Returns:
-        Names of the planned parts that are there, whole and of this request; the counts of their
-        rows; and the number of parts whose input file is not there now.
-
-    RequestError: a part is of another request, its input has changed since or has another name now,
-    or a file is of another program.
-    """
-    input_names = {file.name for file in request.files}
-    done: set[str] = set()
-    counts = RowCounts()
-    gone = 0
-    gone_names: dict[str, str] = {}  # of input files, by e_tag
-    for name, footer, rows in _read_part_footers(request.output, console):
-        part = planned.get(name)
-        stamp = json.loads(footer[STAMP_KEY])
-        input_name = stamp["input"]
-        if part and (footer[STAMP_KEY], rows) == (part.stamp(request.digest), part.rows):
-            done.add(name)
-            counts.add(part, json.loads(footer[COUNTS_KEY]))
-        elif input_name in input_names:
-            problem = f"has rows of {input_name}, which has changed since, or of another request"
-            raise _refusal(request.output, f"{PREDICTIONS}/{name} {problem}; {_START_OVER}")
-        else:
-            gone += 1
-            if rows:  # two files without rows have the same bytes, and so the same ETag
-                gone_names[stamp["e_tag"]] = input_name
-    _check_not_renamed(request, {planned[name].name for name in done}, gone_names)
-    return done, counts, gone
-
-
-def _check_not_renamed(request: Request, scored: set[str], gone_names: dict[str, str]) -> None:
-    """Check that no input file is one that was scored by a name which is gone, by its e_tag."""
+def _files_table(
+    request: ScoreRequest, failures: Mapping[str, str], there: PartsThere
+) -> pa.Buffer:
+    """The content of files.parquet."""
+    rows: list[dict[str, Any]] = []
     for file in request.files:
-        name_then = gone_names.get(file.entry.e_tag)
-        if name_then and file.name not in scored:
-            was = f"holds the rows of {file.name}, which was {name_then} then"
-            twice = "and would have them twice; give the same --input as then"
-            raise _refusal(request.output, f"{was}, {twice}, or {_START_OVER}")
+        if file.name in failures:
+            row = {"scored": 0, "rejected": 0, "failed": file.rows, "status": "failed"}
+            rows.append({"file": file.name, "rows": file.rows, "reason": failures[file.name]} | row)
+    gone = set(there.gone.values())
+    for name, count in there.rows.items():
+        rejected = there.rejected[name]
+        row = {"scored": count - rejected, "rejected": rejected, "failed": 0}
+        status = "gone" if name in gone else "scored"
+        rows.append({"file": name, "rows": count, "status": status} | row)
+    rows.sort(key=lambda row: str(row["file"]))
+    return to_parquet(pa.Table.from_pylist(rows, FILES_TABLE_SCHEMA))
 
 
-def _read_part_footers(
-    output: Location, console: Console
-) -> Iterator[tuple[str, Mapping[bytes, bytes], int]]:
-    """Yield the name of each part, the entries of its footer, and the rows in its file.
-
-    RequestError: it is no part.
-    """
-    parts = list_files(output / PREDICTIONS)
-
-    def read(name: str) -> tuple[str, Mapping[bytes, bytes], int]:
-        with suppress(UnusableFileError):
-            metadata = read_footer(output / PREDICTIONS / name, parts[name]).metadata
-            entries = metadata.metadata or {}
-            if STAMP_KEY in entries:
-                return name, entries, metadata.num_rows
-        raise _refusal(output, f"{PREDICTIONS}/{name} {_NOT_OURS}; {_AWAY}")
-
-    progress = Progress(console.progress, "output files read", len(parts))
-    return in_threads(output, read, list(parts), progress)
-
-
-def _refusal(output: Location, problem: str) -> RequestError:
-    return RequestError(f"--output {output.display}: {problem}")
+def _manifest(
+    request: ScoreRequest, totals: Mapping[str, Any], there: PartsThere
+) -> dict[str, Any]:
+    config = request.config.model_dump(mode="json")
+    locations = {"model": request.model, "input": request.root, "output": request.output}
+    config |= {name: location.display for name, location in locations.items()}
+    return {
+        "format": RUN_FORMAT,
+        "status": "finished",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "totals": totals,
+        "consistent_rows": there.totals["consistent"],
+        "labelled_rows": there.totals["labelled"] if request.config.label_column else None,
+        "rejected_by_reason": there.bad.reasons,
+        "config": config,
+        "model": {key: request.description[key] for key in ("sha256", "epoch", "parameters")},
+        "precision": request.precision,
+        "gone_files": len(set(there.gone.values())),
+        "versions": versions(),
+    }

@@ -1,10 +1,8 @@
 """The checked request of a scoring run: model, input files with their footers, output folder."""
 
-import hashlib
-import json
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
@@ -15,13 +13,28 @@ from mnistsum_ray.data.parquet import Footer, column_error, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, shortened
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.scoring.parts import InputFile
-from mnistsum_ray.storage.store import Location, in_threads
+from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
 
 
+class InputFile(NamedTuple):
+    """An input file as it was when the run began."""
+
+    name: str
+    """Relative to the input's root."""
+    entry: Entry
+    rows: int | None
+    """None where its footer cannot be read."""
+    recast: tuple[str, ...] = ()
+    """Columns whose type changes in the output."""
+    wrong_flag: str | None = None
+    """The flag whose column it does not have, or has of a type that cannot be used."""
+    error: str | None = None
+    """Why it cannot be scored."""
+
+
 @dataclass(frozen=True)
-class Request:
+class ScoreRequest:
     """A checked request."""
 
     config: ScoreConfig
@@ -35,12 +48,15 @@ class Request:
     output: Location
     precision: str | None
     """`bf16` or `fp32`; None until the workers are known."""
+    run_id: str = ""
+    """Of run.json in the output; empty until the run has begun there."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What determines the predictions, by flag, as JSON has it. An output is of one request."""
+        """What determines the output, by flag, as JSON has it. An output is of one request."""
         return {
             "--model with SHA-256": self.description["sha256"],
+            "--input in": self.root.display,
             "--precision": self.precision,
             "--image-column": self.config.image_column,
             "--number-column": self.config.number_column,
@@ -49,18 +65,13 @@ class Request:
             "--max-rows-per-file": self.config.max_rows_per_file,
         }
 
-    @cached_property
-    def digest(self) -> str:
-        """The identity in 16 letters, for the footers of output files."""
-        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:16]
 
-
-def check_request(config: ScoreConfig, console: Console) -> Request:
+def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     """Check everything that can be checked without a cluster.
 
     Raises:
-        RequestError: the model, the input or the output cannot be used; none of the files has one
-            of the columns.
+        RequestError: the model, the input or the output cannot be used; in none of the files one of
+            the columns can be used.
         RunError: the storage does not give an input file.
     """
     output = locate(config.output, "--output", output_base_folder())
@@ -82,7 +93,7 @@ def check_request(config: ScoreConfig, console: Console) -> Request:
         files = _inspect_files(inputs, config, console)
     except StorageError as error:
         raise RunError(f"--input {error}; nothing was begun") from None
-    return Request(
+    return ScoreRequest(
         config, model, description, weights, inputs.root, files, output, config.precision
     )
 
@@ -91,18 +102,18 @@ def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> lis
     """Read and check the footers of all input files.
 
     Raises:
-        RequestError: none of the files has one of the columns.
+        RequestError: in none of the files one of the columns can be used.
         StorageError: the storage does not give a file.
     """
     progress = Progress(console.progress, "footers read", len(inputs.files))
     inspect = partial(_inspect_file, inputs, config)
     files = list(in_threads(inputs.root, inspect, list(inputs.files), progress))
-    # A column that no readable file has is a wrong flag rather than a wrong file.
+    # A column that no readable file can be scored by is a wrong flag rather than a wrong file.
     readable = [file for file in files if file.rows is not None]
     for flag, column in _columns(config).items():
-        if readable and all(file.lacks == column for file in readable):
+        if readable and all(file.wrong_flag == flag for file in readable):
             example = f"{readable[0].name} {readable[0].error}"
-            raise RequestError(f"{flag} {column}: no file of --input has it; {example}")
+            raise RequestError(f"{flag} {column}: is of use in no file of --input; {example}")
     recast = sorted({column for file in files for column in file.recast})
     if recast:
         said = f"columns whose type changes in the output: {', '.join(recast)}"
@@ -121,12 +132,13 @@ def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
         return unread._replace(error=str(error))
     recast = tuple(f"{path} (INT96)" for path in footer.int96)
     read = unread._replace(rows=footer.metadata.num_rows, recast=recast)
-    names = footer.schema.names
     for flag, column in _columns(config).items():
-        if column not in names:
-            has = f"has no column {column!r} but {shortened(', '.join(names))}"
-            return read._replace(lacks=column, error=f"{has}; {flag} names another")
-    return read._replace(error=_column_error(footer, config))
+        problem = _column_error(footer, flag, column)
+        if problem:
+            return read._replace(wrong_flag=flag, error=problem)
+    taken = added_column(footer.schema.names, config.probabilities)
+    would_add = f"has a column {taken!r}, which scoring would add; rename it"
+    return read._replace(error=would_add if taken else None)
 
 
 def _columns(config: ScoreConfig) -> dict[str, str]:
@@ -137,12 +149,12 @@ def _columns(config: ScoreConfig) -> dict[str, str]:
     return columns
 
 
-def _column_error(footer: Footer, config: ScoreConfig) -> str | None:
-    """Why a file that has all columns cannot be scored; None if it can."""
+def _column_error(footer: Footer, flag: str, column: str) -> str | None:
+    """Why a file cannot be scored by the column that a flag names; None if it can."""
+    names = footer.schema.names
+    if column not in names:
+        has = f"has no column {column!r} but {shortened(', '.join(names))}"
+        return f"{has}; {flag} names another"
     type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
-    for flag, name in _columns(config).items():
-        error = column_error(footer.schema, name, type_errors.get(flag, lambda _: None))
-        if error:
-            return f"{error}, or {flag} names another"
-    taken = added_column(footer.schema.names, config.probabilities)
-    return f"has a column {taken!r}, which scoring would add; rename it" if taken else None
+    error = column_error(footer.schema, column, type_errors.get(flag, lambda _: None))
+    return f"{error}, or {flag} names another" if error else None

@@ -112,7 +112,7 @@ def test_a_gpu_scores_as_a_cpu_also_after_a_killed_actor_and_a_killed_run(
     flags = scoring(trained, pairs, killed, "--max-rows-per-file", 5_000)
     job = Job(*flags)
     wait_for_files(job, killed, 8)
-    kill_worker(job.process.pid, "MapBatches(Score)")
+    kill_worker(job.process.pid, "MapBatches(ScoreParts)")
     wait_for_files(job, killed, 4)
     job.kill()
     assert run_on_gpu(*flags).line["resumed_rows"] > 0

@@ -49,7 +49,7 @@ from tests.jobs import (
 
 pytestmark = pytest.mark.slow
 
-TRAIN, READ, SCORE = "RayTrainWorker", "ReadSteps", "MapBatches(Score)"
+TRAIN, READ, SCORE = "RayTrainWorker", "ReadSteps", "MapBatches(ScoreParts)"
 """Parts of the titles of processes."""
 
 Files = dict[str, bytes]
@@ -293,11 +293,17 @@ def score_pairs(model: Path, pairs: Path, output: str) -> Result:
 
 
 @pytest.fixture(scope="module")
-def predictions(four_nodes: Cluster, model: Path, pairs: Path) -> Files:
+def predictions(four_nodes: Cluster, model: Path, pairs: Path) -> dict[str, pa.Table]:
     """Those of an undisturbed scoring."""
     output = pairs.parent / "out"
     score_pairs(model, pairs, str(output))
-    return files_in(locate(str(output), "--output") / "predictions")
+    return predictions_of(locate(str(output), "--output"))
+
+
+def predictions_of(output: Location) -> dict[str, pa.Table]:
+    """Predictions by file, without the footers, which name the run."""
+    files = files_in(output / "predictions")
+    return {name: pq.read_table(pa.BufferReader(data)) for name, data in files.items()}
 
 
 def writes(files: int) -> Act:
@@ -314,11 +320,11 @@ def writes(files: int) -> Act:
     ids=["a worker and a node die", "the store answers 503 for ten seconds"],
 )
 def test_a_scoring_gives_the_files_of_an_undisturbed_one(
-    steps: list[Step], site: Site, predictions: Files, model: Path, pairs: Path
+    steps: list[Step], site: Site, predictions: dict[str, pa.Table], model: Path, pairs: Path
 ) -> None:
     scored = during(site, lambda: score_pairs(model, pairs, site.place.display), steps)
     assert scored.line["resumed_rows"] == 0
-    assert files_in(site.place / "predictions") == predictions
+    assert predictions_of(site.place) == predictions
 
 
 def scoring_of_pairs(model: Path, pairs: Path, output: Path) -> list[Any]:
@@ -328,7 +334,7 @@ def scoring_of_pairs(model: Path, pairs: Path, output: Path) -> list[Any]:
 
 
 def test_a_driver_that_is_killed_or_stopped_loses_nothing(
-    four_nodes: Cluster, predictions: Files, pairs: Path, model: Path, tmp_path: Path
+    four_nodes: Cluster, predictions: dict[str, pa.Table], pairs: Path, model: Path, tmp_path: Path
 ) -> None:
     job = Job(*scoring_of_pairs(model, pairs, tmp_path), address=four_nodes.address)
     wait_for_files(job, tmp_path, 1)
@@ -349,7 +355,7 @@ def test_a_driver_that_is_killed_or_stopped_loses_nothing(
     assert not (tmp_path / "manifest.json").exists()
 
     assert score_pairs(model, pairs, str(tmp_path)).line["resumed_rows"] > 0
-    assert files_in(locate(str(tmp_path), "--output") / "predictions") == predictions
+    assert predictions_of(locate(str(tmp_path), "--output")) == predictions
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -395,7 +401,7 @@ def test_a_head_that_is_killed_ends_a_training(data: Path, tmp_path: Path) -> No
 def test_a_head_that_is_killed_ends_a_scoring(
     model: Path,
     pairs: Path,
-    predictions: Files,
+    predictions: dict[str, pa.Table],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -409,4 +415,4 @@ def test_a_head_that_is_killed_ends_a_scoring(
     assert (done.code, done.out) == (1, "")
     assert "GCS may have been killed" in done.err
     assert score_pairs(model, pairs, str(tmp_path)).line["resumed_rows"] > 0
-    assert files_in(locate(str(tmp_path), "--output") / "predictions") == predictions
+    assert predictions_of(locate(str(tmp_path), "--output")) == predictions

@@ -11,7 +11,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from mnistsum_ray.errors import RequestError
-from tests.integration.conftest import add_node, score_here, train_here
+from tests.integration.conftest import add_node, train_here
 from tests.jobs import RAY, Job, history_of, kill_everything, training, wait_until
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,6 @@ def test_an_elastic_run_shrinks_and_grows(four_nodes: Cluster, data: Path, tmp_p
 def test_a_local_folder_that_a_node_does_not_see_is_refused(
     four_nodes: Cluster,
     data: Path,
-    model: Path,
     tmp_path: Path,
 ) -> None:
     here = tmp_path / "here"
@@ -64,8 +63,6 @@ def test_a_local_folder_that_a_node_does_not_see_is_refused(
         said = "does not see what this one sees there; name a folder that all nodes share"
         with pytest.raises(RequestError, match=f"^--storage-path {here}/runs.*{said}"):
             train_here(data=data, storage_path=here / "runs")
-        with pytest.raises(RequestError, match=f"^--input {here}/in/rows.parquet.*{said}"):
-            score_here(model, tmp_path / "out", here / "in", number_column="digit")
     finally:
         kill_everything(node.pid)
         node.wait(timeout=30)

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from mnistsum_ray import RequestError, load_model, predict_rows
+from mnistsum_ray import RequestError, TryAgainError, load_model, predict_rows
+from mnistsum_ray.scoring import job
 from mnistsum_ray.storage.uri import locate
 from tests.integration.conftest import Result, metrics_of, score_here
 from tests.jobs import wait_until
@@ -129,9 +131,23 @@ def test_s3_gives_what_a_disk_gives(source: Path, scored: Result, model: Path) -
 
 
 def test_a_column_that_is_nowhere_names_its_flag(source: Path, model: Path, tmp_path: Path) -> None:
-    said = "^--image-column picture: no file of --input has it; "
+    said = "^--image-column picture: is of use in no file of --input; "
     with pytest.raises(RequestError, match=said):
         score_here(model, tmp_path / "out", source, image_column="picture")
+
+
+def test_a_busy_cluster_is_waited_for_until_the_time_limit(
+    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_START_SECONDS", 0.0)
+    held = placement_group([{"CPU": 2}])
+    assert held.wait(30)
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == 0)
+    said = "^a worker needs 1 CPU, but after 3 s 0 CPUs and 0 GPUs are free .2 CPUs and 0 GPUs on 1"
+    with pytest.raises(TryAgainError, match=said):
+        score_here(model, tmp_path / "out", source, wait_seconds=3)
+    remove_placement_group(held)
+    assert score_here(model, tmp_path / "out", source).line["scored_rows"] > 0
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,18 @@ import pytest
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring.actor import Report, Score
-from mnistsum_ray.scoring.driver import run
-from mnistsum_ray.scoring.parts import Part, make_tasks
-from mnistsum_ray.scoring.request import Request, check_request
+from mnistsum_ray.scoring import job, output
+from mnistsum_ray.scoring.actor import Answer, ScoreParts
+from mnistsum_ray.scoring.job import Workers
+from mnistsum_ray.scoring.parts import Part, to_row
+from mnistsum_ray.scoring.request import ScoreRequest, check_request
 
 CONSOLE = Console(io.StringIO())
 
 TIMED = ("manifest.json", "report.html")
 """Files in which the time is."""
 
-_SCORERS: dict[str, Score] = {}
+_SCORERS: dict[str, ScoreParts] = {}
 """By model: to load one takes longer than to score a few rows."""
 
 # pyarrow cannot take rows of views, and cannot cast a slice of structs with a null child.
@@ -34,15 +35,17 @@ VIEWS = {
 }
 
 
-def score_without_ray(request: Request, parts: Sequence[Part]) -> Iterator[Report]:
-    """Scores parts in tasks of a few, as workers do."""
+def score_without_ray(
+    request: ScoreRequest, _workers: Workers, tasks: Sequence[Sequence[Part]], _console: Console
+) -> Iterator[Answer]:
+    """What actors do with tasks, which are rows of a table, in this process."""
     if request.config.model not in _SCORERS:
-        _SCORERS[request.config.model] = Score(request, "cpu")
-    worker = _SCORERS[request.config.model]
-    worker._request = request
-    for index, task in enumerate(make_tasks(parts, 1, 1)):
-        for report in worker.score(task):
-            yield replace(report, task=index)
+        _SCORERS[request.config.model] = ScoreParts(request, "cpu")
+    actor = _SCORERS[request.config.model]
+    actor._request = request
+    for number, task in enumerate(tasks):
+        for answers in actor(pa.Table.from_pylist([to_row(number, task)])):
+            yield from (Answer(**row) for row in answers.to_pylist())
 
 
 def write_rows(path: Path, ids: Sequence[int], **columns: Any) -> None:
@@ -73,9 +76,10 @@ class Example:
 
     def score(self, execute: Any = score_without_ray, **settings: Any) -> ScoreResult:
         given: dict[str, Any] = {"precision": "fp32", "batch_size": 2, "max_rows_per_file": 4}
-        given |= {"model": str(self.model), "output": str(self.output)} | settings
-        request = check_request(ScoreConfig(input=(str(self.input),), **given), CONSOLE)
-        return run(request, execute, CONSOLE)
+        given |= {"model": str(self.model), "output": str(self.output)}
+        given |= {"input": str(self.input)} | settings
+        request = check_request(ScoreConfig(**given), CONSOLE)
+        return job.run(request, Workers(2), CONSOLE, execute)
 
     def files(self, *but: str) -> dict[str, bytes]:
         """The files in the output, by their names there."""
@@ -88,5 +92,7 @@ class Example:
 
 
 @pytest.fixture
-def example(tmp_path: Path, model: Path) -> Example:
+def example(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Example:
+    """All runs have one id, so that their files can be compared."""
+    monkeypatch.setattr(output, "secrets", SimpleNamespace(token_hex=lambda _: "id"))
     return Example(tmp_path, model)

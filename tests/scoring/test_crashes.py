@@ -78,7 +78,7 @@ def check(example: Example) -> None:
     for path in sorted((example.output / "predictions").rglob("[!.]*.p*q*")):
         table = pq.read_table(path)
         stamp = json.loads(pq.read_metadata(path).metadata[b"mnistsum_ray.part"])
-        requests.add(stamp["request"])
+        requests.add(stamp["run"])
         assert table["reason"].is_null().equals(table["pred_sum"].is_valid())
         rows.setdefault(stamp["input"], []).extend(table["id"].to_pylist())
     assert len(requests) <= 1

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.errors import RequestError, RowCountError, RunError
+from mnistsum_ray.data.parquet import read_rows
+from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
+from mnistsum_ray.scoring import actor
 from mnistsum_ray.scoring.output import RUN_FORMAT
 from mnistsum_ray.storage.uri import locate
 from tests.conftest import write_model
@@ -59,7 +61,7 @@ def test_counts_of_a_fresh_run_and_of_a_resumed_one_are_those_of_its_rows(exampl
     fresh, files = manifest_of(example), example.files(*TIMED)
     for name in ("manifest.json", OF_A[0], "predictions/deep/b.pq"):
         (example.output / name).unlink()
-    with pytest.raises(RowCountError, match=f"{OF_A[0]} is not in the output"):
+    with pytest.raises(TryAgainError, match=f"{OF_A[0]} is not there .*; no manifest"):
         example.score(lambda *_: [], label_column="label")
     assert example.score(label_column="label").resumed_rows == 6
     assert example.files(*TIMED) == files
@@ -91,25 +93,36 @@ def copy(source: str, name: str) -> Any:
     return lambda example: shutil.copy(example.folder / source, example.output / name)
 
 
+def another_run_begins(example: Example) -> None:
+    run = example.output / "run.json"
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"id": "another"}))
+
+
 OLD = b'{"format": "mnistsum_ray.score/1", "version": "0.0.1", "request": {}}'
 AGAIN = "--overwrite deletes that output and scores everything again"
 BEGUN = f"was begun with {{}}, and this run has {{}}; give the same again, or {AGAIN}"
-OTHER = f"has rows of a.parquet, which has changed since, or of another request; {AGAIN}"
-TWICE = "holds the rows of c.parquet, which was a.parquet then, and would have them twice; "
-TWICE += f"give the same --input as then, or {AGAIN}"
+CHANGED = "has rows of a.parquet, which has changed since; --rescore-changed scores such files "
+CHANGED += f"again, and {AGAIN}"
+OTHER = f"is of another run than run.json; {AGAIN}"
+GONE = (
+    "has rows of a.parquet, which is not in --input now; --keep-gone leaves such output as it is, "
+)
+GONE += f"and {AGAIN}"
 AWAY = "is not a file of this program; move it away, or choose another folder"
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (unchanged, {"max_rows_per_file": None}, BEGUN.format("--max-rows-per-file 4", None)),
     (unchanged, {"precision": "bf16"}, BEGUN.format("--precision fp32", "bf16")),
     (write("run.json", OLD), {}, BEGUN.format("format mnistsum_ray.score/1", RUN_FORMAT)),
-    (lambda example: write_rows(example.file, range(10)), {}, f"{OF_A[0]} {OTHER}"),
-    (lambda example: example.file.rename(example.input / "c.parquet"), {}, TWICE),
-    (copy(f"out/{OF_A[0]}", OF_A[1]), {}, f"{OF_A[1]} {OTHER}"),
-    (copy(f"other/{OF_A[1]}", OF_A[1]), {}, f"{OF_A[1]} {OTHER}"),
+    (unchanged, {"input": "deep"}, f"/in/deep; give the same again, or {AGAIN}"),
+    (lambda example: write_rows(example.file, range(10)), {}, f"{OF_A[0]} {CHANGED}"),
+    (lambda example: example.file.rename(example.input / "c.parquet"), {}, f"{OF_A[0]} {GONE}"),
+    (copy(f"out/{OF_A[0]}", OF_A[1]), {}, f"{OF_A[1]} {CHANGED}"),
+    (another_run_begins, {}, f"{OF_A[0]} {OTHER}"),
     (copy("in/deep/b.pq", OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
     (write(OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
     (lambda example: (example.output / "run.json").unlink(), {}, f"files.parquet {AWAY}"),
     (write("run.json"), {}, f"run.json {AWAY}"),
+    (write("run.json", b'{"format": "of another", "run": 1}'), {}, f"run.json {AWAY}"),
 ]
 
 
@@ -119,7 +132,8 @@ def test_what_is_refused_changes_nothing(
 ) -> None:
     """Where it is offered, --overwrite then gives what an empty folder would."""
     example.score()
-    example.score(output=str(example.folder / "other"), precision="bf16")
+    if "input" in settings:
+        settings = {"input": str(example.input / "deep")}
     others = dict.fromkeys((".notes", "predictions/.DS_Store"), b"of another program")
     for name in others:
         write(name)(example)
@@ -137,30 +151,43 @@ def test_what_is_refused_changes_nothing(
         assert overwritten == example.files(*TIMED) | others
 
 
-def test_output_of_input_that_is_gone_stays(example: Example) -> None:
+def test_output_of_input_that_is_gone_stays_where_a_flag_says_so(example: Example) -> None:
     example.score(overwrite=True)
     before = example.files(*TIMED)
     with pytest.raises(RequestError, match="was begun with --model with SHA-256"):
         example.score(model=str(write_model(example.folder / "model", 1)))
     example.file.rename(example.folder / "a.parquet")
-    assert example.score().resumed_rows == 3
-    assert manifest_of(example)["files_of_earlier_input"] == 3
+    kept = example.score(keep_gone=True)
+    assert (kept.input_rows, kept.files, kept.resumed_rows) == (3, 3, 3)
+    assert manifest_of(example)["gone_files"] == 1
+    assert listed(example)[0] == ["a.parquet", 10, 8, 2, 0, "gone", None]
     (example.folder / "a.parquet").rename(example.file)
     assert example.score().resumed_rows == 13
     assert example.files(*TIMED) == before
+
+
+def test_a_file_that_has_changed_is_scored_again_where_a_flag_says_so(example: Example) -> None:
+    """Also one that has fewer rows now, and other parts, and one that is no Parquet any more."""
+    example.score()
+    write_rows(example.file, range(20, 23))
+    (example.input / "deep" / "b.pq").write_bytes(b"not Parquet")
+    again = example.score(rescore_changed=True)
+    assert (again.input_rows, again.scored_rows, again.resumed_rows) == (3, 3, 0)
+    parts = {"predictions/a.parquet", "predictions/none.parquet"}
+    assert example.files(*TIMED).keys() == parts | {"run.json", "files.parquet"}
 
 
 def test_strict_ends_without_a_manifest_and_the_run_without_it_scores_nothing(
     example: Example,
 ) -> None:
     example.score()
-    with pytest.raises(RunError, match="--strict: 2 rows and 1 file cannot be used"):
+    with pytest.raises(RunError, match=r"--strict: no manifest.json was written: 2 rows and 1 "):
         example.score(strict=True)
     assert not (example.output / "manifest.json").exists()
     assert example.score().resumed_rows == 13
     example.file.unlink()
     (example.input / "broken.parquet").unlink()
-    assert example.score(strict=True).rejected_rows == 0
+    assert example.score(strict=True, keep_gone=True).rejected_rows == 0
 
 
 def test_a_file_that_cannot_be_read_costs_itself_alone(example: Example) -> None:
@@ -175,16 +202,84 @@ def test_a_file_that_cannot_be_read_costs_itself_alone(example: Example) -> None
         other.write_bytes(data)
         return score_without_ray(*given)
 
+    write_rows(example.input / "good.parquet", [13])
     example.score(execute)
-    assert example.files(*TIMED).keys() == {"run.json", "files.parquet", "predictions/none.parquet"}
-    damaged, _, replaced, none = listed(example)
+    good = {"predictions/good.parquet", "predictions/none.parquet"}
+    assert example.files(*TIMED).keys() == {"run.json", "files.parquet"} | good
+    damaged, _, replaced, _, none = listed(example)
     assert damaged[:6] == ["a.parquet", 10, 0, 0, 10, "failed"]
     assert replaced[:6] == ["deep/b.pq", 3, 0, 0, 3, "failed"]
     assert "CRC" in damaged[6]
     assert "has changed since the run began" in replaced[6]
     assert none[5] == "scored"
     whole.replace(example.file)
-    assert example.score().scored_rows == 8
+    assert example.score().scored_rows == 9
+
+
+def test_an_input_that_is_rewritten_in_place_while_it_is_read_costs_itself_alone(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first part: no part may have rows of both contents."""
+
+    def read_first(parquet: Any, ranges: Any) -> Any:
+        for number, table in enumerate(read_rows(parquet, ranges)):
+            if number == 1:
+                example.file.write_bytes(example.file.read_bytes())
+            yield table
+
+    monkeypatch.setattr(actor, "read_rows", read_first)
+    assert example.score().failed_rows == 10
+    assert not {*OF_A} & example.files().keys()
+    assert listed(example)[0][6] == "has changed since the run began; run the command again"
+
+
+def test_a_run_in_which_nothing_can_be_scored_fails_and_says_why(example: Example) -> None:
+    example.file.unlink()
+    write_rows(example.input / "deep" / "b.pq", range(3), number=[99] * 3)
+    with pytest.raises(RunError, match=r"^nothing was scored: 3 rows and 1 file cannot be used; "):
+        example.score()
+    assert listed(example)[1] == ["deep/b.pq", 3, 0, 3, 0, "scored", None]
+
+
+def test_a_column_of_a_type_that_is_of_use_in_no_file_is_refused(example: Example) -> None:
+    for path in (example.file, example.input / "deep" / "b.pq", example.input / "none.parquet"):
+        write_rows(path, range(3), image=[1, 2, 3])
+    said = "^--image-column image: is of use in no file of --input; a.parquet column 'image' has"
+    with pytest.raises(RequestError, match=said):
+        example.score()
+    assert not example.output.exists()
+
+
+def another_run_has_more_input(example: Example) -> None:
+    write_rows(example.input / "more.parquet", [1, 2])
+    example.score()
+
+
+def another_run_loses_a_part(example: Example) -> None:
+    (example.output / OF_A[1]).unlink()
+
+
+OTHER_RUNS = [
+    (another_run_begins, "is of another run"),
+    (another_run_has_more_input, "predictions/more.parquet is there, which this run has not"),
+    (another_run_loses_a_part, f"{OF_A[1]} is not there"),
+]
+
+
+@pytest.mark.parametrize(("acts", "said"), OTHER_RUNS)
+def test_a_run_publishes_nothing_where_another_one_was_at_work(
+    example: Example, acts: Any, said: str
+) -> None:
+    others: dict[str, bytes] = {}
+
+    def execute(*given: Any) -> Any:
+        yield from score_without_ray(*given)
+        acts(example)
+        others.update(example.files())
+
+    with pytest.raises(TryAgainError, match=said):
+        example.score(execute)
+    assert example.files() == others
 
 
 def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example) -> None:

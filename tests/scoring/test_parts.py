@@ -2,15 +2,11 @@
 
 import itertools
 
+import pyarrow as pa
 import pytest
 
-from mnistsum_ray.scoring.parts import (
-    CPU_TASK_ROWS,
-    GPU_TASK_ROWS,
-    InputFile,
-    make_tasks,
-    split_into_parts,
-)
+from mnistsum_ray.scoring.parts import from_row, make_tasks, split_into_parts, to_row
+from mnistsum_ray.scoring.request import InputFile
 from mnistsum_ray.storage.store import Entry
 
 ENTRY = Entry("file", 9, "e")
@@ -58,18 +54,19 @@ def test_a_name_that_cannot_be_one_of_the_output_costs_that_file_alone() -> None
 
 
 @pytest.mark.parametrize(
-    ("files", "rows", "workers", "least", "most"),
+    ("files", "max_rows", "workers", "least", "most"),
     [
-        (input_files(*[10] * 2000), CPU_TASK_ROWS, 16, 20, 21),  # many small files
-        (input_files(10, 50_000, 10, 16_384, 0, 40_003), CPU_TASK_ROWS, 1, 2, 5),
-        (input_files(10**7), GPU_TASK_ROWS, 8, 32, 39),  # long tasks of a GPU
-        (input_files(*[10**8] * 30), CPU_TASK_ROWS, 64, 10_000, 16_384),
+        (input_files(*[10] * 2000), 32_768, 16, 20, 21),  # many small files
+        (input_files(10, 50_000, 10, 16_384, 0, 40_003), 32_768, 1, 2, 5),
+        (input_files(10**7), 262_144, 8, 32, 39),  # long tasks of a GPU
+        (input_files(*[10**8] * 30), 32_768, 64, 10_000, 16_384),
     ],
 )
 def test_tasks_hold_every_part_once_in_order(
-    files: list[InputFile], rows: int, workers: int, least: int, most: int
+    files: list[InputFile], max_rows: int, workers: int, least: int, most: int
 ) -> None:
     parts, _ = split_into_parts(files, None)
-    tasks = make_tasks(parts, rows, workers)
-    assert [*itertools.chain(*tasks)] == parts
+    tasks = make_tasks(parts, max_rows, workers)
+    rows = pa.Table.from_pylist([to_row(number, task) for number, task in enumerate(tasks)])
+    assert [*itertools.chain(*map(from_row, rows.to_pylist()))] == parts
     assert least <= len(tasks) <= most
