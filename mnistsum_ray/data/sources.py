@@ -7,7 +7,7 @@ import hashlib
 import re
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.images import (
+    SIDE,
     Numbers,
     Pixels,
     image_type_error,
@@ -185,11 +186,18 @@ def _mnist(folder: Path) -> Source:
     for split, is_train in (("train", True), ("test", False)):
         try:
             found = MnistHere(str(folder), train=is_train)
+            _check_shapes(found.data.shape, found.targets.shape)
         except Exception as error:  # of damaged files its reader raises many types
             problem = f"holds no whole MNIST ({one_line(error)}); get its four files again"
             raise RequestError(f"--data {folder}: {problem}") from None
         rows[split] = (found.data.numpy(), found.targets.numpy())
     return _in_memory("mnist", str(folder), rows)
+
+
+def _check_shapes(images: Sequence[int], digits: Sequence[int]) -> None:
+    """ValueError: they are not those of MNIST, which torchvision takes as it finds them."""
+    if (*digits, SIDE, SIDE) != tuple(images):
+        raise ValueError(f"images of shape {list(images)} and labels of shape {list(digits)}")
 
 
 def _download_mnist(root: Path) -> Path:
