@@ -21,12 +21,10 @@ from werkzeug.middleware.shared_data import SharedDataMiddleware
 
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
-from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.sources import SPLITS, Source, open_source
+from mnistsum_ray.data.sources import SPLITS, Source, held_out_rows, open_source
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.rows import rows_in_memory
-from tests.storage.conftest import serve_s3, serving
+from tests.storage.conftest import serving
 
 
 def opened(data: Path | str, **columns: str) -> Source:
@@ -150,46 +148,30 @@ def test_names_of_files_and_folders_tell_the_split(
     assert (source.held_out, source.train_rows) == ([], 20)
 
 
-@pytest.mark.parametrize(("rows", "held_out"), [(1009, 100), (60_000, 5_000)])
-def test_a_tenth_of_the_rows_and_at_most_5000_are_held_out_for_each_split_without_files(
-    tmp_path: Path, rows: int, held_out: int
-) -> None:
-    def write(name: str, rows: int) -> Source:
-        digits = pa.array(np.zeros(rows, np.int8))
-        images = pa.nulls(rows, pa.binary(784))
-        pq.write_table(pa.table({"image": images, "digit": digits}), tmp_path / name)
-        return opened(tmp_path)
-
-    assert write("train.parquet", rows).train_rows == rows - 2 * held_out
-    assert write("test.parquet", 7).train_rows == rows - held_out
+def test_a_tenth_of_the_rows_and_at_most_5000_are_held_out_for_a_split() -> None:
+    assert [held_out_rows(rows) for rows in (9, 1009, 60_000)] == [0, 100, 5_000]
 
 
-def test_files_in_an_object_store_are_listed(
-    sample: pa.Table, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serve_s3(monkeypatch) as uri:
-        for name in ("train", "test"):
-            (locate(uri, "--data") / "data" / f"{name}.parquet").write(to_parquet(sample[::50]))
-        source = opened(uri.replace("?", "/data?"))
-        assert [source.rows_of(split) for split in SPLITS] == [100, 0, 100]
-
-
-def test_the_fingerprint_is_that_of_the_names_and_versions_of_the_files(
+def test_the_fingerprint_is_that_of_names_and_versions_of_files_or_of_the_rows_in_memory(
     tmp_path: Path, sample: pa.Table, idx: Path
 ) -> None:
-    """Of rows in memory it is that of the content."""
-    path, found = tmp_path / "in" / "1.parquet", []
+    path = tmp_path / "in" / "1.parquet"
     path.parent.mkdir()
-    pq.write_table(sample[::50], path)
-    found.append(opened(path.parent).fingerprint)
-    assert opened(path.parent).fingerprint == found[0]
-    copy = Path(shutil.copy2(path, tmp_path / "copy"))
-    copy.rename(path)  # of the same size and time
-    found.append(opened(path.parent).fingerprint)
-    path = path.rename(path.with_name("2.parquet"))
-    found.append(opened(path.parent).fingerprint)
-    pq.write_table(sample[1::50], path.with_name("3.parquet"))
-    found.append(opened(path.parent).fingerprint)
+
+    def replace_by_copy() -> None:
+        """Of the same content, size and time."""
+        Path(shutil.copy2(path, tmp_path / "copy")).rename(path)
+
+    found = []
+    for change in (
+        lambda: pq.write_table(sample[::50], path),
+        replace_by_copy,
+        lambda: pq.write_table(sample[1::50], path.with_name("2.parquet")),
+        lambda: path.rename(path.with_name("3.parquet")),
+    ):
+        change()
+        found.append(opened(path.parent).fingerprint)
+        assert opened(path.parent).fingerprint == found[-1]
     shutil.copytree(idx / "MNIST", idx / "moved" / "MNIST")
     found.append(opened(idx).fingerprint)
     assert opened(idx / "moved").fingerprint == found[-1]

@@ -294,8 +294,11 @@ def test_a_training_in_a_thread_or_a_notebook_ends_and_raises(few: dict[str, Any
 class Recorder(Trainer):
     """Keeps the batches that its worker trains, and their learning rates."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, totals: RowTotals) -> None:
+        torch.set_num_threads(1)
+        nobody: Any = None
+        parameters = hyperparameters(batch_size=32, dropout=0, distortion=1)
+        super().__init__(parameters, totals, CPU, "fp32", Events(nobody, rank=1))
         self.steps: list[tuple[Batch, float]] = []
 
     def _step(self, batch: Batch, epoch: int, step: int, rows: int, rate: float) -> Any:
@@ -303,16 +306,9 @@ class Recorder(Trainer):
         return super()._step(batch, epoch, step, rows, rate)
 
 
-def new_recorder(totals: RowTotals) -> Recorder:
-    torch.set_num_threads(1)
-    parameters = hyperparameters(batch_size=32, dropout=0, distortion=1)
-    nobody: Any = None
-    return Recorder(parameters, totals, CPU, "fp32", Events(nobody, rank=1))
-
-
 def train_epoch(config: dict[str, Any]) -> None:
     """Train an epoch on each worker; rank 0 saves its weights, and the steps of all."""
-    trainer = new_recorder(config["totals"])
+    trainer = Recorder(config["totals"])
     trainer.train_epoch(0)
     of_ranks: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(of_ranks, trainer.steps)
@@ -328,33 +324,33 @@ def test_three_workers_of_unequal_shards_train_as_one_that_has_their_batches(
     """In most steps one of them has no rows. Bits: tests/integration/test_faults.py."""
     rows = sample[::30].append_column("row_hash", pa.array(range(167)))
     rows = decode(rows.append_column("path", pa.array([""] * 167)))
-    blocks = [rows[:70], rows[70:81], rows[81:]]
-    totals = RowTotals.of(rows["row_id"].to_numpy())
-    config = {"totals": totals, "file": str(tmp_path / "trained.pt")}
+    totals, file = RowTotals.of(rows["row_id"].to_numpy()), str(tmp_path / "trained.pt")
     TorchTrainer(
         train_epoch,
-        train_loop_config=config,
-        datasets={"train": ray.data.from_blocks(blocks)},
+        train_loop_config={"totals": totals, "file": file},
+        datasets={"train": ray.data.from_blocks([rows[:70], rows[70:81], rows[81:]])},
         dataset_config=WholeShards(),
         scaling_config=ray.train.ScalingConfig(3, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path)),
     ).fit()
-    of_ranks, trained = torch.load(config["file"], weights_only=True)
+    of_ranks, trained = torch.load(file, weights_only=True)
     sizes = [[len(batch["digit"]) for batch, _ in steps] for steps in of_ranks]
     assert sizes == [[10] * 7 + [0], [11] + [0] * 7, [11] * 7 + [9]]
 
     def train_alone() -> dict[str, torch.Tensor]:
-        alone = new_recorder(totals)
-        for step, shares in enumerate(zip(*of_ranks, strict=True), 1):
-            batch = {}
-            for name in shares[0][0]:
-                batch[name] = torch.cat([share[name] for share, _ in shares])
-            alone._step(batch, 0, step, len(batch["digit"]), shares[0][1])
+        alone = Recorder(totals)
+        for step, shares in enumerate(zip(*of_ranks, strict=True)):
+            batches, (rate, *_) = zip(*shares, strict=True)
+            batch = {name: torch.cat([each[name] for each in batches]) for name in batches[0]}
+            alone._step(batch, 0, step, len(batch["digit"]), rate)
         return copy_weights(alone.model)
 
     expected = as_worker(train_alone)
     torch.manual_seed(0)
     # With wrong weights of the ranks layers differ by 4 to 20 %, else by 0.5 %.
     for name, start in copy_weights(make_network()).items():
-        difference, step = (trained[name] - expected[name]).norm(), (expected[name] - start).norm()
-        assert difference < 0.03 * step, name
+        difference, change = (
+            (trained[name] - expected[name]).norm(),
+            (expected[name] - start).norm(),
+        )
+        assert difference < 0.03 * change, name
