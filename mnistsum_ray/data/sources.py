@@ -27,7 +27,7 @@ from mnistsum_ray.data.images import (
     pixels_array,
     pixels_view,
 )
-from mnistsum_ray.data.inputs import list_inputs
+from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
 from mnistsum_ray.data.parquet import column_error, read_footer, read_table
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.store import Entry, Location, in_threads
@@ -280,6 +280,9 @@ def _describe(
     """An input file, by its footer."""
     name, entry = listed
     file = root / name
+    if not name.partition("?")[0].lower().endswith(SUFFIXES):  # Ray Data would leave it out
+        ends = f"its name must end in {', '.join(SUFFIXES)}, and hold no question mark"
+        raise RequestError(f"{file.display}: {ends}; rename it")
     try:
         footer = read_footer(file, entry)
     except UnusableFileError as error:

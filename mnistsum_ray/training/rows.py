@@ -31,6 +31,7 @@ from mnistsum_ray.data.images import (
     join_reasons,
     one_chunk,
 )
+from mnistsum_ray.data.inputs import SUFFIXES
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.data.randomness import RowIds, mix_ids, split_keys
 from mnistsum_ray.data.sources import (
@@ -96,7 +97,8 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool) -> Rows:
     decoded: dict[str, Decoded] = {split: decode(rows) for split, rows in source.tables.items()}
     try:
         for split, files in source.files.items():
-            decoded[split] = _read_files(files, rows_of_block)
+            if source.rows_of(split):
+                decoded[split] = _read_files(files, rows_of_block)
         facts = {split: _facts(rows) for split, rows in decoded.items()}
     except (ray.exceptions.RayError, OSError) as error:
         _refuse_damaged_file(source)
@@ -151,7 +153,7 @@ def _read_files(files: list[LabelledFile], rows_of_block: int) -> Dataset:
         rows = ray.data.read_parquet(  # noqa: TID251 - it refuses pickles: tests/data
             [path for _, path in places],
             filesystem=filesystem,
-            file_extensions=None,  # the files are on a list of our own
+            file_extensions=[suffix.lstrip(".") for suffix in SUFFIXES],  # None means parquet alone
             include_paths=True,
             include_row_hash=True,
         )

@@ -106,6 +106,7 @@ def test_damaged_files_of_mnist_are_refused(idx: Path, name: str, damage: Any) -
 
 REFUSED: list[tuple[dict[str, Callable[[pa.Table], pa.Table] | bytes], str]] = [
     ({}, "holds neither MNIST's files"),
+    ({"a?b": b""}, "a?b.parquet: its name must end in .parquet, .pq, .parq, and hold no question"),
     ({"a": b"cut off"}, "a.parquet: is not Parquet, or was cut off"),
     ({"a": b""}, "a.parquet: is not Parquet, or was cut off"),
     ({"a": lambda rows: rows.drop_columns(["digit"])}, "a column 'image' (--image-column) and "),

@@ -115,8 +115,8 @@ def test_shards_have_all_rows_and_differ_by_one_block_at_most(rows: Rows) -> Non
             assert sorted(chain(*dealt)) == sorted(rows_of(dataset, TOTAL))
             sizes = [len(shard) for shard in dealt]
             assert max(sizes) - min(sizes) <= BLOCK
-            digits = [len({row * 10 // TOTAL for row in shard}) for shard in dealt]
-            assert digits == [10] * ranks, "the files are sorted by digit, and no rank sees it"
+        digits = [{row * 10 // TOTAL for row in rows_of(shard["train"], TOTAL)} for shard in shards]
+        assert digits == [set(range(10))] * ranks, "though the files are sorted by digit"
 
 
 def epochs_of(shard: Any, seed: int) -> list[list[Batch]]:
@@ -170,7 +170,7 @@ def labels(change: Any) -> Any:
 
 
 TEXT = pytest.mark.xfail(strict=True, reason="decode_numbers does not take text yet")
-NAMES = ["a b/50% ü=1.parquet", "c%20d/x=y/#2?.parquet", "e/+3&.parquet"]
+NAMES = ["a b/50% ü=1.parquet", "c%20d/x=y/#2.PQ", "e/[3]&*.parq"]
 OTHER_COLUMNS = {"image_column": "the picture", "label_column": "Ziffer"}
 
 LAYOUTS = [
@@ -247,9 +247,15 @@ def test_bad_rows_are_counted_by_reason_and_named_by_file_and_row(tmp_path: Path
     assert [totals.rows for totals in rows.totals.values()].count(39) == 2, "a tenth of the others"
 
 
-def flip_a_bit(data: bytes) -> bytes:
+def damage_a_page(data: bytes) -> bytes:
     middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    return data[:middle] + bytes(500) + data[middle + 500 :]
+
+
+def flip_a_pixel(data: bytes) -> bytes:
+    """Of the 51st row. The CRC of its page is another now."""
+    place = data.index((50).to_bytes(4, "little") + bytes(780)) + 300
+    return data[:place] + b"\1" + data[place + 1 :]
 
 
 def lie_about_rows(data: bytes) -> bytes:
@@ -261,23 +267,26 @@ def lie_about_rows(data: bytes) -> bytes:
 CUT_OFF = r".*/b\.parquet: is not Parquet, or was cut off.*"
 UNREADABLE = r"--data .*/b\.parquet: cannot be read: .*"
 
-DAMAGES: list[tuple[str, Callable[[bytes], bytes], str]] = [
-    ("disk", flip_a_bit, UNREADABLE),
-    ("s3", flip_a_bit, UNREADABLE),
-    ("disk", lambda data: data[:5000], CUT_OFF),
-    ("disk", lambda data: b"", CUT_OFF),
-    ("disk", lie_about_rows, f"{UNREADABLE}|--data .*: read 300 rows of files that hold 301.*"),
+CRC = pytest.mark.xfail(strict=True, reason="Ray 2.60 reads pages without a look at their CRC")
+
+DAMAGES = [
+    ("disk", "snappy", damage_a_page, UNREADABLE),
+    ("s3", "snappy", damage_a_page, UNREADABLE),
+    pytest.param("disk", "none", flip_a_pixel, UNREADABLE, marks=CRC),
+    ("disk", "none", lambda data: data[:5000], CUT_OFF),
+    ("disk", "none", lambda _: b"", CUT_OFF),
+    ("disk", "none", lie_about_rows, f"{UNREADABLE}|--data .*: read 300 rows of .* hold 301.*"),
 ]
 
 
-@pytest.mark.parametrize(("where", "damage", "said"), DAMAGES)
+@pytest.mark.parametrize(("where", "compression", "damage", "said"), DAMAGES)
 def test_a_damaged_file_is_named_in_one_line(
-    tmp_path: Path, where: str, damage: Callable[[bytes], bytes], said: str
+    tmp_path: Path, where: str, compression: str, damage: Callable[[bytes], bytes], said: str
 ) -> None:
     uri = f"s3://bucket/{tmp_path.name}" if where == "s3" else str(tmp_path)
     folder = locate(uri, "--data")
     file = tmp_path / "rows"
-    pq.write_table(marked(100), file, compression="none", write_page_checksum=True)
+    pq.write_table(marked(100), file, compression=compression, write_page_checksum=True)
     for name in ("a", "b", "c"):
         (folder / f"{name}.parquet").write(file.read_bytes())
     damaged = damage(file.read_bytes())
@@ -291,7 +300,7 @@ def test_a_damaged_file_is_named_in_one_line(
 FEW: list[tuple[dict[str, int], str]] = [
     ({"a": 5}, r"has too few rows \(5 train\); each split needs some"),
     ({"train": 50, "test": 0}, ""),
-    ({"train": 5, "test": 5}, r"has too few rows \(5 train, 5 test\); each split needs some"),
+    ({"train": 5, "test": 5}, r"has too few rows \(5 test, 5 train\); each split needs some"),
     ({"test": 50}, r"has too few rows \(50 test\); each split needs some"),
 ]
 
