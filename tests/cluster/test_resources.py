@@ -41,8 +41,8 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(resources, "find_gpu", lambda *_: Gpu(bf16=True) if has_gpu else None)
         monkeypatch.setattr(ray, "get_runtime_context", Context)
         monkeypatch.setattr(os, "cpu_count", lambda: CORES)
-        say = [].append if said is None else said.append
-        return plan_training(TrainConfig(**given), batch_size, stored, say)
+        lines: list[str] = [] if said is None else said
+        return plan_training(TrainConfig(**given), batch_size, stored, lines.append)
 
     return made
 
