@@ -242,7 +242,9 @@ def _dataset(decoded: Decoded, chosen: _Chosen, rows_of_block: int, are_all: boo
         return ray.data.from_blocks([rows.slice(start, rows_of_block) for start in starts])
     if are_all:  # nothing needs to be copied
         return decoded
-    return decoded.map_batches(chosen, batch_format="pyarrow").materialize()
+    rows_left = decoded.map_batches(chosen, batch_format="pyarrow")
+    # Again, since blocks that lost rows would make unequal shards.
+    return rows_left.repartition(target_num_rows_per_block=rows_of_block).materialize()
 
 
 def _bad_rows(source: Source, facts: dict[str, pa.Table]) -> ReasonCounts:

@@ -183,37 +183,6 @@ def test_an_infinite_loss_stops_every_rank_at_once(
         train_here(**settings)
 
 
-@pytest.mark.slow
-def test_the_config_of_a_run_trains_the_same_model_also_after_signals(
-    done: Done, run: Path, tmp_path: Path
-) -> None:
-    """On a node with more CPUs, all of which a new run would take: other bits than of two."""
-    file, again = run / "config.yaml", tmp_path / "again"
-    here: list[Any] = ["--storage-path", tmp_path, "--name", "again"]
-
-    def stop(job: Job, epoch: int, number: int) -> None:
-        saved = f"checkpoints/*/epoch_{epoch:05}/*.sha256"
-        job.wait_until(lambda: [*again.glob(saved)])
-        job.process.send_signal(number)
-        stopped = job.wait()
-        assert stopped.code == 128 + number, stopped.err
-        assert f"--storage-path {tmp_path} --name again --resume\n" in stopped.err
-        assert "Traceback" not in stopped.err
-        assert json.loads((again / "manifest.json").read_text())["status"] == "stopped"
-
-    with nodes(3) as larger, joined(larger):
-        stop(Job("train", "--config", file, *here, address=larger.address), 1, signal.SIGINT)
-        stop(Job("train", "--resume", *here, address=larger.address), 2, signal.SIGTERM)
-        resumed = train_here(storage_path=tmp_path, name="again", resume=True)
-    assert re.search("going on after epoch [23], on 1 worker", resumed.said)
-    assert resumed.line["test"] == done.line["test"]
-    assert resumed.weights() == (run / "model" / "model.safetensors").read_bytes()
-    first, second = (
-        parse(TrainConfig, ["--config", str(folder / file.name)], "") for folder in (run, again)
-    )
-    assert first == second
-
-
 @pytest.fixture
 def few(tmp_path: Path) -> dict[str, Any]:
     """A training of some seconds."""
@@ -353,3 +322,37 @@ def test_three_workers_of_unequal_shards_train_as_one_that_has_their_batches(
             (expected[name] - start).norm(),
         )
         assert difference < 0.03 * change, name
+
+
+@pytest.mark.slow
+def test_the_config_of_a_run_trains_the_same_model_also_after_signals(
+    done: Done, run: Path, tmp_path: Path
+) -> None:
+    """On a node with more CPUs, all of which a new run would take: other bits than of two.
+
+    The last test here, since it leaves the cluster of the others.
+    """
+    file, again = run / "config.yaml", tmp_path / "again"
+    here: list[Any] = ["--storage-path", tmp_path, "--name", "again"]
+
+    def stop(job: Job, epoch: int, number: int) -> None:
+        saved = f"checkpoints/*/epoch_{epoch:05}/*.sha256"
+        job.wait_until(lambda: [*again.glob(saved)])
+        job.process.send_signal(number)
+        stopped = job.wait()
+        assert stopped.code == 128 + number, stopped.err
+        assert f"--storage-path {tmp_path} --name again --resume\n" in stopped.err
+        assert "Traceback" not in stopped.err
+        assert json.loads((again / "manifest.json").read_text())["status"] == "stopped"
+
+    with nodes(3) as larger, joined(larger):
+        stop(Job("train", "--config", file, *here, address=larger.address), 1, signal.SIGINT)
+        stop(Job("train", "--resume", *here, address=larger.address), 2, signal.SIGTERM)
+        resumed = train_here(storage_path=tmp_path, name="again", resume=True)
+    assert re.search("going on after epoch [23], on 1 worker", resumed.said)
+    assert resumed.line["test"] == done.line["test"]
+    assert resumed.weights() == (run / "model" / "model.safetensors").read_bytes()
+    first, second = (
+        parse(TrainConfig, ["--config", str(folder / file.name)], "") for folder in (run, again)
+    )
+    assert first == second
