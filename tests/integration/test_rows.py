@@ -323,9 +323,9 @@ WRONG: list[tuple[str, Callable[[pa.Table], list[pa.Table]], str]] = [
     (
         "validation",
         lambda rows: [rows, rows[:1]],
-        "the evaluation saw 51 rows, where the plan has ",
+        "evaluation saw 51 rows, where the plan has ",
     ),
-    ("test", lambda rows: [rows[1:2], rows[1:]], "the evaluation saw other rows than planned: "),
+    ("test", lambda rows: [rows[1:2], rows[1:]], "evaluation saw other rows than planned: "),
 ]
 
 
