@@ -81,7 +81,7 @@ class Source:
     """sample, mnist or parquet."""
     location: str
     fingerprint: str
-    """SHA-256 of the content or, for files, of their names, sizes and ETags."""
+    """SHA-256 of the content or, for files, of their paths, sizes and ETags."""
     tables: dict[str, pa.Table] = field(default_factory=dict)
     """By split: `image` (784 bytes) and `digit`, with `path` and `row_hash` as of Ray Data."""
     files: dict[str, list[LabelledFile]] = field(default_factory=dict)
@@ -262,7 +262,8 @@ def _parquet(config: LabelledDataConfig, location: Location, progress: CountFoot
     if unnamed and files:
         mixed = "some files are named train or test and some are not; rename them"
         raise RequestError(f"--data {location.display}: {mixed} ({unnamed[0].name})")
-    digest = hashlib.sha256()
+    # Ids of rows, by which some are held out, follow from the whole path of a file.
+    digest = hashlib.sha256(f"{found.root.bucket}/{found.root.path}\n".encode())
     for name, entry in found.files.items():
         digest.update(f"{name}\n{entry.size}\n{entry.e_tag}\n".encode())
     return Source(

@@ -153,7 +153,7 @@ def test_a_tenth_of_the_rows_and_at_most_5000_are_held_out_for_a_split() -> None
     assert [held_out_rows(rows) for rows in (9, 1009, 60_000)] == [0, 100, 5_000]
 
 
-def test_the_fingerprint_is_that_of_names_and_versions_of_files_or_of_the_rows_in_memory(
+def test_the_fingerprint_is_that_of_paths_and_versions_of_files_or_of_the_rows_in_memory(
     tmp_path: Path, sample: pa.Table, idx: Path
 ) -> None:
     path = tmp_path / "in" / "1.parquet"
@@ -173,9 +173,11 @@ def test_the_fingerprint_is_that_of_names_and_versions_of_files_or_of_the_rows_i
         change()
         found.append(opened(path.parent).fingerprint)
         assert opened(path.parent).fingerprint == found[-1]
-    shutil.copytree(idx / "MNIST", idx / "moved" / "MNIST")
+    moved = path.parent.rename(tmp_path / "moved")
+    found.append(opened(moved).fingerprint)
+    shutil.copytree(idx / "MNIST", idx / "copied" / "MNIST")
     found.append(opened(idx).fingerprint)
-    assert opened(idx / "moved").fingerprint == found[-1]
+    assert opened(idx / "copied").fingerprint == found[-1]
     write_idx(idx / "MNIST" / "raw" / LABELS, np.zeros(100, np.uint8))
     found.append(opened(idx).fingerprint)
     assert len(set(found)) == len(found)
