@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.config import ExportPairsConfig, LabelledDataConfig
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.pairs import export_pairs
+from mnistsum_ray.training.rows import rows_in_memory
 
 
 def run(folder: Path, **settings: Any) -> list[pa.Table]:
@@ -25,8 +26,9 @@ def test_rows_beyond_the_split_repeat_it_with_other_numbers(
     tables = run(tmp_path / "a", rows=1201, files=3)
     assert [table.num_rows for table in tables] == [400, 400, 401]
     table = pa.concat_tables(tables)
-    test = open_source("sample").test
-    assert table["row_id"].to_pylist() == [*test, *test, *test[:201]]
+    test = rows_in_memory(open_source(LabelledDataConfig(data="sample")))["test"]
+    ids = test["row_id"].to_pylist()
+    assert table["row_id"].to_pylist() == [*ids, *ids, *ids[:201]]
     numbers = table["number"].to_numpy()
     assert set(numbers) == set(range(10))
     assert not np.array_equal(numbers[:500], numbers[500:1000])

@@ -11,9 +11,9 @@ from typing import Any, Final
 import ray
 import ray.exceptions
 from ray.util import state
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.nodes import Resources, on_node, usable_nodes
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError, TryAgainError, counted
 
@@ -26,6 +26,22 @@ _CUDA_SECONDS: Final = 120.0
 _REPORT_SECONDS: Final = 10.0
 
 Say = Callable[[str], None]
+
+Resources = dict[str, float]
+"""From kind (CPU, GPU, …) to amount."""
+
+
+def on_node(node: str | None = None) -> dict[str, Any]:
+    """Options of a task or actor that reserves nothing, on this node or the one of this id."""
+    node = node or ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": strategy}
+
+
+def usable_nodes() -> list[dict[str, Any]]:
+    """Ray's entry of each living node that has CPUs or GPUs."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [node for node in alive if {"CPU", "GPU"} & node["Resources"].keys()]
 
 
 @dataclass(frozen=True)

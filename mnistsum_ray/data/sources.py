@@ -7,7 +7,7 @@ import hashlib
 import re
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.images import (
+    SIDE,
     Numbers,
     Pixels,
     image_type_error,
@@ -26,7 +27,7 @@ from mnistsum_ray.data.images import (
     pixels_array,
     pixels_view,
 )
-from mnistsum_ray.data.inputs import list_inputs
+from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
 from mnistsum_ray.data.parquet import column_error, read_footer, read_table
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.store import Entry, Location, in_threads
@@ -80,7 +81,7 @@ class Source:
     """sample, mnist or parquet."""
     location: str
     fingerprint: str
-    """SHA-256 of the content or, for files, of their names, sizes and ETags."""
+    """SHA-256 of the content or, for files, of their paths, sizes and ETags."""
     tables: dict[str, pa.Table] = field(default_factory=dict)
     """By split: `image` (784 bytes) and `digit`, with `path` and `row_hash` as of Ray Data."""
     files: dict[str, list[LabelledFile]] = field(default_factory=dict)
@@ -185,11 +186,18 @@ def _mnist(folder: Path) -> Source:
     for split, is_train in (("train", True), ("test", False)):
         try:
             found = MnistHere(str(folder), train=is_train)
+            _check_shapes(found.data.shape, found.targets.shape)
         except Exception as error:  # of damaged files its reader raises many types
             problem = f"holds no whole MNIST ({one_line(error)}); get its four files again"
             raise RequestError(f"--data {folder}: {problem}") from None
         rows[split] = (found.data.numpy(), found.targets.numpy())
     return _in_memory("mnist", str(folder), rows)
+
+
+def _check_shapes(images: Sequence[int], digits: Sequence[int]) -> None:
+    """ValueError: they are not those of MNIST, which torchvision takes as it finds them."""
+    if (*digits, SIDE, SIDE) != tuple(images):
+        raise ValueError(f"images of shape {list(images)} and labels of shape {list(digits)}")
 
 
 def _download_mnist(root: Path) -> Path:
@@ -254,7 +262,8 @@ def _parquet(config: LabelledDataConfig, location: Location, progress: CountFoot
     if unnamed and files:
         mixed = "some files are named train or test and some are not; rename them"
         raise RequestError(f"--data {location.display}: {mixed} ({unnamed[0].name})")
-    digest = hashlib.sha256()
+    # Ids of rows, by which some are held out, follow from the whole path of a file.
+    digest = hashlib.sha256(f"{found.root.bucket}/{found.root.path}\n".encode())
     for name, entry in found.files.items():
         digest.update(f"{name}\n{entry.size}\n{entry.e_tag}\n".encode())
     return Source(
@@ -272,6 +281,9 @@ def _describe(
     """An input file, by its footer."""
     name, entry = listed
     file = root / name
+    if not name.partition("?")[0].lower().endswith(SUFFIXES):  # Ray Data would leave it out
+        ends = f"its name must end in {', '.join(SUFFIXES)}, and hold no question mark"
+        raise RequestError(f"{file.display}: {ends}; rename it")
     try:
         footer = read_footer(file, entry)
     except UnusableFileError as error:

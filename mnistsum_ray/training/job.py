@@ -21,8 +21,13 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.nodes import usable_nodes
-from mnistsum_ray.cluster.resources import WorkerPlan, plan_training, shortage, wait_for_cpu
+from mnistsum_ray.cluster.resources import (
+    WorkerPlan,
+    plan_training,
+    shortage,
+    usable_nodes,
+    wait_for_cpu,
+)
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.errors import (
     RepeatingError,

@@ -18,8 +18,7 @@ import ray.exceptions
 import ray.train
 from ray.util.queue import Empty, Queue
 
-from mnistsum_ray.cluster.nodes import on_node
-from mnistsum_ray.cluster.resources import describe_free
+from mnistsum_ray.cluster.resources import describe_free, on_node
 from mnistsum_ray.errors import RepeatingError, one_line, root_cause
 from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.prometheus import JobMetrics

@@ -22,7 +22,6 @@ import ray.exceptions
 from ray.data import Dataset
 from ray.train import DataConfig
 
-from mnistsum_ray.cluster.nodes import set_data_options
 from mnistsum_ray.data.images import (
     DIGITS,
     ReasonCounts,
@@ -171,7 +170,9 @@ def _read_files(files: list[LabelledFile], rows_of_block: int) -> Dataset:
             include_row_hash=True,
         )
         # Else the blocks stand as their tasks ended, and each run has other bits.
-        set_data_options(rows, preserve_order=True)
+        rows.context.execution_options.preserve_order = True
+        # The console says what is read; Ray's bars and plans would repeat it.
+        rows.context.enable_progress_bars = rows.context.print_on_execution_start = False
         names = {"image": columns.image, "label": columns.label}
         rows = rows.select_columns([*names.values(), "path", "row_hash"])
         datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=names))

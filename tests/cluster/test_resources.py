@@ -1,73 +1,107 @@
-"""The workers that a job reserves on different clusters, and requests that none can meet."""
+"""The workers that a training asks for on different clusters, and requests that none can meet."""
 
+import os
 from typing import Any
 
 import pytest
+import ray
 
-from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan, plan_workers
-from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.cluster import resources
+from mnistsum_ray.cluster.resources import Gpu, WorkerPlan, plan_training
+from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
 
-
-def cluster(cpus: float, gpus: float = 0, nodes: int = 1, grows: bool = False) -> ClusterResources:
-    node = {"CPU": cpus / nodes} | ({"GPU": gpus / nodes} if gpus else {})
-    return ClusterResources((node,) * nodes if cpus or gpus else (), grows)
+CORES = 8
+"""Of this machine, whatever Ray has been told."""
 
 
-def plan(kind: str, here: ClusterResources, gpu_gib: int = 16, **given: Any) -> WorkerPlan:
-    config: TrainConfig | ScoreConfig = TrainConfig(**given)
-    if kind == "score":
-        config = ScoreConfig(model="m", input=("i",), output="o", **given)
-    has_gpu = here.total("GPU") and config.use_gpu is not False
-    gpu = Gpu(bf16=True, memory_bytes=gpu_gib * 2**30) if has_gpu else None
-    return plan_workers(config, here, gpu, useful_gpus=8)
+class Context:
+    """The driver runs on the first node."""
+
+    def get_node_id(self) -> str:
+        return "node 0"
 
 
-TRAINING: list[Any] = [
-    (cluster(2), {}, (1, 1), {"CPU": 0.75}),  # a laptop
-    (cluster(16, 1), {}, (1, 1), {"GPU": 1}),  # one GPU box
-    (cluster(64, 8, nodes=2), {}, (8, 8), {"GPU": 1}),  # a GPU cluster
-    (cluster(64, 16), {}, (8, 8), {"GPU": 1}),  # with more than enough of them
-    (cluster(64, 16), {"num_workers": 16}, (16, 16), {"GPU": 1}),
-    (cluster(32, nodes=4), {}, (4, 4), {"CPU": 0.75}),  # CPUs only: one worker per node
-    (cluster(0, grows=True), {}, (1, 1), {"CPU": 0.75}),  # nodes come for it
-    (cluster(2, grows=True), {"num_workers": (2, 4), "use_gpu": True}, (2, 4), {"GPU": 1}),
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Plans for a cluster whose nodes have these resources."""
+
+    def made(
+        nodes: list[dict[str, float]],
+        said: list[str] | None = None,
+        joined: bool = True,
+        batch_size: int = 256,
+        stored: dict[str, Any] | None = None,
+        **given: Any,
+    ) -> WorkerPlan:
+        alive = [{"NodeID": f"node {index}", "Resources": of} for index, of in enumerate(nodes)]
+        has_gpu = any("GPU" in node for node in nodes) and given.get("use_gpu") is not False
+        monkeypatch.setattr(resources, "usable_nodes", lambda: alive)
+        monkeypatch.setattr(resources, "started_cluster", lambda: not joined)
+        monkeypatch.setattr(resources, "find_gpu", lambda *_: Gpu(bf16=True) if has_gpu else None)
+        monkeypatch.setattr(ray, "get_runtime_context", Context)
+        monkeypatch.setattr(os, "cpu_count", lambda: CORES)
+        lines: list[str] = [] if said is None else said
+        return plan_training(TrainConfig(**given), batch_size, stored, lines.append)
+
+    return made
+
+
+def cpus(count: float, nodes: int = 1) -> list[dict[str, float]]:
+    return [{"CPU": count}] * nodes
+
+
+def gpus(count: float, nodes: int = 1) -> list[dict[str, float]]:
+    return [{"CPU": 16, "GPU": count}] * nodes
+
+
+CLUSTERS: list[Any] = [
+    # Nodes, what is given, workers, what each reserves, threads.
+    (cpus(2), {"joined": False}, (1, 1), {"CPU": 2}, 2),  # a laptop
+    (cpus(64), {"joined": False}, (1, 1), {"CPU": 64}, CORES),  # `--num-cpus 64` on it
+    (cpus(16), {"num_workers": 3}, (3, 3), {"CPU": 5}, 5),
+    (cpus(2), {"threads": 1}, (1, 1), {"CPU": 1}, 1),
+    (cpus(8, nodes=64), {}, (1, 1), {"CPU": 7}, 7),  # and not 64 workers of four rows
+    (cpus(2, nodes=3), {"num_workers": 3}, (3, 3), {"CPU": 1}, 1),
+    (cpus(8, nodes=3), {"num_workers": 6}, (6, 6), {"CPU": 3}, 3),
+    ([], {}, (1, 1), {"CPU": 1}, 1),  # nodes come for it
+    (gpus(1), {}, (1, 1), {"GPU": 1}, None),  # one GPU box
+    (gpus(1), {"use_gpu": False}, (1, 1), {"CPU": 16}, CORES),
+    (gpus(4, nodes=2), {"batch_size": 2048}, (8, 8), {"GPU": 1}, None),
+    (gpus(4, nodes=2), {"num_workers": 4}, (4, 4), {"GPU": 1}, None),
+    (cpus(2), {"num_workers": (2, 4), "use_gpu": True}, (2, 4), {"GPU": 1}, None),
+    # A run that goes on has its threads again, unless it has other workers.
+    (cpus(8), {"stored": {"threads": 3, "num_workers": [1, 1]}}, (1, 1), {"CPU": 3}, 3),
+    (cpus(8), {"stored": {"threads": 3, "num_workers": [2, 2]}}, (1, 1), {"CPU": 8}, 8),
 ]
 
 
-@pytest.mark.parametrize(("here", "given", "workers", "per_worker"), TRAINING)
-def test_training(here: ClusterResources, given: Any, workers: Any, per_worker: Any) -> None:
-    made = plan("train", here, **given)
-    assert (made.worker_range, made.per_worker) == (workers, per_worker)
-    assert here.can_grow or here.workers_that_fit(per_worker) >= workers[0]
+@pytest.mark.parametrize(("nodes", "given", "workers", "per_worker", "threads"), CLUSTERS)
+def test_a_worker_reserves_the_cpus_that_it_computes_with_or_a_gpu(
+    plan: Any, nodes: Any, given: Any, workers: Any, per_worker: Any, threads: int | None
+) -> None:
+    made = plan(nodes, **given)
+    found = ((made.least, made.most), made.per_worker, made.threads, made.use_gpu)
+    assert found == (workers, per_worker, threads, "GPU" in per_worker)
 
 
-SCORING: list[Any] = [
-    (cluster(2), 0, {}, 2, {"CPU": 1}),  # a laptop
-    (cluster(16, 1), 80, {}, 8, {"GPU": 1 / 8}),  # one GPU box: eight processes share the card
-    (cluster(16, 1), 16, {}, 4, {"GPU": 1 / 4}),  # its memory holds four
-    (cluster(2, 1), 80, {}, 2, {"GPU": 1 / 2}),  # two cores feed it
-    (cluster(16, 1), 80, {"num_workers": 1}, 1, {"GPU": 1}),
-    (cluster(16, 8), 80, {"num_workers": 3}, 3, {"GPU": 1}),  # three of the cards
-    (cluster(16, 1), 0, {"use_gpu": False}, 16, {"CPU": 1}),
-    # What a cluster may grow to counts.
-    (cluster(0, grows=True), 0, {"use_gpu": True}, 16, {"GPU": 1}),
-    (cluster(2, grows=True), 0, {}, 128, {"CPU": 1}),
+def test_gpus_that_a_batch_is_too_small_for_stay_unused_and_a_line_says_so(plan: Any) -> None:
+    said: list[str] = []
+    assert plan(gpus(4, nodes=2), said, batch_size=767).most == 2
+    small = "a batch of 767 rows is too small for more; give --batch-size"
+    assert said == [f"using 2 of 8 GPUs: {small}"]
+    assert plan(gpus(2), said, batch_size=64).most == 1
+
+
+REFUSED: list[Any] = [
+    ({"num_workers": 3}, "--num-workers 3: only 2 of them, with 1 CPU each, fit on the nodes"),
+    ({"threads": 3}, "--num-workers 1: only 0 of them, with 3 CPUs each, fit on the nodes"),
+    ({"use_gpu": True}, r"--use-gpu true: the cluster has no GPU \(2 CPUs and 0 GPUs on 1 node\)"),
+    ({"num_workers": 65, "batch_size": 64}, r"--num-workers 65: more than the rows of a batch"),
 ]
 
 
-@pytest.mark.parametrize(("here", "gib", "given", "workers", "per_worker"), SCORING)
-def test_scoring(here: Any, gib: int, given: Any, workers: int, per_worker: Any) -> None:
-    """It uses the whole cluster."""
-    made = plan("score", here, gib, **given)
-    assert (made.worker_range, made.per_worker) == ((1, workers), per_worker)
-
-
-@pytest.mark.parametrize("kind", ["train", "score"])
-def test_more_than_a_cluster_of_this_job_has_is_refused(kind: str) -> None:
-    where = r"\(2 CPUs and 0 GPUs on 1 node\)"
-    said = f"--num-workers 3: only 2 of them, with .* each, fit on the nodes {where}"
-    with pytest.raises(RequestError, match=said):
-        plan(kind, cluster(2), num_workers=3)
-    with pytest.raises(RequestError, match=f"--use-gpu true: the cluster has no GPU {where}"):
-        plan(kind, cluster(2), use_gpu=True)
+@pytest.mark.parametrize(("given", "said"), REFUSED)
+def test_more_than_a_cluster_of_this_job_has_is_refused(plan: Any, given: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=f"^{said}"):
+        plan(cpus(2), joined=False, **given)

@@ -1,4 +1,4 @@
-"""Every source gives whole rows and disjoint splits; what cannot be used is refused by name."""
+"""What `--data` names: rows in memory or files, their splits; what cannot be used is refused."""
 
 import gzip
 import hashlib
@@ -16,36 +16,33 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mnistsum_ray.data.idx import IDX_FILES
 from werkzeug import Response
 from werkzeug.middleware.shared_data import SharedDataMiddleware
 
+from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
-from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.sources import Block, Source, open_source
-from mnistsum_ray.errors import RequestError, StorageError
-from mnistsum_ray.storage.uri import locate
-from tests.storage.conftest import serve_s3, serving
+from mnistsum_ray.data.sources import SPLITS, Source, held_out_rows, open_source
+from mnistsum_ray.errors import RequestError
+from mnistsum_ray.training.rows import rows_in_memory
+from tests.storage.conftest import serving
 
 
-def blocks_of(source: Source) -> list[Block]:
-    return [block for group in source.groups for block in group.blocks()]
+def opened(data: Path | str, **columns: str) -> Source:
+    return open_source(LabelledDataConfig(data=str(data), **columns))
 
 
-def splits_of(source: Source) -> list[list[int]]:
-    return [split.tolist() for split in (source.train, source.validation, source.test)]
-
-
-def check(source: Source, rows: pa.Table, *splits: int) -> None:
-    """The blocks hold these rows, image and digit, in order; the splits have so many of them."""
-    blocks = blocks_of(source)
-    images = np.concatenate([block.images for block in blocks])
-    assert np.array_equal(images, pixels_view(one_chunk(rows["image"])))
-    assert np.concatenate([block.digits for block in blocks]).tolist() == rows[1].to_pylist()
-    found = splits_of(source)
-    assert [*map(len, found)] == [*splits]
-    assert found == [sorted(split) for split in found]
-    assert sorted(np.concatenate(found).tolist()) == list(range(rows.num_rows))
+def check(source: Source, rows: pa.Table, *sizes: int) -> list[list[int]]:
+    """The splits have so many rows, each of these rows once; return which they are."""
+    pixels, digits = pixels_view(one_chunk(rows["image"])), rows["digit"].to_numpy()
+    splits = []
+    for split in rows_in_memory(source).values():
+        ids = split["row_id"].to_numpy()
+        assert np.array_equal(split["image"].combine_chunks().to_numpy_ndarray(), pixels[ids])
+        assert np.array_equal(split["digit"].to_numpy(), digits[ids])
+        splits.append(ids.tolist())
+    assert sorted(map(len, splits)) == sorted(sizes)
+    assert sorted(chain(*splits)) == list(range(rows.num_rows))
+    return splits
 
 
 def write_idx(path: Path, values: Pixels) -> None:
@@ -53,58 +50,69 @@ def write_idx(path: Path, values: Pixels) -> None:
     path.write_bytes(header + values.tobytes())
 
 
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
 @pytest.fixture
 def idx(tmp_path: Path, sample: pa.Table) -> Path:
-    """An IDX folder in torchvision's layout: 400 training and 100 test rows."""
+    """MNIST's files in torchvision's layout: 400 training and 100 test rows."""
     images = pixels_view(sample["image"].chunk(0))[::10]
     digits = sample["digit"].to_numpy()[::10].astype(np.uint8)
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
     contents = (images[:400], digits[:400], images[400:], digits[400:])
-    for name, values in zip(chain(*IDX_FILES), contents, strict=True):
+    for name, values in zip(IDX_FILES, contents, strict=True):
         write_idx(folder / name, values)
     return tmp_path
 
 
-def test_sample_and_idx_files(idx: Path, sample: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_and_mnist(idx: Path, sample: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` and `mnist` take ./data/MNIST/raw, here a small stand-in in the same layout."""
-    source = open_source("sample")
-    check(source, sample, 4000, 500, 500)
-    assert source.validation[:4].tolist() == [5, 16, 21, 37]
-    assert source.test[:4].tolist() == [0, 8, 29, 33]
+    splits = check(opened("sample"), sample, 4000, 500, 500)
+    for held_out in splits[1:]:
+        digits = sample["digit"].to_numpy()[held_out]
+        assert np.bincount(digits, minlength=10).min() > 25, "all digits"
     (idx / "data").symlink_to(idx)
     monkeypatch.chdir(idx)
     for name in (str(idx), "MNIST", "MNIST/raw", "auto", "mnist"):
-        source = open_source(name)
-        check(source, sample[::10], 360, 40, 100)
-        assert source.test.tolist() == list(range(400, 500)), "those of the test files"
+        source = opened(name)
+        assert list(range(400, 500)) in check(source, sample[::10], 360, 40, 100), "the test files"
         assert (source.name, source.notice) == ("mnist", "")
 
 
-IMAGES, LABELS = IDX_FILES[0][0], IDX_FILES[1][1]
-DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
-    (IMAGES, lambda path: os.truncate(path, 5000), "n x 28 x 28, or is damaged"),
-    (LABELS, Path.unlink, ": cannot be read: No such file"),
-    (LABELS, lambda path: path.write_bytes(b"hello there"), "is not an IDX file of unsigned"),
-    (LABELS, lambda path: write_idx(path, np.zeros(9, np.uint8)), "has 9 labels, and t10k-images"),
+IMAGES, LABELS = IDX_FILES[2:]
+DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
+    (IMAGES, lambda path: os.truncate(path, 5000)),
+    (LABELS, Path.unlink),
+    (LABELS, lambda path: path.write_bytes(b"hello there")),
+    (LABELS, lambda path: path.write_bytes(b"")),
+    (LABELS, lambda path: write_idx(path, np.zeros(9, np.uint8))),
+    (IMAGES, lambda path: write_idx(path, np.zeros((100, 32, 32), np.uint8))),
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
-def test_a_damaged_idx_folder_is_refused(idx: Path, name: str, damage: Any, said: str) -> None:
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_damaged_files_of_mnist_are_refused(idx: Path, name: str, damage: Any) -> None:
     damage(idx / "MNIST" / "raw" / name)
-    with pytest.raises(RequestError, match=rf"^{idx}.*{re.escape(said)}"):
-        open_source(str(idx))
+    said = rf"^--data {idx}/MNIST/raw: holds no whole MNIST \(.*\); get its four files again$"
+    with pytest.raises(RequestError, match=said):
+        opened(idx)
 
 
 REFUSED: list[tuple[dict[str, Callable[[pa.Table], pa.Table] | bytes], str]] = [
-    ({}, "holds neither IDX files"),
+    ({}, "holds neither MNIST's files"),
+    ({"a?b": b""}, "a?b.parquet: its name must end in .parquet, .pq, .parq, and hold no question"),
     ({"a": b"cut off"}, "a.parquet: is not Parquet, or was cut off"),
-    ({"a": lambda rows: rows.drop_columns(["digit"])}, "a column 'digit' or 'label', has image"),
+    ({"a": b""}, "a.parquet: is not Parquet, or was cut off"),
+    ({"a": lambda rows: rows.drop_columns(["digit"])}, "a column 'image' (--image-column) and "),
     ({"a": lambda rows: pa.table({"image": rows[1], "digit": rows[1]})}, "'image' has type int8"),
-    ({"a": lambda rows: rows[:5]}, "has 5 training, 0 validation and 0 test rows; each split"),
+    ({"a": lambda rows: pa.table({"image": rows[0], "digit": rows[0]})}, "'digit' has type"),
     ({"a": lambda rows: rows, "test": lambda rows: rows}, "some files are named train or test"),
-    ({"train": lambda rows: rows, "test": lambda rows: rows[:0]}, "validation and 0 test rows;"),
 ]
 
 
@@ -119,86 +127,60 @@ def test_a_folder_that_will_not_do_is_refused_by_its_footers(
         else:
             pq.write_table(change(sample[::50]), path)
     with pytest.raises(RequestError, match=re.escape(said)):
-        open_source(str(tmp_path))
+        opened(tmp_path)
 
 
-SPLITS = [
+NAMES = [
     ("train-00000-of-00001.parquet", "validation-0.parquet", "test-0.parquet"),
     ("training/a.parquet", "val/a.parquet", "testing/a.parquet"),
     ("mnist_Train.parquet", "VALID.pq", "TEST/a.PARQ"),
 ]
 
 
-@pytest.mark.parametrize("names", SPLITS)
+@pytest.mark.parametrize("names", NAMES)
 def test_names_of_files_and_folders_tell_the_split(
     tmp_path: Path, sample: pa.Table, names: Sequence[str]
 ) -> None:
-    for name in names:
+    for rows, name in enumerate(names, 20):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(sample[::50].rename_columns({"digit": "label"}), tmp_path / name)
-    starts = [100 * sorted(names).index(name) for name in names]
-    expected = [[*range(start, start + 100)] for start in starts]
-    assert splits_of(open_source(str(tmp_path))) == expected
+        pq.write_table(sample[:rows].rename_columns({"digit": "label"}), tmp_path / name)
+    source = opened(tmp_path)
+    assert [source.rows_of(split) for split in SPLITS] == [20, 21, 22]
+    assert (source.held_out, source.train_rows) == ([], 20)
 
 
-def test_files_in_an_object_store_are_read(
-    sample: pa.Table, monkeypatch: pytest.MonkeyPatch
+def test_a_tenth_of_the_rows_and_at_most_5000_are_held_out_for_a_split() -> None:
+    assert [held_out_rows(rows) for rows in (9, 1009, 60_000)] == [0, 100, 5_000]
+
+
+def test_the_fingerprint_is_that_of_paths_and_versions_of_files_or_of_the_rows_in_memory(
+    tmp_path: Path, sample: pa.Table, idx: Path
 ) -> None:
-    with serve_s3(monkeypatch) as uri:
-        for name in ("train", "test"):
-            (locate(uri, "--data") / "data" / f"{name}.parquet").write(to_parquet(sample[::50]))
-        source = open_source(uri.replace("?", "/data?"))
-        check(source, pa.concat_tables([sample[::50]] * 2), 90, 10, 100)
+    path = tmp_path / "in" / "1.parquet"
+    path.parent.mkdir()
 
+    def replace_by_copy() -> None:
+        """Of the same content, size and time."""
+        Path(shutil.copy2(path, tmp_path / "copy")).rename(path)
 
-LAYOUTS = [
-    ([8191, 8193, 16_385], 100_000, [8191, 8192, 1, 8192, 8192, 1]),
-    ([*range(0, 300, 7), 0, 8192, 1, 8191, 8193], 777, [6321, 8192, 8192, 8192, 1]),
-]
-
-
-@pytest.mark.parametrize(("sizes", "group", "blocks"), LAYOUTS)
-def test_a_block_has_8192_rows_of_a_file_or_those_of_many_small_files(
-    tmp_path: Path, sample: pa.Table, sizes: list[int], group: int, blocks: list[int]
-) -> None:
-    rows = sample.take(np.random.default_rng(0).integers(0, 5000, sum(sizes)))
-    for index, end in enumerate(np.cumsum(sizes)):
-        some = rows.slice(end - sizes[index], sizes[index])
-        pq.write_table(some, tmp_path / f"{index:03}.parquet", row_group_size=group)
-    source = open_source(str(tmp_path))
-    held_out = min(5000, len(rows) // 10)
-    check(source, rows, len(rows) - 2 * held_out, held_out, held_out)
-    assert [block.rows for block in blocks_of(source)] == blocks
-    for split in (source.validation, source.test):
-        digits = rows["digit"].to_numpy()[split]
-        assert np.bincount(digits, minlength=10).min() > held_out / 20, "all digits"
-
-
-def test_a_bad_label_of_an_idx_folder_is_named_and_some_rows_must_be_left(idx: Path) -> None:
-    write_idx(idx / "MNIST" / "raw" / LABELS, np.arange(100, dtype=np.uint8) // 9)
-    source = open_source(str(idx))
-    (block,) = blocks_of(source)
-    places = {row: place[:2] for row, place in block.bad.items()}
-    assert places == {row: (LABELS, row - 400) for row in range(490, 500)}
-    assert splits_of(source.without(block.bad))[2] == [*range(400, 490)]
-    bad = {row: ("a", row, "bad") for row in source.test.tolist()}
-    left = "360 training, 40 validation and 0 test rows beside 100 bad ones: a: row 400: bad"
-    with pytest.raises(RequestError, match=left):
-        source.without(bad)
-
-
-def test_a_file_that_has_changed_or_is_gone_is_named(tmp_path: Path, sample: pa.Table) -> None:
-    """Also one that another takes the place of, of the same size and time."""
-    path, copy = tmp_path / "1.parquet", tmp_path / "copy"
-    pq.write_table(sample[::50], path)
-    source = open_source(str(tmp_path))
-    shutil.copy2(path, copy)
-    copy.rename(path)
-    with pytest.raises(RequestError, match=r"1\.parquet: has changed since the run began"):
-        blocks_of(source)
-    path.unlink()
-    with pytest.raises(StorageError, match=r"1\.parquet: is not there"):
-        blocks_of(source)
+    found = []
+    for change in (
+        lambda: pq.write_table(sample[::50], path),
+        replace_by_copy,
+        lambda: pq.write_table(sample[1::50], path.with_name("2.parquet")),
+        lambda: path.rename(path.with_name("3.parquet")),
+    ):
+        change()
+        found.append(opened(path.parent).fingerprint)
+        assert opened(path.parent).fingerprint == found[-1]
+    moved = path.parent.rename(tmp_path / "moved")
+    found.append(opened(moved).fingerprint)
+    shutil.copytree(idx / "MNIST", idx / "copied" / "MNIST")
+    found.append(opened(idx).fingerprint)
+    assert opened(idx / "copied").fingerprint == found[-1]
+    write_idx(idx / "MNIST" / "raw" / LABELS, np.zeros(100, np.uint8))
+    found.append(opened(idx).fingerprint)
+    assert len(set(found)) == len(found)
 
 
 def test_mnist_is_downloaded_and_without_a_network_auto_takes_the_sample_and_says_so(
@@ -208,7 +190,7 @@ def test_mnist_is_downloaded_and_without_a_network_auto_takes_the_sample_and_say
 
     (tmp_path / "work").mkdir()
     served, resources = tmp_path / "work", []
-    for name in chain(*IDX_FILES):
+    for name in IDX_FILES:
         data = gzip.compress((idx / "MNIST" / "raw" / name).read_bytes())
         (served / f"{name}.gz").write_bytes(data)
         resources.append((f"{name}.gz", hashlib.md5(data).hexdigest()))
@@ -216,12 +198,12 @@ def test_mnist_is_downloaded_and_without_a_network_auto_takes_the_sample_and_say
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(MNIST, "resources", resources)
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens there
-    source = open_source("auto")
+    source = opened("auto")
     assert (source.name, source.notice[:18]) == ("sample", "NOT the full MNIST")
-    with pytest.raises(RequestError, match=r"cannot be downloaded \(.*Connection refused"):
-        open_source("mnist")
+    with pytest.raises(RequestError, match=r"cannot be downloaded \("):
+        opened("mnist")
     assert not list((tmp_path / "home" / ".cache" / "mnistsum_ray").iterdir())
     with serving(SharedDataMiddleware(Response(status=404), {"/": str(served)})) as port:
         monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
-        check(open_source("mnist"), sample[::10], 360, 40, 100)
+        check(opened("mnist"), sample[::10], 360, 40, 100)
     assert socket.getdefaulttimeout() is None

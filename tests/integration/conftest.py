@@ -54,7 +54,7 @@ _NODE = {"object_store_memory": 200 * 2**20, "include_dashboard": False}
 _hosts = itertools.count(2)
 
 
-def add_node(cluster: Cluster, cpus: int = 1) -> None:
+def add_node(cluster: Cluster, cpus: int = 2) -> None:
     """Add a node with its own address: of nodes with one, a job may join any, also a killed one."""
     cluster.add_node(num_cpus=cpus, node_ip_address=f"127.0.0.{next(_hosts)}", **_NODE)
 
@@ -85,8 +85,8 @@ def joined(cluster: Cluster) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def four_nodes(s3_server: "S3Server") -> Iterator[Cluster]:
-    """A head without CPUs and three nodes with one each; this process has joined it."""
-    with nodes(0, 1, 1, 1) as started, joined(started):
+    """A head without CPUs and three nodes with two each; this process has joined it."""
+    with nodes(0, 2, 2, 2) as started, joined(started):
         yield started
 
 

@@ -34,7 +34,7 @@ def plan(nodes: Any, grows: bool = False, **given: Any) -> Workers:
     config = ScoreConfig(model="m", input=("i",), output="o", **given)
     cluster = ClusterResources(nodes, grows)
     has_gpu = cluster.total("GPU") and config.use_gpu is not False
-    return plan_workers(config, cluster, Gpu(bf16=True, memory_bytes=2**34) if has_gpu else None)
+    return plan_workers(config, cluster, Gpu(bf16=True) if has_gpu else None)
 
 
 @pytest.mark.parametrize(("nodes", "given", "workers"), PLANS)

@@ -1,15 +1,17 @@
-"""Tests of what trains, on workers in this process and in others."""
+"""Tests of what trains, on a worker in this process."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray.train
 import torch
-from mnistsum_ray.training.preflight import preflight
-from mnistsum_ray.training.worker import Worker
 from ray.train.torch import TorchTrainer
 
-from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.config import Hyperparameters, TrainConfig
+from mnistsum_ray.training.progress import Events
+from mnistsum_ray.training.rows import RowTotals
+from mnistsum_ray.training.run import check_request
 from mnistsum_ray.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -17,14 +19,32 @@ CPU = torch.device("cpu")
 Result = TypeVar("Result")
 
 
-def as_worker(function: Callable[[], Result]) -> Result:
+class NoRows:
+    """A shard without rows, of a test that gives them to the steps itself: it needs no cluster."""
+
+    def materialize(self) -> "NoRows":
+        return self
+
+    def count(self) -> int:
+        return 0
+
+
+def as_worker(function: Callable[[], Result], rows: Any = None) -> Result:
     """Call a function in this process as Ray Train calls it on a worker: its local mode."""
     local = ray.train.ScalingConfig(num_workers=0)
-    result: Result = TorchTrainer(function, scaling_config=local).fit().return_value
+    shard = NoRows() if rows is None else rows
+    trainer = TorchTrainer(function, scaling_config=local, datasets={"train": shard})
+    result: Result = trainer.fit().return_value
     return result
 
 
-def new_trainer(rank: int = 0, world_size: int = 1, **settings: Any) -> Trainer:
-    """The trainer of a worker on the CPU, for the bundled sample; called within `as_worker`."""
-    hyperparameters = preflight(TrainConfig(data="sample", **settings)).hyperparameters
-    return Trainer(hyperparameters, Worker(rank, world_size, CPU, events=None), "fp32")
+def hyperparameters(**settings: Any) -> Hyperparameters:
+    """Those of a run with the bundled sample."""
+    return check_request(TrainConfig(data="sample", **settings)).hyperparameters
+
+
+def new_trainer(**settings: Any) -> Trainer:
+    """The trainer of a worker on the CPU; called within `as_worker`."""
+    nobody: Any = None
+    parameters = replace(hyperparameters(**settings), precision="fp32")
+    return Trainer(parameters, RowTotals(0, 0), CPU, "fp32", Events(nobody, rank=1))

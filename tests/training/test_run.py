@@ -1,20 +1,24 @@
 """What a run is asked for, and what its recipe or the run that is resumed fills in."""
 
+import io
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mnistsum_ray.training.preflight import TrainingRun, preflight
 from pyarrow.fs import FileSystem
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.errors import RequestError, StorageError, TryAgainError
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.storage.arrow import arrow_uri
+from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.training import job
+from mnistsum_ray.training.run import TrainRequest, check_request
 
 SETTINGS: dict[str, Any] = {
     "epochs": 7,
@@ -25,22 +29,22 @@ SETTINGS: dict[str, Any] = {
 """Of a run that was started and killed."""
 
 
-def asked(**given: Any) -> TrainingRun:
+def asked(**given: Any) -> TrainRequest:
     """The run `mine` in the working folder, with sample data."""
     settings = {"data": "sample", "storage_path": ".", "name": "mine"} | given
-    return preflight(TrainConfig(**settings))
+    return check_request(TrainConfig(**settings))
 
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The config of a run that was started and killed."""
     monkeypatch.chdir(tmp_path)
-    config = asked(**SETTINGS, init_from="base").config
-    data = {"sha256": "ab" * 32, "location": "sample", "notice": ""}
+    request = asked(**SETTINGS, init_from="base")
+    data = {"fingerprint": request.source.fingerprint, "location": "sample", "notice": ""}
     (tmp_path / "mine").mkdir()
-    manifest = {"config": config.model_dump(mode="json", exclude={"resume"}), "data": data}
+    manifest = {"config": request.config.model_dump(mode="json", exclude={"resume"}), "data": data}
     (tmp_path / "mine" / "manifest.json").write_text(json.dumps(manifest))
-    return config
+    return request.config
 
 
 def test_a_resumed_run_keeps_what_is_not_given_or_null_and_the_model_that_it_began_with(
@@ -66,6 +70,14 @@ FIXED = [
 def test_what_the_numbers_depend_on_cannot_be_changed(given: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=f"{said}, and its numbers depend on it; leave the flag"):
         asked(resume=True, **given)
+
+
+@pytest.mark.usefixtures("stored")
+def test_other_data_are_refused(sample: pa.Table) -> None:
+    pq.write_table(sample[::50], "rows.parquet")
+    said = r"^--resume: the data are not those of the run, from sample \(.*; name the same data, or"
+    with pytest.raises(RequestError, match=said):
+        job.train(asked(data="rows.parquet", resume=True), Console(io.StringIO()))
 
 
 PLACES = [
@@ -108,10 +120,30 @@ def test_a_folder_without_a_run_is_neither_taken_nor_resumed(tmp_path: Path) -> 
             asked(storage_path=str(tmp_path), resume=True)
 
 
-def test_ray_stores_checkpoints_where_this_program_looks_for_them(tmp_path: Path) -> None:
+def test_a_run_that_cannot_begin_is_to_be_tried_again_and_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is held by another one, or the storage does not answer."""
+
+    def fail(*_: Any) -> None:
+        raise StorageError("--storage-path no answer")
+
+    request = asked(storage_path=str(tmp_path))
+    with (
+        folder_lock(request.folder, "--name"),
+        pytest.raises(TryAgainError, match=r"another run .* is writing there"),
+    ):
+        job.train(request, Console(io.StringIO()))
+    monkeypatch.setattr(job, "find_start", fail)
+    said = "^--storage-path no answer; nothing was begun; the same command tries again$"
+    with pytest.raises(TryAgainError, match=said):
+        job.train(request, Console(io.StringIO()))
+
+
+def test_ray_stores_checkpoints_where_this_program_looks_for_them() -> None:
     """Arrow, which Ray asks, decodes a URI; this program takes a key as it is written."""
-    run, key = asked(storage_path=str(tmp_path)), "a b/50%/%20é/#1"
+    key = "a b/50%/%20é/#1"
     in_store = f"s3://bucket/{key}?region=x&scheme=http&endpoint_override=127.0.0.1:9"
     for uri, path in ((in_store, f"bucket/{key}"), (f"/tmp/{key}?", f"/tmp/{key}?")):
-        of_ray = replace(run, folder=locate(uri, "--storage-path")).ray_storage("checkpoints")
-        assert FileSystem.from_uri(of_ray)[1] == f"{path}/checkpoints"
+        found = FileSystem.from_uri(arrow_uri(locate(uri, "--storage-path") / "checkpoints"))[1]
+        assert found == f"{path}/checkpoints"
