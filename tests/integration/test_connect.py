@@ -99,6 +99,27 @@ def test_a_head_with_a_token_is_joined_or_refuses_in_one_line(
         assert said in refused
 
 
+def test_a_cluster_is_joined_in_the_order_of_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first job starts its own cluster, and writes a token, for which a head then asks."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    with tempfile.TemporaryDirectory(prefix="r") as folder:
+        monkeypatch.setenv("HOME", folder)
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        assert "started Ray on this machine" in join("").stdout
+        assert Path(folder, ".ray", "auth_token").exists()
+        command: Any = [RAY, "start", "--head", "--block", "--port=0", "--num-cpus=1"]
+        command += ["--include-dashboard=false"]
+        head = subprocess.Popen(command, cwd=folder, **SILENT)
+        try:
+            wait_until(Path(folder, "ray", "ray_current_cluster").exists)
+            joined = join("", "auto")
+            assert joined.stdout.count("on the Ray cluster at ") == 2, joined.stderr
+        finally:
+            kill_everything(head.pid)
+            head.wait(timeout=30)
+
+
 def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> None:
     """It runs in a copy of its working folder, and its relative paths begin at home."""
     project, run = home / "project", home / "runs" / "stopped"
