@@ -7,6 +7,7 @@ for each input row in order, nor a file that is whole or not there, nor to go on
 two cores this scores 5,577 rows/s, and they 3,420 (`jobs/benchmark.py score`).
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -116,7 +117,8 @@ def score_on_ray(
                     yield Answer(**row)
             return
         except ray.exceptions.GetTimeoutError:
-            pass  # not raised on: the actor that waits would live as long as the traceback
+            pass  # the actor that still waits goes with this error's traceback, in which Ray has it
+    gc.collect()
     raise TryAgainError(
         f"a worker needs {workers.share:.2g} {workers.kind}, but after "
         f"{options.wait_for_min_actors_s:.0f} s {resources.describe_free()}: other jobs hold the "

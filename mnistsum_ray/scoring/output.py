@@ -92,7 +92,7 @@ def begin(request: ScoreRequest) -> str:
         if values.get(flag) != value:
             differs = f"was begun with {flag} {values.get(flag)}, and this run has {value}"
             raise refusal(output, f"{differs}; give the same again, or {START_OVER}")
-    return str(begun["id"])
+    return str(begun.get("id"))
 
 
 def delete_output(output: Location, console: Console) -> None:

@@ -147,7 +147,6 @@ def test_a_busy_cluster_is_waited_for_until_the_time_limit(
     with pytest.raises(TryAgainError, match=said):
         score_here(model, tmp_path / "out", source, wait_seconds=3)
     remove_placement_group(held)
-    wait_until(lambda: ray.available_resources().get("CPU", 0) == 2)
     assert score_here(model, tmp_path / "out", source).line["scored_rows"] > 0
 
 
