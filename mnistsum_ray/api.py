@@ -71,7 +71,7 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
 def score(config: ScoreConfig) -> ScoreResult:
     """Score Parquet files, as `mnistsum score` does. Cluster, progress and errors are as in `fit`.
 
-    With `strict` a RunError also says that some input cannot be used.
+    A RunError also says that nothing could be scored or, with `strict`, that some input could not.
     """
     from mnistsum_ray.scoring.request import check_request
 
@@ -104,7 +104,7 @@ def _quiet_ray() -> Iterator[None]:
     loggers = [logging.getLogger("ray"), logging.getLogger("ray.data")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # what it logs as an error it raises too
     with warnings.catch_warnings():
         # Ray 2.60 has no other way to limit how often a process is started again.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
