@@ -292,7 +292,7 @@ def test_three_workers_of_unequal_shards_train_as_one_that_has_their_batches(
         train_loop_config={"totals": totals, "file": file},
         datasets={"train": ray.data.from_blocks([rows[:70], rows[70:81], rows[81:]])},
         dataset_config=WholeShards(),
-        scaling_config=ray.train.ScalingConfig(3, resources_per_worker={"CPU": 0.5}),
+        scaling_config=ray.train.ScalingConfig(num_workers=3, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path)),
     ).fit()
     of_ranks, trained = torch.load(file, weights_only=True)
