@@ -1,9 +1,12 @@
-"""What Ray 2.60.0 does wrong and costs a user data or minutes, worked around with private names.
+"""What Ray 2.60.0 does wrong and costs a user data or minutes, worked around.
 
-Each works without its name too. ruff refuses private names elsewhere.
+Private names stand here alone, and each function works without them too: ruff refuses them
+elsewhere.
 """
 
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import ray
@@ -27,3 +30,15 @@ def in_order(dataset: Any) -> Any:
         dataset = dataset.copy(dataset, _deep_copy=True)  # the given one keeps its options
     dataset.context.execution_options.preserve_order = True
     return dataset
+
+
+@contextmanager
+def default_environment(defaults: dict[str, str]) -> Iterator[None]:
+    """Set environment variables, for options that Ray has nowhere else; those of the user stay."""
+    missing = defaults.keys() - os.environ.keys()
+    os.environ.update({name: defaults[name] for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)

@@ -6,7 +6,6 @@ Ray owns failures and waiting: `FailureConfig` starts workers again that are los
 checkpoint, and its timeout of the start ends a run that cannot get its workers.
 """
 
-import os
 import secrets
 import signal
 import threading
@@ -28,6 +27,7 @@ from mnistsum_ray.cluster.resources import (
     usable_nodes,
     wait_for_cpu,
 )
+from mnistsum_ray.cluster.workarounds import default_environment
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.errors import (
     RepeatingError,
@@ -156,7 +156,7 @@ def fit(
     )
     console.say(f"training with {plan}")
     started = time.monotonic()
-    with events.following(), _default_environment(_environment(plan, config.wait_seconds)):
+    with events.following(), default_environment(_environment(plan, config.wait_seconds)):
         try:
             with _ctrl_c_as_before():
                 finished: FinishedModel = trainer.fit().return_value
@@ -212,18 +212,6 @@ def _ctrl_c_as_before() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _default_environment(defaults: dict[str, str]) -> Iterator[None]:
-    """Set environment variables; those of the user stay."""
-    missing = defaults.keys() - os.environ.keys()
-    os.environ.update({name: defaults[name] for name in missing})
-    try:
-        yield
-    finally:
-        for name in missing:
-            os.environ.pop(name, None)
 
 
 def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:

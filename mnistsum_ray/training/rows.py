@@ -22,6 +22,7 @@ import ray.exceptions
 from ray.data import Dataset
 from ray.train import DataConfig
 
+from mnistsum_ray.cluster.workarounds import default_environment
 from mnistsum_ray.data.images import (
     DIGITS,
     ReasonCounts,
@@ -47,7 +48,6 @@ from mnistsum_ray.errors import (
     counted,
     root_cause,
 )
-from mnistsum_ray.overrides import default_environment
 from mnistsum_ray.storage.arrow import arrow_place
 
 _BLOCKS: Final = 256
