@@ -1,5 +1,6 @@
 """Logical resources: what a training asks for, what is free, and who holds the rest."""
 
+import math
 import os
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RequestError, TryAgainError, counted
+from mnistsum_ray.errors import RequestError, TryAgainError, counted, root_cause
 
 _ROWS_PER_GPU: Final = 256
 """Rows of a step below which another GPU is of no use: the kernels of so small a network take as
@@ -152,15 +153,14 @@ def _stored_threads(stored: dict[str, Any] | None, workers: list[int]) -> int:
 
 def _cpus(workers: int) -> int:
     """CPUs of each of so many workers: all of a node, or a worker's share of those of a node."""
-    here = ray.get_runtime_context().get_node_id()
-    cpus = sorted((int(node["Resources"].get("CPU", 0)) for node in usable_nodes()), reverse=True)
-    cpus = [count for count in cpus if count]
-    if not cpus:  # nodes will come, and nobody knows of which size
+    found = [int(node["Resources"].get("CPU", 0)) for node in usable_nodes()]
+    cpus_of_nodes = sorted((cpus for cpus in found if cpus), reverse=True)
+    if not cpus_of_nodes:  # nodes will come, and nobody knows of which size
         return 1
-    nodes = cpus[: min(workers, len(cpus))]
-    share = nodes[-1] // -(-workers // len(nodes))
-    others = [node for node in usable_nodes() if node["NodeID"] != here]
-    if others and share > 1:
+    used = cpus_of_nodes[:workers]
+    workers_of_node = math.ceil(workers / len(used))
+    share = min(used) // workers_of_node
+    if len(cpus_of_nodes) > 1 and len(used) == len(cpus_of_nodes):
         # One stays free for the tasks that read again what was lost with a node.
         share -= 1
     return max(1, share)
@@ -179,9 +179,10 @@ def wait_for_cpu(seconds: float, say: Say) -> None:
 
     TryAgainError: none is free within so many seconds.
     """
+    seconds = max(seconds, _REPORT_SECONDS)  # a process may have to start
     nothing = ray.remote(num_cpus=1)(lambda: None).remote()
     started = time.monotonic()
-    while not ray.wait([nothing], timeout=min(_REPORT_SECONDS, seconds))[0]:
+    while not ray.wait([nothing], timeout=_REPORT_SECONDS)[0]:
         waited = time.monotonic() - started
         if waited >= seconds:
             ray.cancel(nothing)
@@ -196,7 +197,7 @@ def shortage(needed: str, waited: float) -> str:
     holders = _describe_holders()
     why = f"the rest is held by {holders}" if holders else "other jobs hold the rest"
     why += ", or the cluster has not grown, and `ray status` tells why"
-    advice = "ask for fewer --num-workers or give more --wait-seconds"
+    advice = "give more --wait-seconds, or ask for fewer workers or --threads"
     return f"needs {needed}, but {free}: {why}; {advice}"
 
 
@@ -260,6 +261,8 @@ def find_gpu(use_gpu: bool | None, say: Say) -> Gpu | None:
     address = node["NodeManagerAddress"]
     try:
         gpu: Gpu | None = ray.get(answer, timeout=_CUDA_SECONDS)
+    except ray.exceptions.RayTaskError as error:
+        raise RequestError(f"PyTorch fails on the node {address}: {root_cause(error)}") from error
     except ray.exceptions.RayError as error:
         raise TryAgainError(f"the node {address}, which has a GPU, does not answer") from error
     if gpu is None:

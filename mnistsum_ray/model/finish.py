@@ -50,7 +50,7 @@ def finish_model(
 
     The same trained model and rows give the same finished one each time.
     """
-    device = test[0][1].device
+    device = next(trained.parameters()).device
     # A copy without the hooks of DDP, which would wait for the other workers.
     model = make_network().to(device)
     model.load_state_dict(trained.state_dict())

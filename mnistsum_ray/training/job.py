@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Final
 
 import ray
 import ray.exceptions
@@ -54,6 +55,9 @@ from mnistsum_ray.training.progress import EventFollower, FailureLines, explain_
 from mnistsum_ray.training.rows import Rows, WholeShards, read_rows
 from mnistsum_ray.training.run import RunRecord, TrainRequest
 
+_LEAST_WAIT_SECONDS: Final = 10.0
+"""Least wait for workers: Ray needs a moment for them also where all is free."""
+
 Callbacks = Sequence[ray.train.UserCallback]
 
 
@@ -64,7 +68,7 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
         RequestError: the cluster is too small, or a row of the data cannot be used.
         TryAgainError: the workers are not free in time, another run writes there, or the storage
             does not answer.
-        RunError: the loss became infinite, or workers or callbacks failed more often than
+        RunError: the loss became infinite, a callback failed, or workers failed more often than
             `--max-failures`.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
@@ -74,10 +78,10 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     try:
         with folder_lock(request.folder, "--name"):
             start = find_start(request, console)
-            if request.source.files or not usable_nodes():
+            if request.source.files or not usable_nodes():  # tasks read; a plan needs a node
                 wait_for_cpu(config.wait_seconds, console.say)
             plan = plan_training(config, parameters.batch_size, request.stored, console.say)
-            rows = read(request, console)
+            rows = read(request, plan, console)
             record = RunRecord(request, plan, start.history)
             record.begin(rows, start.init_from, versions())
             how_to_go_on = request.how_to_resume
@@ -97,14 +101,14 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
         raise TryAgainError(f"{error}; {how_to_go_on}") from error
 
 
-def read(request: TrainRequest, console: Console) -> Rows:
+def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
     """Read the rows into the object store, and say which there are, and which are left out."""
     source, config, say = request.source, request.config, console.say
     if source.notice:
         say(source.notice)
     report_skipped(source.skipped, say)
     with console.waiting_for("the tasks that read rows", explain_silence):
-        rows = read_rows(source, config.seed, skip_bad_rows=config.skip_bad_rows)
+        rows = read_rows(source, config.seed, skip_bad_rows=config.skip_bad_rows, workers=plan.most)
     if rows.bad.total:
         say(f"left out: {counted(rows.bad.total, 'row')}: {rows.bad.describe()}")
     counts = ", ".join(f"{totals.rows:,} {split}" for split, totals in rows.totals.items())
@@ -123,18 +127,43 @@ def fit(
     callbacks: Callbacks,
 ) -> FinishedModel:
     """Train the epochs that are left with Ray Train, which starts workers again that fail."""
-    config = request.config
     done_rows = len(start.history) * rows.totals["train"].rows
     metrics = JobMetrics("train", request.folder.display, done_rows)
     events = EventFollower(console, metrics, record.add_epoch)
-    loop = LoopConfig(request.hyperparameters, plan.threads, rows.totals, events.queue, start)
-    trainer = TorchTrainer(
+    wait_seconds = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
+    console.say(f"training with {plan}")
+    failed_starts = 0
+    with events.following(), default_environment(_environment(plan, wait_seconds)):
+        while True:
+            loop = LoopConfig(
+                request.hyperparameters, plan.threads, rows.totals, events.queue, start
+            )
+            trainer = _trainer(request, plan, rows, loop, callbacks)
+            try:
+                with _ctrl_c_as_before():
+                    finished: FinishedModel = trainer.fit().return_value
+                    return finished
+            except ray.train.TrainingFailedError as error:
+                # Ray Train does not count a worker that dies while its group starts as a failure.
+                is_failed_start = "failed to initialize" in str(error)
+                failed_starts += is_failed_start
+                if not is_failed_start or failed_starts > request.config.max_failures:
+                    raise _explained(error, request, plan, wait_seconds, console) from error
+                console.say(f"a worker died at its start: {root_cause(error)}")
+                start = find_start(request, console)
+
+
+def _trainer(
+    request: TrainRequest, plan: WorkerPlan, rows: Rows, loop: LoopConfig, callbacks: Callbacks
+) -> TorchTrainer:
+    is_elastic = plan.least < plan.most
+    return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"loop": loop},
         datasets=rows.datasets,
         dataset_config=WholeShards(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=plan.least if plan.least == plan.most else (plan.least, plan.most),
+            num_workers=(plan.least, plan.most) if is_elastic else plan.least,
             use_gpu=plan.use_gpu,
             resources_per_worker=plan.per_worker,
             # GPUs exchange gradients fastest within a node; CPU workers use all cores of theirs.
@@ -145,24 +174,17 @@ def fit(
         run_config=ray.train.RunConfig(
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # see CHECKPOINTS
             storage_path=arrow_uri(request.folder / CHECKPOINTS),
-            callbacks=[*callbacks, FailureLines(events.queue)],
+            callbacks=[*callbacks, FailureLines(loop.queue)],
             failure_config=ray.train.FailureConfig(
-                max_failures=config.max_failures,
+                max_failures=request.config.max_failures,
                 max_preemption_failures=-1,
-                controller_failure_limit=0,  # the workers did not come within the wait
+                # Starts that time out: one such timeout is the whole wait, but an elastic run looks
+                # again how many workers there may be.
+                controller_failure_limit=-1 if is_elastic else 0,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    console.say(f"training with {plan}")
-    started = time.monotonic()
-    with events.following(), default_environment(_environment(plan, config.wait_seconds)):
-        try:
-            with _ctrl_c_as_before():
-                finished: FinishedModel = trainer.fit().return_value
-        except ray.train.TrainingFailedError as error:
-            raise _explained(error, request, plan, started, console) from error
-    return finished
 
 
 def find_start(request: TrainRequest, console: Console) -> Start:
@@ -236,7 +258,11 @@ def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
 
 
 def _explained(
-    error: Exception, request: TrainRequest, plan: WorkerPlan, started: float, console: Console
+    error: Exception,
+    request: TrainRequest,
+    plan: WorkerPlan,
+    wait_seconds: float,
+    console: Console,
 ) -> RunError:
     """Why Ray Train has given up, in one line."""
     resume = request.how_to_resume
@@ -247,7 +273,6 @@ def _explained(
     if isinstance(cause, RepeatingError):
         return RunError(str(cause))
     if "startup timed out" in str(cause):  # the type is private
-        waited = time.monotonic() - started
-        return TryAgainError(f"{shortage(plan.needed, waited)}; {resume}")
+        return TryAgainError(f"{shortage(plan.needed, wait_seconds)}; {resume}")
     console.say_lines(str(error))
     return RunError(f"{root_cause(cause)}; {resume}")

@@ -80,8 +80,9 @@ class LoopConfig:
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | None:
     """Train on this worker; rank 0 returns the finished model.
 
-    What is raised is tried again by Ray Train, a RepeatingError excepted: all ranks meet it at the
-    same step, and another attempt would meet it again.
+    What is raised is tried again by Ray Train, a RepeatingError excepted. That is for what all
+    ranks meet at the same step, since it follows from a sum over all of them: an infinite loss, a
+    wrong count of rows, a network without dropout.
     """
     try:
         return _train(config["loop"])
@@ -186,7 +187,7 @@ class HeldOutRows:
         progress = Progress(self._events.count, f"{self._split} rows", self._totals.rows)
         every = -(-self._totals.rows // _ANALYSED_ROWS[self._split])
         counts = AnswerCounts(self._device)
-        for index, batch in enumerate(self._kept or self._read()):
+        for index, batch in enumerate(self._read() if self._kept is None else self._kept):
             digit_scores = score_digits(model, batch["image"], bf16=bf16)
             for labels, scores in score_rows(model, [(batch, digit_scores)]):
                 counts.add(labels, scores)
@@ -210,7 +211,11 @@ class HeldOutRows:
             on_cpu.append(({name: values.cpu() for name, values in batch.items()}, scores.cpu()))
         of_ranks: list[Any] = [None] * self._world_size
         torch.distributed.all_gather_object(of_ranks, on_cpu)
-        return list(itertools.chain(*of_ranks))
+        gathered = []
+        for batch, scores in itertools.chain(*of_ranks):
+            moved = {name: values.to(self._device) for name, values in batch.items()}
+            gathered.append((moved, scores.to(self._device)))
+        return gathered
 
 
 class ToTensors(NumpyBatchCollateFn):

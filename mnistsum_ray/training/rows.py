@@ -51,10 +51,11 @@ from mnistsum_ray.errors import (
 from mnistsum_ray.storage.arrow import arrow_place
 
 _BLOCKS: Final = 256
+_BLOCKS_OF_RANK: Final = 64
 _LEAST_BLOCK_ROWS: Final = 32
 _MOST_BLOCK_ROWS: Final = 8192
-"""The rows are cut into some 256 blocks of so many rows. Ranks get whole blocks, so their shards
-differ by the rows of one; each block costs a worker about a millisecond an epoch."""
+"""The rows are cut into some 256 blocks, or 64 a rank, of so many rows. Ranks get whole blocks, so
+their shards differ by the rows of some; each block costs a worker about a millisecond an epoch."""
 
 _FILES_OF_ACTOR: Final = 1000
 """Footers that an actor of Ray Data reads. Ray starts 32 of them, processes, for whatever read: on
@@ -90,21 +91,30 @@ class Rows:
     """Rows that are in no split, since they cannot be used."""
 
 
-def read_rows(source: Source, seed: int, *, skip_bad_rows: bool) -> Rows:
+def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 1) -> Rows:
     """Read and decode all rows into the object store, and split them.
+
+    Args:
+        source: What to read.
+        seed: Of the order of the blocks.
+        skip_bad_rows: Leave out the rows that cannot be used.
+        workers: Most workers that train with them.
 
     Raises:
         RequestError: a file or a row cannot be used, or too few rows can.
         RowCountError: files hold more or fewer rows than their footers say.
     """
-    rows_of_block = min(max(source.train_rows // _BLOCKS, _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS)
+    rows_of_block = source.train_rows // max(_BLOCKS, _BLOCKS_OF_RANK * workers)
+    rows_of_block = min(max(rows_of_block, _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS)
     decoded: dict[str, Decoded] = {split: decode(rows) for split, rows in source.tables.items()}
     try:
         for split, files in source.files.items():
             if source.rows_of(split):
                 decoded[split] = _read_files(files, rows_of_block)
         facts = {split: _facts(rows) for split, rows in decoded.items()}
-    except (ray.exceptions.RayError, OSError) as error:
+    except (ray.exceptions.RayTaskError, OSError, ValueError) as error:
+        if not isinstance(getattr(error, "cause", error), OSError | ValueError):
+            raise  # no fault of the data, such as want of memory
         _refuse_damaged_file(source)
         raise RequestError(f"--data {source.location}: {root_cause(error)}") from error
     _check_counts(source, facts)
@@ -116,11 +126,11 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool) -> Rows:
         raise RequestError(f"--data {source.location}: {unusable}; {advice}")
     rows = Rows({}, {}, bad)
     for split, chosen in _choose(source, facts).items():
-        ids = chosen(facts[chosen.files_of])["row_id"].to_numpy()
+        ids = chosen(facts[chosen.split_of_files])["row_id"].to_numpy()
         rows.totals[split] = RowTotals.of(ids)
         if len(ids):
-            are_all = len(ids) == facts[chosen.files_of].num_rows
-            of_files = decoded[chosen.files_of]
+            are_all = len(ids) == facts[chosen.split_of_files].num_rows
+            of_files = decoded[chosen.split_of_files]
             rows.datasets[split] = _dataset(of_files, chosen, rows_of_block, are_all)
     _check_splits(source, rows)
     # Files may be sorted by digit: then neither a rank nor the buffer in which it shuffles gets one
@@ -155,7 +165,7 @@ def rows_in_memory(source: Source) -> dict[str, pa.Table]:
     """The rows of a source that is in memory, by split, without Ray."""
     decoded = {split: decode(rows) for split, rows in source.tables.items()}
     chosen = _choose(source, decoded)
-    return {split: which(decoded[which.files_of]) for split, which in chosen.items()}
+    return {split: which(decoded[which.split_of_files]) for split, which in chosen.items()}
 
 
 def _read_files(files: list[LabelledFile], rows_of_block: int) -> Dataset:
@@ -225,37 +235,39 @@ def _facts(decoded: Decoded) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """The good rows in the files of a split whose `split_keys` are first..last."""
+class _Selection:
+    """The good rows in the files of a split whose `split_keys` are first_key..last_key."""
 
-    files_of: str
-    first: int = 0
-    last: int = 2**64 - 1
+    split_of_files: str
+    first_key: int = 0
+    last_key: int = 2**64 - 1
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         keys = split_keys(rows["row_id"].to_numpy())
-        is_between = (np.uint64(self.first) <= keys) & (keys <= np.uint64(self.last))
-        return rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
+        is_between = (np.uint64(self.first_key) <= keys) & (keys <= np.uint64(self.last_key))
+        kept = [name for name in rows.column_names if name not in ("reason", "path")]
+        chosen = rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
+        return chosen.select(kept)
 
 
-def _choose(source: Source, facts: dict[str, pa.Table]) -> dict[str, _Chosen]:
+def _choose(source: Source, facts: dict[str, pa.Table]) -> dict[str, _Selection]:
     """Which rows each split has: those of its own files, or some that are held out of `train`."""
-    chosen = {split: _Chosen(split) for split in facts}
+    chosen = {split: _Selection(split) for split in facts}
     if "train" not in facts:
         return chosen
     good = chosen["train"](facts["train"])
     keys = np.sort(split_keys(good["row_id"].to_numpy()))
     count = held_out_rows(len(keys))
-    first = 0
+    first = 0  # the rows with the smallest keys are the first split's, the next ones the second's
     for index, split in enumerate(source.held_out if count else []):
         after = int(keys[(index + 1) * count])
-        chosen[split] = _Chosen("train", first, after - 1)
+        chosen[split] = _Selection("train", first, after - 1)
         first = after
-    chosen["train"] = _Chosen("train", first)
+    chosen["train"] = _Selection("train", first)
     return chosen
 
 
-def _dataset(decoded: Decoded, chosen: _Chosen, rows_of_block: int, are_all: bool) -> Dataset:
+def _dataset(decoded: Decoded, chosen: _Selection, rows_of_block: int, are_all: bool) -> Dataset:
     """The chosen rows as a Dataset in the object store."""
     if isinstance(decoded, pa.Table):
         rows = chosen(decoded)
@@ -264,7 +276,7 @@ def _dataset(decoded: Decoded, chosen: _Chosen, rows_of_block: int, are_all: boo
     if are_all:  # nothing needs to be copied
         return decoded
     rows_left = decoded.map_batches(chosen, batch_format="pyarrow")
-    # Again, since blocks that lost rows would make unequal shards.
+    # Again, since blocks that lost rows would make more unequal shards.
     return rows_left.repartition(target_num_rows_per_block=rows_of_block).materialize()
 
 

@@ -218,7 +218,9 @@ class RunRecord:
                 (self.request.folder / MANIFEST).write(self.manifest | {"status": status})
 
     def add_epoch(self, line: dict[str, Any]) -> None:
-        """Write history.jsonl with one more epoch."""
+        """Write history.jsonl with one more epoch, unless the whole of it was published."""
+        if self.manifest["status"] == "finished":
+            return
         self.history = [*self.history[: line["epoch"] - 1], line]
         self._write_history()
 

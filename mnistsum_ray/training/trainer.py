@@ -41,7 +41,8 @@ Batch = dict[str, Tensor]
 float32[n, AFFINE_VALUES]."""
 
 _SHUFFLED_ROWS: Final = 1_000_000
-"""Most rows that are shuffled together, 0.8 GB: up to so many a shard is one permutation."""
+"""Most rows that are shuffled together: up to so many a shard is one permutation. Ray holds 1.5
+times as many in each worker, 1.2 GB."""
 
 _CHECK_SECONDS: Final = 2.0
 """Time between two looks at the loss, each of which waits for the device and the other ranks."""
@@ -143,16 +144,16 @@ class Trainer:
             parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
         )
         if self.world_size > 1:
-            self._order_buckets()
+            self._take_step_without_effect()
         self._shard = ray.train.get_dataset_shard("train")
         shards = torch.zeros(self.world_size, dtype=torch.int64, device=device)
         shards[self.rank] = self._shard.materialize().count()  # no task runs: it is there
         self._steps = EpochSteps(tuple(all_reduce_sum(shards).tolist()), parameters.batch_size)
 
-    def _order_buckets(self) -> None:
-        """Take a step without effect.
+    def _take_step_without_effect(self) -> None:
+        """Let DDP find its order of sums.
 
-        DDP orders its buckets anew after its first step, and three workers then sum in another
+        It orders its buckets anew after its first step, and three workers then sum in another
         order: a run that goes on would have other bits. `zero_grad` drops the gradients.
         """
         numbers = torch.zeros(2, dtype=torch.int64, device=self._device)
@@ -188,19 +189,21 @@ class Trainer:
         counter = EpochCounter(self._device)
         curve = []
         started = time.perf_counter()
-        next_check = 1
-        for step in range(1, steps.count + 1):
+        next_check = 0
+        for step in range(steps.count):
             batch = next(batches, no_rows)  # a rank whose shard is used up has none
-            of_run = epoch * steps.count + step - 1
-            rate = one_cycle(of_run, steps.count * parameters.epochs, parameters.learning_rate)
-            loss = self._step(batch, epoch, step, steps.batch_rows(step - 1), rate)
+            step_of_run = epoch * steps.count + step
+            rate = one_cycle(step_of_run, steps.count * parameters.epochs, parameters.learning_rate)
+            loss = self._step(batch, epoch, step, steps.batch_rows(step), rate)
             counter.add(batch, loss)
-            if step < min(next_check, steps.count):
+            is_last = step == steps.count - 1
+            if step < next_check and not is_last:
                 continue
-            mean_loss, seconds_of_step = counter.all_reduce(step)
-            curve.append((step, mean_loss))
-            where = f"epoch {epoch + 1}, step {step} of {steps.count}: the loss is"
+            mean_loss, seconds_of_step = counter.all_reduce(step + 1)
+            curve.append((step + 1, mean_loss))
+            where = f"epoch {epoch + 1}, step {step + 1} of {steps.count}: the loss is"
             self.check_finite(mean_loss, where)
+            # All ranks know the same seconds, so they stop at the same step.
             next_check = step + max(1, int(_CHECK_SECONDS / seconds_of_step))
             self._events.send(
                 "progress",
@@ -212,8 +215,8 @@ class Trainer:
                 loss=counter.loss / max(1, counter.rows),
             )
         seconds = time.perf_counter() - started
-        for batch in batches:  # there should be no more
-            counter.add(batch, torch.zeros((), device=self._device))
+        for _ in batches:  # ends its threads; a row that came here was not trained, nor counted
+            pass
         counter.check(self._totals, f"training epoch {epoch + 1}")
         every = -(-len(curve) // _CURVE_POINTS)
         first = (len(curve) - 1) % every  # so that the last loss is kept
@@ -287,8 +290,7 @@ class EpochCounter:
         """Sum over all workers after a step, counted from 1.
 
         Returns:
-            The mean loss a row since the last time, and the seconds of a step, of all workers
-            together: the same on each.
+            The mean loss a row, and the mean seconds a step, since the last time: the same on each.
         """
         rows, loss = self.rows, self.loss
         last_step, last_time = self._reduced_at
@@ -299,7 +301,8 @@ class EpochCounter:
             torch.cat([known, self._own_loss[None]])
         ).tolist()
         self.rows = int(all_rows)
-        return (self.loss - loss) / max(1, self.rows - rows), all_seconds
+        mean_loss = (self.loss - loss) / max(1, self.rows - rows)
+        return mean_loss, all_seconds / ray.train.get_context().get_world_size()
 
     def check(self, totals: RowTotals, where: str) -> None:
         """Raise RowCountError on all workers unless each row was seen once."""

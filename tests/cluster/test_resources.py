@@ -96,7 +96,6 @@ def test_gpus_that_a_batch_is_too_small_for_stay_unused_and_a_line_says_so(plan:
 REFUSED: list[Any] = [
     ({"num_workers": 3}, "--num-workers 3: only 2 of them, with 1 CPU each, fit on the nodes"),
     ({"threads": 3}, "--num-workers 1: only 0 of them, with 3 CPUs each, fit on the nodes"),
-    ({"use_gpu": True}, r"--use-gpu true: the cluster has no GPU \(2 CPUs and 0 GPUs on 1 node\)"),
     ({"num_workers": 65, "batch_size": 64}, r"--num-workers 65: more than the rows of a batch"),
 ]
 

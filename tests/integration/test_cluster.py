@@ -5,24 +5,9 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from ray.util.placement_group import placement_group, remove_placement_group
 
-from mnistsum_ray import TrainConfig, fit
-from mnistsum_ray.errors import RequestError, TryAgainError
+from mnistsum_ray.errors import RequestError
 from tests.integration.conftest import score_here, start_cluster, train_here
-
-
-@pytest.mark.usefixtures("cluster")
-def test_busy_cpus_are_waited_for_until_the_time_limit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    held = placement_group([{"CPU": 2}])
-    assert held.wait(30)
-    said = r"^needs 0.75 CPUs, but after \d s only 0 CPUs and 0 GPUs are free"
-    with pytest.raises(TryAgainError, match=said):
-        fit(TrainConfig(data="sample", storage_path=str(tmp_path), wait_seconds=3))
-    remove_placement_group(held)
-    assert "waiting for 0.75 CPUs; only 0 CPUs" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")

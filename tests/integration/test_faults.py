@@ -177,13 +177,9 @@ def begins(site: Site) -> bool:
     return (site.place / "mine/manifest.json").status() is not None
 
 
-AT_START = pytest.mark.xfail(
-    reason="controller_failure_limit=0 ends a run of which a worker dies while the group starts"
-)
-
 LOSSES: list[Any] = [
     ("disk", 2, 2, [kill(TRAIN, saved(1)), kill(TRAIN, saved(2))]),
-    pytest.param("disk", 1, 0, [kill(TRAIN, begins)], marks=AT_START),
+    ("disk", 1, 0, [kill(TRAIN, begins)]),
     ("disk", 0, 1, [(saved(1), lambda site: site.lose_node(notice=True))]),
     ("disk", 1, 1, [(saved(1), lambda site: site.lose_node(notice=False))]),
     # Ray Train stores checkpoints by Arrow, which gives up after 6 s.
