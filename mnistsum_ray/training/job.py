@@ -61,6 +61,41 @@ _LEAST_WAIT_SECONDS: Final = 10.0
 Callbacks = Sequence[ray.train.UserCallback]
 
 
+def make_trainer(
+    request: TrainRequest, plan: WorkerPlan, rows: Rows, loop: LoopConfig, callbacks: Callbacks
+) -> TorchTrainer:
+    """What Ray Train runs: the loop of each worker, the Datasets and how ranks share them."""
+    is_elastic = plan.least < plan.most
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"loop": loop},
+        datasets=rows.datasets,
+        dataset_config=WholeShards(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(plan.least, plan.most) if is_elastic else plan.least,
+            use_gpu=plan.use_gpu,
+            resources_per_worker=plan.per_worker,
+            # GPUs exchange gradients fastest within a node; CPU workers use all cores of theirs.
+            placement_strategy="PACK" if plan.use_gpu else "SPREAD",
+            # How often an elastic run looks for more workers; it grows from its checkpoint.
+            elastic_resize_monitor_interval_s=30.0,
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # see CHECKPOINTS
+            storage_path=arrow_uri(request.folder / CHECKPOINTS),
+            callbacks=[*callbacks, FailureLines(loop.queue)],
+            failure_config=ray.train.FailureConfig(
+                max_failures=request.config.max_failures,
+                max_preemption_failures=-1,
+                # Starts that time out: one such timeout is the whole wait, but an elastic run looks
+                # again how many workers there may be.
+                controller_failure_limit=-1 if is_elastic else 0,
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+
+
 def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) -> TrainResult:
     """Train on the cluster that this process is connected to.
 
@@ -77,6 +112,9 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     how_to_go_on = "nothing was begun; the same command tries again"
     try:
         with folder_lock(request.folder, "--name"):
+            if is_finished(request):
+                console.say("the run is finished, and its files are there")
+                return TrainResult(**(request.stored or {})["metrics"])
             start = find_start(request, console)
             if request.source.files or not usable_nodes():  # tasks read; a plan needs a node
                 wait_for_cpu(config.wait_seconds, console.say)
@@ -99,6 +137,15 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
         raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
     except StorageError as error:
         raise TryAgainError(f"{error}; {how_to_go_on}") from error
+
+
+def is_finished(request: TrainRequest) -> bool:
+    """Whether there is nothing to do: a run that a cron job resumes each time."""
+    if (request.stored or {}).get("status") != "finished":
+        return False
+    _check_same_data(request)
+    names = ("model/model.safetensors", "model/model.json", "report.html")
+    return all((request.folder / name).exists() for name in names)
 
 
 def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
@@ -138,7 +185,7 @@ def fit(
             loop = LoopConfig(
                 request.hyperparameters, plan.threads, rows.totals, events.queue, start
             )
-            trainer = _trainer(request, plan, rows, loop, callbacks)
+            trainer = make_trainer(request, plan, rows, loop, callbacks)
             try:
                 with _ctrl_c_as_before():
                     finished: FinishedModel = trainer.fit().return_value
@@ -151,40 +198,6 @@ def fit(
                     raise _explained(error, request, plan, wait_seconds, console) from error
                 console.say(f"a worker died at its start: {root_cause(error)}")
                 start = find_start(request, console)
-
-
-def _trainer(
-    request: TrainRequest, plan: WorkerPlan, rows: Rows, loop: LoopConfig, callbacks: Callbacks
-) -> TorchTrainer:
-    is_elastic = plan.least < plan.most
-    return TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={"loop": loop},
-        datasets=rows.datasets,
-        dataset_config=WholeShards(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(plan.least, plan.most) if is_elastic else plan.least,
-            use_gpu=plan.use_gpu,
-            resources_per_worker=plan.per_worker,
-            # GPUs exchange gradients fastest within a node; CPU workers use all cores of theirs.
-            placement_strategy="PACK" if plan.use_gpu else "SPREAD",
-            # How often an elastic run looks for more workers; it grows from its checkpoint.
-            elastic_resize_monitor_interval_s=30.0,
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # see CHECKPOINTS
-            storage_path=arrow_uri(request.folder / CHECKPOINTS),
-            callbacks=[*callbacks, FailureLines(loop.queue)],
-            failure_config=ray.train.FailureConfig(
-                max_failures=request.config.max_failures,
-                max_preemption_failures=-1,
-                # Starts that time out: one such timeout is the whole wait, but an elastic run looks
-                # again how many workers there may be.
-                controller_failure_limit=-1 if is_elastic else 0,
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
-    )
 
 
 def find_start(request: TrainRequest, console: Console) -> Start:
