@@ -12,7 +12,10 @@ from typing import Any, Final
 import ray
 import ray.exceptions
 from ray.util import state
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.config import TrainConfig
@@ -180,7 +183,9 @@ def wait_for_cpu(seconds: float, say: Say) -> None:
     TryAgainError: none is free within so many seconds.
     """
     seconds = max(seconds, _REPORT_SECONDS)  # a process may have to start
-    nothing = ray.remote(num_cpus=1)(lambda: None).remote()
+    # Not of the placement group of a trial of Ray Tune, if this is one.
+    strategy = PlacementGroupSchedulingStrategy(None)
+    nothing = ray.remote(num_cpus=1, scheduling_strategy=strategy)(lambda: None).remote()
     started = time.monotonic()
     while not ray.wait([nothing], timeout=_REPORT_SECONDS)[0]:
         waited = time.monotonic() - started

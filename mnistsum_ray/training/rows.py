@@ -25,6 +25,7 @@ from ray.train import DataConfig
 from mnistsum_ray.cluster.workarounds import default_environment
 from mnistsum_ray.data.images import (
     DIGITS,
+    BadRow,
     ReasonCounts,
     decode_images,
     decode_numbers,
@@ -110,7 +111,7 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
     try:
         for split, files in source.files.items():
             if source.rows_of(split):
-                decoded[split] = _read_files(files, rows_of_block)
+                decoded[split] = _read_files(files)
         facts = {split: _facts(rows) for split, rows in decoded.items()}
     except (ray.exceptions.RayTaskError, OSError, ValueError) as error:
         if not isinstance(getattr(error, "cause", error), OSError | ValueError):
@@ -129,9 +130,8 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
         ids = chosen(facts[chosen.split_of_files])["row_id"].to_numpy()
         rows.totals[split] = RowTotals.of(ids)
         if len(ids):
-            are_all = len(ids) == facts[chosen.split_of_files].num_rows
             of_files = decoded[chosen.split_of_files]
-            rows.datasets[split] = _dataset(of_files, chosen, rows_of_block, are_all)
+            rows.datasets[split] = _dataset(of_files, chosen, rows_of_block)
     _check_splits(source, rows)
     # Files may be sorted by digit: then neither a rank nor the buffer in which it shuffles gets one
     # digit alone.
@@ -168,7 +168,7 @@ def rows_in_memory(source: Source) -> dict[str, pa.Table]:
     return {split: which(decoded[which.split_of_files]) for split, which in chosen.items()}
 
 
-def _read_files(files: list[LabelledFile], rows_of_block: int) -> Dataset:
+def _read_files(files: list[LabelledFile]) -> Dataset:
     """Read and decode Parquet files by the tasks of Ray Data."""
     groups: dict[LabelledColumns, list[LabelledFile]] = {}
     for file in files:
@@ -195,7 +195,6 @@ def _read_files(files: list[LabelledFile], rows_of_block: int) -> Dataset:
         datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=names))
     first, *rest = datasets
     decoded = first.union(*rest) if rest else first
-    decoded = decoded.repartition(target_num_rows_per_block=rows_of_block)
     decoded.set_name("read-rows")
     return decoded.materialize()
 
@@ -267,17 +266,14 @@ def _choose(source: Source, facts: dict[str, pa.Table]) -> dict[str, _Selection]
     return chosen
 
 
-def _dataset(decoded: Decoded, chosen: _Selection, rows_of_block: int, are_all: bool) -> Dataset:
-    """The chosen rows as a Dataset in the object store."""
+def _dataset(decoded: Decoded, chosen: _Selection, rows_of_block: int) -> Dataset:
+    """The chosen rows as a Dataset in the object store, in blocks of so many rows."""
     if isinstance(decoded, pa.Table):
         rows = chosen(decoded)
         starts = range(0, rows.num_rows, rows_of_block)
         return ray.data.from_blocks([rows.slice(start, rows_of_block) for start in starts])
-    if are_all:  # nothing needs to be copied
-        return decoded
-    rows_left = decoded.map_batches(chosen, batch_format="pyarrow")
-    # Again, since blocks that lost rows would make more unequal shards.
-    return rows_left.repartition(target_num_rows_per_block=rows_of_block).materialize()
+    of_split = decoded.map_batches(chosen, batch_format="pyarrow")
+    return of_split.repartition(target_num_rows_per_block=rows_of_block).materialize()
 
 
 def _bad_rows(source: Source, facts: dict[str, pa.Table]) -> ReasonCounts:
@@ -289,7 +285,7 @@ def _bad_rows(source: Source, facts: dict[str, pa.Table]) -> ReasonCounts:
     counts = ReasonCounts()
     for split, rows in facts.items():
         bad = rows.filter(rows["reason"].is_valid())
-        examples = []
+        examples: list[BadRow] = []
         for path in bad["path"].unique().to_pylist()[:_NAMED_ROWS]:
             name, again = _read_again(source, split, path)
             places = np.flatnonzero(again["reason"].is_valid())[:_NAMED_ROWS]
@@ -304,7 +300,7 @@ def _read_again(source: Source, split: str, path: str) -> tuple[str, pa.Table]:
     if split in source.tables:
         return path, _facts(decode(source.tables[split]))
     file = next(file for file in source.files[split] if arrow_place(file.path)[1] == path)
-    return file.name, _facts(_read_files([file], _MOST_BLOCK_ROWS))
+    return file.name, _facts(_read_files([file]))
 
 
 def _refuse_damaged_file(source: Source) -> None:

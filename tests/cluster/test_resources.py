@@ -61,7 +61,8 @@ CLUSTERS: list[Any] = [
     (cpus(64), {"joined": False}, (1, 1), {"CPU": 64}, CORES),  # `--num-cpus 64` on it
     (cpus(16), {"num_workers": 3}, (3, 3), {"CPU": 5}, 5),
     (cpus(2), {"threads": 1}, (1, 1), {"CPU": 1}, 1),
-    (cpus(8, nodes=64), {}, (1, 1), {"CPU": 7}, 7),  # and not 64 workers of four rows
+    (cpus(8, nodes=2), {"num_workers": 2}, (2, 2), {"CPU": 7}, 7),  # all nodes: one stays free
+    (cpus(8, nodes=64), {}, (1, 1), {"CPU": 8}, 8),  # and not 64 workers of four rows
     (cpus(2, nodes=3), {"num_workers": 3}, (3, 3), {"CPU": 1}, 1),
     (cpus(8, nodes=3), {"num_workers": 6}, (6, 6), {"CPU": 3}, 3),
     ([], {}, (1, 1), {"CPU": 1}, 1),  # nodes come for it

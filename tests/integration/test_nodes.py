@@ -1,4 +1,4 @@
-"""Clusters of several nodes: they leave and join during a run, and one does not see a folder."""
+"""A cluster of several nodes that leave and join during a run."""
 
 import re
 import signal
@@ -10,7 +10,7 @@ from ray.cluster_utils import Cluster
 from tests.integration.conftest import add_node
 from tests.jobs import Job, history_of, training
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly  # five minutes, most of which Ray waits
 
 
 def test_an_elastic_run_shrinks_and_grows(four_nodes: Cluster, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_tensorboard_has_each_epoch(cluster: str, folder: Path) -> None:
             assert shown[line["epoch"]] == pytest.approx(value), tag
 
 
+@pytest.mark.nightly
 def test_tune_reports_each_epoch_of_trials_by_name(cluster: str, folder: Path) -> None:
     out = run_recipe(
         folder, "tune", "--data", folder / "rows.parquet", "--epochs", 2, address=cluster
