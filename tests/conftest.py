@@ -28,8 +28,6 @@ def home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONUNBUFFERED", raising=False)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        # Threads of one training that wait would spin on the cores of the tests beside it.
-        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
         yield
 
 

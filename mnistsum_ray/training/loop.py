@@ -222,4 +222,5 @@ class ToTensors(NumpyBatchCollateFn):
     """Collates a batch of Ray Data: images, digits and row ids as tensors."""
 
     def __call__(self, rows: dict[str, np.ndarray]) -> LabelledRows:
-        return {name: torch.tensor(rows[name]) for name in ("image", "digit", "row_id")}
+        names = ("image", "digit", "row_id")
+        return {name: torch.from_numpy(rows[name].copy()) for name in names}

@@ -100,7 +100,9 @@ class PairWithNumbers(NumpyBatchCollateFn):
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
         ids = rows["row_id"]
-        batch = {name: torch.tensor(rows[name]) for name in ("image", "digit", "row_id")}
+        # Copied by NumPy: in this thread of Ray Data's, PyTorch would start threads of its own, which
+        # spin on the cores that the steps need.
+        batch = {name: torch.from_numpy(rows[name].copy()) for name in ("image", "digit", "row_id")}
         numbers = random_numbers(self._seed, self._epoch, ids)
         batch["number"] = torch.from_numpy(numbers.astype(np.int64))
         if self._distortion:  # the images are distorted on the device
