@@ -183,17 +183,27 @@ def wait_for_cpu(seconds: float, say: Say) -> None:
     TryAgainError: none is free within so many seconds.
     """
     seconds = max(seconds, _REPORT_SECONDS)  # a process may have to start
+    needed = "1 CPU, for the tasks that read rows"
     # Not of the placement group of a trial of Ray Tune, if this is one.
     strategy = PlacementGroupSchedulingStrategy(None)
-    nothing = ray.remote(num_cpus=1, scheduling_strategy=strategy)(lambda: None).remote()
+    look = ray.remote(num_cpus=1, scheduling_strategy=strategy)(lambda _: None)
+    argument = ray.put(bytes(2**20))  # a node that has just come may not find this process yet
     started = time.monotonic()
-    while not ray.wait([nothing], timeout=_REPORT_SECONDS)[0]:
+    task = look.remote(argument)
+    while True:
+        try:
+            ray.get(task, timeout=_REPORT_SECONDS)
+            return
+        except ray.exceptions.GetTimeoutError:
+            pass
+        except ray.exceptions.RayError:
+            task = look.remote(argument)
         waited = time.monotonic() - started
         if waited >= seconds:
-            ray.cancel(nothing)
-            raise TryAgainError(shortage("1 CPU, for the tasks that read rows", waited))
+            ray.cancel(task)
+            raise TryAgainError(shortage(needed, waited))
         left = f"giving up in {seconds - waited:.0f} s"
-        say(f"waiting for 1 CPU, for the tasks that read rows; only {describe_free()}; {left}")
+        say(f"waiting for {needed}; only {describe_free()}; {left}")
 
 
 def shortage(needed: str, waited: float) -> str:

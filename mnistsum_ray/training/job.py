@@ -84,8 +84,8 @@ def make_trainer(
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # see CHECKPOINTS
             storage_path=arrow_uri(request.folder / CHECKPOINTS),
             callbacks=[*callbacks, FailureLines(loop.queue)],
-            # Ray says as many as CPUs, and then threads that only feed the steps start others, which
-            # spin: a fifth of the rows a second. The loop sets those of the steps.
+            # Ray would say as many as CPUs, and threads that only feed the steps then start others,
+            # which spin: a fifth of the rows a second. The loop sets those of the steps.
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
             failure_config=ray.train.FailureConfig(
                 max_failures=request.config.max_failures,

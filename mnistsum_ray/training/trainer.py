@@ -100,8 +100,8 @@ class PairWithNumbers(NumpyBatchCollateFn):
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
         ids = rows["row_id"]
-        # Copied by NumPy: in this thread of Ray Data's, PyTorch would start threads of its own, which
-        # spin on the cores that the steps need.
+        # Copied by NumPy: in this thread of Ray Data's, PyTorch would start threads of its own,
+        # which spin on the cores that the steps need.
         batch = {name: torch.from_numpy(rows[name].copy()) for name in ("image", "digit", "row_id")}
         numbers = random_numbers(self._seed, self._epoch, ids)
         batch["number"] = torch.from_numpy(numbers.astype(np.int64))
@@ -298,13 +298,12 @@ class EpochCounter:
         last_step, last_time = self._reduced_at
         self._reduced_at = step, time.perf_counter()
         seconds = (self._reduced_at[1] - last_time) / (step - last_step)
-        known = self._own_loss.new_tensor([self._own_rows, seconds])
-        all_rows, all_seconds, self.loss = all_reduce_sum(
-            torch.cat([known, self._own_loss[None]])
-        ).tolist()
+        known = self._own_loss.new_tensor([self._own_rows, seconds, 1.0])
+        sums = all_reduce_sum(torch.cat([known, self._own_loss[None]]))
+        all_rows, all_seconds, ranks, self.loss = sums.tolist()
         self.rows = int(all_rows)
         mean_loss = (self.loss - loss) / max(1, self.rows - rows)
-        return mean_loss, all_seconds / ray.train.get_context().get_world_size()
+        return mean_loss, all_seconds / ranks
 
     def check(self, totals: RowTotals, where: str) -> None:
         """Raise RowCountError on all workers unless each row was seen once."""
