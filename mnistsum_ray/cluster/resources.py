@@ -197,6 +197,7 @@ def wait_for_cpu(seconds: float, say: Say) -> None:
         except ray.exceptions.GetTimeoutError:
             pass
         except ray.exceptions.RayError:
+            time.sleep(1)
             task = look.remote(argument)
         waited = time.monotonic() - started
         if waited >= seconds:
