@@ -26,6 +26,7 @@ from mnistsum_ray.errors import (
     printable,
     shell_command,
 )
+from mnistsum_ray.storage.uri import hide_keys
 
 _HELP: Final = """
 The value of an unset flag is in brackets below; a bare flag that takes true or
@@ -209,5 +210,5 @@ def _explain(error: BaseException, received: signal.Signals | None) -> int:
     elif isinstance(error, TryAgainError):
         code = os.EX_TEMPFAIL  # 75: Kubernetes, cron and Airflow can tell it from a typo
     with suppress(OSError):  # the reader of standard error may have closed it
-        print(printable(text), file=sys.stderr, flush=True)
+        print(printable(hide_keys(text)), file=sys.stderr, flush=True)
     return code

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from mnistsum_ray.errors import percent, printable
 from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.storage.uri import hide_keys
 
 UPDATE_SECONDS: Final = 2.0
 """Minimum time between two updates of progress."""
@@ -98,7 +99,7 @@ class Console:
         if self.run:
             text = f"{time.strftime('%H:%M:%S')} {self.run}  {text}"
         with suppress(OSError):  # its reader has closed it; the job goes on
-            tqdm.write(printable(text), file=self._stream)
+            tqdm.write(printable(hide_keys(text)), file=self._stream)
             self._stream.flush()
         self._last_line = time.monotonic()
 
