@@ -1,16 +1,19 @@
-"""Clients of object stores: their options, keys from the environment, and retries."""
+"""Object stores as obstore and Arrow see them: options, keys from the environment, and retries."""
 
 import os
 import re
 from datetime import timedelta
 from functools import cache
-from typing import Any, Final
-from urllib.parse import parse_qsl, urlsplit
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl, quote
 
 from obstore import exceptions  # noqa: TID251
 from obstore.store import from_url  # noqa: TID251
 
 from mnistsum_ray.errors import StorageError, shortened
+
+if TYPE_CHECKING:
+    from mnistsum_ray.storage.store import Location
 
 _RETRIES: Final[Any] = {
     "max_retries": 20,  # with waits of 1 to 5 seconds, of 3 in the mean, the timeout comes first
@@ -21,6 +24,10 @@ _RETRIES: Final[Any] = {
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 """Environment variables that obstore takes the address of an S3 server from."""
 
+_ENDPOINT: Final = re.compile(
+    r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[!-~]*)?", re.ASCII
+)
+
 
 @cache
 def open_store(bucket: str, query: str) -> Any:
@@ -29,19 +36,16 @@ def open_store(bucket: str, query: str) -> Any:
     StorageError: an option, or a variable of the environment, is wrong.
     """
     given = dict(parse_qsl(query))
-    config: Any = {}
-    if "region" in given:
-        config["region"] = given["region"]
+    config: Any = {"region": given["region"]} if "region" in given else {}
     endpoint = given.get("endpoint_override")
-    if endpoint and "://" not in endpoint:
-        endpoint = f"{given.get('scheme', 'https')}://{endpoint}"
     if endpoint:
+        if "://" not in endpoint:
+            endpoint = f"{given.get('scheme', 'https')}://{endpoint}"
         _check_endpoint(bucket, "endpoint_override", endpoint)
         config["base_url" if bucket.startswith("gs:") else "endpoint"] = endpoint
     elif bucket.startswith("s3:"):
         for name in _ENDPOINTS:
-            if name in os.environ:
-                _check_endpoint(bucket, name, os.environ[name])
+            _check_endpoint(bucket, name, os.environ.get(name, "http://unset"))
     options: Any = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
     try:
         return from_url(bucket, config=config, **options)
@@ -50,16 +54,8 @@ def open_store(bucket: str, query: str) -> Any:
 
 
 def _check_endpoint(bucket: str, name: str, url: str) -> None:
-    """Raise StorageError where a server's address is none: on it, obstore would panic.
-
-    The message does not quote it, since it may hold a key.
-    """
-    try:
-        parts = urlsplit(url)
-        has_host = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # the port is no number, or too large
-        has_host = False
-    if not has_host or not re.match(r"https?://[!-~]+$", url):
+    """Raise StorageError where a server's address is none: on it, obstore would panic."""
+    if not _ENDPOINT.fullmatch(url):  # it may hold a key, so the message does not quote it
         raise StorageError(f"{bucket}: {name} must be HOST:PORT or a URL of http or https")
 
 
@@ -67,3 +63,22 @@ def first_line(error: Exception) -> str:
     """An error's message without the pages that obstore adds for its developers."""
     text = " ".join(str(error).partition("Debug source")[0].split())
     return shortened(text) or type(error).__name__
+
+
+def arrow_uri(location: "Location") -> str:
+    """An absolute path, or a URI in which Arrow decodes percent signs, as Ray Train takes it."""
+    return location.path if location.is_local else location.at(quote(location.path)).display
+
+
+def arrow_place(location: "Location") -> tuple[Any, str]:
+    """The file system of Arrow, and the path in it, as Ray Data takes them."""
+    file_system, root = _arrow_root(arrow_uri(location.at("/" if location.is_local else "")))
+    return file_system, f"{root}/{location.path.lstrip('/')}"
+
+
+@cache
+def _arrow_root(uri: str) -> tuple[Any, str]:
+    from pyarrow.fs import FileSystem  # noqa: TID251 - Ray reads and writes by it
+
+    file_system, path = FileSystem.from_uri(uri)
+    return file_system, path.rstrip("/")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from obstore import exceptions  # noqa: TID251
@@ -84,6 +84,18 @@ class Location:
         """Another path on the same disk or in the same bucket."""
         return replace(self, path=path)
 
+    def names_below(self, folder: "Location") -> tuple[str, ...] | None:
+        """Names on the way from a folder to this: () is the folder itself, None is outside of it.
+
+        Links are followed, since two ways to a place may differ in them.
+        """
+        here, above = self.path, folder.path
+        if self.is_local:
+            here, above = os.path.realpath(here), os.path.realpath(above)
+        path = PurePosixPath(here)
+        is_below = self.bucket == folder.bucket and path.is_relative_to(above)
+        return path.relative_to(above).parts if is_below else None
+
     def status(self) -> Entry | None:
         """The file here; None where there is none, or a folder."""
         with self.storage_errors("read"):
@@ -113,7 +125,7 @@ class Location:
             return bytes(self.store.get(self.path).bytes())
 
     def read_json(self) -> Any:
-        """The JSON value of the file. ValueError: it is not JSON."""
+        """The value in a file of JSON. ValueError: it is none."""
         return json.loads(self.read_bytes())
 
     def open(self, listed: Entry | None = None) -> Any:
@@ -137,20 +149,24 @@ class Location:
             raise self._conflict()
         return file
 
-    def files(self) -> list[Entry]:
-        """All files below a folder, sorted by path; none where the folder is missing.
+    def listing(self, enter: Callable[[str], bool] = lambda folder: True) -> list[Entry]:
+        """What is below a folder, sorted by path. Without an e_tag is what is no file.
 
-        Links to folders are not followed.
+        That is, on a disk, a pipe or device, a link that leads nowhere or to a folder, and a folder
+        for which `enter` is false. Neither of these two is read.
         """
         with self.storage_errors("listed"):
             if self.is_local:
-                found = (self.at(str(path)).status() for path in Path(self.path).rglob("*"))
-                # Folders, pipes, devices and links that lead nowhere have no status.
-                return sorted(filter(None, found))
+                paths = _walk(self.path, enter) if Path(self.path).is_dir() else ()
+                return sorted(self.at(path).status() or Entry(path, 0, "") for path in paths)
             entries = [_object_entry(meta) for page in self.store.list(self.path) for meta in page]
             # Consoles mark a folder by an empty object of its name.
             folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
             return sorted(entry for entry in entries if entry.size or entry.path not in folders)
+
+    def files(self) -> list[Entry]:
+        """All files below a folder, sorted by path; none where the folder is missing."""
+        return [entry for entry in self.listing() if entry.e_tag]
 
     def write(self, data: Data) -> None:
         """Write the whole file, in place of the one that is there."""
@@ -210,8 +226,6 @@ class Location:
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
-        if "Received redirect without LOCATION" in cause:
-            cause += "; give its region as ?region=… or in AWS_REGION"
         return StorageError(f"{self.display}: cannot be {what}: {cause}")
 
     def _missing(self) -> MissingFileError:
@@ -225,8 +239,7 @@ class Location:
 class _ObjectFile(io.RawIOBase):
     """An object that is open for reading, by requests for ranges of the one that was listed.
 
-    obstore's own reader does not ask for the ETag, and its errors look like those of a damaged
-    file.
+    obstore's own reader does not ask for the ETag, and its errors look like those of a bad file.
     """
 
     def __init__(self, location: Location, listed: Entry) -> None:
@@ -252,6 +265,15 @@ class _ObjectFile(io.RawIOBase):
                 buffer[:count] = found.bytes()
         self._position += count
         return count
+
+
+def _walk(folder: str, enter: Callable[[str], bool]) -> Iterator[str]:
+    """Paths below a folder, but for those of the folders that are read."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False) and enter(entry.path):
+            yield from _walk(entry.path, enter)
+        else:
+            yield entry.path
 
 
 def _disk_entry(path: str, status: os.stat_result) -> Entry:

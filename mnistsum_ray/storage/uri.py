@@ -1,17 +1,16 @@
-"""Paths and URIs as a user gives them, resolved to a Location.
+"""Paths and URIs as a user gives them: resolved, refused if they hold a key, held by one run."""
 
-One that holds a key is refused, so that no key can come out.
-"""
-
+import fcntl
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl
 
-from mnistsum_ray.errors import RequestError, StorageError
+from mnistsum_ray.errors import RequestError, StorageError, TryAgainError
 from mnistsum_ray.storage.bucket import open_store
 from mnistsum_ray.storage.store import Location
 
@@ -87,13 +86,41 @@ def as_request_error(flag: str) -> Iterator[None]:
         raise RequestError(f"{flag} {error}") from None
 
 
-def output_base_folder() -> Path:
-    """Folder that relative output paths start from: the working folder, or that of a job's user.
+@contextmanager
+def folder_lock(folder: Location, flag: str) -> Iterator[None]:
+    """Hold a folder on a disk, which is created where it is missing, while the block runs.
 
-    `ray job submit --working-dir` runs the driver in a temporary copy of the working folder, in a
-    folder of this name, which Ray then deletes.
+    In a store nothing is held: each attempt writes a folder of its own, each file that is published
+    is whole, and two runs of the same seed publish the same. Two of unlike seeds under one name
+    leave the files of both.
+
+    Raises:
+        TryAgainError: another run holds it.
+        RequestError: it cannot be written.
     """
+    if not folder.is_local:
+        yield
+        return
+    path = Path(folder.path, "_lock")
+    with as_request_error(flag), folder.storage_errors("written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        except BlockingIOError:
+            running = f"another run ({path.read_text()}) is writing there"
+            advice = "wait for it, or choose another"
+            raise TryAgainError(f"{flag} {folder.display}: {running}; {advice}") from None
+        file.truncate(0)
+        print(socket.gethostname(), os.getpid(), sep=":", end="", file=file, flush=True)
+    with file:
+        yield
+
+
+def output_base_folder() -> Path:
+    """Folder that relative output paths start from: the working folder, or that of a job's user."""
     here = Path.cwd()
+    # Where `ray job submit` runs the driver: a copy of the working folder that Ray deletes.
     return Path.home() if "working_dir_files" in here.parts else here
 
 

@@ -46,9 +46,8 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.report import versions
 from mnistsum_ray.reporting.results import TrainResult
-from mnistsum_ray.storage.arrow import arrow_uri
-from mnistsum_ray.storage.lock import folder_lock
-from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.storage.bucket import arrow_uri
+from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
 from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower, FailureLines, explain_silence

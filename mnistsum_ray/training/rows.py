@@ -49,7 +49,7 @@ from mnistsum_ray.errors import (
     counted,
     root_cause,
 )
-from mnistsum_ray.storage.arrow import arrow_place
+from mnistsum_ray.storage.bucket import arrow_place
 
 _BLOCKS: Final = 256
 _BLOCKS_OF_RANK: Final = 64

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
-from mnistsum_ray.data.inputs import components_below, real_path
 from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.data.sources import CountFooters, Source, no_progress, open_source
 from mnistsum_ray.errors import (
@@ -116,9 +115,7 @@ def _check_free(folder: Location, name: str, begun: bool) -> None:
 def _check_outside_data(storage: Location, source: Source) -> None:
     """Check that no later run takes files of runs for data."""
     data = locate(source.location, "--data")
-    if source.name != "parquet" or storage.bucket != data.bucket:
-        return
-    if components_below(real_path(storage), real_path(data)) is not None:
+    if source.name == "parquet" and storage.names_below(data) is not None:
         raise RequestError(
             f"--storage-path {storage.display}: lies in --data {data.display}, whose next run "
             "would take the files of this one for data; put it elsewhere"

@@ -104,17 +104,26 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
     good = "b/caf\u00e9 \u3000.parquet"
     for name in (b"caf\xe9.parquet", b"b/two\nlines.parquet", good.encode()):
         (folder / os.fsdecode(name)).write_bytes(b"x")
-    (folder / "latest.parquet").symlink_to(folder / "a.parquet")
     (folder / "gone.parquet").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.parquet")
     inputs = find(folder)
-    nowhere = "is a link that leads nowhere, or no file"
+    odd = "its name is not UTF-8, or has a control character; rename it"
     assert inputs.unusable == {
-        "caf\\udce9.parquet": "its name is not UTF-8; rename it",
-        "b/two\\nlines.parquet": "its name holds a control character; rename it",
-        **dict.fromkeys(("gone.parquet", "pipe.parquet"), nowhere),
+        **dict.fromkeys(("caf\\udce9.parquet", "b/two\\nlines.parquet"), odd),
+        **dict.fromkeys(("gone.parquet", "pipe.parquet"), "is no file, or a link to none"),
     }
-    assert set(inputs.files) == {*NAMES, *inputs.unusable, good, "latest.parquet"}
+    assert set(inputs.files) == {*NAMES, *inputs.unusable, good}
+
+
+def test_a_file_that_is_there_under_two_names_is_taken_once(folder: Path) -> None:
+    """Its rows would count twice. A link to a file elsewhere is taken, the first one to it."""
+    (folder.parent / "blob").write_bytes(b"x")
+    targets = {"0": "a.parquet", "first": "../blob", "second": "../blob"}
+    for name, target in targets.items():
+        (folder / f"{name}.parquet").symlink_to(target)
+    inputs = find(folder, folder / "0.parquet")
+    assert [*inputs.files] == ["a.parquet", *NAMES[1:], "first.parquet"]
+    assert {str(folder / "0.parquet"), str(folder / "second.parquet")} <= set(inputs.skipped)
 
 
 def test_a_folder_that_may_not_be_read_is_named_and_not_left_out(

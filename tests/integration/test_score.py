@@ -33,7 +33,7 @@ WAYS: list[dict[str, Any]] = [
 ]
 BAD_FILES = {
     "column.parquet": "has a column 'Reason', which scoring would add; rename it",
-    r"control\x1b[2J.parquet": "its name holds a control character; rename it",
+    r"control\x1b[2J.parquet": "its name is not UTF-8, or has a control character; rename it",
     "empty.parquet": "is not Parquet, or was cut off",
     "flags.parquet": "column 'number' has type bool, which holds no whole numbers",
     "footer.parquet": "is not Parquet, or was cut off",

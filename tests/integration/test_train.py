@@ -24,8 +24,7 @@ from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import TryAgainError, percent
 from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.network import make_network, prepare_images
-from mnistsum_ray.storage.lock import folder_lock
-from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.rows import RowTotals, WholeShards, decode, read_rows
 from mnistsum_ray.training.trainer import Batch, Trainer

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from mnistsum_ray.errors import RequestError, TryAgainError
-from mnistsum_ray.storage.lock import folder_lock
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.storage.uri import folder_lock, locate
 
 
 def test_one_run_holds_a_folder_until_it_ends(tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from pyarrow.fs import FileSystem
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError, StorageError, TryAgainError
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.storage.arrow import arrow_uri
-from mnistsum_ray.storage.lock import folder_lock
-from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.storage.bucket import arrow_uri
+from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training import job
 from mnistsum_ray.training.run import TrainRequest, check_request
 
