@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mnistsum_ray.api import score as score
     from mnistsum_ray.config import ScoreConfig as ScoreConfig
     from mnistsum_ray.config import TrainConfig as TrainConfig
-    from mnistsum_ray.data.picture import prepare_picture as prepare_picture
+    from mnistsum_ray.data.images import prepare_picture as prepare_picture
     from mnistsum_ray.errors import RequestError as RequestError
     from mnistsum_ray.errors import RunError as RunError
     from mnistsum_ray.errors import TryAgainError as TryAgainError
@@ -45,7 +45,7 @@ _MODULES: Final = {
     "load_model": "api",
     "predict": "api",
     "predict_rows": "api",
-    "prepare_picture": "data.picture",
+    "prepare_picture": "data.images",
     "save_model": "api",
     "score": "api",
 }

@@ -17,6 +17,7 @@ import pyarrow as pa
 from mnistsum_ray.cluster.connection import connect, head_answers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.images import (
+    Picture,
     Pixels,
     decode_images,
     decode_numbers,
@@ -24,8 +25,8 @@ from mnistsum_ray.data.images import (
     join_reasons,
     number_type_error,
     one_chunk,
+    prepare_picture,
 )
-from mnistsum_ray.data.picture import Picture, prepare_picture
 from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.model.heads import added_column

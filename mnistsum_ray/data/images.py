@@ -1,35 +1,33 @@
-"""Images and numbers in Arrow columns: types that can hold them, and their values as NumPy arrays.
+"""Images and numbers: in Arrow columns, which types can hold them and their values as arrays; and
+pictures that people draw, prepared as MNIST's own images were (LeCun et al. 1998).
 
-Images: 784 integers in a list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes, PNG or
+Images are 784 integers in a list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes, PNG or
 JPEG bytes, or Hugging Face's struct {bytes, path}. A value that cannot be used gets a reason.
 """
 
 import io
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.errors import shortened
+from mnistsum_ray.errors import RequestError, StorageError, one_line, shortened
+from mnistsum_ray.storage.uri import locate_existing
 
 SIDE: Final = 28
 PIXELS: Final = SIDE * SIDE
 DIGITS: Final = 10
 IMAGE_TYPE: Final = pa.binary(PIXELS)
 """Arrow type of stored images: 784 bytes, row by row, 0 is background, 255 is ink."""
-
-_MAX_REASONS: Final = 20
-"""Reasons that are counted separately, so that the counts of any number of bad rows stay small."""
-
-_EXAMPLES: Final = 5
-"""Rows that a message names."""
 
 _PICTURE_STARTS: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 """First bytes of a PNG and of a JPEG."""
@@ -43,6 +41,10 @@ Pixels = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
 Reasons = dict[int, str]
 """Why a row cannot be used, by its index."""
+
+
+Picture: TypeAlias = str | Path | bytes | Image.Image
+"""A file, a URI, the bytes of a file, or a picture of Pillow's."""
 
 
 class BadImageError(ValueError):
@@ -76,8 +78,7 @@ def image_type_error(kind: pa.DataType) -> str | None:
         return None
     depth = 0
     while isinstance(values, _LISTS):
-        values = values.value_type
-        depth += 1
+        values, depth = values.value_type, depth + 1
     if depth in (1, 2) and pa.types.is_integer(values):
         return None
     known = "lists of 784 integers, 784 bytes, PNG or JPEG bytes, {bytes, path}"
@@ -89,13 +90,9 @@ def number_type_error(kind: pa.DataType) -> str | None:
 
     pandas writes floats where a number is missing; labels may be text.
     """
-    if _is_number(kind) or kind in (pa.null(), *_TEXTS):
-        return None
-    return f"has type {kind}, which holds no whole numbers"
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    is_known = is_number or kind in (pa.null(), *_TEXTS)
+    return None if is_known else f"has type {kind}, which holds no whole numbers"
 
 
 def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Reasons]:
@@ -106,26 +103,22 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Rea
     Returns:
         int64[n]; and a reason for each value that is none of 0..count - 1, in whose place is 0.
     """
-    values = column
-    is_text = column.type in _TEXTS
-    if is_text:
-        is_whole = pc.match_substring_regex(column, r"^\d+(\.0*)?$")
-        values = pc.if_else(is_whole, column, None)
-    elif not _is_number(column.type):
-        values = pa.nulls(len(column))
+    is_known = number_type_error(column.type) is None
+    values = column if is_known else pa.nulls(len(column))
+    if column.type in _TEXTS:
+        values = pc.if_else(pc.match_substring_regex(column, r"^\d+(\.0*)?$"), column, None)
     # A null becomes NaN; a huge integer is rounded, but stays out of range.
     numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     is_right = (numbers >= 0) & (numbers < count) & (numbers == np.floor(numbers))
     reasons: Reasons = {}
     for row in np.flatnonzero(~is_right).tolist():
         value = column[row]
-        if not value.is_valid:
+        if value.is_valid:
+            # A value of another type is not looked at: Ray has one of pickles, which would run.
+            shown = shortened(repr(value.as_py())) if is_known else f"of type {column.type}"
+            reasons[row] = f"is {shown}, not one of 0..{count - 1}; correct it or drop the row"
+        else:
             reasons[row] = "is null; fill it in or drop the row"
-            continue
-        # A value of another type is not looked at: Ray has one of pickles, which would run.
-        is_known = is_text or _is_number(column.type)
-        shown = shortened(repr(value.as_py())) if is_known else f"of type {column.type}"
-        reasons[row] = f"is {shown}, not one of 0..{count - 1}; correct it or drop the row"
     return np.where(is_right, numbers, 0).astype(np.int64), reasons
 
 
@@ -181,18 +174,11 @@ def _decode_image(value: list[Any] | bytes | None) -> Pixels:
     """The image of one value of a column. BadImageError: it is none."""
     if value is None:
         raise BadImageError("the image is null; fill it in or drop the row")
-    if isinstance(value, list):
-        return _decode_list(value)
     # At quality 95 about one in 200 MNIST images gives a JPEG of exactly 784 bytes.
-    if len(value) == PIXELS and not value.startswith(_PICTURE_STARTS):
-        return np.frombuffer(value, np.uint8).reshape(SIDE, SIDE)
-    return _decode_picture(value)
-
-
-def _decode_list(values: list[Any]) -> Pixels:
-    """The image of 784 integers, or of 28 lists of 28. BadImageError: they are none."""
+    if isinstance(value, bytes) and (len(value) != PIXELS or value.startswith(_PICTURE_STARTS)):
+        return _decode_picture(value)
     try:
-        pixels = np.array(values, np.uint8)
+        pixels = np.array(list(value), np.uint8)
     except (TypeError, ValueError, OverflowError):  # null; lists of unlike lengths; 256
         pixels = np.empty(0, np.uint8)
     if pixels.shape not in ((PIXELS,), (SIDE, SIDE)):
@@ -233,22 +219,15 @@ class ReasonCounts:
     """Counts of bad rows by reason, and the first of these rows."""
 
     reasons: Counter[str] = field(default_factory=Counter)
-    """Bad rows by reason; those of all reasons after the first twenty are one entry."""
+    """Those of all reasons after the first twenty are one entry, so that the counts stay small."""
     examples: list[BadRow] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, bad: Sequence[BadRow]) -> "ReasonCounts":
-        """Count bad rows."""
-        counts = cls()
-        counts.add_reasons(cls(Counter(reason for _, _, reason in bad), list(bad)))
-        return counts
-
-    def add_reasons(self, other: "ReasonCounts") -> None:
-        """Add the counts of other rows, in place."""
-        for reason, rows in other.reasons.items():
-            is_counted = reason in self.reasons or len(self.reasons) < _MAX_REASONS
+    def add(self, reasons: Mapping[str, int], examples: Iterable[BadRow]) -> None:
+        """Add counts of other rows, and those rows or the first of them."""
+        for reason, rows in reasons.items():
+            is_counted = reason in self.reasons or len(self.reasons) < 20
             self.reasons[reason if is_counted else "other reasons"] += rows
-        self.examples = sorted(self.examples + other.examples)[:_EXAMPLES]
+        self.examples = sorted([*self.examples, *examples])[:5]
 
     @property
     def total(self) -> int:
@@ -261,3 +240,81 @@ class ReasonCounts:
         if self.total > len(texts):
             texts.append("…")
         return " | ".join(texts)
+
+
+_FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats that are only pixels: for EPS, Pillow would run another program."""
+
+_WORKING_SIDE: Final = 1024
+"""Larger pictures are scaled down to so many pixels first."""
+
+_BOX: Final = 20
+"""MNIST's digits fit into so many pixels, and are centred by their mass."""
+
+_MIN_CONTRAST: Final = 16
+"""Distance in 0..255 of ink from the edge, below which a picture is empty."""
+
+_FAINT: Final = 0.25
+"""Ink below this share of the strongest is grain, and becomes 0; above 1 - this share it is 1."""
+
+
+def prepare_picture(picture: Picture) -> Pixels:
+    """Prepare a picture as MNIST's images were, white on black: uint8[28, 28].
+
+    Ink is what is darker or lighter than the edge. It is scaled to fit 20 x 20 pixels, and centred
+    by its mass.
+
+    Raises:
+        RequestError: there is no such file, it is no picture, or nothing is drawn on it.
+    """
+    name, grey = _read_grey(picture)
+    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    ink = np.abs(grey - np.median(edge))
+    strongest = ink.max()
+    if strongest < _MIN_CONTRAST:
+        nothing = "nothing is drawn on it that is darker or lighter than its edge"
+        raise RequestError(f"{name}: {nothing}")
+    ink = ((ink / strongest - _FAINT) / (1 - 2 * _FAINT)).clip(0, 1)
+    drawn = Image.fromarray(ink)
+    drawn = drawn.crop(drawn.getbbox())
+    scale = _BOX / max(drawn.size)
+    width = max(1, round(scale * drawn.width))  # a line may be thinner than a pixel
+    height = max(1, round(scale * drawn.height))
+    digit = np.asarray(drawn.resize((width, height), Image.Resampling.BICUBIC)).clip(0)
+    digit *= 255 / digit.max()  # thin strokes have become faint
+    mass_of_rows = digit.sum(axis=1)
+    mass_of_columns = digit.sum(axis=0)
+    top = _start_when_centred(mass_of_rows)
+    left = _start_when_centred(mass_of_columns)
+    pixels = np.zeros((SIDE, SIDE), np.uint8)
+    pixels[top : top + height, left : left + width] = digit.round()
+    return pixels
+
+
+def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
+    """The name of a picture in messages, and its brightness, float32[height, width] in 0..255."""
+    name = "the picture"
+    try:
+        if isinstance(picture, str | Path):
+            file = locate_existing(str(picture), "picture")
+            name, picture = file.display, file.read_bytes()
+        if isinstance(picture, bytes):
+            with warnings.catch_warnings():  # a few bytes may unfold to any number of pixels
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
+        picture.draft("RGB", (_WORKING_SIDE, _WORKING_SIDE))  # a large JPEG is decoded smaller
+        image = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (RequestError, StorageError) as error:
+        raise RequestError(str(error)) from None
+    except Exception as error:  # Pillow's decoders raise many types
+        why = f"cannot be read as a picture ({one_line(error)})"
+        raise RequestError(f"{name}: {why}; save it as PNG") from None
+    image.thumbnail((_WORKING_SIDE, _WORKING_SIDE))
+    white = Image.new("RGBA", image.size, "white")
+    return name, np.asarray(Image.alpha_composite(white, image).convert("L"), np.float32)
+
+
+def _start_when_centred(mass: npt.NDArray[np.float32]) -> int:
+    """Where a digit with this mass by row or column begins, so that its centre is in the middle."""
+    centre = np.average(np.arange(len(mass)), weights=mass)
+    return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))

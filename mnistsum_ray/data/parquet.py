@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.errors import ConflictError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.errors import ConflictError, StorageError, UnusableFileError, one_line, shortened
 from mnistsum_ray.storage.store import Entry, Location
 
 _ParquetFile: TypeAlias = pq.ParquetFile  # noqa: TID251
@@ -19,9 +19,6 @@ TypeCheck = Callable[[pa.DataType], str | None]
 
 _TAIL_BYTES: Final = 64 * 1024
 """Read from the end of a file in the first request: most footers are shorter."""
-
-_BATCH_ROWS: Final = 8192
-"""Rows that are decompressed at once."""
 
 
 @contextmanager
@@ -55,12 +52,6 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
             raise file.error(error, "read") from error
         reason = f"{one_line(error)} ({type(error).__name__})"
         raise UnusableFileError(f"cannot be read: {reason}") from None
-
-
-def read_table(file: Location) -> pa.Table:
-    """A whole Parquet file; errors as of `open_parquet`."""
-    with open_parquet(file) as parquet:
-        return parquet.read()
 
 
 @dataclass(frozen=True)
@@ -104,18 +95,16 @@ def _read_metadata(stream: Any) -> pq.FileMetaData:
     # stays right. `read_metadata` takes the end of a file for a whole one.
     tail = tail.replace(b"ARROW:schema", b"arrow:schema")
     metadata = pq.read_metadata(pa.BufferReader(tail))  # noqa: TID251
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    if sum(group.num_rows for group in groups) != metadata.num_rows:
+    groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if sum(groups) != metadata.num_rows:
         raise UnusableFileError("has a damaged footer (its rows do not add up); write it again")
     return metadata
 
 
-def read_rows(
-    parquet: _ParquetFile, ranges: Sequence[range], columns: list[str] | None = None
-) -> Iterator[pa.Table]:
+def read_rows(parquet: _ParquetFile, ranges: Sequence[range]) -> Iterator[pa.Table]:
     """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory."""
-    schema = parquet.read_row_groups([], columns).schema
-    batches = _read_batches(parquet, ranges, columns)
+    schema = parquet.read_row_groups([]).schema
+    batches = _read_batches(parquet, ranges)
     batch_start, batch = 0, pa.RecordBatch.from_pylist([], schema)
     for rows in ranges:
         slices = []
@@ -130,16 +119,16 @@ def read_rows(
 
 
 def _read_batches(
-    parquet: _ParquetFile, ranges: Sequence[range], columns: list[str] | None
+    parquet: _ParquetFile, ranges: Sequence[range]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Batches of the row groups that hold rows of the ranges, and the row that each begins with."""
     group_start = 0
     for group in range(parquet.num_row_groups):
         group_stop = group_start + parquet.metadata.row_group(group).num_rows
         if any(rows.start < group_stop and group_start < rows.stop for rows in ranges):
-            options = {"row_groups": [group], "columns": columns, "use_threads": False}
             batch_start = group_start
-            for batch in parquet.iter_batches(_BATCH_ROWS, **options):
+            # So many rows are decompressed at once.
+            for batch in parquet.iter_batches(8192, row_groups=[group], use_threads=False):
                 yield batch_start, batch
                 batch_start += batch.num_rows
             if batch_start != group_stop:
@@ -154,9 +143,12 @@ def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
     return sink.getvalue()
 
 
-def column_error(schema: pa.Schema, name: str, type_error: TypeCheck) -> str | None:
-    """Why a column of a footer's schema cannot be used."""
-    if len(schema.get_all_field_indices(name)) > 1:
-        return f"has more than one column {name!r}; rename all but one"
+def column_error(schema: pa.Schema, name: str, flag: str, type_error: TypeCheck) -> str | None:
+    """Why a file with this schema cannot be used by the column that a flag names."""
+    if name not in schema.names:
+        has = f"has no column {name!r} but {shortened(', '.join(schema.names))}"
+        return f"{has}; {flag} names another"
+    if schema.names.count(name) > 1:
+        return f"has more than one column {name!r}; rename all but one, or {flag} names another"
     error = type_error(schema.field(name).type)
-    return f"column {name!r} {error}; convert it" if error else None
+    return f"column {name!r} {error}; convert it, or {flag} names another" if error else None

@@ -20,15 +20,6 @@ Bits = npt.NDArray[np.uint64]
 NUMBERS: Final = 10
 """Numbers are 0..NUMBERS - 1: a training row gets one at random, a row to be scored has its own."""
 
-AFFINE_VALUES: Final = 6
-"""Elements of the matrix of a distortion."""
-
-# Largest distortion at strength 1.
-_ROTATION_DEGREES: Final = 10.0
-_LOG_SCALE: Final = 0.1  # natural logarithm of the factor along each axis
-_SHEAR: Final = 0.1  # horizontal shift in pixels for each pixel down
-_SHIFT: Final = 3 / 14  # three pixels, as a share of the 14 from the middle to the edge
-
 
 class RandomStream(IntEnum):
     """Purpose of a draw, as a part of its key: draws for two purposes are not correlated."""
@@ -41,7 +32,7 @@ class RandomStream(IntEnum):
 
 
 def _mix(z: Bits) -> Bits:
-    """SplitMix64's step and finalizer, a bijection on uint64: each bit in affects every bit out."""
+    """SplitMix64's step and finalizer: each bit in affects every bit out."""
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -88,7 +79,7 @@ def distortions(seed: int, epoch: int, row_ids: RowIds, strength: float) -> npt.
 
 
 def affine_matrices(draws: npt.NDArray[np.float32], strength: float) -> npt.NDArray[np.float32]:
-    """Matrices float32[n, AFFINE_VALUES] of small rotations, scalings, shears and shifts.
+    """Matrices float32[n, 6] of small rotations, scalings, shears and shifts.
 
     Each is two rows that take a place (x, y, 1) in the distorted image to one in the image, where
     x and y run from -1 to 1: `distort` in `model/network.py` applies them. `draws`, float32[n, 6]
@@ -98,11 +89,13 @@ def affine_matrices(draws: npt.NDArray[np.float32], strength: float) -> npt.NDAr
     # On a GPU they would be twenty kernels of each step. In float64, so that the rounded values
     # hardly depend on how a machine computes sines.
     rotation, log_width, log_height, shear, x, y = (strength * draws.astype(np.float64)).T
-    angle = np.radians(rotation * _ROTATION_DEGREES)
+    angle = np.radians(rotation * 10)
     cos, sin = np.cos(angle), np.sin(angle)
-    width, height = np.exp(log_width * _LOG_SCALE), np.exp(log_height * _LOG_SCALE)
-    x_row = [cos * width, shear * _SHEAR - sin * height, x * _SHIFT]
-    y_row = [sin * width, cos * height, y * _SHIFT]
+    width, height = np.exp(log_width * 0.1), np.exp(log_height * 0.1)
+    shear = shear * 0.1  # pixels to the right for each pixel down
+    most = 3 / 14  # three pixels, as a share of the 14 from the middle to the edge
+    x_row = [cos * width, shear - sin * height, x * most]
+    y_row = [sin * width, cos * height, y * most]
     return np.stack(x_row + y_row, axis=1, dtype=np.float32)
 
 

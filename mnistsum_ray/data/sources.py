@@ -7,7 +7,7 @@ import hashlib
 import re
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from mnistsum_ray.data.images import (
     pixels_view,
 )
 from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
-from mnistsum_ray.data.parquet import column_error, read_footer, read_table
+from mnistsum_ray.data.parquet import column_error, open_parquet, read_footer
 from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import locate, locate_existing
@@ -37,37 +37,22 @@ SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
 SPLITS: Final = ("train", "validation", "test")
 
-MAX_HELD_OUT_ROWS: Final = 5000
-"""Most rows, beside a tenth, that are held out for a split which no file is named for."""
-
-_LABEL_COLUMNS: Final = ("digit", "label")
-
 _SPLIT: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(?![a-z])")
 """A word in the name of a file or folder, in lower case, that names a split."""
 
 _MNIST_FILE: Final = "train-images-idx3-ubyte"
 
-_DOWNLOAD_TIMEOUT_SECONDS: Final = 3
-"""Timeout of the connection and of each read; it does not limit the download as a whole."""
 
-
-class LabelledColumns(NamedTuple):
-    """Names and types of two columns. Ray Data reads files together where they are the same."""
-
-    image: str
-    label: str
-    types: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class LabelledFile:
+class LabelledFile(NamedTuple):
     """A Parquet file with images and digits, as its footer describes it."""
 
     path: Location
     name: str
     """Relative to the folder that was listed."""
     rows: int
-    columns: LabelledColumns
+    columns: tuple[str, ...]
+    """Names of the columns of images and of labels, then their types: Ray Data reads files together
+    where these are the same."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +95,8 @@ class Source:
 
 
 def held_out_rows(train_rows: int) -> int:
-    """Number of rows that are held out of so many for one split."""
-    return min(MAX_HELD_OUT_ROWS, train_rows // 10)
+    """Number of rows that are held out of so many for one split: a tenth, and 5,000 at most."""
+    return min(5000, train_rows // 10)
 
 
 CountFooters = Callable[[str, int], Callable[[int], None]]
@@ -130,12 +115,11 @@ def open_source(config: LabelledDataConfig, progress: CountFooters = no_progress
         RequestError: it is missing, cannot be used, or has no images with digits; names the file.
         RunError: the storage does not give a file.
     """
-    data = config.data
-    if data == "sample":
+    if config.data == "sample":
         return _sample()
-    if data in ("auto", "mnist"):
-        return _full_mnist(fall_back=data == "auto")
-    location = locate_existing(data, "--data")
+    if config.data in ("auto", "mnist"):
+        return _full_mnist(fall_back=config.data == "auto")
+    location = locate_existing(config.data, "--data")
     folder = _find_mnist(Path(location.path)) if location.is_local else None
     if folder is not None:
         return _mnist(folder)
@@ -146,7 +130,8 @@ def open_source(config: LabelledDataConfig, progress: CountFooters = no_progress
 
 
 def _sample() -> Source:
-    table = read_table(locate(str(SAMPLE), "--data"))
+    with open_parquet(locate(str(SAMPLE), "--data")) as parquet:
+        table = parquet.read()
     images = pixels_view(one_chunk(table["image"]))
     return _in_memory("sample", str(SAMPLE), {"train": (images, table["digit"].to_numpy())})
 
@@ -186,31 +171,26 @@ def _mnist(folder: Path) -> Source:
     for split, is_train in (("train", True), ("test", False)):
         try:
             found = MnistHere(str(folder), train=is_train)
-            _check_shapes(found.data.shape, found.targets.shape)
+            images, digits = found.data.numpy(), found.targets.numpy()
+            if images.shape != (*digits.shape, SIDE, SIDE):  # torchvision takes what it finds
+                raise ValueError(f"images and labels have shapes {images.shape}, {digits.shape}")
         except Exception as error:  # of damaged files its reader raises many types
             problem = f"holds no whole MNIST ({one_line(error)}); get its four files again"
             raise RequestError(f"--data {folder}: {problem}") from None
-        rows[split] = (found.data.numpy(), found.targets.numpy())
+        rows[split] = (images, digits)
     return _in_memory("mnist", str(folder), rows)
-
-
-def _check_shapes(images: Sequence[int], digits: Sequence[int]) -> None:
-    """ValueError: they are not those of MNIST, which torchvision takes as it finds them."""
-    if (*digits, SIDE, SIDE) != tuple(images):
-        raise ValueError(f"images of shape {list(images)} and labels of shape {list(digits)}")
 
 
 def _download_mnist(root: Path) -> Path:
     """Download MNIST to `root`/MNIST/raw, which appears only when it is complete.
 
-    OSError, RuntimeError: no mirror has some file, or they cannot be written. Without a network
-    this fails within seconds.
+    OSError, RuntimeError: no mirror has some file, or they cannot be written.
     """
-    from torchvision.datasets import MNIST  # takes seconds to import, and most runs do not download
+    from torchvision.datasets import MNIST
 
     root.mkdir(parents=True, exist_ok=True)
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECONDS)  # torchvision would wait for minutes
+    socket.setdefaulttimeout(3)  # of each read: without a network torchvision would wait minutes
     try:
         with tempfile.TemporaryDirectory(dir=root) as temporary:
             MNIST(temporary, download=True)
@@ -227,16 +207,11 @@ def _in_memory(name: str, location: str, rows: dict[str, tuple[Pixels, Numbers]]
     tables = {}
     first = 0
     for split, (images, digits) in rows.items():
-        count = len(digits)
-        tables[split] = pa.table(
-            {
-                "image": pixels_array(images),
-                "digit": digits,
-                "row_hash": np.arange(first, first + count),
-                "path": pa.array([f"{name} ({split})"] * count),
-            }
-        )
-        first += count
+        last = first + len(digits)
+        path = pa.array([f"{name} ({split})"] * len(digits))
+        columns = {"image": pixels_array(images), "digit": digits, "path": path}
+        tables[split] = pa.table(columns | {"row_hash": np.arange(first, last)})
+        first = last
         digest.update(images.tobytes())
         digest.update(digits.astype(np.int64).tobytes())
     return Source(name, location, digest.hexdigest(), tables)
@@ -250,15 +225,10 @@ def _parquet(config: LabelledDataConfig, location: Location, progress: CountFoot
         raise RequestError(f"--data {(found.root / name).display}: {reason}")
     describe = partial(_describe, config, found.root)
     count = progress("footers read", len(found.files))
-    listed = in_threads(found.root, describe, list(found.files.items()), count)
     files: dict[str, list[LabelledFile]] = {}
-    unnamed = []
-    for file in listed:
-        split = _split_of_name(file.name)
-        if split is None:
-            unnamed.append(file)
-        else:
-            files.setdefault(split, []).append(file)
+    for file in in_threads(found.root, describe, list(found.files.items()), count):
+        files.setdefault(_split_of_name(file.name), []).append(file)
+    unnamed = files.pop("", [])
     if unnamed and files:
         mixed = "some files are named train or test and some are not; rename them"
         raise RequestError(f"--data {location.display}: {mixed} ({unnamed[0].name})")
@@ -288,33 +258,31 @@ def _describe(
         footer = read_footer(file, entry)
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
-    # Ray Data makes a column of each folder `name=value`.
+    # Ray Data makes a column of each folder `name=value`. No file gives this type.
     folders = dict(re.findall(r"([^/=]+)=([^/]*)/", name))
-    names = [*footer.schema.names, *folders]
-    image = config.image_column
-    wanted = [config.label_column] if config.label_column else list(_LABEL_COLUMNS)
-    label = next((one for one in wanted if one in names), None)
-    if image not in names or label is None:
-        needed = f"a column {image!r} (--image-column) and {' or '.join(map(repr, wanted))}"
-        has = ", ".join(names)
-        raise RequestError(f"{file.display}: needs {needed} (--label-column), has {has}")
-    types = []
-    for column, type_error in ((image, image_type_error), (label, number_type_error)):
-        if column in folders:
-            types.append("folder")
-            continue
-        wrong = column_error(footer.schema, column, type_error)
-        if wrong:
-            raise RequestError(f"{file.display}: {wrong}")
-        types.append(str(footer.schema.field(column).type))
-    columns = LabelledColumns(image, label, tuple(types))
-    return LabelledFile(file, name, footer.metadata.num_rows, columns)
+    schema = footer.schema
+    for folder in folders:
+        schema = schema.append(pa.field(folder, pa.large_string()))
+    names = [config.label_column] if config.label_column else ["digit", "label"]
+    label = next((one for one in names if one in schema.names), names[0])
+    wanted = {
+        "--image-column": (config.image_column, image_type_error),
+        "--label-column": (label, number_type_error),
+    }
+    columns, types = [], []
+    for flag, (column, type_error) in wanted.items():
+        problem = column_error(schema, column, flag, type_error)
+        if problem:
+            raise RequestError(f"{file.display}: {problem}")
+        columns.append(column)
+        types.append(str(schema.field(column).type))
+    return LabelledFile(file, name, footer.metadata.num_rows, (*columns, *types))
 
 
-def _split_of_name(file: str) -> str | None:
-    """The split that the file names or, failing that, its folder; None where neither does."""
+def _split_of_name(file: str) -> str:
+    """The split that the file names or, failing that, its folder; empty where neither does."""
     for name in reversed(file.split("/")[-2:]):
         found = _SPLIT.search(name.lower())
         if found:
             return "validation" if found[1] == "val" else found[1]
-    return None
+    return ""

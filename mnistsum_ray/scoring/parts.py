@@ -154,7 +154,8 @@ def count_part(output: pa.Table, part: Part, config: ScoreConfig) -> dict[str, A
     totals = {"rows": len(output), "consistent": pc.sum(output["consistent"]).as_py() or 0}
     if config.label_column:
         totals |= _count_right(output, config.number_column, config.label_column)
-    by_reason = ReasonCounts.of(bad)
+    by_reason = ReasonCounts()
+    by_reason.add(Counter(reason for _, _, reason in bad), bad)
     return {"totals": totals, "reasons": by_reason.reasons, "examples": by_reason.examples}
 
 
@@ -223,7 +224,7 @@ def read_parts(
             there.done.add(name)
             there.totals.update(counts["totals"])
             examples = [(file, row, reason) for file, row, reason in counts["examples"]]
-            there.bad.add_reasons(ReasonCounts(Counter(counts["reasons"]), examples))
+            there.bad.add(counts["reasons"], examples)
         elif file in inputs:
             there.stale[name] = file
             continue

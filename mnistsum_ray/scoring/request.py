@@ -9,8 +9,8 @@ import numpy.typing as npt
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
-from mnistsum_ray.data.parquet import Footer, column_error, read_footer
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, shortened
+from mnistsum_ray.data.parquet import column_error, read_footer
+from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.store import Entry, Location, in_threads
@@ -132,8 +132,10 @@ def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
         return unread._replace(error=str(error))
     recast = tuple(f"{path} (INT96)" for path in footer.int96)
     read = unread._replace(rows=footer.metadata.num_rows, recast=recast)
+    type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
     for flag, column in _columns(config).items():
-        problem = _column_error(footer, flag, column)
+        type_error = type_errors.get(flag, lambda _: None)
+        problem = column_error(footer.schema, column, flag, type_error)
         if problem:
             return read._replace(wrong_flag=flag, error=problem)
     taken = added_column(footer.schema.names, config.probabilities)
@@ -147,14 +149,3 @@ def _columns(config: ScoreConfig) -> dict[str, str]:
     if config.label_column:
         columns["--label-column"] = config.label_column
     return columns
-
-
-def _column_error(footer: Footer, flag: str, column: str) -> str | None:
-    """Why a file cannot be scored by the column that a flag names; None if it can."""
-    names = footer.schema.names
-    if column not in names:
-        has = f"has no column {column!r} but {shortened(', '.join(names))}"
-        return f"{has}; {flag} names another"
-    type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
-    error = column_error(footer.schema, column, type_errors.get(flag, lambda _: None))
-    return f"{error}, or {flag} names another" if error else None

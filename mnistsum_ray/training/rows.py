@@ -37,7 +37,6 @@ from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.data.randomness import RowIds, mix_ids, split_keys
 from mnistsum_ray.data.sources import (
     SPLITS,
-    LabelledColumns,
     LabelledFile,
     Source,
     held_out_rows,
@@ -170,7 +169,7 @@ def rows_in_memory(source: Source) -> dict[str, pa.Table]:
 
 def _read_files(files: list[LabelledFile]) -> Dataset:
     """Read and decode Parquet files by the tasks of Ray Data."""
-    groups: dict[LabelledColumns, list[LabelledFile]] = {}
+    groups: dict[tuple[str, ...], list[LabelledFile]] = {}
     for file in files:
         groups.setdefault(file.columns, []).append(file)
     datasets = []
@@ -190,7 +189,8 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
         rows.context.execution_options.preserve_order = True
         # The console says what is read; Ray's bars and plans would repeat it.
         rows.context.enable_progress_bars = rows.context.print_on_execution_start = False
-        names = {"image": columns.image, "label": columns.label}
+        image, label, *_ = columns
+        names = {"image": image, "label": label}
         rows = rows.select_columns([*names.values(), "path", "row_hash"])
         datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=names))
     first, *rest = datasets
@@ -291,7 +291,7 @@ def _bad_rows(source: Source, facts: dict[str, pa.Table]) -> ReasonCounts:
             places = np.flatnonzero(again["reason"].is_valid())[:_NAMED_ROWS]
             examples += [(name, row, again["reason"][row].as_py()) for row in places.tolist()]
         reasons = Counter(bad["reason"].to_pylist())
-        counts.add_reasons(ReasonCounts(reasons, examples))
+        counts.add(reasons, examples)
     return counts
 
 

@@ -38,7 +38,7 @@ from mnistsum_ray.training.rows import RowTotals
 
 Batch = dict[str, Tensor]
 """image uint8[n, 28, 28], digit, number and row_id int64[n] and, with --distortion, affine
-float32[n, AFFINE_VALUES]."""
+float32[n, 6]."""
 
 _SHUFFLED_ROWS: Final = 1_000_000
 """Most rows that are shuffled together: up to so many a shard is one permutation. Ray holds 1.5

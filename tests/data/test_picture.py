@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray import prepare_picture
-from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
-from mnistsum_ray.data.picture import Picture
+from mnistsum_ray.data.images import Picture, Pixels, one_chunk, pixels_view
 from mnistsum_ray.errors import RequestError
 
 
@@ -80,14 +79,13 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     Image.new("L", (50, 50), 255).save(tmp_path / "white.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "white.png").read_bytes()[:60])
     refused: list[tuple[Picture, str]] = [
-        (Path(__file__), "cannot be read as a picture; save it as PNG"),
+        (Path(__file__), "cannot be read as a picture"),
         (tmp_path / "cut.png", "cannot be read as a picture"),
         (tmp_path / "white.png", "nothing is drawn on it"),
         (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), "nothing is drawn on it"),
         (tmp_path / "nowhere.png", "is not there"),
-        (giant(8_000), "has 64,000,000 pixels; scale it down to 50,000,000"),
-        (giant(13_000), "has 169,000,000 pixels; scale it down"),
-        (giant(20_000), "cannot be read as a picture"),  # Pillow takes it for a bomb
+        (giant(10_000), "cannot be read as a picture"),  # Pillow only warns
+        (giant(20_000), "cannot be read as a picture"),
     ]
     for picture, said in refused:
         name = str(picture) if isinstance(picture, Path) else "the picture"
