@@ -7,7 +7,7 @@ from typing import Final
 import pyarrow as pa
 
 from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.images import IMAGE_TYPE, one_chunk, pixels_array
+from mnistsum_ray.data.images import IMAGE_TYPE, one_chunk
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.randomness import NUMBERS, integer_type, random_numbers
 from mnistsum_ray.data.sources import Source, open_source
@@ -78,7 +78,7 @@ def _pairs(source: Source, split: str, seed: int) -> Iterator[pa.Table]:
             images = one_chunk(batch["image"]).to_numpy_ndarray()
             columns = {
                 "row_id": ids,
-                "image": pixels_array(images),
+                "image": [image.tobytes() for image in images],
                 "number": random_numbers(seed, rounds, ids),
                 "digit": batch["digit"],
             }

@@ -1,5 +1,5 @@
-"""Images and numbers: in Arrow columns, which types can hold them and their values as arrays; and
-pictures that people draw, prepared as MNIST's own images were (LeCun et al. 1998).
+"""Images and numbers in Arrow columns: types that can hold them, and their values as arrays; and
+pictures that people draw, prepared as MNIST's own images were.
 
 Images are 784 integers in a list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes, PNG or
 JPEG bytes, or Hugging Face's struct {bytes, path}. A value that cannot be used gets a reason.
@@ -41,8 +41,8 @@ Pixels = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
 Reasons = dict[int, str]
 """Why a row cannot be used, by its index."""
-
-
+BadRow = tuple[str, int, str]
+"""A row that cannot be used: its file, its index there, and the reason."""
 Picture: TypeAlias = str | Path | bytes | Image.Image
 """A file, a URI, the bytes of a file, or a picture of Pillow's."""
 
@@ -56,12 +56,6 @@ def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
     flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)
     start = column.offset * PIXELS
     return flat[start : start + len(column) * PIXELS].reshape(len(column), SIDE, SIDE)
-
-
-def pixels_array(images: Pixels) -> pa.FixedSizeBinaryArray:
-    """uint8[n, 28, 28] as an array of IMAGE_TYPE, without a copy if it is contiguous."""
-    buffers = [None, pa.py_buffer(np.ascontiguousarray(images))]
-    return pa.FixedSizeBinaryArray.from_buffers(IMAGE_TYPE, len(images), buffers)
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -154,10 +148,9 @@ def _cast_to_pixels(column: pa.Array) -> Pixels | None:
         return None
     try:
         if not isinstance(column.type, _LISTS):
-            starts = (pc.starts_with(column, start) for start in _PICTURE_STARTS)
-            if any(pc.any(start).as_py() for start in starts):
-                return None
-            return pixels_view(column.cast(IMAGE_TYPE))
+            pictures = [pc.any(pc.starts_with(column, start)) for start in _PICTURE_STARTS]
+            is_raw = not any(found.as_py() for found in pictures)
+            return pixels_view(column.cast(IMAGE_TYPE)) if is_raw else None
         is_nested = isinstance(column.type.value_type, _LISTS)
         nested = pa.list_(pa.list_(pa.uint8(), SIDE), SIDE)
         flat = column.cast(nested if is_nested else pa.list_(pa.uint8(), PIXELS))
@@ -210,10 +203,6 @@ def join_reasons(bad_images: Reasons, bad_numbers: Reasons, what: str = "number"
     return dict(sorted(joined.items()))
 
 
-BadRow = tuple[str, int, str]
-"""A row that cannot be used: its file, its index there, and the reason."""
-
-
 @dataclass
 class ReasonCounts:
     """Counts of bad rows by reason, and the first of these rows."""
@@ -248,12 +237,6 @@ _FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _WORKING_SIDE: Final = 1024
 """Larger pictures are scaled down to so many pixels first."""
 
-_BOX: Final = 20
-"""MNIST's digits fit into so many pixels, and are centred by their mass."""
-
-_MIN_CONTRAST: Final = 16
-"""Distance in 0..255 of ink from the edge, below which a picture is empty."""
-
 _FAINT: Final = 0.25
 """Ink below this share of the strongest is grain, and becomes 0; above 1 - this share it is 1."""
 
@@ -262,7 +245,7 @@ def prepare_picture(picture: Picture) -> Pixels:
     """Prepare a picture as MNIST's images were, white on black: uint8[28, 28].
 
     Ink is what is darker or lighter than the edge. It is scaled to fit 20 x 20 pixels, and centred
-    by its mass.
+    by its mass (LeCun et al. 1998).
 
     Raises:
         RequestError: there is no such file, it is no picture, or nothing is drawn on it.
@@ -271,21 +254,18 @@ def prepare_picture(picture: Picture) -> Pixels:
     edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     ink = np.abs(grey - np.median(edge))
     strongest = ink.max()
-    if strongest < _MIN_CONTRAST:
+    if strongest < 16:  # of 255
         nothing = "nothing is drawn on it that is darker or lighter than its edge"
         raise RequestError(f"{name}: {nothing}")
     ink = ((ink / strongest - _FAINT) / (1 - 2 * _FAINT)).clip(0, 1)
     drawn = Image.fromarray(ink)
     drawn = drawn.crop(drawn.getbbox())
-    scale = _BOX / max(drawn.size)
+    scale = 20 / max(drawn.size)
     width = max(1, round(scale * drawn.width))  # a line may be thinner than a pixel
     height = max(1, round(scale * drawn.height))
     digit = np.asarray(drawn.resize((width, height), Image.Resampling.BICUBIC)).clip(0)
     digit *= 255 / digit.max()  # thin strokes have become faint
-    mass_of_rows = digit.sum(axis=1)
-    mass_of_columns = digit.sum(axis=0)
-    top = _start_when_centred(mass_of_rows)
-    left = _start_when_centred(mass_of_columns)
+    top, left = _start_when_centred(digit.sum(axis=1)), _start_when_centred(digit.sum(axis=0))
     pixels = np.zeros((SIDE, SIDE), np.uint8)
     pixels[top : top + height, left : left + width] = digit.round()
     return pixels

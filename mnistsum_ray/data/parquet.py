@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import pyarrow as pa
@@ -54,22 +53,10 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
         raise UnusableFileError(f"cannot be read: {reason}") from None
 
 
-@dataclass(frozen=True)
-class Footer:
-    """Footer of a Parquet file."""
-
-    metadata: pq.FileMetaData
-    schema: pa.Schema
-    int96: list[str]
-    """Paths of the columns of the type INT96, which are written as timestamps in microseconds."""
-
-
-def read_footer(file: Location, listed: Entry) -> Footer:
-    """Read the footer of a file that was listed; errors as of `open_parquet`."""
+def read_footer(file: Location, listed: Entry) -> _ParquetFile:
+    """The `metadata` and schemas of a file, which is closed again; errors as of `open_parquet`."""
     with open_parquet(file, listed) as parquet:
-        columns = [parquet.schema.column(index) for index in range(len(parquet.schema))]
-        int96 = [column.path for column in columns if column.physical_type == "INT96"]
-        return Footer(parquet.metadata, parquet.schema_arrow, int96)
+        return parquet
 
 
 def _read_metadata(stream: Any) -> pq.FileMetaData:

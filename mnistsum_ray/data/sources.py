@@ -21,11 +21,10 @@ from mnistsum_ray.data.images import (
     SIDE,
     Numbers,
     Pixels,
+    decode_images,
     image_type_error,
     number_type_error,
     one_chunk,
-    pixels_array,
-    pixels_view,
 )
 from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
 from mnistsum_ray.data.parquet import column_error, open_parquet, read_footer
@@ -68,7 +67,7 @@ class Source:
     fingerprint: str
     """SHA-256 of the content or, for files, of their paths, sizes and ETags."""
     tables: dict[str, pa.Table] = field(default_factory=dict)
-    """By split: `image` (784 bytes) and `digit`, with `path` and `row_hash` as of Ray Data."""
+    """By split: `image` uint8[28, 28] and `digit`, with `path` and `row_hash` as of Ray Data."""
     files: dict[str, list[LabelledFile]] = field(default_factory=dict)
     """By split."""
     notice: str = ""
@@ -132,7 +131,7 @@ def open_source(config: LabelledDataConfig, progress: CountFooters = no_progress
 def _sample() -> Source:
     with open_parquet(locate(str(SAMPLE), "--data")) as parquet:
         table = parquet.read()
-    images = pixels_view(one_chunk(table["image"]))
+    images, _ = decode_images(one_chunk(table["image"]))
     return _in_memory("sample", str(SAMPLE), {"train": (images, table["digit"].to_numpy())})
 
 
@@ -208,9 +207,13 @@ def _in_memory(name: str, location: str, rows: dict[str, tuple[Pixels, Numbers]]
     first = 0
     for split, (images, digits) in rows.items():
         last = first + len(digits)
-        path = pa.array([f"{name} ({split})"] * len(digits))
-        columns = {"image": pixels_array(images), "digit": digits, "path": path}
-        tables[split] = pa.table(columns | {"row_hash": np.arange(first, last)})
+        columns = {
+            "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+            "digit": digits,
+            "row_hash": np.arange(first, last),
+            "path": [f"{name} ({split})"] * len(digits),
+        }
+        tables[split] = pa.table(columns)
         first = last
         digest.update(images.tobytes())
         digest.update(digits.astype(np.int64).tobytes())
@@ -260,7 +263,7 @@ def _describe(
         raise RequestError(f"{file.display}: {error}") from None
     # Ray Data makes a column of each folder `name=value`. No file gives this type.
     folders = dict(re.findall(r"([^/=]+)=([^/]*)/", name))
-    schema = footer.schema
+    schema = footer.schema_arrow
     for folder in folders:
         schema = schema.append(pa.field(folder, pa.large_string()))
     names = [config.label_column] if config.label_column else ["digit", "label"]

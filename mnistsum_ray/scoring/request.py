@@ -130,15 +130,16 @@ def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
         footer = read_footer(inputs.root / name, entry)
     except UnusableFileError as error:
         return unread._replace(error=str(error))
-    recast = tuple(f"{path} (INT96)" for path in footer.int96)
+    columns = map(footer.schema.column, range(len(footer.schema)))
+    recast = tuple(f"{of.path} (INT96)" for of in columns if of.physical_type == "INT96")
     read = unread._replace(rows=footer.metadata.num_rows, recast=recast)
     type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
     for flag, column in _columns(config).items():
         type_error = type_errors.get(flag, lambda _: None)
-        problem = column_error(footer.schema, column, flag, type_error)
+        problem = column_error(footer.schema_arrow, column, flag, type_error)
         if problem:
             return read._replace(wrong_flag=flag, error=problem)
-    taken = added_column(footer.schema.names, config.probabilities)
+    taken = added_column(footer.schema_arrow.names, config.probabilities)
     would_add = f"has a column {taken!r}, which scoring would add; rename it"
     return read._replace(error=would_add if taken else None)
 

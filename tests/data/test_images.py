@@ -12,6 +12,7 @@ from ray.data.extensions import ArrowTensorArray
 
 from mnistsum_ray.data.images import (
     DIGITS,
+    IMAGE_TYPE,
     Pixels,
     ReasonCounts,
     decode_images,
@@ -19,7 +20,6 @@ from mnistsum_ray.data.images import (
     image_type_error,
     number_type_error,
     one_chunk,
-    pixels_array,
     pixels_view,
 )
 from tests.data.test_picture import giant
@@ -39,7 +39,7 @@ PNG = [encoded(image) for image in IMAGES]
 TENSOR = pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES)
 CHANNEL = pa.fixed_shape_tensor(pa.uint8(), [1, 28, 28])
 FORMS = {
-    "own": pixels_array(IMAGES),
+    "own": pa.array(BYTES, IMAGE_TYPE),
     "large_binary": pa.array(BYTES, pa.large_binary()),
     "binary_view": pa.array(BYTES, pa.binary_view()),
     "list_int64": pa.array(LISTS),

@@ -15,7 +15,7 @@ import ray
 from ray._private.internal_api import memory_summary
 
 from mnistsum_ray.config import LabelledDataConfig
-from mnistsum_ray.data.images import pixels_array
+from mnistsum_ray.data.images import IMAGE_TYPE
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.randomness import distortions, random_numbers
 from mnistsum_ray.data.sources import open_source
@@ -39,7 +39,8 @@ def marked(rows: int) -> pa.Table:
     pixels = np.zeros((rows, 784), np.uint8)
     pixels[:, :4] = np.arange(rows, dtype="<u4").view(np.uint8).reshape(rows, 4)
     digits = np.arange(rows) * 10 // rows
-    return pa.table({"image": pixels_array(pixels.reshape(rows, 28, 28)), "digit": digits})
+    images = pa.array([image.tobytes() for image in pixels], IMAGE_TYPE)
+    return pa.table({"image": images, "digit": digits})
 
 
 def marks(images: np.ndarray) -> list[int]:
