@@ -21,11 +21,8 @@ _RETRIES: Final[Any] = {
     "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=5)},
 }
 
-_ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-"""Environment variables that obstore takes the address of an S3 server from."""
-
 _ENDPOINT: Final = re.compile(
-    r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[!-~]*)?", re.ASCII
+    r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,4}|:[1-6]\d{4})?(/[!-~]*)?", re.ASCII
 )
 
 
@@ -37,26 +34,25 @@ def open_store(bucket: str, query: str) -> Any:
     """
     given = dict(parse_qsl(query))
     config: Any = {"region": given["region"]} if "region" in given else {}
+    endpoints: dict[str, str | None] = {}
     endpoint = given.get("endpoint_override")
     if endpoint:
         if "://" not in endpoint:
             endpoint = f"{given.get('scheme', 'https')}://{endpoint}"
-        _check_endpoint(bucket, "endpoint_override", endpoint)
         config["base_url" if bucket.startswith("gs:") else "endpoint"] = endpoint
+        endpoints["endpoint_override"] = endpoint
     elif bucket.startswith("s3:"):
-        for name in _ENDPOINTS:
-            _check_endpoint(bucket, name, os.environ.get(name, "http://unset"))
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+            endpoints[name] = os.environ.get(name)
+    for name, url in endpoints.items():
+        # On it obstore would panic. It may hold a key, so the message does not quote it.
+        if url is not None and not _ENDPOINT.fullmatch(url):
+            raise StorageError(f"{bucket}: {name} must be HOST:PORT or a URL of http or https")
     options: Any = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
     try:
         return from_url(bucket, config=config, **options)
     except (exceptions.BaseError, ValueError) as error:
         raise StorageError(f"{bucket}: {first_line(error)}") from None
-
-
-def _check_endpoint(bucket: str, name: str, url: str) -> None:
-    """Raise StorageError where a server's address is none: on it, obstore would panic."""
-    if not _ENDPOINT.fullmatch(url):  # it may hold a key, so the message does not quote it
-        raise StorageError(f"{bucket}: {name} must be HOST:PORT or a URL of http or https")
 
 
 def first_line(error: Exception) -> str:

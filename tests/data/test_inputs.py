@@ -102,13 +102,15 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
     good = "b/caf\u00e9 \u3000.parquet"
     for name in (b"caf\xe9.parquet", b"b/two\nlines.parquet", good.encode()):
         (folder / os.fsdecode(name)).write_bytes(b"x")
-    (folder / "gone.parquet").symlink_to("nowhere")
+    for link, target in {"gone": "nowhere", "loop": "loop.parquet", "device": "/dev/zero"}.items():
+        (folder / f"{link}.parquet").symlink_to(target)
     os.mkfifo(folder / "pipe.parquet")
     inputs = find(folder)
     odd = "its name is not UTF-8, or has a control character; rename it"
+    no_files = [f"{name}.parquet" for name in ("gone", "loop", "device", "pipe")]
     assert inputs.unusable == {
         **dict.fromkeys(("caf\\udce9.parquet", "b/two\\nlines.parquet"), odd),
-        **dict.fromkeys(("gone.parquet", "pipe.parquet"), "is no file, or a link to none"),
+        **dict.fromkeys(no_files, "is no file, or a link to none"),
     }
     assert set(inputs.files) == {*NAMES, *inputs.unusable, good}
 
