@@ -29,6 +29,7 @@ def test_rows_beyond_the_split_repeat_it_with_other_numbers(
     test = rows_in_memory(open_source(LabelledDataConfig(data="sample")))["test"]
     ids = test["row_id"].to_pylist()
     assert table["row_id"].to_pylist() == [*ids, *ids, *ids[:201]]
+    assert np.bincount(test["digit"].to_numpy()).min() > 25, "all digits, of rows sorted by digit"
     numbers = table["number"].to_numpy()
     assert set(numbers) == set(range(10))
     assert not np.array_equal(numbers[:500], numbers[500:1000])

@@ -282,7 +282,6 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
             with warnings.catch_warnings():  # a few bytes may unfold to any number of pixels
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
-        picture.draft("RGB", (_WORKING_SIDE, _WORKING_SIDE))  # a large JPEG is decoded smaller
         image = ImageOps.exif_transpose(picture).convert("RGBA")
     except (RequestError, StorageError) as error:
         raise RequestError(str(error)) from None

@@ -91,10 +91,3 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
         name = str(picture) if isinstance(picture, Path) else "the picture"
         with pytest.raises(RequestError, match=f"^{re.escape(name)}: {said}"):
             prepare_picture(picture)
-
-
-def test_a_large_jpeg_is_decoded_smaller(sample: pa.Table) -> None:
-    image = pixels_view(one_chunk(sample["image"]))[0]
-    file = io.BytesIO()
-    large(image, 8_000).save(file, "JPEG")
-    assert likeness(prepare_picture(file.getvalue()), image) > 0.9
