@@ -6,10 +6,9 @@ A glob means the same on a disk and in an object store: files are listed, and th
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from mnistsum_ray.errors import RequestError, printable
 from mnistsum_ray.storage.store import Entry, Location, is_hidden
@@ -25,18 +24,15 @@ _ODD: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and what Python makes of bytes that are not UTF-8."""
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The files that some values name."""
 
     root: Location
     """The deepest folder that contains all files."""
     files: dict[str, Entry]
-    """By name relative to `root`, in the order of the names."""
+    """By name relative to `root`, in the order of the names, which are as of `printable`."""
     skipped: list[str]
     """Paths that are left out, as `report_skipped` says."""
-    unusable: dict[str, str]
-    """Why files cannot be used, by name. `files` has them too; names are as of `printable`."""
 
 
 def list_inputs(
@@ -69,8 +65,8 @@ def list_inputs(
 
 
 def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
-    """Which of these files are taken, and which cannot be used."""
-    files, skipped, unusable = {}, [], {}
+    """Which of these files are taken."""
+    files, skipped = {}, []
     seen = set()
     links = {path for path in found if root.is_local and Path(path).is_symlink()}
     for path in sorted(found.keys() - links) + sorted(links):
@@ -81,13 +77,8 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
             continue
         seen.add(file.e_tag or path)
         name = path.removeprefix(root.path).lstrip("/")
-        if _ODD.search(path):
-            name = printable(name)
-            unusable[name] = "its name is not UTF-8, or has a control character; rename it"
-        elif not file.e_tag:
-            unusable[name] = "is no file, or a link to none"
-        files[name] = file
-    return Inputs(root, dict(sorted(files.items())), sorted(skipped), unusable)
+        files[printable(name) if _ODD.search(name) else name] = file
+    return Inputs(root, dict(sorted(files.items())), sorted(skipped))
 
 
 def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:

@@ -223,9 +223,6 @@ def _in_memory(name: str, location: str, rows: dict[str, tuple[Pixels, Numbers]]
 def _parquet(config: LabelledDataConfig, location: Location, progress: CountFooters) -> Source:
     mnist = f"MNIST's files ({_MNIST_FILE}, …, not gzipped) on a local disk"
     found = list_inputs([config.data], flag="--data", none=f"holds neither {mnist} nor Parquet")
-    if found.unusable:
-        name, reason = next(iter(found.unusable.items()))
-        raise RequestError(f"--data {(found.root / name).display}: {reason}")
     describe = partial(_describe, config, found.root)
     count = progress("footers read", len(found.files))
     files: dict[str, list[LabelledFile]] = {}

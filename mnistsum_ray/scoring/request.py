@@ -124,8 +124,6 @@ def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> lis
 def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
     entry = inputs.files[name]
     unread = InputFile(name, entry, None)
-    if name in inputs.unusable:
-        return unread._replace(error=inputs.unusable[name])
     try:
         footer = read_footer(inputs.root / name, entry)
     except UnusableFileError as error:

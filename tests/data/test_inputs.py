@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.data.parquet import read_footer
+from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.storage.uri import locate
 from tests.storage.conftest import ask, serve_s3
 
@@ -106,13 +107,15 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
         (folder / f"{link}.parquet").symlink_to(target)
     os.mkfifo(folder / "pipe.parquet")
     inputs = find(folder)
-    odd = "its name is not UTF-8, or has a control character; rename it"
-    no_files = [f"{name}.parquet" for name in ("gone", "loop", "device", "pipe")]
-    assert inputs.unusable == {
-        **dict.fromkeys(("caf\\udce9.parquet", "b/two\\nlines.parquet"), odd),
-        **dict.fromkeys(no_files, "is no file, or a link to none"),
-    }
-    assert set(inputs.files) == {*NAMES, *inputs.unusable, good}
+    reasons = dict.fromkeys(
+        ("caf\\udce9.parquet", "b/two\\nlines.parquet"), "name is not UTF-8, or"
+    )
+    for link in ("gone", "loop", "device", "pipe"):
+        reasons[f"{link}.parquet"] = "is no file, or a link to none"
+    assert set(inputs.files) == {*NAMES, *reasons, good}
+    for file, reason in reasons.items():
+        with pytest.raises(UnusableFileError, match=reason):
+            read_footer(inputs.root / file, inputs.files[file])
 
 
 def test_a_file_that_is_there_under_two_names_is_taken_once(folder: Path) -> None:
