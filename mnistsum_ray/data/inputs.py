@@ -53,7 +53,8 @@ def list_inputs(
         place, glob = _parse(text, flag)
         if output is not None:
             _check_apart(place, glob, output)
-        folders.append(place if glob else place.at(str(Path(place.path).parent)))
+        # Of a key at the top of a bucket it is empty, where pathlib's parent would be a dot.
+        folders.append(place if glob else place.at(os.path.dirname(place.path)))  # noqa: PTH120
         with as_request_error(flag):
             listed = _list(place, glob, flag) if glob else {place.path: place.status()}
         for path, file in listed.items():
@@ -131,11 +132,11 @@ def _list(top: Location, glob: list[str], flag: str) -> dict[str, Entry | None]:
 
 def _matches(names: Sequence[str], glob: Sequence[str]) -> bool:
     """Whether a glob matches a path, both by their components; `**` is any number of them."""
-    if not glob:
-        return not names
+    if not names or not glob:
+        return not names and all(pattern == "**" for pattern in glob)
     if glob[0] == "**":
-        return _matches(names, glob[1:]) or (bool(names) and _matches(names[1:], glob))
-    return bool(names) and fnmatchcase(names[0], glob[0]) and _matches(names[1:], glob[1:])
+        return _matches(names, glob[1:]) or _matches(names[1:], glob)
+    return fnmatchcase(names[0], glob[0]) and _matches(names[1:], glob[1:])
 
 
 def _may_hold(glob: Sequence[str], folder: Sequence[str]) -> bool:

@@ -170,7 +170,9 @@ def test_a_store_is_listed_as_a_disk_and_a_table_of_delta_lake_is_refused_in_bot
             for key, files in DELTA.items():
                 with nullcontext() if files else pytest.raises(RequestError, match=said):
                     assert len(list_inputs([(place / key).display]).files) == files
-        assert list_inputs([(place / "in/a.parquet").display]).root.path == "in"
+        for key in ("in/a.parquet", "c.parquet"):
+            inputs = list_inputs([(place / key).display])
+            assert [inputs.root / name for name in inputs.files] == [place / key]
         ask(int(uri.rpartition(":")[2]), "PUT", "/bucket/odd//b.parquet", "x")
         with pytest.raises(RequestError, match=r"^--input s3://bucket/odd.* invalid path: Path "):
             list_inputs([(place / "odd").display])
