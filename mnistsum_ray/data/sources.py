@@ -259,24 +259,22 @@ def _describe(
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     # Ray Data makes a column of each folder `name=value`. No file gives this type.
-    folders = dict(re.findall(r"([^/=]+)=([^/]*)/", name))
     schema = footer.schema_arrow
-    for folder in folders:
+    for folder in {*re.findall(r"([^/=]+)=[^/]*/", name)} - {*schema.names}:
         schema = schema.append(pa.field(folder, pa.large_string()))
     names = [config.label_column] if config.label_column else ["digit", "label"]
     label = next((one for one in names if one in schema.names), names[0])
-    wanted = {
-        "--image-column": (config.image_column, image_type_error),
-        "--label-column": (label, number_type_error),
-    }
-    columns, types = [], []
-    for flag, (column, type_error) in wanted.items():
+    types = []
+    for flag, column, type_error in (
+        ("--image-column", config.image_column, image_type_error),
+        ("--label-column", label, number_type_error),
+    ):
         problem = column_error(schema, column, flag, type_error)
         if problem:
             raise RequestError(f"{file.display}: {problem}")
-        columns.append(column)
         types.append(str(schema.field(column).type))
-    return LabelledFile(file, name, footer.metadata.num_rows, (*columns, *types))
+    columns = (config.image_column, label, *types)
+    return LabelledFile(file, name, footer.metadata.num_rows, columns)
 
 
 def _split_of_name(file: str) -> str:
