@@ -13,9 +13,6 @@ from mnistsum_ray.storage.store import Entry, Location
 
 _ParquetFile: TypeAlias = pq.ParquetFile  # noqa: TID251
 
-TypeCheck = Callable[[pa.DataType], str | None]
-"""Says why a column of a type cannot be used; None where it can."""
-
 _TAIL_BYTES: Final = 64 * 1024
 """Read from the end of a file in the first request: most footers are shorter."""
 
@@ -134,8 +131,10 @@ def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
     return sink.getvalue()
 
 
-def column_error(schema: pa.Schema, name: str, flag: str, type_error: TypeCheck) -> str | None:
-    """Why a file with this schema cannot be used by the column that a flag names."""
+def column_error(
+    schema: pa.Schema, name: str, flag: str, type_error: Callable[[pa.DataType], str | None]
+) -> str | None:
+    """Why a file cannot be used by the column that a flag names; `type_error` looks at its type."""
     if name not in schema.names:
         has = f"has no column {name!r} but {shortened(', '.join(schema.names))}"
         return f"{has}; {flag} names another"

@@ -102,12 +102,7 @@ CountFooters = Callable[[str, int], Callable[[int], None]]
 """Gets the name and number of the things that will be counted; returns what adds to the count."""
 
 
-def no_progress(what: str, total: int) -> Callable[[int], None]:
-    """Shows nothing."""
-    return lambda count: None
-
-
-def open_source(config: LabelledDataConfig, progress: CountFooters = no_progress) -> Source:
+def open_source(config: LabelledDataConfig, progress: CountFooters | None = None) -> Source:
     """Find what `--data` names; `progress` counts the footers that have been read.
 
     Raises:
@@ -220,11 +215,13 @@ def _in_memory(name: str, location: str, rows: dict[str, tuple[Pixels, Numbers]]
     return Source(name, location, digest.hexdigest(), tables)
 
 
-def _parquet(config: LabelledDataConfig, location: Location, progress: CountFooters) -> Source:
+def _parquet(
+    config: LabelledDataConfig, location: Location, progress: CountFooters | None
+) -> Source:
     mnist = f"MNIST's files ({_MNIST_FILE}, …, not gzipped) on a local disk"
     found = list_inputs([config.data], flag="--data", none=f"holds neither {mnist} nor Parquet")
     describe = partial(_describe, config, found.root)
-    count = progress("footers read", len(found.files))
+    count = progress("footers read", len(found.files)) if progress else None
     files: dict[str, list[LabelledFile]] = {}
     for file in in_threads(found.root, describe, list(found.files.items()), count):
         files.setdefault(_split_of_name(file.name), []).append(file)

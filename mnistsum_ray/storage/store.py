@@ -315,7 +315,7 @@ def in_threads(
     folder: Location,
     work: Callable[[Item], Answer],
     items: Sequence[Item],
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[Answer]:
     """Apply `work` to each item, which reads below `folder`; yield the answers in order."""
     # An object store answers slowly but takes many requests at once. A local disk answers at once,
@@ -324,7 +324,8 @@ def in_threads(
         for start in range(0, len(items), 1000):
             for answer in pool.map(work, items[start : start + 1000]):
                 yield answer
-                on_progress(1)
+                if on_progress:
+                    on_progress(1)
 
 
 def is_hidden(name: str) -> bool:

@@ -18,7 +18,7 @@ import yaml
 
 from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.data.sources import CountFooters, Source, no_progress, open_source
+from mnistsum_ray.data.sources import CountFooters, Source, open_source
 from mnistsum_ray.errors import (
     MissingFileError,
     RequestError,
@@ -69,7 +69,7 @@ class TrainRequest:
         return f"checkpoints are kept, and this command resumes: {command}"
 
 
-def check_request(config: TrainConfig, progress: CountFooters = no_progress) -> TrainRequest:
+def check_request(config: TrainConfig, progress: CountFooters | None = None) -> TrainRequest:
     """Check the request and fill in its defaults. `progress` is that of `open_source`.
 
     Raises:
