@@ -24,7 +24,6 @@ SCHEMA: Final = pa.schema(
     }
 )
 
-
 _ROW_GROUP: Final = 8192
 
 
@@ -41,18 +40,16 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         if source.notice:
             say(source.notice)
         pairs = _pairs(source, config.split, config.seed)
-        rest = SCHEMA.empty_table()
+        table = SCHEMA.empty_table()
         for index in range(config.files):
-            start = config.rows * index // config.files
             end = config.rows * (index + 1) // config.files
-            tables = [rest]
-            while sum(table.num_rows for table in tables) < end - start:
-                tables.append(next(pairs))
-            table = pa.concat_tables(tables)
-            rest = table.slice(end - start)
+            rows = end - config.rows * index // config.files
+            while table.num_rows < rows:
+                table = pa.concat_tables([table, next(pairs)])
             with as_request_error("--output"):
-                data = to_parquet(table.slice(0, end - start), row_group_size=_ROW_GROUP)
+                data = to_parquet(table[:rows], row_group_size=_ROW_GROUP)
                 (output / f"part-{index:05d}.parquet").write(data)
+            table = table[rows:]
             say(f"rows written: {end:,} of {config.rows:,}")
     except KeyboardInterrupt:
         begins = "empty the folder, then the same command starts again"
@@ -69,8 +66,7 @@ def _pairs(source: Source, split: str, seed: int) -> Iterator[pa.Table]:
         batches = [rows_in_memory(source)[split]]
     else:
         connect()
-        rows = read_rows(source, seed=0, skip_bad_rows=False)
-        dataset = rows.datasets[split]
+        dataset = read_rows(source, seed=0, skip_bad_rows=False).datasets[split]
         batches = dataset.iterator().iter_batches(batch_size=_ROW_GROUP, batch_format="pyarrow")
     for rounds in count():
         for batch in batches:

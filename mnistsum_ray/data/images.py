@@ -1,5 +1,4 @@
-"""Images and numbers in Arrow columns: types that can hold them, and their values as arrays; and
-pictures that people draw, prepared as MNIST's own images were.
+"""Images and numbers in Arrow columns, as arrays; and pictures that people draw, as MNIST's are.
 
 Images are 784 integers in a list, 28x28 nested lists, an Arrow or Ray tensor, 784 raw bytes, PNG or
 JPEG bytes, or Hugging Face's struct {bytes, path}. A value that cannot be used gets a reason.
