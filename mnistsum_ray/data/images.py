@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.errors import RequestError, StorageError, one_line, shortened
+from mnistsum_ray.errors import RequestError, StorageError, shortened
 from mnistsum_ray.storage.uri import locate_existing
 
 SIDE: Final = 28
@@ -233,9 +233,6 @@ class ReasonCounts:
 _FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are only pixels: for EPS, Pillow would run another program."""
 
-_WORKING_SIDE: Final = 1024
-"""Larger pictures are scaled down to so many pixels first."""
-
 _FAINT: Final = 0.25
 """Ink below this share of the strongest is grain, and becomes 0; above 1 - this share it is 1."""
 
@@ -285,9 +282,9 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
     except (RequestError, StorageError) as error:
         raise RequestError(str(error)) from None
     except Exception as error:  # Pillow's decoders raise many types
-        why = f"cannot be read as a picture ({one_line(error)})"
+        why = f"cannot be read as a picture ({type(error).__name__})"
         raise RequestError(f"{name}: {why}; save it as PNG") from None
-    image.thumbnail((_WORKING_SIDE, _WORKING_SIDE))
+    image.thumbnail((1024, 1024))  # only ever smaller
     white = Image.new("RGBA", image.size, "white")
     return name, np.asarray(Image.alpha_composite(white, image).convert("L"), np.float32)
 
