@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from obstore import exceptions  # noqa: TID251
@@ -86,12 +86,11 @@ class Location:
 
         Links are followed, since two ways to a place may differ in them.
         """
-        here, above = self.path, folder.path
-        if self.is_local:
-            here, above = os.path.realpath(here), os.path.realpath(above)
-        path = PurePosixPath(here)
-        is_below = self.bucket == folder.bucket and path.is_relative_to(above)
-        return path.relative_to(above).parts if is_below else None
+        if self.bucket != folder.bucket:
+            return None
+        follow = os.path.realpath if self.is_local else str
+        here, above = Path(follow(self.path)), Path(follow(folder.path))
+        return here.relative_to(above).parts if here.is_relative_to(above) else None
 
     def status(self) -> Entry | None:
         """The file here; None where there is none, or a folder."""
