@@ -110,12 +110,8 @@ class WorkerPlan:
         return ("" if self.least == 1 else f"{self.least} times ") + _format(self.per_worker)
 
 
-def plan_training(
-    config: TrainConfig, batch_size: int, stored: dict[str, Any] | None, say: Say
-) -> WorkerPlan:
+def plan_training(config: TrainConfig, batch_size: int, say: Say) -> WorkerPlan:
     """Choose the workers of a training: as requested, else by what the cluster has.
-
-    `stored` is the manifest of a run that goes on: its threads give the same bits.
 
     Raises:
         RequestError: a cluster that this process has started is too small, or PyTorch finds no CUDA
@@ -137,7 +133,7 @@ def plan_training(
     if use_gpu:
         plan = WorkerPlan(least, most, {"GPU": 1.0}, config.threads)
     else:
-        threads = config.threads or _stored_threads(stored, [least, most]) or _cpus(most)
+        threads = config.threads or _cpus(most)
         plan = WorkerPlan(least, most, {"CPU": float(threads)}, _existing_cores(threads))
     fitting = cluster.workers_that_fit(plan.per_worker)
     if least > fitting and not cluster.can_grow:
@@ -145,13 +141,6 @@ def plan_training(
         fit = f"only {fitting} of them, {each}, fit on the nodes ({cluster})"
         raise RequestError(f"--num-workers {least}: {fit}; give fewer, or fewer --threads")
     return plan
-
-
-def _stored_threads(stored: dict[str, Any] | None, workers: list[int]) -> int:
-    """Threads of the workers of a run that goes on, if it had as many workers; else 0."""
-    if stored and stored.get("num_workers") == workers:
-        return int(stored.get("threads") or 0)
-    return 0
 
 
 def _cpus(workers: int) -> int:

@@ -120,7 +120,7 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             start = find_start(request, console)
             if request.source.files or not usable_nodes():  # tasks read; a plan needs a node
                 wait_for_cpu(config.wait_seconds, console.say)
-            plan = plan_training(config, parameters.batch_size, request.stored, console.say)
+            plan = plan_training(config, parameters.batch_size, console.say)
             rows = read(request, plan, console)
             record = RunRecord(request, plan, start.history)
             record.begin(rows, start.init_from, versions())

@@ -50,12 +50,11 @@ from mnistsum_ray.errors import (
 )
 from mnistsum_ray.storage.bucket import arrow_place
 
-_BLOCKS: Final = 256
 _BLOCKS_OF_RANK: Final = 64
 _LEAST_BLOCK_ROWS: Final = 32
 _MOST_BLOCK_ROWS: Final = 8192
-"""The rows are cut into some 256 blocks, or 64 a rank, of so many rows. Ranks get whole blocks, so
-their shards differ by the rows of some; each block costs a worker about a millisecond an epoch."""
+"""The rows are cut into some 64 blocks a rank, of so many rows. Ranks get whole blocks, so their
+shards differ by the rows of one; each block costs a worker about a millisecond an epoch."""
 
 _FILES_OF_ACTOR: Final = 1000
 """Footers that an actor of Ray Data reads. Ray starts 32 of them, processes, for whatever read: on
@@ -104,7 +103,7 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
         RequestError: a file or a row cannot be used, or too few rows can.
         RowCountError: files hold more or fewer rows than their footers say.
     """
-    rows_of_block = source.train_rows // max(_BLOCKS, _BLOCKS_OF_RANK * workers)
+    rows_of_block = source.train_rows // (_BLOCKS_OF_RANK * workers)
     rows_of_block = min(max(rows_of_block, _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS)
     decoded: dict[str, Decoded] = {split: decode(rows) for split, rows in source.tables.items()}
     try:

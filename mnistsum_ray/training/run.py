@@ -93,7 +93,6 @@ def check_request(config: TrainConfig, progress: CountFooters | None = None) -> 
         else:
             _check_free(folder, name, begun)
     source = open_source(config, progress)
-    _check_outside_data(storage, source)
     recipe = recipe_defaults(config.recipe, small=source.train_rows < SMALL_ROWS)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # Absolute paths, so that --resume from another folder finds the same data.
@@ -110,16 +109,6 @@ def _check_free(folder: Location, name: str, begun: bool) -> None:
     if folder.status() is not None or not all(map(is_hidden, names)):
         there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
         raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
-
-
-def _check_outside_data(storage: Location, source: Source) -> None:
-    """Check that no later run takes files of runs for data."""
-    data = locate(source.location, "--data")
-    if source.name == "parquet" and storage.names_below(data) is not None:
-        raise RequestError(
-            f"--storage-path {storage.display}: lies in --data {data.display}, whose next run "
-            "would take the files of this one for data; put it elsewhere"
-        )
 
 
 def _resumed(config: TrainConfig, stored: TrainConfig) -> TrainConfig:

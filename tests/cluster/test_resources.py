@@ -31,7 +31,6 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
         said: list[str] | None = None,
         joined: bool = True,
         batch_size: int = 256,
-        stored: dict[str, Any] | None = None,
         **given: Any,
     ) -> WorkerPlan:
         alive = [{"NodeID": f"node {index}", "Resources": of} for index, of in enumerate(nodes)]
@@ -42,7 +41,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(ray, "get_runtime_context", Context)
         monkeypatch.setattr(os, "cpu_count", lambda: CORES)
         lines: list[str] = [] if said is None else said
-        return plan_training(TrainConfig(**given), batch_size, stored, lines.append)
+        return plan_training(TrainConfig(**given), batch_size, lines.append)
 
     return made
 
@@ -71,9 +70,6 @@ CLUSTERS: list[Any] = [
     (gpus(4, nodes=2), {"batch_size": 2048}, (8, 8), {"GPU": 1}, None),
     (gpus(4, nodes=2), {"num_workers": 4}, (4, 4), {"GPU": 1}, None),
     (cpus(2), {"num_workers": (2, 4), "use_gpu": True}, (2, 4), {"GPU": 1}, None),
-    # A run that goes on has its threads again, unless it has other workers.
-    (cpus(8), {"stored": {"threads": 3, "num_workers": [1, 1]}}, (1, 1), {"CPU": 3}, 3),
-    (cpus(8), {"stored": {"threads": 3, "num_workers": [2, 2]}}, (1, 1), {"CPU": 8}, 8),
 ]
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,34 +76,6 @@ def test_other_data_are_refused(sample: pa.Table) -> None:
     said = r"^--resume: the data are not those of the run, from sample \(.*; name the same data, or"
     with pytest.raises(RequestError, match=said):
         job.train(asked(data="rows.parquet", resume=True), Console(io.StringIO()))
-
-
-PLACES = [
-    (".", "runs/deep", "lies in --data"),
-    ("in", "link/runs", "lies in --data"),
-    ("in", "in-runs", ""),
-    ("in", ".", ""),
-]
-
-
-@pytest.mark.parametrize(("data", "storage", "said"), PLACES)
-def test_a_storage_path_inside_the_data_is_refused_before_anything_is_written(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    sample: pa.Table,
-    data: str,
-    storage: str,
-    said: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("in").mkdir()
-    Path("link").symlink_to("in")
-    pq.write_table(sample[::50], "in/rows.parquet")
-    before = sorted(Path().rglob("*"))
-    error = f"^--storage-path {tmp_path}.* {said} .*; put it elsewhere$"
-    with pytest.raises(RequestError, match=error) if said else nullcontext():
-        asked(data=data, storage_path=storage)
-    assert sorted(Path().rglob("*")) == before
 
 
 def test_a_folder_without_a_run_is_neither_taken_nor_resumed(tmp_path: Path) -> None:
