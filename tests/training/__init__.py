@@ -32,8 +32,8 @@ class NoRows:
 def as_worker(function: Callable[[], Result], rows: Any = None) -> Result:
     """Call a function in this process as Ray Train calls it on a worker: its local mode."""
     local = ray.train.ScalingConfig(num_workers=0)
-    shard = NoRows() if rows is None else rows
-    trainer = TorchTrainer(function, scaling_config=local, datasets={"train": shard})
+    datasets = rows if isinstance(rows, dict) else {"train": NoRows() if rows is None else rows}
+    trainer = TorchTrainer(function, scaling_config=local, datasets=datasets)
     result: Result = trainer.fit().return_value
     return result
 

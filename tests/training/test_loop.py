@@ -1,0 +1,182 @@
+"""What a training computes: each thing that decides the model, and nothing that must not."""
+
+import queue
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+
+from mnistsum_ray.config import Hyperparameters
+from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.randomness import random_numbers
+from mnistsum_ray.errors import RepeatingError
+from mnistsum_ray.model.finish import FinishedModel
+from mnistsum_ray.model.network import joint_loss, make_network, prepare_images
+from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
+from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
+from mnistsum_ray.training.rows import RowTotals
+from tests.training import as_worker, hyperparameters
+
+ROWS = {"train": range(96), "validation": range(96, 136), "test": range(136, 176)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+CHOSEN = np.random.default_rng(0).permutation(5000)
+"""Of the sample, which is sorted by digit."""
+
+
+@pytest.fixture(scope="module")
+def digits(sample: pa.Table) -> dict[str, np.ndarray]:
+    """True digits of the rows of each split."""
+    true = sample["digit"].to_numpy().astype(np.int64)[CHOSEN]
+    return {split: true[list(rows)] for split, rows in ROWS.items()}
+
+
+@pytest.fixture(scope="module")
+def images(pixels: Pixels) -> dict[str, Pixels]:
+    return {split: pixels[CHOSEN][list(rows)] for split, rows in ROWS.items()}
+
+
+@pytest.fixture(scope="module")
+def parameters() -> Hyperparameters:
+    settings: dict[str, Any] = {"epochs": 2, "batch_size": 20, "precision": "fp32"}
+    return hyperparameters(**settings, learning_rate=0.02, dropout=0.1, distortion=0.5)
+
+
+class Training:
+    """A training in this process, as Ray Train runs it on one worker."""
+
+    def __init__(
+        self,
+        images: dict[str, Pixels],
+        digits: dict[str, np.ndarray],
+        parameters: Hyperparameters,
+        start: Start | None = None,
+    ) -> None:
+        datasets, totals = {}, {}
+        for split, rows in ROWS.items():
+            ids = np.arange(rows.start, rows.stop)
+            table = {
+                "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images[split]),
+                "digit": digits[split],
+                "row_id": ids,
+            }
+            datasets[split] = ray.data.from_blocks([pa.table(table)])
+            totals[split] = RowTotals.of(ids)
+        events: Any = queue.Queue()  # of this process, in place of Ray's
+        loop = LoopConfig(parameters, 1, totals, events, start or Start())
+        finished = as_worker(lambda: train_loop_per_worker({"loop": loop}), datasets)
+        assert finished is not None
+        self.finished: FinishedModel = finished
+        self.events = [events.get() for _ in range(events.qsize())]
+        self.weights = finished.description["trained_sha256"]
+        self.temperatures = finished.description["temperatures_in_weights"]
+
+
+def test_held_out_digits_change_nothing_that_is_trained(
+    images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
+) -> None:
+    """The test rows are for the figures alone; the validation rows also for the temperatures."""
+    parameters = replace(parameters, epochs=6)  # of a model that knows no digit none would fit
+    plain = Training(images, digits, parameters)
+    again = Training(images, digits, parameters)
+    assert (again.weights, again.temperatures) == (plain.weights, plain.temperatures)
+    other_test = Training(images, digits | {"test": digits["test"][::-1]}, parameters)
+    assert (other_test.weights, other_test.temperatures) == (plain.weights, plain.temperatures)
+    assert other_test.finished.history[-1]["test"] != plain.finished.history[-1]["test"]
+    reversed_rows = digits | {"validation": digits["validation"][::-1]}
+    other_validation = Training(images, reversed_rows, parameters)
+    assert other_validation.weights == plain.weights
+    assert other_validation.temperatures != plain.temperatures
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"epochs": 1},
+    {"batch_size": 24},
+    {"learning_rate": 0.021},
+    {"weight_decay": 0.2},
+    {"label_smoothing": 0.3},
+    {"dropout": 0.2},
+    {"distortion": 0.6},
+    {"seed": 1},
+    {"precision": "bf16"},
+]
+
+
+def test_each_hyperparameter_decides_the_model(
+    images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
+) -> None:
+    models = {Training(images, digits, parameters).weights}
+    for change in CHANGES:
+        models.add(Training(images, digits, replace(parameters, **change)).weights)
+    assert len(models) == 1 + len(CHANGES)
+    assert {name for change in CHANGES for name in change} == set(vars(parameters))
+
+
+def test_one_schedule_of_rates_and_one_dropout_a_step_over_all_epochs(
+    images: dict[str, Pixels],
+    digits: dict[str, np.ndarray],
+    parameters: Hyperparameters,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates: list[float] = []
+    seeds: list[int] = []
+    set_rate, make_seed = MuonAdamW.set_learning_rate, torch.Generator.manual_seed
+
+    def note_rate(optimizer: MuonAdamW, rate: float) -> None:
+        rates.append(rate)
+        set_rate(optimizer, rate)
+
+    class Generator(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            seeds.append(seed)
+            return make_seed(self, seed)
+
+    monkeypatch.setattr(MuonAdamW, "set_learning_rate", note_rate)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    Training(images, digits, parameters)
+    # 96 rows in batches of 20 are five steps an epoch; the first rate is that of no step.
+    assert rates == [0.0] + [one_cycle(step, 10, parameters.learning_rate) for step in range(10)]
+    assert len(seeds) == len(set(seeds)) == 10
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
+    images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
+) -> None:
+    """By a model that learns nothing, in another order and at once."""
+    still = replace(parameters, epochs=1, learning_rate=1e-12, dropout=0.0, distortion=0.0)
+    torch.manual_seed(9)
+    model = make_network()
+    training = Training(images, digits, still, Start(weights=model.state_dict()))
+    ids = np.array(ROWS["train"])
+    numbers = torch.from_numpy(random_numbers(still.seed, 0, ids).astype(np.int64))
+    with torch.no_grad():
+        scores = model(prepare_images(torch.tensor(images["train"])), numbers)
+        exact = joint_loss(scores, torch.from_numpy(digits["train"].copy()), numbers)[1]
+    (line,) = training.finished.history
+    assert line["train_loss"] == pytest.approx(exact.item() / 96, rel=1e-4)
+    last_step, _ = line["step_losses"][-1]
+    assert last_step == 5
+    assert line["rows_per_second"] == pytest.approx(96 / line["seconds"])
+    (progress,) = [event for event in training.events if event["kind"] == "progress"][-1:]
+    assert (progress["rows"], progress["of_rows"], progress["epoch"]) == (96, 96, 1)
+
+
+def test_an_infinite_loss_is_not_tried_again(
+    images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
+) -> None:
+    with pytest.raises(
+        RepeatingError, match=r"the loss is nan; lower --learning-rate \(now 1e\+30"
+    ):
+        Training(images, digits, replace(parameters, learning_rate=1e30))
