@@ -45,7 +45,7 @@ from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.report import versions
-from mnistsum_ray.reporting.results import TrainResult
+from mnistsum_ray.reporting.results import MANIFEST, TrainResult
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
@@ -281,6 +281,11 @@ def _explained(
 ) -> RunError:
     """Why Ray Train has given up, in one line."""
     resume = request.how_to_resume
+    manifest = request.folder / MANIFEST
+    try:  # keys that have expired are failures of workers to Ray Train, and "HTTP status 400"
+        manifest.write(manifest.read_bytes())
+    except StorageError as of_storage:
+        return TryAgainError(f"{of_storage}; {resume}")
     if isinstance(error, ray.train.WorkerGroupError):
         failures = counted(request.config.max_failures + 1, "failure")
         return RunError(f"gave up after {failures} of workers, see above; {resume}")

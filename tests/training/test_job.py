@@ -1,0 +1,77 @@
+"""How a training ends that Ray Train gives up, in one line, and with which exit code."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+
+from mnistsum_ray.cluster.resources import WorkerPlan
+from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.data.sources import held_out_rows
+from mnistsum_ray.errors import RepeatingError, RunError, TryAgainError
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.results import MANIFEST
+from mnistsum_ray.training import job
+from mnistsum_ray.training.run import TrainRequest, check_request
+
+PLAN = WorkerPlan(1, 1, {"CPU": 2.0}, 2)
+
+
+@pytest.fixture
+def request_of_run(tmp_path: Path) -> TrainRequest:
+    request = check_request(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
+    (request.folder / MANIFEST).write({})
+    return request
+
+
+def explained(request: TrainRequest, error: Exception) -> RunError:
+    return job._explained(error, request, PLAN, 30.0, Console(io.StringIO()))
+
+
+def test_failures_are_counted_and_the_command_that_resumes_is_named(
+    request_of_run: TrainRequest,
+) -> None:
+    error = explained(request_of_run, ray.train.WorkerGroupError("", {0: ValueError("x")}))
+    assert type(error) is RunError
+    said = "gave up after 4 failures of workers, see above; checkpoints are kept, and this command"
+    assert str(error).startswith(said)
+    assert str(error).endswith("--name mine --resume")
+
+
+def test_what_would_happen_again_has_its_own_line_and_no_advice_to_resume(
+    request_of_run: TrainRequest,
+) -> None:
+    cause = RepeatingError("epoch 1: the loss is inf")
+    error = explained(request_of_run, ray.train.ControllerError(cause))
+    assert (type(error), str(error)) == (RunError, "epoch 1: the loss is inf")
+
+
+def test_a_start_that_takes_too_long_is_to_be_tried_again(
+    request_of_run: TrainRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "shortage", lambda needed, waited: f"needs {needed} in {waited:g} s")
+    cause = RuntimeError("Worker group startup timed out")
+    error = explained(request_of_run, ray.train.ControllerError(cause))
+    assert type(error) is TryAgainError
+    assert str(error).startswith("needs 2 CPUs in 30 s; checkpoints are kept")
+
+
+def test_a_storage_that_refuses_is_asked_once_more_and_its_answer_said(
+    request_of_run: TrainRequest, tmp_path: Path
+) -> None:
+    """Keys that have expired: to Ray Train that is a failure of workers like any other."""
+    (tmp_path / "mine" / MANIFEST).unlink()
+    error = explained(request_of_run, ray.train.WorkerGroupError("", {0: OSError("status 400")}))
+    assert type(error) is TryAgainError
+    assert str(error).startswith(f"{tmp_path}/mine/{MANIFEST}: is not there")
+    assert "; checkpoints are kept" in str(error)
+
+
+HELD_OUT: list[Any] = [(9, 0), (10, 1), (5000, 500), (49_999, 4999), (60_001, 5000)]
+
+
+@pytest.mark.parametrize(("rows", "held_out"), HELD_OUT)
+def test_a_tenth_of_the_rows_is_held_out_and_at_most_5000(rows: int, held_out: int) -> None:
+    assert held_out_rows(rows) == held_out
