@@ -33,6 +33,10 @@ class StorageError(OSError):
     """The storage does not answer, refuses, or a file is gone: another attempt may succeed."""
 
 
+class NoAnswerError(StorageError):
+    """The storage does not answer, or is not able to now, although it was asked again."""
+
+
 class MissingFileError(StorageError):
     """There is no such file."""
 

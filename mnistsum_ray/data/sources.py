@@ -28,7 +28,13 @@ from mnistsum_ray.data.images import (
 )
 from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
 from mnistsum_ray.data.parquet import column_error, open_parquet, read_footer
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.errors import (
+    RequestError,
+    StorageError,
+    TryAgainError,
+    UnusableFileError,
+    one_line,
+)
 from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import locate, locate_existing
 
@@ -48,6 +54,8 @@ class LabelledFile(NamedTuple):
     path: Location
     name: str
     """Relative to the folder that was listed."""
+    e_tag: str
+    """When its footer was read."""
     rows: int
     columns: tuple[str, ...]
     """Names of the columns of images and of labels, then their types: Ray Data reads files together
@@ -107,7 +115,7 @@ def open_source(config: LabelledDataConfig, progress: CountFooters | None = None
 
     Raises:
         RequestError: it is missing, cannot be used, or has no images with digits; names the file.
-        RunError: the storage does not give a file.
+        TryAgainError: the storage does not answer.
     """
     if config.data == "sample":
         return _sample()
@@ -120,7 +128,7 @@ def open_source(config: LabelledDataConfig, progress: CountFooters | None = None
     try:
         return _parquet(config, location, progress)
     except StorageError as error:
-        raise RunError(f"--data {error}; nothing was begun") from None
+        raise TryAgainError(f"--data {error}; nothing was begun") from None
 
 
 def _sample() -> Source:
@@ -242,6 +250,18 @@ def _parquet(
     )
 
 
+def check_unchanged(config: LabelledDataConfig, source: Source) -> None:
+    """RequestError: a file is not the one whose footer was read; its rows may be of both."""
+    if not source.files:
+        return
+    now = list_inputs([config.data], flag="--data").files
+    for files in source.files.values():
+        for file in files:
+            if file.name not in now or now[file.name].e_tag != file.e_tag:
+                changed = "has changed while it was read; run the command again"
+                raise RequestError(f"--data {file.path.display}: {changed}")
+
+
 def _describe(
     config: LabelledDataConfig, root: Location, listed: tuple[str, Entry]
 ) -> LabelledFile:
@@ -271,7 +291,7 @@ def _describe(
             raise RequestError(f"{file.display}: {problem}")
         types.append(str(schema.field(column).type))
     columns = (config.image_column, label, *types)
-    return LabelledFile(file, name, footer.metadata.num_rows, columns)
+    return LabelledFile(file, name, entry.e_tag, footer.metadata.num_rows, columns)
 
 
 def _split_of_name(file: str) -> str:

@@ -7,17 +7,18 @@ writer or its machine. Object stores are reached through obstore, which retries.
 import io
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from obstore import exceptions  # noqa: TID251
 
-from mnistsum_ray.errors import ConflictError, MissingFileError, StorageError
+from mnistsum_ray.errors import ConflictError, MissingFileError, NoAnswerError, StorageError
 from mnistsum_ray.storage.bucket import first_line, open_store
 
 if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wait for it
@@ -222,7 +223,8 @@ class Location:
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
-        return StorageError(f"{self.display}: cannot be {what}: {cause}")
+        kind = NoAnswerError if _NO_ANSWER.search(cause) else StorageError
+        return kind(f"{self.display}: cannot be {what}: {cause}")
 
     def _missing(self) -> MissingFileError:
         shared = ", or not on this node; a local path must be on storage that all nodes share"
@@ -230,6 +232,10 @@ class Location:
 
     def _conflict(self) -> ConflictError:
         return ConflictError(f"{self.display}: was written by another")
+
+
+_NO_ANSWER: Final = re.compile(r"HTTP error: |status code:? (429|5\d\d)")
+"""What obstore says at last of a store that cannot be reached, or is too busy."""
 
 
 class _ObjectFile(io.RawIOBase):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qsl
 
-from mnistsum_ray.errors import RequestError, StorageError, TryAgainError
+from mnistsum_ray.errors import NoAnswerError, RequestError, StorageError, TryAgainError
 from mnistsum_ray.storage.bucket import open_store
 from mnistsum_ray.storage.store import Location
 
@@ -79,9 +79,11 @@ def empty_output(text: str) -> Location:
 
 @contextmanager
 def as_request_error(flag: str) -> Iterator[None]:
-    """Raise a StorageError of the block as RequestError that names a flag."""
+    """Raise a StorageError of the block as RequestError, or as TryAgainError, that names a flag."""
     try:
         yield
+    except NoAnswerError as error:
+        raise TryAgainError(f"{flag} {error}") from None
     except StorageError as error:
         raise RequestError(f"{flag} {error}") from None
 

@@ -30,6 +30,7 @@ from mnistsum_ray.cluster.resources import (
 )
 from mnistsum_ray.cluster.workarounds import default_environment
 from mnistsum_ray.data.inputs import report_skipped
+from mnistsum_ray.data.sources import check_unchanged
 from mnistsum_ray.errors import (
     RepeatingError,
     RequestError,
@@ -158,6 +159,7 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
     report_skipped(source.skipped, say)
     with console.waiting_for("the tasks that read rows", explain_silence):
         rows = read_rows(source, config.seed, skip_bad_rows=config.skip_bad_rows, workers=plan.most)
+    check_unchanged(config, source)
     if rows.bad.total:
         say(f"left out: {counted(rows.bad.total, 'row')}: {rows.bad.describe()}")
     counts = ", ".join(f"{totals.rows:,} {split}" for split, totals in rows.totals.items())

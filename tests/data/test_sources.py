@@ -20,7 +20,13 @@ from werkzeug.middleware.shared_data import SharedDataMiddleware
 
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.images import Pixels, decode_images, one_chunk, pixels_view
-from mnistsum_ray.data.sources import SPLITS, Source, held_out_rows, open_source
+from mnistsum_ray.data.sources import (
+    SPLITS,
+    Source,
+    check_unchanged,
+    held_out_rows,
+    open_source,
+)
 from mnistsum_ray.errors import RequestError
 from tests.storage.conftest import serving
 
@@ -140,6 +146,20 @@ def test_names_of_files_and_folders_tell_the_split(
     assert [source.rows_of(split) for split in SPLITS] == [20, 21, 22]
     assert (source.held_out, source.train_rows) == ([], 20)
     assert [held_out_rows(rows) for rows in (9, 1009, 60_000)] == [0, 100, 5_000]
+
+
+def test_a_file_that_has_changed_since_its_footer_was_read_is_named(
+    tmp_path: Path, sample: pa.Table
+) -> None:
+    for name in ("1.parquet", "2.parquet"):
+        pq.write_table(sample[::50], tmp_path / name)
+    config = LabelledDataConfig(data=str(tmp_path))
+    source = open_source(config)
+    check_unchanged(config, source)
+    for change in (lambda path: pq.write_table(sample[1::50], path), Path.unlink):
+        change(tmp_path / "2.parquet")
+        with pytest.raises(RequestError, match=r"^--data \S*/2.parquet: has changed while it was"):
+            check_unchanged(config, source)
 
 
 def test_the_fingerprint_is_that_of_paths_and_versions_of_files_or_of_the_rows_in_memory(

@@ -2,16 +2,25 @@
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from werkzeug import Response
 
-from mnistsum_ray.errors import ConflictError, MissingFileError, StorageError
+from mnistsum_ray.errors import (
+    ConflictError,
+    MissingFileError,
+    NoAnswerError,
+    StorageError,
+    TryAgainError,
+)
 from mnistsum_ray.storage import bucket as buckets
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.storage.uri import as_request_error, locate
+from tests.storage.conftest import serving
 
 
 def names(folder: Location) -> list[str]:
@@ -80,13 +89,26 @@ def test_a_missing_file_and_a_storage_that_is_silent_are_two_errors(
         with pytest.raises(MissingFileError, match=r"none.*: is not there"):
             read(bucket / "none")
     monkeypatch.setitem(buckets._RETRIES, "max_retries", 0)
-    nobody = "region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:9"
-    silent = locate(f"s3://bucket/x?{nobody}", "--output")
-    said = r"^s3://bucket/x\S+: cannot be \w+: Generic S3 error: [^\n]*$"
-    for ask in (silent.read_bytes, silent.status, silent.files, lambda: silent.create(b"1")):
-        with pytest.raises(StorageError, match=said) as error:
-            ask()
-        assert type(error.value) is StorageError
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")  # else its keys are asked of this machine
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    said = r"s3://bucket/x\S+: cannot be \w+: Generic S3 error: [^\n]*$"
+    with serving(Response("", 503)) as busy:
+        for port in (9, busy):
+            query = f"region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:{port}"
+            silent = locate(f"s3://bucket/x?{query}", "--output")
+            for ask in (
+                silent.read_bytes,
+                silent.status,
+                silent.files,
+                partial(silent.create, b""),
+            ):
+                with pytest.raises(NoAnswerError, match=f"^{said}"):
+                    ask()
+            with (
+                pytest.raises(TryAgainError, match=f"^--output {said}"),
+                as_request_error("--output"),
+            ):
+                silent.exists()
 
 
 def test_a_disk_keeps_no_part_of_a_file_that_could_not_be_written(

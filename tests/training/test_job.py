@@ -2,14 +2,12 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray.train
 
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.data.sources import held_out_rows
 from mnistsum_ray.errors import RepeatingError, RunError, TryAgainError
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.results import MANIFEST
@@ -67,11 +65,3 @@ def test_a_storage_that_refuses_is_asked_once_more_and_its_answer_said(
     assert type(error) is TryAgainError
     assert str(error).startswith(f"{tmp_path}/mine/{MANIFEST}: is not there")
     assert "; checkpoints are kept" in str(error)
-
-
-HELD_OUT: list[Any] = [(9, 0), (10, 1), (5000, 500), (49_999, 4999), (60_001, 5000)]
-
-
-@pytest.mark.parametrize(("rows", "held_out"), HELD_OUT)
-def test_a_tenth_of_the_rows_is_held_out_and_at_most_5000(rows: int, held_out: int) -> None:
-    assert held_out_rows(rows) == held_out
