@@ -21,6 +21,12 @@ def test_learning_rate_rises_and_falls_once(total: int) -> None:
     assert (np.diff(rates[top:]) < 0).all()
 
 
+def test_the_rate_is_highest_after_a_fifth_of_the_steps() -> None:
+    assert one_cycle(0, 1000, 0.5) == 0.5 / 25
+    assert one_cycle(200, 1000, 0.5) == 0.5
+    assert one_cycle(999, 1000, 0.5) == pytest.approx(0.5 / 1e4)
+
+
 def compute_gradients(model: TwoHeadCNN) -> None:
     images, digits, numbers = random_rows(16)
     loss, _ = joint_loss(model(prepare_images(images), numbers), digits, numbers)

@@ -1,6 +1,8 @@
 """What a training computes: each thing that decides the model, and nothing that must not."""
 
+import io
 import queue
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,11 +18,16 @@ from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.randomness import random_numbers
 from mnistsum_ray.errors import RepeatingError
 from mnistsum_ray.model.finish import FinishedModel
+from mnistsum_ray.model.folder import checksum, copy_weights
 from mnistsum_ray.model.network import joint_loss, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
+from mnistsum_ray.reporting import console
+from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
+from mnistsum_ray.training.progress import EventFollower
 from mnistsum_ray.training.rows import RowTotals
-from tests.training import as_worker, hyperparameters
+from tests.training import as_worker, hyperparameters, new_trainer
 
 ROWS = {"train": range(96), "validation": range(96, 136), "test": range(136, 176)}
 
@@ -99,6 +106,20 @@ def test_held_out_digits_change_nothing_that_is_trained(
     other_validation = Training(images, reversed_rows, parameters)
     assert other_validation.weights == plain.weights
     assert other_validation.temperatures != plain.temperatures
+    # Folded into the weights, they divide the digit scores.
+    undivided = []
+    for training in (plain, other_validation):
+        weight = training.finished.weights["conv7.weight"]
+        undivided.append(weight * training.temperatures["digit"])
+    assert torch.allclose(*undivided)
+
+
+def test_the_seed_decides_the_first_weights() -> None:
+    firsts = []
+    for seed in (0, 0, 1):
+        trainer = as_worker(lambda seed=seed: new_trainer(seed=seed))  # type: ignore[misc]
+        firsts.append(checksum(copy_weights(trainer.model)))
+    assert firsts[0] == firsts[1] != firsts[2]
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -180,3 +201,14 @@ def test_an_infinite_loss_is_not_tried_again(
         RepeatingError, match=r"the loss is nan; lower --learning-rate \(now 1e\+30"
     ):
         Training(images, digits, replace(parameters, learning_rate=1e30))
+
+
+def test_a_line_says_that_the_workers_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "SILENCE_SECONDS", 0.5)
+    lines = io.StringIO()
+    follower = EventFollower(Console(lines), JobMetrics("train", "run"), print)
+    with follower.following():
+        time.sleep(3)
+    said = "no word from the workers for 1 s: they are being started or replaced, or wait for each "
+    assert said in lines.getvalue()
+    assert "CPU and 0 GPUs are free (1 CPU and 0 GPUs on 1 node)" in lines.getvalue()
