@@ -4,9 +4,9 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
 
@@ -21,79 +21,53 @@ class JobConfig(BaseModel):
         hide_input_in_errors=True,  # messages would quote the values, and so keys
     )
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _refuse_keys(cls, given: Any) -> Any:
-        for name, value in given.items():
-            texts = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(text, str) and may_hold_keys(text) for text in texts):
-                raise ValueError(f"`{name}`: {KEYS_REFUSED}")
-        return given
+    def _refuse_keys(cls, value: Any) -> Any:
+        texts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(text, str) and may_hold_keys(text) for text in texts):
+            raise ValueError(KEYS_REFUSED)
+        return value
 
 
 RecipeName = Literal["quick", "short", "long"]
 
-RECIPES: Final[dict[str, dict[str, Any]]] = {
-    "quick": {
-        "epochs": 1,
-        "batch_size": 128,
-        "learning_rate": 0.05,
-        "distortion": 0.5,
-        "label_smoothing": 0.05,
-        "dropout": 0.0,
-    },
-    "short": {
-        "epochs": 5,
-        "batch_size": 256,
-        "learning_rate": 0.02,
-        "distortion": 0.5,
-        "label_smoothing": 0.0,
-        "dropout": 0.0,
-    },
-    "long": {
-        "epochs": 30,
-        "batch_size": 128,
-        "learning_rate": 0.02,
-        "distortion": 1.0,
-        "label_smoothing": 0.05,
-        "dropout": 0.25,
-    },
+_RECIPES: Final[dict[str, tuple[Any, Any, Any]]] = {
+    "epochs": (1, 5, 30),
+    "batch_size": (128, 256, 128),
+    "learning_rate": (0.05, 0.02, 0.02),
+    "distortion": (0.5, 0.5, 1.0),
+    "label_smoothing": (0.05, 0.0, 0.05),
+    "dropout": (0.0, 0.0, 0.25),
 }
-
-# An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
-# epochs. Few steps need a higher learning rate and label smoothing.
-FOR_FEW_ROWS: Final[dict[str, dict[str, Any]]] = {
-    "quick": {"epochs": 3, "batch_size": 64},
-    "short": {
-        "epochs": 3,
-        "batch_size": 64,
-        "learning_rate": 0.05,
-        "label_smoothing": 0.05,
-    },
-    "long": {"epochs": 40, "batch_size": 64},
-}
-"""What is different with fewer than SMALL_ROWS training rows."""
+"""What each recipe sets, in the order of RecipeName."""
 
 SMALL_ROWS: Final = 20_000
 
+# An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
+# epochs. Few steps need a higher learning rate and label smoothing.
+_RECIPES_OF_FEW_ROWS: Final = _RECIPES | {
+    "epochs": (3, 3, 40),
+    "batch_size": (64, 64, 64),
+    "learning_rate": (0.05, 0.05, 0.02),
+    "label_smoothing": (0.05, 0.05, 0.05),
+}
+"""The same with fewer than SMALL_ROWS training rows."""
 
-def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
+
+def recipe_defaults(name: RecipeName, *, small: bool) -> dict[str, Any]:
     """Hyperparameters that a recipe sets; `small` for fewer than SMALL_ROWS training rows."""
-    return RECIPES[name] | (FOR_FEW_ROWS[name] if small else {})
+    recipe = get_args(RecipeName).index(name)
+    table = _RECIPES_OF_FEW_ROWS if small else _RECIPES
+    return {field: values[recipe] for field, values in table.items()}
 
 
 def _recipe(field: str, text: str, **limits: Any) -> Any:
     """An optional field that the recipe sets: its help is the text, and the recipes' values."""
-    values = _of_recipes(field, small=False)
-    for_few_rows = _of_recipes(field, small=True)
-    if for_few_rows != values:
-        values += f"; under {SMALL_ROWS:,} rows {for_few_rows}"
+    quick, short, long = _RECIPES[field]
+    few = ", ".join(f"{value:g}" for value in _RECIPES_OF_FEW_ROWS[field])
+    values = f"quick {quick:g}, short {short:g}, long {long:g}; under {SMALL_ROWS:,} rows {few}"
     return Field(default=None, description=f"{text} [{values}]", **limits)
-
-
-def _of_recipes(field: str, *, small: bool) -> str:
-    values = [f"{name} {recipe_defaults(name, small=small)[field]:g}" for name in RECIPES]
-    return ", ".join(values)
 
 
 class LabelledDataConfig(JobConfig):
@@ -153,18 +127,23 @@ class TrainConfig(LabelledDataConfig):
 
     @field_validator("num_workers", mode="before")
     @classmethod
-    def _parse_workers(cls, value: Any) -> Any:
+    def _split_range(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) and "," in value else value
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        asked = self.num_workers if self.num_workers is not None else 1
-        low, high = asked if isinstance(asked, tuple) else (asked, asked)
-        if not 1 <= low <= high:
-            raise ValueError("`num_workers`: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
-        if self.resume and self.name is None:
-            raise ValueError("`resume`: needs `name`, the run to continue")
-        return self
+    @field_validator("num_workers")
+    @classmethod
+    def _check_range(cls, value: Any) -> Any:
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if value is not None and not 1 <= low <= high:
+            raise ValueError("must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
+        return value
+
+    @field_validator("resume")
+    @classmethod
+    def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("name") is None:
+            raise ValueError("needs the name of the run to continue")
+        return value
 
 
 @dataclass(frozen=True)
@@ -192,12 +171,12 @@ class ScoreConfig(JobConfig):
     """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
     output: str
     """folder or URI for the predictions; the same command continues after a kill"""
-    image_column: str = Field(default="image", min_length=1)
-    """column of the images"""
     number_column: str = Field(default="number", min_length=1)
     """column of the numbers, integers from 0"""
     label_column: str | None = Field(default=None, min_length=1)
     """column of the true digits, to measure accuracy; any other value counts as unknown [none]"""
+    image_column: str = Field(default="image", min_length=1, validate_default=True)
+    """column of the images"""
     probabilities: bool = False
     """add the probabilities of all digits and sums: lists digit_probs and sum_probs"""
     strict: bool = False
@@ -230,12 +209,12 @@ class ScoreConfig(JobConfig):
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.image_column in (self.number_column, self.label_column):
-            columns = "`image_column`, `number_column`, `label_column`"
-            raise ValueError(f"{columns}: images need a column of their own")
-        return self
+    @field_validator("image_column")
+    @classmethod
+    def _check_images(cls, value: str, info: ValidationInfo) -> str:
+        if value in (info.data.get("number_column"), info.data.get("label_column")):
+            raise ValueError("images need a column of their own")
+        return value
 
 
 class ExportPairsConfig(LabelledDataConfig):
@@ -251,12 +230,6 @@ class ExportPairsConfig(LabelledDataConfig):
     """number of files, of about equal size"""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of the numbers"""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.files > self.rows:
-            raise ValueError(f"`files` {self.files}: more files than rows ({self.rows})")
-        return self
 
 
 class PredictConfig(JobConfig):

@@ -29,7 +29,14 @@ from mnistsum_ray.data.images import (
 )
 from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
 from mnistsum_ray.data.parquet import column_error, read_footer, read_table
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.errors import (
+    RequestError,
+    RunError,
+    StorageError,
+    UnusableFileError,
+    did_you_mean,
+    one_line,
+)
 from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import locate, locate_existing
 
@@ -136,6 +143,9 @@ def open_source(config: LabelledDataConfig, progress: CountFooters = no_progress
     if data in ("auto", "mnist"):
         return _full_mnist(fall_back=data == "auto")
     location = locate_existing(data, "--data")
+    hint = did_you_mean(data, ("auto", "mnist", "sample"))
+    if hint and not location.exists():
+        raise RequestError(f"--data {data}: there is no such file or folder{hint}")
     folder = _find_mnist(Path(location.path)) if location.is_local else None
     if folder is not None:
         return _mnist(folder)

@@ -27,6 +27,7 @@ from mnistsum_ray.errors import (
     StorageError,
     counted,
     shell_command,
+    spelled,
 )
 from mnistsum_ray.reporting.results import MANIFEST, HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.store import Location, is_hidden
@@ -136,9 +137,9 @@ def _resumed(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
     for key in _FIXED_BY_RUN:
         has = getattr(stored, key)
         if key in given and given[key] != has:
-            flag = f"--{key.replace('_', '-')} {given[key]}"
+            flag = f"--{key.replace('_', '-')} {spelled(given[key])}"
             raise RequestError(
-                f"{flag}: the run {config.name} has {'none' if has is None else has}, and its "
+                f"{flag}: the run {config.name} has {spelled(has)}, and its "
                 "numbers depend on it; leave the flag out, or start another run"
             )
     return stored.model_copy(update=given)
