@@ -73,12 +73,10 @@ def faster_with_bf16(device: torch.device) -> bool:
 
 def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """An array as a tensor: on CPUs without a copy where it can be, on GPUs without waiting."""
-    if device.type == "cpu" and values.flags.writeable:
-        return torch.from_numpy(values)
-    dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
-    tensor = torch.empty(values.shape, dtype=dtype, pin_memory=device.type == "cuda")
-    np.copyto(tensor.numpy(), values)
-    return tensor.to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.require(values, requirements="W"))
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _several_workers() -> bool:
@@ -112,4 +110,5 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cpu": describe_cpu().get("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
     }

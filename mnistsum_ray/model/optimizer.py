@@ -46,14 +46,19 @@ class MuonAdamW:
     """
 
     def __init__(self, model: Network, weight_decay: float, dtype: torch.dtype) -> None:
-        self._hidden = model.hidden_weights()
+        self._hidden = [model.get_parameter(f"{layer}.weight") for layer in model.muon_layers]
         self._weight_decay = weight_decay
         self._dtype = dtype
-        hidden, of_heads = set(self._hidden), set(model.head_parameters())
-        rest = [parameter for parameter in model.parameters() if parameter not in hidden]
+        hidden = set(self._hidden)
+        body: list[nn.Parameter] = []
+        heads: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter not in hidden:
+                group = heads if name.rpartition(".")[0] in model.head_layers else body
+                group.append(parameter)
         groups = [
-            {"params": [value for value in rest if value not in of_heads], "factor": _ADAMW_FACTOR},
-            {"params": [value for value in rest if value in of_heads], "factor": _SUM_HEAD_FACTOR},
+            {"params": body, "factor": _ADAMW_FACTOR},
+            {"params": heads, "factor": _SUM_HEAD_FACTOR},
         ]
         self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         self.state: dict[Tensor, dict[str, Tensor]] = self._adamw.state

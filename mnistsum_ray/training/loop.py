@@ -27,9 +27,16 @@ from mnistsum_ray.model.device import (
     faster_with_bf16,
     tune_malloc,
 )
-from mnistsum_ray.model.finish import FinishedModel, ScoredDigits, finish_model
 from mnistsum_ray.model.folder import Weights
-from mnistsum_ray.model.metrics import AnswerCounts, LabelledRows, Metrics, score_rows
+from mnistsum_ray.model.metrics import (
+    AnswerCounts,
+    FinishedModel,
+    LabelledRows,
+    Metrics,
+    ScoredDigits,
+    finish_model,
+    score_rows,
+)
 from mnistsum_ray.model.network import Network, score_digits
 from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.storage.store import Location

@@ -35,7 +35,7 @@ from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, 
 
 if TYPE_CHECKING:
     from mnistsum_ray.cluster.resources import WorkerPlan
-    from mnistsum_ray.model.finish import FinishedModel
+    from mnistsum_ray.model.metrics import FinishedModel
     from mnistsum_ray.training.rows import Rows
 
 _HYPERPARAMETERS: Final = [parameter.name for parameter in fields(Hyperparameters)]

@@ -1,7 +1,5 @@
 """Metrics, error analysis and calibration equal a plain computation."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -107,7 +105,7 @@ def test_a_repeated_row_is_an_error() -> None:
 def test_the_error_analysis_agrees_with_the_metrics(
     rows: LabelledRows, scored: ScoredRows, metrics: Metrics, digit_scores: torch.Tensor
 ) -> None:
-    analysis: dict[str, Any] = analyse_errors(scored, {"digit": 1.0, "sum": 2.0})
+    analysis, images = analyse_errors(scored, {"digit": 1.0, "sum": 2.0})
     confusion = np.array(analysis["confusion"])
     assert confusion.sum(1).tolist() == np.bincount(rows["digit"], minlength=10).tolist()
     assert np.trace(confusion) / ROWS == pytest.approx(metrics["digit_accuracy"])
@@ -125,7 +123,8 @@ def test_the_error_analysis_agrees_with_the_metrics(
     mistakes = analysis["mistakes"]
     assert len(mistakes) == MAX_MISTAKES == len({mistake["row_id"] for mistake in mistakes})
     expected = np.sort(probability * ~right)[::-1][:MAX_MISTAKES]
-    for mistake, least in zip(mistakes, expected, strict=True):
+    for mistake, image, least in zip(mistakes, images, expected, strict=True):
+        assert np.array_equal(image, rows["image"][mistake["row_id"] - FIRST])
         assert max(mistake["digit_prob"], mistake["sum_prob"]) >= least - 1e-4
         digit, number = mistake["digit"], mistake["number"]
         assert digit == rows["digit"][mistake["row_id"] - FIRST]

@@ -1,9 +1,9 @@
 """A network of one's own with a third head: trained, calibrated, saved and asked."""
 
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow as pa
 import pytest
@@ -16,7 +16,7 @@ from mnistsum_ray.data.randomness import NUMBERS, mix_ids
 from mnistsum_ray.model.folder import INTERFACE
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, fit_temperatures, score_rows
-from mnistsum_ray.model.network import Network, Scores, divide_scores, score_digits
+from mnistsum_ray.model.network import Network, Scores, score_digits
 from tests.training import CPU, as_worker, new_trainer
 
 EVEN = Head("even", 2, lambda digits, numbers: 1 - digits % 2)
@@ -25,6 +25,11 @@ BATCH, STEPS, EPOCHS = 64, 70, 4
 
 class SmallNet(Network):
     """A strided convolution, batch normalization, and no dropout."""
+
+    muon_layers = ("first",)
+    head_layers = ("first", "norm", "sum", "even")
+    digit_readers = ("first", "even")
+    output_layers: ClassVar = {"digit": "last", "sum": "sum", "even": "even"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,19 +50,6 @@ class SmallNet(Network):
         hidden = self.norm(self.first(torch.cat([digit_scores, one_hot], dim=1))).relu()
         return digit_scores, self.sum(hidden), self.even(digit_scores)
 
-    def hidden_weights(self) -> list[Tensor]:
-        return [self.first.weight]
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        layers = (self.first, self.norm, self.sum, self.even)
-        return [parameter for layer in layers for parameter in layer.parameters()]
-
-    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        for name, layer in {"digit": self.last, "sum": self.sum, "even": self.even}.items():
-            divide_scores(layer, temperatures[name])
-        for reader in (self.first, self.even):
-            reader.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
-
 
 @pytest.fixture(autouse=True)
 def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +61,6 @@ def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
         "HEADS": heads,
         "PREDICTION_FIELDS": prediction_fields(heads),
         "PROBABILITY_FIELDS": probability_fields(heads),
-        "OUTPUTS": tuple(prediction_fields(heads).names[:-1]),
         "INTERFACE": INTERFACE | {"network": "SmallNet", "output": scores},
     }
     ours = [module for name, module in sys.modules.items() if name.startswith("mnistsum_ray")]
@@ -111,7 +102,7 @@ def test_it_is_trained_calibrated_saved_and_asked(sample: pa.Table, tmp_path: Pa
     assert min(metrics[f"{head}_accuracy"] for head in ("digit", "sum", "even")) > 0.8
 
     temperatures = fit_temperatures(scored)
-    analysis = analyse_errors(scored, temperatures)
+    analysis, _ = analyse_errors(scored, temperatures)
     assert analysis["probabilities"].keys() == {"digit", "sum", "even"}
     model.fold_temperatures(temperatures)
 
