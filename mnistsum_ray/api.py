@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -40,9 +40,6 @@ if TYPE_CHECKING:  # torch and Ray take seconds to import
 
 Model: TypeAlias = "Network | str | Path"
 """A model of `load_model`, or what that takes."""
-
-_BATCH_ROWS: Final = 64
-"""Rows of a forward pass of `predict_rows`."""
 
 
 def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainResult:
@@ -238,7 +235,7 @@ def predict_rows(
             raise ValueError(f"column {name!r} {error}")
     images, bad_images = decode_images(one_chunk(table[image_column]))
     numbers, bad_numbers = decode_numbers(one_chunk(table[number_column]))
-    predictions = predict_pairs(network, images, numbers, _BATCH_ROWS, probabilities)
+    predictions = predict_pairs(network, images, numbers, 64, probabilities)
     reasons = join_reasons(bad_images, bad_numbers)
     return append_predictions(table, predictions, numbers, reasons)
 

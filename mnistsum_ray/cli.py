@@ -278,7 +278,12 @@ def run(job: Callable[[], Result], show_json: bool) -> int:
             stop.handle_by(signal.SIG_IGN)
             code = 0
             if show_json:
-                _write(f"{json.dumps(result, allow_nan=False)}\n", stdout.fileno())
+                line = json.dumps(result, allow_nan=False) + "\n"
+                try:  # without Python's buffer, which it would try to write again at its end
+                    os.write(stdout.fileno(), line.encode())
+                except OSError as error:
+                    problem = f"standard output cannot be written: {error.strerror}"
+                    raise RunError(problem) from None
         except (RequestError, RunError, KeyboardInterrupt) as error:
             stop.handle_by(signal.SIG_IGN)
             code = _explain(error, stop.received)
@@ -289,19 +294,12 @@ def run(job: Callable[[], Result], show_json: bool) -> int:
     return code
 
 
-def _write(text: str, file: int) -> None:
-    try:
-        # Without Python's buffer, which it would try to write again at its end.
-        os.write(file, text.encode())
-    except OSError as error:
-        raise RunError(f"standard output cannot be written: {error.strerror}") from None
-
-
 class StopSignals:
-    """A stop signal raises KeyboardInterrupt, and a second one ends the process."""
+    """The first stop signal raises KeyboardInterrupt, and a later one ends the process."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
         stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         # `nohup` ignores SIGHUP, and a script's `&` SIGINT.
         self._numbers = [one for one in stop_signals if signal.getsignal(one) != signal.SIG_IGN]
@@ -313,14 +311,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _interrupt(self, number: int, _: Any) -> None:
-        self.received, received_at = signal.Signals(number), time.monotonic()
-
-        def end(number: int, _: Any) -> None:
-            if time.monotonic() > received_at + 1:  # `timeout` sends its signal twice
-                os._exit(128 + number)
-
-        self.handle_by(end)
-        raise KeyboardInterrupt
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() > self._received_at + 1:  # `timeout` sends its signal twice
+            os._exit(128 + number)
 
 
 def _explain(error: BaseException, received: signal.Signals | None) -> int:

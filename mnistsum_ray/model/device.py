@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
-
 
 def tune_malloc() -> None:
     """Let glibc, where it is the C library, keep freed memory.
@@ -22,15 +20,13 @@ def tune_malloc() -> None:
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    libc = ctypes.CDLL(None)
-    accepted = libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-    if not accepted:  # glibc before 2.35 takes no more than this:
-        accepted = libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
-    # Either of these stops glibc's own growth of that threshold, which begins at 128 KiB: blocks
-    # above it would then be given back each time. So they are set only after it.
-    if accepted:
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_M_TOP_PAD, 2**28)
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # in glibc's malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    # glibc before 2.35 takes no more than 2^25. Each of the others stops glibc's own growth of
+    # this threshold, which begins at 128 KiB: blocks above it would then be given back each time.
+    if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**28)
 
 
 def disable_tf32() -> None:
@@ -49,9 +45,7 @@ def enable_determinism() -> None:
 def describe_cpu() -> dict[str, str]:
     """Linux's entries of the first core, such as `model name` and `flags`; elsewhere none."""
     file = Path("/proc/cpuinfo")
-    if not file.exists():
-        return {}
-    first = file.read_text().partition("\n\n")[0]
+    first, *_ = file.read_text().split("\n\n") if file.exists() else [""]
     entries = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in entries}
 
