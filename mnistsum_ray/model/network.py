@@ -60,6 +60,13 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
     return to_channels_last(moved.squeeze(1))
 
 
+def with_one_hot(scores: Tensor, numbers: Tensor) -> Tensor:
+    """Scores [n, k] with one-hot numbers after them: [n, k + NUMBERS]."""
+    # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
+    one_hot = numbers[:, None] == torch.arange(NUMBERS, device=numbers.device)
+    return torch.cat([scores, one_hot.to(scores.dtype)], dim=1)
+
+
 class Network(nn.Module, ABC):
     """What is trained, scored with and exported; NETWORK names the subclass.
 
@@ -76,13 +83,6 @@ class Network(nn.Module, ABC):
     """The last layer of each head, by the name of the head."""
     dropout_shape: ClassVar[tuple[int, ...] | None] = None
     """Shape of the dropout of an image, channels first; None: the network has no dropout."""
-
-    one_hot: Tensor
-    """Row k is the one-hot vector of number k."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("one_hot", torch.eye(NUMBERS), persistent=False)
 
     @abstractmethod
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
@@ -163,9 +163,7 @@ class TwoHeadCNN(Network):
         return scores
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
-        one_hot = self.one_hot[numbers].to(digit_scores.dtype)
-        hidden = F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1)))
+        hidden = F.relu(self.fc1(with_one_hot(digit_scores, numbers)))
         return digit_scores, self.fc2(hidden)
 
 

@@ -15,7 +15,7 @@ from mnistsum_ray.data.randomness import NUMBERS, mix_ids
 from mnistsum_ray.model.folder import INTERFACE, write_model
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, finish_model, score_rows
-from mnistsum_ray.model.network import Network, Scores, score_digits
+from mnistsum_ray.model.network import Network, Scores, score_digits, with_one_hot
 from mnistsum_ray.storage.uri import locate
 from tests.training import CPU, as_worker, new_trainer
 
@@ -46,8 +46,7 @@ class SmallNet(Network):
         return scores
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        one_hot = self.one_hot[numbers].to(digit_scores.dtype)
-        hidden = self.norm(self.first(torch.cat([digit_scores, one_hot], dim=1))).relu()
+        hidden = self.norm(self.first(with_one_hot(digit_scores, numbers))).relu()
         return digit_scores, self.sum(hidden), self.even(digit_scores)
 
 
