@@ -22,7 +22,7 @@ from mnistsum_ray.data.images import DIGITS, SIDE, Pixels
 from mnistsum_ray.data.randomness import NUMBERS, check_row_counts, mix_ids
 from mnistsum_ray.model.device import all_reduce_sum, hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
-from mnistsum_ray.model.heads import HEADS, SUM
+from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import Network, Scores, make_network
 
 RELIABILITY_BINS: Final = 15
@@ -41,9 +41,8 @@ ScoredRows = Iterable[tuple[LabelledRows, Scores]]
 """Batches with scores by head: float32[n, k, classes]; k is NUMBERS, or 1 of digits."""
 
 Metrics = dict[str, float]
-"""`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats),
-`<head>_accuracy`, and `consistency`: share of the pairs whose predicted sum is the predicted digit
-plus the number."""
+"""`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats), and
+`<head>_accuracy`."""
 
 
 @torch.no_grad()
@@ -70,26 +69,21 @@ class AnswerCounts:
     """Rows, right answers and losses, summed on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        # Rows, the sum of their mixed ids, consistent pairs, and right pairs of each head.
-        self._counts = torch.zeros(3 + len(HEADS), dtype=torch.int64, device=device)
+        # Rows, the sum of their mixed ids, and right pairs of each head.
+        self._counts = torch.zeros(2 + len(HEADS), dtype=torch.int64, device=device)
         self._losses = torch.zeros(len(HEADS), dtype=torch.float64, device=device)
 
     def add(self, batch: LabelledRows, scores: Scores) -> None:
         """Count one batch with its scores, as `score_rows` yields them."""
-        answers = {}
-        right = []
+        counts = [torch.ones_like(batch["row_id"]).sum(), mix_ids(batch["row_id"]).sum()]
         truths = true_classes(batch["digit"], scores)
-        for index, (head, logits, truth) in enumerate(zip(HEADS, scores, truths, strict=True)):
-            answers[head.name] = logits.argmax(2)
+        for index, (logits, truth) in enumerate(zip(scores, truths, strict=True)):
             # The digit is one answer for all NUMBERS pairs of its image.
-            right.append((answers[head.name] == truth).expand(-1, NUMBERS).sum())
+            counts.append((logits.argmax(2) == truth).expand(-1, NUMBERS).sum())
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
             pairs_of_row = truth.size(1)  # NUMBERS, or 1 of digits
             self._losses[index] += loss / pairs_of_row
-        numbers = torch.arange(NUMBERS, device=batch["digit"].device)
-        consistent = (answers["sum"] == SUM.target(answers["digit"], numbers)).sum()
-        rows = torch.ones_like(batch["row_id"]).sum()
-        self._counts += torch.stack([rows, mix_ids(batch["row_id"]).sum(), consistent, *right])
+        self._counts += torch.stack(counts)
 
     def all_reduce(self) -> None:
         """Sum over all workers, on every worker."""
@@ -98,13 +92,13 @@ class AnswerCounts:
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
         """The metrics of all counted rows. RowCountError: a row was not counted exactly once."""
-        rows, id_sum, consistent, *right = self._counts.tolist()
+        rows, id_sum, *right = self._counts.tolist()
         check_row_counts(rows, id_sum, expected_rows, expected_id_sum, "evaluation")
         pairs = NUMBERS * rows
         metrics = {"rows": rows, "pairs": pairs, "loss": self._losses.mean().item() / rows}
         for head, count in zip(HEADS, right, strict=True):
             metrics[f"{head.name}_accuracy"] = count / pairs
-        return metrics | {"consistency": consistent / pairs}
+        return metrics
 
 
 def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
@@ -251,13 +245,9 @@ def finish_model(
     model.fold_temperatures(temperatures)
     weights, last = copy_weights(model), history[-1]
     metrics = {split: last[split] for split in ("validation", "test")}
-    description = describe_model(weights, epoch=last["epoch"], metrics=metrics) | {
-        "trained_sha256": trained_sha256,
-        "temperatures_in_weights": temperatures,
-        "probabilities": {
-            name: {"ece": of_head["ece"]} for name, of_head in analysis["probabilities"].items()
-        },
-    }
+    description = describe_model(weights, epoch=last["epoch"], metrics=metrics)
+    description["trained_sha256"] = trained_sha256
+    description["temperatures_in_weights"] = temperatures
     return FinishedModel(
         history, weights, description, analysis, mistake_images, hardware(device), precision
     )
