@@ -14,16 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mnistsum_ray import (
-    RequestError,
-    RunError,
-    load_model,
-    predict,
-    predict_rows,
-    prepare_picture,
-    save_model,
-)
+from mnistsum_ray import RequestError, RunError, load_model, predict, predict_rows, save_model
 from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.picture import prepare_picture
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN
