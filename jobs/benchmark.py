@@ -1,6 +1,6 @@
 """Measure the speed of this project beside three other ways to train or to score.
 
-python jobs/benchmark.py train --data FOLDER
+python jobs/benchmark.py train
 python jobs/benchmark.py score --rows 400000
 
 original  the way of the original: one row at a time through a DataLoader, float32, Adam
@@ -190,7 +190,6 @@ def project(what: str, folder: str, rows: int) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="See the top of this file.")
     parser.add_argument("what", choices=["train", "score"])
-    parser.add_argument("--data", default="sample", help="as for jobs/train.py (default: sample)")
     parser.add_argument("--rows", type=int, help="to train with or to score (20000, 400000)")
     args = parser.parse_args()
     rows = args.rows or {"train": 20_000, "score": 400_000}[args.what]
@@ -198,8 +197,7 @@ def main() -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one GPU
     ways = {}
     with TemporaryDirectory() as folder:
-        output = f"{folder}/rows"
-        pairs = ExportPairsConfig(data=args.data, split="train", rows=rows, output=output)
+        pairs = ExportPairsConfig(data="sample", rows=rows, output=f"{folder}/rows")
         export_pairs(pairs, print)
         save_model(network.make_network(), f"{folder}/model")  # the speed depends on no weights
         for measure in (original, bare, guide, project):
