@@ -90,8 +90,7 @@ class TrainConfig(LabelledDataConfig):
     init_from: str | None = None
     """run or model folder (or URI) whose weights the training begins with [new weights]"""
     recipe: RecipeName = "short"
-    """quick: as accurate as the original, in less time; long: more epochs, with dropout and
-    stronger distortion, for higher accuracy"""
+    """quick: the original's accuracy in less time; long: the highest, in more epochs"""
     epochs: int | None = _recipe("epochs", "passes over the training rows", ge=1, le=1000)
     # The second convolution makes 50,176 values of a row, and kernels of GPUs count to 2^31.
     batch_size: int | None = _recipe("batch_size", "rows of a step of all workers", ge=1, le=32_768)
@@ -104,18 +103,15 @@ class TrainConfig(LabelledDataConfig):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation and dropout"""
     num_workers: int | tuple[int, int] | None = None
-    """training workers: N, or MIN,MAX for elastic training [one per GPU, but at least 256 rows of a
-    batch each; without GPUs, one]"""
+    """workers: N, or MIN,MAX if elastic [one per GPU with 256 rows a batch; without GPUs, one]"""
     use_gpu: bool | None = None
     """train on GPUs [true if the cluster has GPUs]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPUs that a worker reserves, and its threads, which decide the last bits of the weights [all
-    CPUs of a node]"""
+    """CPUs and threads of a worker, which decide the last bits [all CPUs of a node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
-    """failures of workers and nodes to recover from in the whole run; nodes that announce their end
-    do not count"""
+    """failures to recover from in the whole run; nodes that announce their end do not count"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
     storage_path: str = "runs"
@@ -125,18 +121,14 @@ class TrainConfig(LabelledDataConfig):
     resume: bool | Literal["auto"] = False
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
 
-    @field_validator("num_workers", mode="before")
+    @field_validator("num_workers", mode="wrap")
     @classmethod
-    def _split_range(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) and "," in value else value
-
-    @field_validator("num_workers")
-    @classmethod
-    def _check_range(cls, value: Any) -> Any:
-        low, high = value if isinstance(value, tuple) else (value, value)
-        if value is not None and not 1 <= low <= high:
+    def _parse_range(cls, value: Any, convert: Any) -> Any:
+        workers = convert(value.split(",") if isinstance(value, str) and "," in value else value)
+        low, high = workers if isinstance(workers, tuple) else (workers, workers)
+        if workers is not None and not 1 <= low <= high:
             raise ValueError("must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
-        return value
+        return workers
 
     @field_validator("resume")
     @classmethod
@@ -189,8 +181,7 @@ class ScoreConfig(JobConfig):
     """leave the output of files that are not in the input now; without it, it is refused"""
     # Of 784 bytes each, Arrow's limit is 2.7 million.
     max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
-    """maximum rows in an output file, and what a worker loses in a kill [a quarter of the input
-    file, but 8192 to 32768]"""
+    """most rows of an output file, and what a kill costs [a quarter of the input, 8192 to 32768]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
     # conv2 computes 50,176 values a row: GPU kernels with indices of 32 bits take at most 42,799
