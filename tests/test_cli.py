@@ -1,8 +1,6 @@
 """The command `mnistsum`, without Ray: flags, config files, signals, last line and exit codes."""
 
 import json
-import os
-import pty
 import re
 import signal
 import subprocess
@@ -161,45 +159,38 @@ def test_a_signal_after_the_result_changes_nothing() -> None:
 
 
 def test_a_result_that_nobody_gets_is_an_error() -> None:
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", _JOB.format(work=0, cleanup=0)],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    job = _JOB.format(work=0, cleanup=0)
+    done = run_command("sh", "-c", '"$0" -c "$1" > /dev/full', sys.executable, job)
     said = "ready\nerror: standard output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
+_ON_A_TERMINAL = """
+import sys
+from mnistsum_ray.cli import main
+sys.stdout.isatty = lambda: True
+sys.exit(main())
+"""
+
+
 def test_a_picture_is_answered_and_a_terminal_gets_json_when_asked(
-    flags: list[str], model: Path, tmp_path: Path
+    model: Path, tmp_path: Path
 ) -> None:
     """The result in words is on standard error."""
-    file = str(tmp_path / "one.png")
+    file = tmp_path / "one.png"
     picture = Image.new("L", (300, 400), 255)
     picture.paste(0, (140, 50, 160, 350))
     picture.save(file)
-    leader, follower = pty.openpty()
-    command = [str(MNISTSUM), "predict", file, "--number", "5", "--model", str(model), *flags]
-    done = subprocess.run(command, stdout=follower, stderr=subprocess.PIPE, text=True)
-    os.write(follower, b"end")
-    shown = ""
-    while not shown.endswith("end"):
-        shown += os.read(leader, 1000).decode()
-    os.close(leader)
-    os.close(follower)
+    command = [sys.executable, "-c", _ON_A_TERMINAL, "predict", file, "--number=5", "--model"]
+    done = run_command(*command, model)
     answers, unsure = done.stderr.splitlines()
     assert re.fullmatch(r"digit: \d \([0-9.]+ %\), digit \+ 5: \d+ \([0-9.]+ %\)", answers)
     assert unsure == "unsure: the digit's probability is below 90 %", "the weights are random"
-    if flags:
-        line = json.loads(shown.removesuffix("end"))
-        names = "picture number digit digit_prob sum sum_prob consistent unsure"
-        assert list(line) == names.split()
-        assert (line["picture"], line["number"], line["unsure"]) == (file, 5, True)
-    else:
-        assert shown == "end"
+    assert (done.returncode, done.stdout) == (0, "")
+    line = json.loads(run_command(*command, model, "--json").stdout)
+    names = "picture number digit digit_prob sum sum_prob consistent unsure"
+    assert list(line) == names.split()
+    assert (line["picture"], line["number"], line["unsure"]) == (str(file), 5, True)
 
 
 SCORE = ["--input", "i", "--model", "m", "--output", "o"]
