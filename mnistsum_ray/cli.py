@@ -62,7 +62,7 @@ Result = dict[str, Any]
 """The fields of the last line."""
 
 # The docstring of a command is its --help. Each imports what it needs: for --help or a wrong flag
-# neither NumPy, torch nor Ray.
+# neither NumPy, torch nor Ray. What is printed goes to standard error: see `run`.
 
 
 def train(config: TrainConfig) -> Result:
@@ -98,12 +98,10 @@ def export_pairs(config: ExportPairsConfig) -> Result:
     mnistsum export-pairs --output pairs/
     """
     from mnistsum_ray import pairs
-    from mnistsum_ray.reporting.console import Console
 
-    console = Console()
-    output, source = pairs.export_pairs(config, console.say)
+    output, source = pairs.export_pairs(config, print)
     rows, files = counted(config.rows, "row"), counted(config.files, "file")
-    console.say(f"{rows} of {source.name} in {files}: {output.display}")
+    print(f"{rows} of {source.name} in {files}: {output.display}")
     written = {"output": output.display, "data": source.name}
     return written | {"split": config.split, "rows": config.rows, "files": config.files}
 
@@ -118,13 +116,12 @@ def predict(config: PredictConfig) -> Result:
     is unsure. No Ray is started.
     """
     from mnistsum_ray.api import predict as predict_picture
-    from mnistsum_ray.reporting.console import Console
 
-    found, console = predict_picture(config.model, config.picture, config.number), Console()
+    found = predict_picture(config.model, config.picture, config.number)
     digit, total = percent(found.digit_prob), percent(found.sum_prob)
-    console.say(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
+    print(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
     if found.unsure:
-        console.say("unsure: the digit's probability is below 90 %")
+        print("unsure: the digit's probability is below 90 %")
     answer = {"picture": config.picture} | vars(found)
     del answer["pixels"]
     return answer
