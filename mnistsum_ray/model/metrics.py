@@ -38,25 +38,15 @@ ScoredDigits = list[tuple[LabelledRows, Tensor]]
 """Batches of rows, with their digit scores [n, 10]."""
 
 ScoredRows = Iterable[tuple[LabelledRows, Scores]]
-"""Batches with scores by head: float32[n, k, classes]; k is NUMBERS, or 1 of digits."""
+"""Batches of rows, with their `scores_of_all_numbers`."""
 
 Metrics = dict[str, float]
 """`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats), and
 `<head>_accuracy`."""
 
 
-@torch.no_grad()
-def score_rows(
-    model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]
-) -> Iterator[tuple[LabelledRows, Scores]]:
-    """Batches with the scores of all heads, of batches with digit scores [n, 10] in any dtype."""
-    for batch, digit_scores in rows:
-        # The other heads, a thousandth of the work, run in float32.
-        yield batch, model.scores_of_all_numbers(digit_scores.float())
-
-
 def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
-    """True classes by head, int64[n, k], of digits int64[n] with scores as in `ScoredRows`."""
+    """True classes by head, int64[n, NUMBERS] or of the digit int64[n, 1], beside their scores."""
     numbers = torch.arange(NUMBERS, device=digits.device)
     classes = []
     for head, logits in zip(HEADS, scores, strict=True):
@@ -74,7 +64,7 @@ class AnswerCounts:
         self._losses = torch.zeros(len(HEADS), dtype=torch.float64, device=device)
 
     def add(self, batch: LabelledRows, scores: Scores) -> None:
-        """Count one batch with its scores, as `score_rows` yields them."""
+        """Count one batch with its `scores_of_all_numbers`."""
         counts = [torch.ones_like(batch["row_id"]).sum(), mix_ids(batch["row_id"]).sum()]
         truths = true_classes(batch["digit"], scores)
         for index, (logits, truth) in enumerate(zip(scores, truths, strict=True)):
@@ -240,8 +230,10 @@ def finish_model(
     model.load_state_dict(trained.state_dict())
     # Before calibration: by this two runs are compared, bit for bit.
     trained_sha256 = checksum(copy_weights(model))
-    temperatures = fit_temperatures(score_rows(model, validation))
-    analysis, mistake_images = analyse_errors(score_rows(model, test), temperatures)
+    of_validation = [(batch, model.scores_of_all_numbers(scores)) for batch, scores in validation]
+    temperatures = fit_temperatures(of_validation)
+    of_test = ((batch, model.scores_of_all_numbers(scores)) for batch, scores in test)
+    analysis, mistake_images = analyse_errors(of_test, temperatures)
     model.fold_temperatures(temperatures)
     weights, last = copy_weights(model), history[-1]
     metrics = {split: last[split] for split in ("validation", "test")}

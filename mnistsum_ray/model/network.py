@@ -95,11 +95,15 @@ class Network(nn.Module, ABC):
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
         return self.scores(self.digit_scores(images, dropout), numbers)
 
+    @torch.no_grad()
     def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
-        """Scores of all heads with every number: [n, NUMBERS, classes], of the digit [n, 1, 10]."""
+        """Scores of all heads with every number, of digit scores [n, 10] in any dtype.
+
+        float32[n, NUMBERS, classes]; of the digit, which does not depend on it, [n, 1, 10].
+        """
+        digit_scores = digit_scores.float()  # the other heads are a thousandth of the work
         rows = len(digit_scores)
         numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
-        # The digit does not depend on the number, so its scores stay one row an image.
         _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
         return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
 

@@ -20,7 +20,6 @@ from mnistsum_ray.model.metrics import (
     analyse_errors,
     fit_temperature,
     fit_temperatures,
-    score_rows,
 )
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from tests.model import new_model, random_rows
@@ -45,8 +44,9 @@ def scored() -> ScoredRows:
     columns = [torch.split(values, 128) for values in (IMAGES, DIGITS, ids, digit_scores())]
     batches = []
     for images, digits, ids, scores in zip(*columns, strict=True):
-        batches.append(({"image": images, "digit": digits, "row_id": ids}, scores))
-    return list(score_rows(new_model(), batches))
+        batch = {"image": images, "digit": digits, "row_id": ids}
+        batches.append((batch, new_model().scores_of_all_numbers(scores)))
+    return batches
 
 
 def count(rows: ScoredRows, ids: np.ndarray) -> Metrics:
@@ -86,7 +86,7 @@ def test_a_repeated_row_is_an_error() -> None:
     batch: LabelledRows = {"digit": torch.zeros(3, dtype=torch.int64)}
     batch["row_id"] = torch.tensor([0, 1, 1])
     with pytest.raises(RowCountError, match="lost or repeated"):
-        count(score_rows(TwoHeadCNN(), [(batch, torch.zeros(3, 10))]), np.arange(3))
+        count([(batch, TwoHeadCNN().scores_of_all_numbers(torch.zeros(3, 10)))], np.arange(3))
 
 
 def test_the_error_analysis_agrees_with_the_metrics() -> None:
