@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,6 @@ import pyarrow as pa
 from mnistsum_ray.cluster.connection import connect, head_answers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.images import (
-    Pixels,
     decode_images,
     decode_numbers,
     image_type_error,
@@ -157,8 +156,6 @@ class PicturePrediction:
     """Whether sum = digit + number."""
     unsure: bool
     """Whether the digit's probability is below 0.9."""
-    pixels: Pixels = field(repr=False, compare=False)
-    """uint8[28, 28]: what the network was given."""
 
 
 def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
@@ -187,7 +184,6 @@ def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
         sum_prob=answer["sum_prob"],
         consistent=answer["pred_sum"] == answer["pred_digit"] + number,
         unsure=answer["digit_prob"] < 0.9,
-        pixels=pixels,
     )
 
 

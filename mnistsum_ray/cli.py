@@ -122,9 +122,7 @@ def predict(config: PredictConfig) -> Result:
     print(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
     if found.unsure:
         print("unsure: the digit's probability is below 90 %")
-    answer = {"picture": config.picture} | vars(found)
-    del answer["pixels"]
-    return answer
+    return {"picture": config.picture} | vars(found)
 
 
 COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
