@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:
+    from mnistsum_ray.api import PicturePrediction as PicturePrediction
     from mnistsum_ray.api import fit as fit
     from mnistsum_ray.api import load_model as load_model
     from mnistsum_ray.api import predict as predict
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from mnistsum_ray.reporting.results import TrainResult as TrainResult
 
 _NAMES: Final = {
-    "api": "fit load_model predict predict_rows save_model score",
+    "api": "PicturePrediction fit load_model predict predict_rows save_model score",
     "config": "ScoreConfig TrainConfig",
     "data.picture": "prepare_picture",
     "errors": "RequestError RunError TryAgainError",
