@@ -120,7 +120,8 @@ class Console:
             bar.n = done
             with suppress(OSError):
                 bar.set_postfix_str(note, refresh=self._has_bars)
-            if not self._has_bars and time.monotonic() - self._last_line >= LINE_SECONDS:
+            is_due = time.monotonic() - self._last_line >= LINE_SECONDS
+            if is_due and not self._has_bars and done > bar.initial:  # else the rate is unknown
                 self.say(str(bar))
 
     def _close_bar(self) -> None:

@@ -23,6 +23,7 @@ def test_a_log_has_lines_with_the_time_and_the_run_and_progress_after_some_time(
     written.say("epoch 1")
     written.progress("training rows", 15_000, 50_000, "epoch 2/5")
     time.sleep(1.1)
+    written.progress("training rows", 15_000, 50_000, "epoch 2/5")  # no rate is known
     written.progress("training rows", 16_000, 50_000, "epoch 2/5")
     written.progress("training rows", 17_000, 50_000, "epoch 2/5")
     written.progress("files read", 0, 0)
