@@ -1,6 +1,6 @@
 """Measure the speed of this project beside three other ways to train or to score.
 
-python jobs/benchmark.py train --data FOLDER
+python jobs/benchmark.py train
 python jobs/benchmark.py score --rows 400000
 
 original  the way of the original: one row at a time through a DataLoader, float32, Adam
@@ -10,7 +10,7 @@ guide     Ray's guides for Ray Train with Ray Data, and for batch inference, as 
 project   `fit` or `score`
 
 Training: rows/s after the first epoch, one worker with all cores. Scoring: rows/s with the start of
-Ray and the writing of files; `original` and `bare` loop over 10,000 rows.
+Ray and the writing of files. `original` and `bare` loop over 10,000 rows.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
 import ray.train.torch
 import torch
@@ -48,30 +47,15 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
+def random_rows(count: int) -> tuple[Tensor, Tensor]:
+    """Images uint8[n, 28, 28] and digits int64[n]: the speed depends on no values."""
+    rows = min(count, 10_000)
+    images = torch.randint(0, 256, (rows, 28, 28), dtype=torch.uint8)
+    return images, torch.randint(0, 10, (rows,))
+
+
 def decode(images: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(bytearray(b"".join(images)), np.uint8).reshape(-1, 28, 28)
-
-
-def read_rows(folder: str, count: int | None = None) -> tuple[Tensor, Tensor]:
-    table = pq.read_table(f"{folder}/rows")[:count]  # noqa: TID251 - the benchmark's own files
-    digits = table["digit"].to_numpy().astype(np.int64)
-    return torch.from_numpy(decode(table["image"].to_pylist())), torch.from_numpy(digits)
-
-
-def original_batches(folder: str, count: int | None = None) -> Any:
-    """Batches of images, random numbers and digits, of which each row is made when it is read."""
-
-    def collate(rows: Any) -> Any:
-        return default_collate([(image[None] / 255, randrange(10), digit) for image, digit in rows])
-
-    rows: Any = list(zip(*read_rows(folder, count), strict=True))
-    return DataLoader(rows, BATCH, shuffle=True, collate_fn=collate)
-
-
-def read_dataset(folder: str) -> ray.data.Dataset:
-    # Tasks that read and write need CPUs beside workers on all cores: else they wait for ever.
-    ray.init(address="local", num_cpus=CORES + 3, log_to_driver=False)
-    return ray.data.read_parquet(f"{folder}/rows")  # noqa: TID251 - it is what is measured
 
 
 def timed(epochs: Iterable[Iterable[Any]], step: Callable[..., object]) -> float:
@@ -109,50 +93,41 @@ def project_step() -> Callable[[Tensor, Tensor], None]:
     return step
 
 
-def train_original(folder: str) -> float:
+def original(what: str, folder: str, rows: int) -> float:
+    """A row is made when it is read, with a random number."""
+    is_training = what == "train"
     model = network.TwoHeadCNN().to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters())
 
+    def collate(rows: Any) -> Any:
+        return default_collate([(image[None] / 255, randrange(10), digit) for image, digit in rows])
+
     def step(*batch: Tensor) -> None:
         images, numbers, digits = (values.to(DEVICE) for values in batch)
-        optimizer.zero_grad()
         digit_scores, sum_scores = model(images, numbers)
+        if not is_training:
+            digit_scores.argmax(1).cpu(), sum_scores.argmax(1).cpu()
+            return
+        optimizer.zero_grad()
         loss = F.cross_entropy(digit_scores, digits) + F.cross_entropy(sum_scores, digits + numbers)
         torch.autograd.backward(loss / 2)
         optimizer.step()
 
-    return timed([original_batches(folder)] * EPOCHS, step)
+    pairs: Any = list(zip(*random_rows(rows), strict=True))
+    batches = DataLoader(pairs, BATCH, shuffle=True, collate_fn=collate)
+    with torch.set_grad_enabled(is_training):
+        return timed([batches] * EPOCHS, step)
 
 
-def train_bare(folder: str) -> float:
-    images, digits = (torch.split(column.to(DEVICE), BATCH) for column in read_rows(folder))
-    return timed([list(zip(images, digits, strict=True))] * EPOCHS, project_step())
-
-
-def train_guide(folder: str) -> float:
-    def worker() -> float:
-        torch.set_num_threads(CORES)  # Ray sets one, with which two cores train half as fast
-        shard = ray.train.get_dataset_shard("train")
-        batches = shard.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH)
-        epochs = (map(itemgetter("image", "digit"), batches) for _ in range(EPOCHS))
-        return timed(epochs, project_step())
-
-    def prepared(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"image": decode(batch["image"]), "digit": batch["digit"].astype(np.int64)}
-
-    trainer = ray.train.torch.TorchTrainer(
-        worker,
-        scaling_config=ray.train.ScalingConfig(use_gpu=CUDA),
-        run_config=ray.train.RunConfig(storage_path=folder),
-        datasets={"train": read_dataset(folder).map_batches(prepared)},
-    )
-    return float(trainer.fit().return_value)
-
-
-def train_project(folder: str) -> float:
-    settings: dict[str, Any] = {"data": f"{folder}/rows", "storage_path": folder, "epochs": EPOCHS}
-    settings |= {"batch_size": BATCH, "distortion": 0.5, "num_workers": 1}
-    return fit(TrainConfig(**settings)).images_per_second
+def bare(what: str, folder: str, rows: int) -> float:
+    images, digits = (torch.split(column.to(DEVICE), BATCH) for column in random_rows(rows))
+    batches = list(zip(images, digits, strict=True))
+    if what == "train":
+        return timed([batches] * EPOCHS, project_step())
+    predictor = Scorer(folder).predictor
+    torch.set_num_threads(CORES)  # the predictor has set one, since there is one for each core
+    arrays = [(images.cpu().numpy(), digits.cpu().numpy()) for images, digits in batches]
+    return timed([arrays] * EPOCHS, predictor.predict)
 
 
 class Scorer:
@@ -169,57 +144,52 @@ class Scorer:
         return {"row_id": batch["row_id"], "number": numbers, **found}
 
 
-def score_original(folder: str) -> float:
-    model = network.TwoHeadCNN().to(DEVICE).eval()
-
-    @torch.inference_mode()
-    def step(images: Tensor, numbers: Tensor, _: Tensor) -> None:
-        for scores in model(images.to(DEVICE), numbers.to(DEVICE)):
-            scores.argmax(1).cpu()
-
-    return timed([original_batches(folder, 10_000)] * 2, step)
-
-
-def score_bare(folder: str) -> float:
-    predictor = Scorer(folder).predictor
-    torch.set_num_threads(CORES)  # the predictor has set one, since there is one for each core
-    images, numbers = (column.numpy() for column in read_rows(folder, 10_000))
-    parts = [slice(start, start + BATCH) for start in range(0, len(images), BATCH)]
-    batches = [(images[part], numbers[part]) for part in parts]
-    return timed([batches] * 2, predictor.predict)
-
-
-def score_guide(folder: str) -> None:
+def guide(what: str, folder: str, rows: int) -> float | None:
+    # Tasks that read and write need CPUs beside workers on all cores: else they wait for ever.
+    ray.init(address="local", num_cpus=CORES + 3, log_to_driver=False)
+    dataset = ray.data.read_parquet(f"{folder}/rows")  # noqa: TID251 - it is what is measured
+    if what == "train":
+        return train_by_guide(folder, dataset)
     pool = ray.data.ActorPoolStrategy(size=1 if CUDA else CORES)
     options = {"fn_constructor_args": [folder], "compute": pool, "num_gpus": int(CUDA)}
-    scored = read_dataset(folder).map_batches(Scorer, batch_size=1024, **options)
+    scored = dataset.map_batches(Scorer, batch_size=1024, **options)
     scored.write_parquet(f"{folder}/guide")
+    return None
 
 
-def score_project(folder: str) -> None:
-    score(ScoreConfig(model=f"{folder}/model", input=(f"{folder}/rows",), output=f"{folder}/out"))
+def train_by_guide(folder: str, dataset: ray.data.Dataset) -> float:
+    def worker() -> float:
+        torch.set_num_threads(CORES)  # Ray sets one, with which two cores train half as fast
+        shard = ray.train.get_dataset_shard("train")
+        batches = shard.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH)
+        epochs = (map(itemgetter("image", "digit"), batches) for _ in range(EPOCHS))
+        return timed(epochs, project_step())
+
+    def prepared(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"image": decode(batch["image"]), "digit": batch["digit"].astype(np.int64)}
+
+    trainer = ray.train.torch.TorchTrainer(
+        worker,
+        scaling_config=ray.train.ScalingConfig(use_gpu=CUDA),
+        run_config=ray.train.RunConfig(storage_path=folder),
+        datasets={"train": dataset.map_batches(prepared)},
+    )
+    return float(trainer.fit().return_value)
 
 
-WAYS: dict[str, dict[str, Callable[[str], float | None]]] = {
-    "train": {
-        "original": train_original,
-        "bare": train_bare,
-        "guide": train_guide,
-        "project": train_project,
-    },
-    "score": {
-        "original": score_original,
-        "bare": score_bare,
-        "guide": score_guide,
-        "project": score_project,
-    },
-}
+def project(what: str, folder: str, rows: int) -> float | None:
+    source, output = f"{folder}/rows", f"{folder}/out"
+    if what == "train":
+        settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": BATCH, "distortion": 0.5}
+        config = TrainConfig(data=source, storage_path=output, num_workers=1, **settings)
+        return fit(config).images_per_second
+    score(ScoreConfig(model=f"{folder}/model", input=(source,), output=output))
+    return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="See the top of this file.")
     parser.add_argument("what", choices=["train", "score"])
-    parser.add_argument("--data", default="sample", help="as for jobs/train.py (default: sample)")
     parser.add_argument("--rows", type=int, help="to train with or to score (20000, 400000)")
     args = parser.parse_args()
     rows = args.rows or {"train": 20_000, "score": 400_000}[args.what]
@@ -227,12 +197,13 @@ def main() -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one GPU
     ways = {}
     with TemporaryDirectory() as folder:
-        pairs: dict[str, Any] = {"data": args.data, "split": "train", "rows": rows, "files": 8}
-        export_pairs(ExportPairsConfig(**pairs, output=f"{folder}/rows"), print)
+        pairs = ExportPairsConfig(data="sample", rows=rows, output=f"{folder}/rows")
+        export_pairs(pairs, print)
         save_model(network.make_network(), f"{folder}/model")  # the speed depends on no weights
-        for way, measure in WAYS[args.what].items():
+        for measure in (original, bare, guide, project):
             started = time.perf_counter()
-            rate = measure(folder)  # None: all seconds count
+            rate = measure(args.what, folder, rows)  # None: all seconds count
+            way = measure.__name__
             ways[way] = rate or rows / (time.perf_counter() - started)
             ray.shutdown()
             print(f"{way:10}{ways[way]:12,.1f} rows/s", flush=True)

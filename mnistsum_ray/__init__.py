@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:
+    from mnistsum_ray.api import PicturePrediction as PicturePrediction
     from mnistsum_ray.api import fit as fit
     from mnistsum_ray.api import load_model as load_model
     from mnistsum_ray.api import predict as predict
@@ -33,28 +34,19 @@ if TYPE_CHECKING:
     from mnistsum_ray.reporting.results import ScoreResult as ScoreResult
     from mnistsum_ray.reporting.results import TrainResult as TrainResult
 
-_MODULES: Final = {
-    "RequestError": "errors",
-    "RunError": "errors",
-    "ScoreConfig": "config",
-    "ScoreResult": "reporting.results",
-    "TrainConfig": "config",
-    "TrainResult": "reporting.results",
-    "TryAgainError": "errors",
-    "fit": "api",
-    "load_model": "api",
-    "predict": "api",
-    "predict_rows": "api",
-    "prepare_picture": "data.images",
-    "save_model": "api",
-    "score": "api",
+_NAMES: Final = {
+    "api": "PicturePrediction fit load_model predict predict_rows save_model score",
+    "config": "ScoreConfig TrainConfig",
+    "data.images": "prepare_picture",
+    "errors": "RequestError RunError TryAgainError",
+    "reporting.results": "ScoreResult TrainResult",
 }
-
-__all__ = [*_MODULES]
+"""By module."""
 
 
 def __getattr__(name: str) -> Any:
     # Imports on first use: torch and Ray take seconds to import, and `--help` needs neither.
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    for module, names in _NAMES.items():
+        if name in names.split():
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,13 +3,13 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,6 @@ from mnistsum_ray.cluster.connection import connect, head_answers
 from mnistsum_ray.config import ScoreConfig, TrainConfig
 from mnistsum_ray.data.images import (
     Picture,
-    Pixels,
     decode_images,
     decode_numbers,
     image_type_error,
@@ -28,7 +27,7 @@ from mnistsum_ray.data.images import (
     prepare_picture,
 )
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.errors import RequestError, RunError, TryAgainError
+from mnistsum_ray.errors import RequestError, RunError, TryAgainError, one_line, shortened
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
@@ -41,9 +40,6 @@ if TYPE_CHECKING:  # torch and Ray take seconds to import
 
 Model: TypeAlias = "Network | str | Path"
 """A model of `load_model`, or what that takes."""
-
-_BATCH_ROWS: Final = 64
-"""Rows of a forward pass of `predict_rows`."""
 
 
 def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainResult:
@@ -86,31 +82,26 @@ def score(config: ScoreConfig) -> ScoreResult:
 
 @contextmanager
 def _on_cluster(console: Console, run: str) -> Iterator[None]:
-    """Join a cluster or start one; an error there says so if its head is gone."""
+    """Join a cluster or start one; an error there says so if its head is gone.
+
+    Ray's warnings are hidden: they advise what the user of a job cannot do, or repeat its console.
+    """
     console.run = run
     console.say(connect())
-    with _quiet_ray():
+    import_module("ray.data")  # now, since its import sets the level of its logger
+    loggers = [logging.getLogger("ray"), logging.getLogger("ray.data")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        # Ray 2.60 has no other way to limit how often a process is started again.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)  # what it logs as an error it raises too
             yield
         except RunError as error:
             if head_answers():
                 raise
             raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error
-
-
-@contextmanager
-def _quiet_ray() -> Iterator[None]:
-    """Hide Ray's warnings: they advise what the user of a job cannot do, or repeat its console."""
-    import_module("ray.data")  # now, since its import sets the level of its logger
-    loggers = [logging.getLogger("ray"), logging.getLogger("ray.data")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)  # what it logs as an error it raises too
-    with warnings.catch_warnings():
-        # Ray 2.60 has no other way to limit how often a process is started again.
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-        try:
-            yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
@@ -135,15 +126,22 @@ def save_model(model: "Network", folder: str | Path) -> None:
     """Write a network as a model folder, which `load_model`, scoring and `--init-from` take.
 
     Raises:
-        RequestError: the folder cannot be written, or is not empty.
+        RequestError: the folder cannot be written, or is not empty; or the model is of another
+            network, and could not be loaded again.
     """
     from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
+    from mnistsum_ray.model.network import make_network
 
     output = empty_output(str(folder))
-    weights = copy_weights(model)
-    description = describe_model(weights, epoch=0, metrics={})
+    loaded = make_network()
+    try:
+        loaded.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        other = f"the model is no {type(loaded).__name__}, and could not be loaded again"
+        raise RequestError(f"{other}: {shortened(one_line(error))}") from None
+    weights = copy_weights(loaded)
     with as_request_error("--output"):
-        write_model(output, weights, description)
+        write_model(output, weights, describe_model(weights, epoch=0, metrics={}))
 
 
 @dataclass(frozen=True)
@@ -159,8 +157,6 @@ class PicturePrediction:
     """Whether sum = digit + number."""
     unsure: bool
     """Whether the digit's probability is below 0.9."""
-    pixels: Pixels = field(repr=False, compare=False)
-    """uint8[28, 28]: what the network was given."""
 
 
 def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
@@ -180,17 +176,15 @@ def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
     from mnistsum_ray.model.inference import predict_pairs
 
     found = predict_pairs(network, pixels[None], np.array([number]), batch_size=1)
-    digit, total = int(found["pred_digit"][0]), int(found["pred_sum"][0])
-    digit_prob = float(found["digit_prob"][0])
+    answer = {name: values[0].item() for name, values in found.items()}
     return PicturePrediction(
         number=int(number),
-        digit=digit,
-        digit_prob=digit_prob,
-        sum=total,
-        sum_prob=float(found["sum_prob"][0]),
-        consistent=total == digit + number,
-        unsure=digit_prob < 0.9,
-        pixels=pixels,
+        digit=answer["pred_digit"],
+        digit_prob=answer["digit_prob"],
+        sum=answer["pred_sum"],
+        sum_prob=answer["sum_prob"],
+        consistent=answer["pred_sum"] == answer["pred_digit"] + number,
+        unsure=answer["digit_prob"] < 0.9,
     )
 
 
@@ -204,8 +198,8 @@ def predict_rows(
 ) -> Any:
     """Predict the digit and the sum of each row of a table, as scoring does.
 
-    The table is a Ray Dataset, which is scored as it is read, or anything with
-    `__arrow_c_stream__`, as frames of pandas, Polars and DuckDB and tables of Arrow have it.
+    The table is a Ray Dataset, which is scored as it is read, or what `pyarrow.table` takes: frames
+    of pandas, Polars and DuckDB, tables of Arrow, a dict of columns.
 
     Returns:
         A Ray Dataset for one, else an Arrow table: all rows in their order, with the columns that
@@ -213,44 +207,34 @@ def predict_rows(
 
     Raises:
         TypeError: `rows` is something else.
-        ValueError: a column is missing, cannot be read, or has the name of one that is added.
+        KeyError: a column is not there, or twice.
+        ValueError: a column cannot be read, or has the name of one that is added.
     """
     network = _loaded(model)
     if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):
         from mnistsum_ray.cluster.workarounds import in_order
 
         def predict_block(block: pa.Table) -> pa.Table:
-            names = (image_column, number_column)
-            return predict_rows(network, block, *names, probabilities=probabilities)
+            columns = (image_column, number_column)
+            return predict_rows(network, block, *columns, probabilities=probabilities)
 
         return in_order(rows).map_batches(predict_block, batch_format="pyarrow")
-    if not hasattr(rows, "__arrow_c_stream__"):
-        kind = type(rows).__name__
-        raise TypeError(f"rows: must have __arrow_c_stream__ or be a Ray Dataset, not {kind}")
 
     from mnistsum_ray.model.inference import append_predictions, predict_pairs
 
-    table = pa.table(rows)
+    table = pa.table(rows)  # a TypeError says what it takes
     taken = added_column(table.column_names, probabilities)
     if taken:
         raise ValueError(f"column {taken!r} would be added; rename it")
-    images, bad_images = decode_images(_column(table, image_column, image_type_error))
-    numbers, bad_numbers = decode_numbers(_column(table, number_column, number_type_error))
-    predictions = predict_pairs(network, images, numbers, _BATCH_ROWS, probabilities)
+    for name, type_error in ((image_column, image_type_error), (number_column, number_type_error)):
+        error = type_error(table[name].type)
+        if error:
+            raise ValueError(f"column {name!r} {error}")
+    images, bad_images = decode_images(one_chunk(table[image_column]))
+    numbers, bad_numbers = decode_numbers(one_chunk(table[number_column]))
+    predictions = predict_pairs(network, images, numbers, 64, probabilities)
     reasons = join_reasons(bad_images, bad_numbers)
     return append_predictions(table, predictions, numbers, reasons)
-
-
-def _column(table: pa.Table, name: str, type_error: Callable[[Any], str | None]) -> pa.Array:
-    """A column as one array; `type_error` says of its type why it cannot be read."""
-    if table.column_names.count(name) != 1:
-        present = ", ".join(map(repr, table.column_names))
-        raise ValueError(f"there must be one column {name!r}; there are {present}")
-    column = table[name]
-    error = type_error(column.type)
-    if error:
-        raise ValueError(f"column {name!r} {error}")
-    return one_chunk(column)
 
 
 def _loaded(model: Model) -> "Network":

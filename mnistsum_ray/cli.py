@@ -1,4 +1,8 @@
-"""The command `mnistsum`, which the files in `jobs/` run too: last line, exit codes, signals."""
+"""The command `mnistsum`, which the files in `jobs/` run too.
+
+Flags and config file: argparse splits the words, and pydantic checks the values. Then signals, the
+last line and exit codes: see `run`.
+"""
 
 import gc
 import inspect
@@ -7,26 +11,40 @@ import os
 import signal
 import sys
 import time
-from argparse import SUPPRESS
-from collections.abc import Callable
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable
 from contextlib import redirect_stdout, suppress
 from functools import partial
-from types import FrameType
-from typing import Any, Final
+from io import BytesIO
+from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
-from mnistsum_ray.arguments import Parser, parse
-from mnistsum_ray.config import ExportPairsConfig, PredictConfig, ScoreConfig, TrainConfig
+from mnistsum_ray.config import (
+    ExportPairsConfig,
+    JobConfig,
+    PredictConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
     TryAgainError,
     counted,
+    did_you_mean,
+    one_line,
     percent,
     printable,
     shell_command,
+    shortened,
+    spelled,
 )
-from mnistsum_ray.storage.uri import hide_keys
+from mnistsum_ray.storage.uri import as_request_error, hide_keys, locate
 
 _HELP: Final = """
 The value of an unset flag is in brackets below; a bare flag that takes true or
@@ -38,11 +56,13 @@ not answer, a folder that another run holds), 128 + N stopped by signal N,
 """
 """What `--help` says of every command."""
 
+Config = TypeVar("Config", bound=JobConfig)
+
 Result = dict[str, Any]
 """The fields of the last line."""
 
 # The docstring of a command is its --help. Each imports what it needs: for --help or a wrong flag
-# neither NumPy, torch nor Ray.
+# neither NumPy, torch nor Ray. What is printed goes to standard error: see `run`.
 
 
 def train(config: TrainConfig) -> Result:
@@ -78,12 +98,10 @@ def export_pairs(config: ExportPairsConfig) -> Result:
     mnistsum export-pairs --output pairs/
     """
     from mnistsum_ray import pairs
-    from mnistsum_ray.reporting.console import Console
 
-    console = Console()
-    output, source = pairs.export_pairs(config, console.say)
+    output, source = pairs.export_pairs(config, print)
     rows, files = counted(config.rows, "row"), counted(config.files, "file")
-    console.say(f"{rows} of {source.name} in {files}: {output.display}")
+    print(f"{rows} of {source.name} in {files}: {output.display}")
     written = {"output": output.display, "data": source.name}
     return written | {"split": config.split, "rows": config.rows, "files": config.files}
 
@@ -98,16 +116,13 @@ def predict(config: PredictConfig) -> Result:
     is unsure. No Ray is started.
     """
     from mnistsum_ray.api import predict as predict_picture
-    from mnistsum_ray.reporting.console import Console
 
-    found, console = predict_picture(config.model, config.picture, config.number), Console()
+    found = predict_picture(config.model, config.picture, config.number)
     digit, total = percent(found.digit_prob), percent(found.sum_prob)
-    console.say(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
+    print(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
     if found.unsure:
-        console.say("unsure: the digit's probability is below 90 %")
-    answer = {"picture": config.picture} | vars(found)
-    del answer["pixels"]
-    return answer
+        print("unsure: the digit's probability is below 90 %")
+    return {"picture": config.picture} | vars(found)
 
 
 COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
@@ -138,6 +153,114 @@ def main(argv: list[str] | None = None) -> int:
     return run(partial(job, config), show_json)
 
 
+class Parser(ArgumentParser):
+    """Its errors are a RequestError. A flag that is not given has no value."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(
+            prog=command,
+            usage=f"{command} [flags]",
+            description=description,
+            formatter_class=RawDescriptionHelpFormatter,
+            argument_default=SUPPRESS,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(message.removeprefix("argument "))
+
+
+def parse(kind: type[Config], argv: list[str], description: str = "", command: str = "") -> Config:
+    """Make a config from the command line and the YAML file of `--config`; the command line wins.
+
+    Raises:
+        RequestError: an unknown flag or key, an invalid value, an unreadable file.
+        SystemExit: `--help` is printed: the description, then the flags of the command.
+    """
+    parser = Parser(command, description)
+    for name, field in kind.model_fields.items():
+        _add_flag(parser, name, field)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with any of these settings; flags win"
+    )
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = shortened(unknown[0].partition("=")[0])
+        hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config"])
+        raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
+    flags = vars(given)
+    file = flags.pop("config", None)
+    settings = _read_yaml(file) if file else {}
+    try:
+        return kind(**settings | flags)
+    except ValidationError as error:
+        in_file = settings.keys() - flags.keys()
+        raise RequestError(_message(error, in_file, kind.model_fields)) from None
+
+
+def _add_flag(parser: Parser, name: str, field: FieldInfo) -> None:
+    """Add the flag of a field. Its value stays text, which pydantic converts and checks."""
+    text = " ".join((field.description or "").split())
+    if field.is_required():
+        text += " (required)"
+    elif field.default is not None:  # the text says what None means
+        text += f" [{spelled(field.default)}]"
+    kind = field.annotation
+    options: dict[str, Any] = {"help": text}
+    if name == "picture":  # the one value that needs no flag
+        options |= {"nargs": "?", "metavar": "PICTURE"}
+    elif kind is bool or bool in get_args(kind):
+        options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+    elif get_origin(kind) is tuple:  # several words, as a shell expands `*.parquet`
+        options |= {"nargs": "+", "action": "extend"}  # the flag may be given again too
+    parser.add_argument(name if name == "picture" else _flag(name), **options)
+
+
+def _flag(field: str) -> str:
+    return "PICTURE" if field == "picture" else f"--{field.replace('_', '-')}"
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """Values of the config file by field name, as text: YAML 1.1 would read 010 as 8."""
+    with as_request_error("--config"):
+        data = locate(path, "--config").read_bytes()
+    settings: dict[str, Any] = {}
+    try:
+        # As a stream: of a string PyYAML's errors quote lines, which may hold keys.
+        loader = yaml.BaseLoader(BytesIO(data))
+        mapping = loader.get_single_node() or yaml.MappingNode("", [])
+        for key, value in loader.construct_pairs(mapping, deep=True):  # a dict would lose some
+            name = str(key).replace("-", "_")
+            if name in settings:
+                raise RequestError(f"--config {path}: {shortened(str(key))} is set twice")
+            settings[name] = None if value in ("", "~", "null") else value
+    except yaml.YAMLError as error:
+        problem = shortened(one_line(error))
+        raise RequestError(
+            f"--config {path}: is not YAML of `key: value` lines: {problem}"
+        ) from None
+    return settings
+
+
+def _message(error: ValidationError, in_file: Container[str], known: Iterable[str]) -> str:
+    """One line on all settings that are wrong or missing, each by its flag or key."""
+    problems: dict[str, list[str]] = defaultdict(list)
+    for found in error.errors():
+        setting = str(found["loc"][0])
+        problem = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "missing":
+            problem = "required, here or in the config file (--help has examples)"
+        elif found["type"] == "extra_forbidden":
+            problem = f"there is no such setting{did_you_mean(setting, known)} (--help lists them)"
+        elif found["type"] != "value_error":  # of pydantic; those of this package say enough
+            got = shortened(spelled(found["input"]))
+            problem = f"{problem[:1].lower()}{problem[1:]}, got {got!r}"
+        is_key = setting in in_file
+        name = f"key {shortened(setting)!r} of the config file" if is_key else _flag(setting)
+        problems[name].append(problem)  # where a type is a union, each of its types has one
+    return "; ".join(f"{name}: {', or '.join(texts)}" for name, texts in problems.items())
+
+
 def run(job: Callable[[], Result], show_json: bool) -> int:
     """Run a job, whose result is the last line on standard output; return its exit code.
 
@@ -147,12 +270,17 @@ def run(job: Callable[[], Result], show_json: bool) -> int:
     with redirect_stdout(sys.stderr):  # what Ray's threads print at any time
         try:
             result = job()
-            stop.ignore()
+            stop.handle_by(signal.SIG_IGN)
             code = 0
             if show_json:
-                _write(f"{json.dumps(result, allow_nan=False)}\n", stdout.fileno())
+                line = json.dumps(result, allow_nan=False) + "\n"
+                try:  # without Python's buffer, which it would try to write again at its end
+                    os.write(stdout.fileno(), line.encode())
+                except OSError as error:
+                    problem = f"standard output cannot be written: {error.strerror}"
+                    raise RunError(problem) from None
         except (RequestError, RunError, KeyboardInterrupt) as error:
-            stop.ignore()
+            stop.handle_by(signal.SIG_IGN)
             code = _explain(error, stop.received)
         stop.handle_by(lambda *_: os._exit(code))
         if "ray" in sys.modules:
@@ -161,40 +289,28 @@ def run(job: Callable[[], Result], show_json: bool) -> int:
     return code
 
 
-def _write(text: str, file: int) -> None:
-    try:
-        # Without Python's buffer, which it would try to write again at its end.
-        os.write(file, text.encode())
-    except OSError as error:
-        raise RunError(f"standard output cannot be written: {error.strerror}") from None
-
-
 class StopSignals:
-    """A stop signal raises KeyboardInterrupt, and a second one ends the process."""
+    """The first stop signal raises KeyboardInterrupt, and a later one ends the process."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # `nohup` ignores SIGHUP, and a script's `&` SIGINT.
+        self._numbers = [one for one in stop_signals if signal.getsignal(one) != signal.SIG_IGN]
         self.handle_by(self._interrupt)
 
-    def handle_by(self, handler: Callable[[int, FrameType | None], None]) -> None:
+    def handle_by(self, handler: Any) -> None:
         """From here on this handles the stop signals."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # `nohup` ignores SIGHUP, and a script's `&` SIGINT.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, handler)
+        for number in self._numbers:
+            signal.signal(number, handler)
 
-    def ignore(self) -> None:
-        self.handle_by(lambda *_: None)
-
-    def _interrupt(self, number: int, _: FrameType | None) -> None:
-        self.received, received_at = signal.Signals(number), time.monotonic()
-
-        def end(number: int, _: FrameType | None) -> None:
-            if time.monotonic() > received_at + 1:  # `timeout` sends its signal twice
-                os._exit(128 + number)
-
-        self.handle_by(end)
-        raise KeyboardInterrupt
+    def _interrupt(self, number: int, _: Any) -> None:
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() > self._received_at + 1:  # `timeout` sends its signal twice
+            os._exit(128 + number)
 
 
 def _explain(error: BaseException, received: signal.Signals | None) -> int:

@@ -4,9 +4,9 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
 
@@ -21,79 +21,53 @@ class JobConfig(BaseModel):
         hide_input_in_errors=True,  # messages would quote the values, and so keys
     )
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _refuse_keys(cls, given: Any) -> Any:
-        for name, value in given.items():
-            texts = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(text, str) and may_hold_keys(text) for text in texts):
-                raise ValueError(f"`{name}`: {KEYS_REFUSED}")
-        return given
+    def _refuse_keys(cls, value: Any) -> Any:
+        texts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(text, str) and may_hold_keys(text) for text in texts):
+            raise ValueError(KEYS_REFUSED)
+        return value
 
 
 RecipeName = Literal["quick", "short", "long"]
 
-RECIPES: Final[dict[str, dict[str, Any]]] = {
-    "quick": {
-        "epochs": 1,
-        "batch_size": 128,
-        "learning_rate": 0.05,
-        "distortion": 0.5,
-        "label_smoothing": 0.05,
-        "dropout": 0.0,
-    },
-    "short": {
-        "epochs": 5,
-        "batch_size": 256,
-        "learning_rate": 0.02,
-        "distortion": 0.5,
-        "label_smoothing": 0.0,
-        "dropout": 0.0,
-    },
-    "long": {
-        "epochs": 30,
-        "batch_size": 128,
-        "learning_rate": 0.02,
-        "distortion": 1.0,
-        "label_smoothing": 0.05,
-        "dropout": 0.25,
-    },
+_RECIPES: Final[dict[str, tuple[Any, Any, Any]]] = {
+    "epochs": (1, 5, 30),
+    "batch_size": (128, 256, 128),
+    "learning_rate": (0.05, 0.02, 0.02),
+    "distortion": (0.5, 0.5, 1.0),
+    "label_smoothing": (0.05, 0.0, 0.05),
+    "dropout": (0.0, 0.0, 0.25),
 }
-
-# An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
-# epochs. Few steps need a higher learning rate and label smoothing.
-FOR_FEW_ROWS: Final[dict[str, dict[str, Any]]] = {
-    "quick": {"epochs": 3, "batch_size": 64},
-    "short": {
-        "epochs": 3,
-        "batch_size": 64,
-        "learning_rate": 0.05,
-        "label_smoothing": 0.05,
-    },
-    "long": {"epochs": 40, "batch_size": 64},
-}
-"""What is different with fewer than SMALL_ROWS training rows."""
+"""What each recipe sets, in the order of RecipeName."""
 
 SMALL_ROWS: Final = 20_000
 
+# An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
+# epochs. Few steps need a higher learning rate and label smoothing.
+_RECIPES_OF_FEW_ROWS: Final = _RECIPES | {
+    "epochs": (3, 3, 40),
+    "batch_size": (64, 64, 64),
+    "learning_rate": (0.05, 0.05, 0.02),
+    "label_smoothing": (0.05, 0.05, 0.05),
+}
+"""The same with fewer than SMALL_ROWS training rows."""
 
-def recipe_defaults(name: str, *, small: bool) -> dict[str, Any]:
+
+def recipe_defaults(name: RecipeName, *, small: bool) -> dict[str, Any]:
     """Hyperparameters that a recipe sets; `small` for fewer than SMALL_ROWS training rows."""
-    return RECIPES[name] | (FOR_FEW_ROWS[name] if small else {})
+    recipe = get_args(RecipeName).index(name)
+    table = _RECIPES_OF_FEW_ROWS if small else _RECIPES
+    return {field: values[recipe] for field, values in table.items()}
 
 
 def _recipe(field: str, text: str, **limits: Any) -> Any:
     """An optional field that the recipe sets: its help is the text, and the recipes' values."""
-    values = _of_recipes(field, small=False)
-    for_few_rows = _of_recipes(field, small=True)
-    if for_few_rows != values:
-        values += f"; under {SMALL_ROWS:,} rows {for_few_rows}"
+    quick, short, long = _RECIPES[field]
+    few = ", ".join(f"{value:g}" for value in _RECIPES_OF_FEW_ROWS[field])
+    values = f"quick {quick:g}, short {short:g}, long {long:g}; under {SMALL_ROWS:,} rows {few}"
     return Field(default=None, description=f"{text} [{values}]", **limits)
-
-
-def _of_recipes(field: str, *, small: bool) -> str:
-    values = [f"{name} {recipe_defaults(name, small=small)[field]:g}" for name in RECIPES]
-    return ", ".join(values)
 
 
 class LabelledDataConfig(JobConfig):
@@ -116,8 +90,7 @@ class TrainConfig(LabelledDataConfig):
     init_from: str | None = None
     """run or model folder (or URI) whose weights the training begins with [new weights]"""
     recipe: RecipeName = "short"
-    """quick: as accurate as the original, in less time; long: more epochs, with dropout and
-    stronger distortion, for higher accuracy"""
+    """quick: the original's accuracy in less time; long: the highest, in more epochs"""
     epochs: int | None = _recipe("epochs", "passes over the training rows", ge=1, le=1000)
     # The second convolution makes 50,176 values of a row, and kernels of GPUs count to 2^31.
     batch_size: int | None = _recipe("batch_size", "rows of a step of all workers", ge=1, le=32_768)
@@ -130,18 +103,15 @@ class TrainConfig(LabelledDataConfig):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation and dropout"""
     num_workers: int | tuple[int, int] | None = None
-    """training workers: N, or MIN,MAX for elastic training [one per GPU, but at least 256 rows of a
-    batch each; without GPUs, one]"""
+    """workers: N, or MIN,MAX if elastic [one per GPU with 256 rows a batch; without GPUs, one]"""
     use_gpu: bool | None = None
     """train on GPUs [true if the cluster has GPUs]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPUs that a worker reserves, and its threads, which decide the last bits of the weights [all
-    CPUs of a node]"""
+    """CPUs and threads of a worker, which decide the last bits [all CPUs of a node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
-    """failures of workers and nodes to recover from in the whole run; nodes that announce their end
-    do not count"""
+    """failures to recover from in the whole run; nodes that announce their end do not count"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
     storage_path: str = "runs"
@@ -151,20 +121,21 @@ class TrainConfig(LabelledDataConfig):
     resume: bool | Literal["auto"] = False
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
 
-    @field_validator("num_workers", mode="before")
+    @field_validator("num_workers", mode="wrap")
     @classmethod
-    def _parse_workers(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) and "," in value else value
+    def _parse_range(cls, value: Any, convert: Any) -> Any:
+        workers = convert(value.split(",") if isinstance(value, str) and "," in value else value)
+        low, high = workers if isinstance(workers, tuple) else (workers, workers)
+        if workers is not None and not 1 <= low <= high:
+            raise ValueError("must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
+        return workers
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        asked = self.num_workers if self.num_workers is not None else 1
-        low, high = asked if isinstance(asked, tuple) else (asked, asked)
-        if not 1 <= low <= high:
-            raise ValueError("`num_workers`: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
-        if self.resume and self.name is None:
-            raise ValueError("`resume`: needs `name`, the run to continue")
-        return self
+    @field_validator("resume")
+    @classmethod
+    def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("name") is None:
+            raise ValueError("needs the name of the run to continue")
+        return value
 
 
 @dataclass(frozen=True)
@@ -192,12 +163,12 @@ class ScoreConfig(JobConfig):
     """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
     output: str
     """folder or URI for the predictions; the same command continues after a kill"""
-    image_column: str = Field(default="image", min_length=1)
-    """column of the images"""
     number_column: str = Field(default="number", min_length=1)
     """column of the numbers, integers from 0"""
     label_column: str | None = Field(default=None, min_length=1)
     """column of the true digits, to measure accuracy; any other value counts as unknown [none]"""
+    image_column: str = Field(default="image", min_length=1, validate_default=True)
+    """column of the images"""
     probabilities: bool = False
     """add the probabilities of all digits and sums: lists digit_probs and sum_probs"""
     strict: bool = False
@@ -210,8 +181,7 @@ class ScoreConfig(JobConfig):
     """leave the output of files that are not in the input now; without it, it is refused"""
     # Of 784 bytes each, Arrow's limit is 2.7 million.
     max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
-    """maximum rows in an output file, and what a worker loses in a kill [a quarter of the input
-    file, but 8192 to 32768]"""
+    """most rows of an output file, and what a kill costs [a quarter of the input, 8192 to 32768]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
     # conv2 computes 50,176 values a row: GPU kernels with indices of 32 bits take at most 42,799
@@ -230,12 +200,12 @@ class ScoreConfig(JobConfig):
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.image_column in (self.number_column, self.label_column):
-            columns = "`image_column`, `number_column`, `label_column`"
-            raise ValueError(f"{columns}: images need a column of their own")
-        return self
+    @field_validator("image_column")
+    @classmethod
+    def _check_images(cls, value: str, info: ValidationInfo) -> str:
+        if value in (info.data.get("number_column"), info.data.get("label_column")):
+            raise ValueError("images need a column of their own")
+        return value
 
 
 class ExportPairsConfig(LabelledDataConfig):
@@ -251,12 +221,6 @@ class ExportPairsConfig(LabelledDataConfig):
     """number of files, of about equal size"""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of the numbers"""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.files > self.rows:
-            raise ValueError(f"`files` {self.files}: more files than rows ({self.rows})")
-        return self
 
 
 class PredictConfig(JobConfig):

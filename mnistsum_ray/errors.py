@@ -1,12 +1,11 @@
 """Errors that end a job, whose one-line message says why and what to do; helpers to write it."""
 
+import json
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Final
-
-_MAX_QUOTED_CHARACTERS: Final = 300
+from typing import Any
 
 
 class RequestError(ValueError):
@@ -76,7 +75,12 @@ def root_cause(error: BaseException) -> str:
 
 def shortened(text: str) -> str:
     """Text cut to a length that fits in a message; a user's input may have any length."""
-    return text if len(text) <= _MAX_QUOTED_CHARACTERS else f"{text[:_MAX_QUOTED_CHARACTERS]}…"
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def spelled(value: Any) -> str:
+    """A value of a setting as it is given: `true`, `null`, and not Python's `True`, `None`."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def counted(count: int, noun: str) -> str:
@@ -97,8 +101,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def printable(text: str) -> str:
     """Text with control characters escaped: a file name could otherwise steer the terminal."""
-    parts = (char if char.isprintable() else ascii(char)[1:-1] for char in text)
-    return "".join(parts)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def shell_command(command: str) -> str:

@@ -1,8 +1,6 @@
-"""The command `mnistsum`, without Ray: its commands, signals, the last line and the exit codes."""
+"""The command `mnistsum`, without Ray: flags, config files, signals, last line and exit codes."""
 
 import json
-import os
-import pty
 import re
 import signal
 import subprocess
@@ -15,6 +13,9 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray import __version__, cli
+from mnistsum_ray.cli import parse
+from mnistsum_ray.config import JobConfig, PredictConfig, ScoreConfig, TrainConfig
+from mnistsum_ray.errors import RequestError
 from tests.jobs import ROOT, default_signals
 
 MNISTSUM = Path(sys.executable).with_name("mnistsum")
@@ -31,7 +32,7 @@ def test_a_mistake_is_one_line_with_exit_code_2(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: command: invalid choice: 'trian' (choose from ")
     done = run_command(MNISTSUM, "train", "--data", "sampel", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    found = f"there is no such file or folder ({tmp_path}/sampel)"
+    found = "there is no such file or folder; did you mean sample?"
     assert done.stderr == f"error: --data sampel: {found}\n"
 
 
@@ -70,6 +71,7 @@ def test_help_fits_a_terminal_and_imports_nothing_large(monkeypatch: pytest.Monk
     assert text.startswith(f"mnistsum_ray {__version__}\n")
     assert text.endswith("\n[]\n")
     assert [line for line in text.splitlines() if len(line) > 80] == []
+    assert not re.search(r"\[(None|True|False)\]", text), "as in Python, and not as in a flag"
     for command in cli.COMMANDS:
         assert f"\n  {command} " in text
         assert f"usage: mnistsum {command} " in text
@@ -157,42 +159,138 @@ def test_a_signal_after_the_result_changes_nothing() -> None:
 
 
 def test_a_result_that_nobody_gets_is_an_error() -> None:
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", _JOB.format(work=0, cleanup=0)],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    job = _JOB.format(work=0, cleanup=0)
+    done = run_command("sh", "-c", '"$0" -c "$1" > /dev/full', sys.executable, job)
     said = "ready\nerror: standard output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
+_ON_A_TERMINAL = """
+import sys
+from mnistsum_ray.cli import main
+sys.stdout.isatty = lambda: True
+sys.exit(main())
+"""
+
+
 def test_a_picture_is_answered_and_a_terminal_gets_json_when_asked(
-    flags: list[str], model: Path, tmp_path: Path
+    model: Path, tmp_path: Path
 ) -> None:
     """The result in words is on standard error."""
-    file = str(tmp_path / "one.png")
+    file = tmp_path / "one.png"
     picture = Image.new("L", (300, 400), 255)
     picture.paste(0, (140, 50, 160, 350))
     picture.save(file)
-    leader, follower = pty.openpty()
-    command = [str(MNISTSUM), "predict", file, "--number", "5", "--model", str(model), *flags]
-    done = subprocess.run(command, stdout=follower, stderr=subprocess.PIPE, text=True)
-    os.write(follower, b"end")
-    shown = ""
-    while not shown.endswith("end"):
-        shown += os.read(leader, 1000).decode()
-    os.close(leader)
-    os.close(follower)
+    command = [sys.executable, "-c", _ON_A_TERMINAL, "predict", file, "--number=5", "--model"]
+    done = run_command(*command, model)
     answers, unsure = done.stderr.splitlines()
     assert re.fullmatch(r"digit: \d \([0-9.]+ %\), digit \+ 5: \d+ \([0-9.]+ %\)", answers)
     assert unsure == "unsure: the digit's probability is below 90 %", "the weights are random"
-    if flags:
-        line = json.loads(shown.removesuffix("end"))
-        names = "picture number digit digit_prob sum sum_prob consistent unsure"
-        assert list(line) == names.split()
-        assert (line["picture"], line["number"], line["unsure"]) == (file, 5, True)
-    else:
-        assert shown == "end"
+    assert (done.returncode, done.stdout) == (0, "")
+    line = json.loads(run_command(*command, model, "--json").stdout)
+    names = "picture number digit digit_prob sum sum_prob consistent unsure"
+    assert list(line) == names.split()
+    assert (line["picture"], line["number"], line["unsure"]) == (str(file), 5, True)
+
+
+SCORE = ["--input", "i", "--model", "m", "--output", "o"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--epochs", "3", "--precision=bf16"], {"epochs": 3, "precision": "bf16"}),
+        (["--use-gpu", "false"], {"use_gpu": False}),
+        (["--num-workers", "1,4"], {"num_workers": (1, 4)}),
+        (["--skip-bad-rows", "--epochs", "2"], {"skip_bad_rows": True, "epochs": 2}),
+        (["--resume", "--name", "a"], {"resume": True, "name": "a"}),
+        (["--resume", "auto", "--name", "None"], {"resume": "auto", "name": "None"}),
+        (["--storage-path", "données/ü [1]"], {"storage_path": "données/ü [1]"}),
+    ],
+)
+def test_flags(argv: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("data", "7")  # which is no setting of this program
+    config = parse(TrainConfig, argv)
+    assert config.model_dump(exclude_unset=True) == expected
+    assert TrainConfig.model_validate(config) == config
+
+
+def test_the_command_line_overrides_the_config_file(tmp_path: Path) -> None:
+    """Its values are texts as on the command line: YAML 1.1 reads some otherwise than they look."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "epochs: 3\nbatch-size: 128\nnum_workers: [1, 2]\nskip_bad_rows: yes\nseed: 010\n"
+        "name: 2024-01-01\nprecision: null\ndropout: 1e-2\n"
+    )
+    made = parse(TrainConfig, ["--config", str(file), "--epochs", "7", "--skip-bad-rows", "false"])
+    expected = {"epochs": 7, "batch_size": 128, "num_workers": (1, 2), "skip_bad_rows": False}
+    expected |= {"seed": 10, "name": "2024-01-01", "precision": None, "dropout": 0.01}
+    assert made.model_dump(exclude_unset=True) == expected
+
+
+def test_a_list_flag_takes_several_words_and_may_come_again(tmp_path: Path) -> None:
+    names = ("a,b.parquet", "données/*.parquet", 'say "hi"', "[x]")
+    again = ["--input", *names[:2], "--strict", *(f"--input={name}" for name in names[2:])]
+    for argv in (["--input", *names], again):
+        assert parse(ScoreConfig, [*argv, *SCORE[2:]]).input == names
+    path = tmp_path / "run.yaml"
+    for text, expected in (("pairs", ("pairs",)), ("[a, 'b,c']", ("a", "b,c"))):
+        path.write_text(f"input: {text}\nmodel: m\noutput: o\n")
+        assert parse(ScoreConfig, ["--config", str(path)]).input == expected
+
+
+WRONG_FLAGS: list[tuple[type[JobConfig], str, list[str]]] = [
+    (TrainConfig, "--epohs=3", ["--epohs: there is no such flag; did you mean --epochs?"]),
+    (
+        TrainConfig,
+        "--epochs 0 --num-workers 4,2 --seed a --resume",
+        [
+            "--epochs: input should be greater than or equal to 1, got '0'",
+            "--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX",
+            "--seed: input should be",
+            "--resume: needs the name of the run to continue",
+        ],
+    ),
+    (TrainConfig, "--num-workers a", [", got 'a', or input should be a valid tuple, got 'a'"]),
+    (TrainConfig, "--config no.yaml", ["no.yaml: is not there"]),
+    (TrainConfig, f"--data a {'x' * 5000}", ["xxx…"]),
+    (PredictConfig, "--number 5 --model m", ["PICTURE: required"]),
+    (ScoreConfig, "--batch-size 0", ["--model: req", "--input: req", "--output: req", "got '0'"]),
+    (ScoreConfig, " ".join([*SCORE, "--label-column=image"]), ["--image-column: images need a"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "flags", "said"), WRONG_FLAGS)
+def test_all_wrong_flags_are_said_in_one_short_line(
+    kind: type[JobConfig], flags: str, said: list[str]
+) -> None:
+    with pytest.raises(RequestError) as error:
+        parse(kind, flags.split())
+    message = str(error.value)
+    assert [text for text in said if text not in message] == []
+    assert "\n" not in message
+    assert len(message) < 700
+
+
+WRONG_FILES = {
+    "epohs: 3": "key 'epohs' of the config file: there is no such setting; did you mean epochs?",
+    "- epochs": "is not YAML of `key: value` lines",
+    "seed: [": "is not YAML of `key: value` lines",
+    "batch-size: 3\nbatch_size: 4": "batch_size is set twice",
+    "data: null": "key 'data' of the config file: input should be a valid string, got 'null'",
+    f"name: {'x' * 5000}": "key 'name' of the config file",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_FILES)
+def test_what_is_wrong_in_a_config_file_is_named_by_its_key(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(RequestError, match=re.escape(WRONG_FILES[text])) as error:
+        parse(TrainConfig, ["--config", str(tmp_path / "run.yaml")])
+    assert len(str(error.value)) < 700
+
+
+def test_in_python_the_fields_are_those_of_the_flags() -> None:
+    """mypy knows them, or it would call the `ignore` unused."""
+    with pytest.raises(ValueError, match="epohs"):
+        TrainConfig(epohs=2)  # type: ignore[call-arg]

@@ -3,8 +3,7 @@
 import re
 import shlex
 
-from mnistsum_ray.arguments import parse
-from mnistsum_ray.cli import COMMANDS
+from mnistsum_ray.cli import COMMANDS, parse
 from mnistsum_ray.config import recipe_defaults
 from tests.jobs import ROOT
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mnistsum_ray import RequestError, RunError, load_model, predict, predict_rows, prepare_picture
-from mnistsum_ray.data.images import Pixels
+from mnistsum_ray import RequestError, RunError, load_model, predict, predict_rows, save_model
+from mnistsum_ray.data.images import Pixels, prepare_picture
 from mnistsum_ray.model.heads import PREDICTION_FIELDS
 from mnistsum_ray.model.inference import predict_pairs
 from mnistsum_ray.model.network import TwoHeadCNN
@@ -80,8 +80,7 @@ def test_a_picture_is_answered_from_a_file_or_from_memory(
     picture.save(file)
     found = predict(str(model), file, 5)
     assert found == predict(network, picture, 5) == predict(network, str(file), 5)
-    assert np.array_equal(found.pixels, prepare_picture(file))
-    expected = predict_pairs(network, found.pixels[None], np.array([5]), 1)
+    expected = predict_pairs(network, prepare_picture(file)[None], np.array([5]), 1)
     assert (found.digit, found.sum) == (expected["pred_digit"][0], expected["pred_sum"][0])
     assert (found.number, found.consistent) == (5, found.sum == found.digit + 5)
     assert found.unsure, "the weights are random"
@@ -95,19 +94,17 @@ def test_what_does_not_fit_is_an_error(network: TwoHeadCNN, table: pa.Table) -> 
     floats = table.set_column(1, "image", pa.array([0.5] * ROWS))
     reasons = table.append_column("reason", table["id"])
     sums = table.append_column("Sum_Probs", table["id"])
-    columns = "there must be one column 'picture'; there are 'id', 'image', 'number'"
-    cases: list[tuple[Any, dict[str, Any], str]] = [
-        (table, {"image_column": "picture"}, columns),
-        (floats, {}, "column 'image'"),
-        (reasons, {}, "column 'reason' would be added; rename it"),
-        (sums, {"probabilities": True}, "column 'Sum_Probs' would be added; rename it"),
+    cases: list[tuple[Any, bool, str]] = [
+        (floats, False, "column 'image' has type double, which holds no images"),
+        (reasons, False, "column 'reason' would be added; rename it"),
+        (sums, True, "column 'Sum_Probs' would be added; rename it"),
     ]
-    for frame, settings, said in cases:
+    for frame, probabilities, said in cases:
         with pytest.raises(ValueError, match=said):
-            predict_rows(network, frame, **settings)
+            predict_rows(network, frame, probabilities=probabilities)
     assert predict_rows(network, sums).num_rows == ROWS
-    with pytest.raises(TypeError, match="not dict"):
-        predict_rows(network, table.to_pydict())
+    with pytest.raises(KeyError, match="picture"):
+        predict_rows(network, table, "picture")
     broken = deepcopy(network)
     torch.nn.init.constant_(broken.conv1.weight, 3e38)
     with pytest.raises(RunError, match="scores are infinite or NaN for some image"):
@@ -117,3 +114,15 @@ def test_what_does_not_fit_is_an_error(network: TwoHeadCNN, table: pa.Table) -> 
 def test_no_rows_and_a_model_by_its_path(model: Path, table: pa.Table) -> None:
     found = predict_rows(model, table.slice(0, 0), probabilities=True)
     assert (found["reason"].type, found["sum_probs"].type) == (pa.string(), pa.list_(pa.float32()))
+
+
+def test_a_model_that_could_not_be_loaded_again_is_not_saved(
+    network: TwoHeadCNN, tmp_path: Path
+) -> None:
+    other: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(RequestError, match="no TwoHeadCNN, and could not be loaded again"):
+        save_model(other, tmp_path / "linear")
+    assert not (tmp_path / "linear").exists()
+    save_model(deepcopy(network).bfloat16(), tmp_path / "rounded")
+    weight = load_model(tmp_path / "rounded" / "model.safetensors").get_parameter("conv1.weight")
+    assert torch.equal(weight, network.conv1.weight.bfloat16().float())

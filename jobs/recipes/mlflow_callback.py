@@ -16,7 +16,7 @@ import mlflow
 from ray.train import UserCallback
 
 from mnistsum_ray import TrainConfig, fit, load_model, save_model
-from mnistsum_ray.arguments import parse
+from mnistsum_ray.cli import parse
 
 
 class MLflow(UserCallback):

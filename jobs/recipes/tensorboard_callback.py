@@ -13,7 +13,7 @@ from ray.train import UserCallback
 from torch.utils.tensorboard import SummaryWriter
 
 from mnistsum_ray import TrainConfig, fit
-from mnistsum_ray.arguments import parse
+from mnistsum_ray.cli import parse
 
 
 class TensorBoard(UserCallback):

@@ -33,6 +33,7 @@ from mnistsum_ray.errors import (
     StorageError,
     TryAgainError,
     UnusableFileError,
+    did_you_mean,
     one_line,
 )
 from mnistsum_ray.storage.store import Entry, Location, in_threads
@@ -122,6 +123,9 @@ def open_source(config: LabelledDataConfig, progress: CountFooters | None = None
     if config.data in ("auto", "mnist"):
         return _full_mnist(fall_back=config.data == "auto")
     location = locate_existing(config.data, "--data")
+    hint = did_you_mean(config.data, ("auto", "mnist", "sample"))
+    if hint and not location.exists():
+        raise RequestError(f"--data {config.data}: there is no such file or folder{hint}")
     folder = _find_mnist(Path(location.path)) if location.is_local else None
     if folder is not None:
         return _mnist(folder)

@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
-
 
 def tune_malloc() -> None:
     """Let glibc, where it is the C library, keep freed memory.
@@ -22,15 +20,13 @@ def tune_malloc() -> None:
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    libc = ctypes.CDLL(None)
-    accepted = libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-    if not accepted:  # glibc before 2.35 takes no more than this:
-        accepted = libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
-    # Either of these stops glibc's own growth of that threshold, which begins at 128 KiB: blocks
-    # above it would then be given back each time. So they are set only after it.
-    if accepted:
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_M_TOP_PAD, 2**28)
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # in glibc's malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    # glibc before 2.35 takes no more than 2^25. Each of the others stops glibc's own growth of
+    # this threshold, which begins at 128 KiB: blocks above it would then be given back each time.
+    if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**28)
 
 
 def disable_tf32() -> None:
@@ -49,9 +45,7 @@ def enable_determinism() -> None:
 def describe_cpu() -> dict[str, str]:
     """Linux's entries of the first core, such as `model name` and `flags`; elsewhere none."""
     file = Path("/proc/cpuinfo")
-    if not file.exists():
-        return {}
-    first = file.read_text().partition("\n\n")[0]
+    first, *_ = file.read_text().split("\n\n") if file.exists() else [""]
     entries = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in entries}
 
@@ -73,12 +67,10 @@ def faster_with_bf16(device: torch.device) -> bool:
 
 def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """An array as a tensor: on CPUs without a copy where it can be, on GPUs without waiting."""
-    if device.type == "cpu" and values.flags.writeable:
-        return torch.from_numpy(values)
-    dtype = torch.from_numpy(np.empty(0, values.dtype)).dtype
-    tensor = torch.empty(values.shape, dtype=dtype, pin_memory=device.type == "cuda")
-    np.copyto(tensor.numpy(), values)
-    return tensor.to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.require(values, requirements="W"))
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _several_workers() -> bool:
@@ -112,4 +104,5 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cpu": describe_cpu().get("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
     }

@@ -10,7 +10,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.errors import MissingFileError, RequestError, StorageError, one_line, shortened
+from mnistsum_ray.errors import RequestError, StorageError, one_line, shortened
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import NETWORK, PIXEL_MEAN, PIXEL_STD, Network, make_network
 from mnistsum_ray.storage.store import Location
@@ -67,17 +67,19 @@ def write_model(folder: Location, weights: Weights, description: dict[str, Any])
     (folder / WEIGHTS_FILE).write(save_tensors(weights, header))
 
 
-def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
+def load_model(place: Location) -> tuple[Network, dict[str, Any]]:
     """The network, in evaluation mode, and its description, of a model folder or of a run.
+
+    The place may also be the file of the weights itself.
 
     RequestError: there is no model, or it is damaged, or of another network or version.
     """
+    candidates = (place, place / WEIGHTS_FILE, place / "model" / WEIGHTS_FILE)
     try:
-        if (folder / WEIGHTS_FILE).status() is None:
-            folder = folder / "model"
-        data = (folder / WEIGHTS_FILE).read_bytes()
-    except MissingFileError:
-        raise RequestError(f"{folder.display}: holds no model (no {WEIGHTS_FILE})") from None
+        file = next((file for file in candidates if file.status()), None)
+        if file is None:
+            raise RequestError(f"{place.display}: holds no model (no {WEIGHTS_FILE})")
+        data = file.read_bytes()
     except StorageError as error:
         raise RequestError(str(error)) from None
     try:
@@ -89,7 +91,7 @@ def load_model(folder: Location) -> tuple[Network, dict[str, Any]]:
         network.load_state_dict(weights)
     except Exception as error:  # of bytes that anybody may have written, libraries raise many types
         why = shortened(one_line(error))
-        raise RequestError(f"{folder.display}: {WEIGHTS_FILE} cannot be used: {why}") from None
+        raise RequestError(f"{file.display}: cannot be used: {why}") from None
     return network, description
 
 

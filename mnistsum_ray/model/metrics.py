@@ -1,4 +1,4 @@
-"""Metrics on rows whose digit is known: accuracies, loss, calibration, the worst mistakes.
+"""Metrics on rows whose digit is known, and the finished model: calibrated and analysed.
 
 Each image is paired with every number, and not with a random one: the sum accuracy then has no luck
 in it. The convolutions, nearly all of the work, run once an image.
@@ -9,20 +9,21 @@ scores (logits) of a head are divided by its temperature before softmax.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.data.images import DIGITS
+from mnistsum_ray.data.images import DIGITS, SIDE, Pixels
 from mnistsum_ray.data.randomness import NUMBERS, check_row_counts, mix_ids
-from mnistsum_ray.model.device import all_reduce_sum
-from mnistsum_ray.model.heads import HEADS, SUM
-from mnistsum_ray.model.network import Network, Scores
+from mnistsum_ray.model.device import all_reduce_sum, hardware
+from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
+from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.model.network import Network, Scores, make_network
 
 RELIABILITY_BINS: Final = 15
 """Bins of equal width over the probability 0..1, as in Guo et al. (2017)."""
@@ -30,36 +31,22 @@ RELIABILITY_BINS: Final = 15
 MAX_MISTAKES: Final = 24
 """Most confident mistakes that are kept for the report, one an image."""
 
-_PRIOR_DEVIATION: Final = 0.5
-"""Of the prior on log(temperature), without which it falls without end if no row is wrong."""
-
-_MAX_LOG_TEMPERATURE: Final = 1.5
-_SEARCH_STEPS: Final = 25
-
 LabelledRows = dict[str, Tensor]
 """Rows on the model's device: `image` uint8[n, 28, 28], `digit` and `row_id` int64[n]."""
 
-Metrics = dict[str, float]
-"""`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats),
-`<head>_accuracy`, and `consistency`: share of the pairs whose predicted sum is the predicted digit
-plus the number."""
+ScoredDigits = list[tuple[LabelledRows, Tensor]]
+"""Batches of rows, with their digit scores [n, 10]."""
 
 ScoredRows = Iterable[tuple[LabelledRows, Scores]]
-"""Batches with scores by head: float32[n, k, classes]; k is NUMBERS, or 1 of digits."""
+"""Batches of rows, with their `scores_of_all_numbers`."""
 
-
-@torch.no_grad()
-def score_rows(
-    model: Network, rows: Iterable[tuple[LabelledRows, Tensor]]
-) -> Iterator[tuple[LabelledRows, Scores]]:
-    """Batches with the scores of all heads, of batches with digit scores [n, 10] in any dtype."""
-    for batch, digit_scores in rows:
-        # The other heads, a thousandth of the work, run in float32.
-        yield batch, model.scores_of_all_numbers(digit_scores.float())
+Metrics = dict[str, float]
+"""`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats), and
+`<head>_accuracy`."""
 
 
 def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
-    """True classes by head, int64[n, k], of digits int64[n] with scores as in `ScoredRows`."""
+    """True classes by head, int64[n, NUMBERS] or of the digit int64[n, 1], beside their scores."""
     numbers = torch.arange(NUMBERS, device=digits.device)
     classes = []
     for head, logits in zip(HEADS, scores, strict=True):
@@ -72,27 +59,21 @@ class AnswerCounts:
     """Rows, right answers and losses, summed on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        # Rows, the sum of their mixed ids, consistent pairs, and right pairs of each head.
-        self._counts = torch.zeros(3 + len(HEADS), dtype=torch.int64, device=device)
+        # Rows, the sum of their mixed ids, and right pairs of each head.
+        self._counts = torch.zeros(2 + len(HEADS), dtype=torch.int64, device=device)
         self._losses = torch.zeros(len(HEADS), dtype=torch.float64, device=device)
 
     def add(self, batch: LabelledRows, scores: Scores) -> None:
-        """Count one batch with its scores, as `score_rows` yields them."""
-        answers = {}
-        right = []
+        """Count one batch with its `scores_of_all_numbers`."""
+        counts = [torch.ones_like(batch["row_id"]).sum(), mix_ids(batch["row_id"]).sum()]
         truths = true_classes(batch["digit"], scores)
-        for index, (head, logits, truth) in enumerate(zip(HEADS, scores, truths, strict=True)):
-            answers[head.name] = logits.argmax(2)
-            is_right = answers[head.name] == truth
+        for index, (logits, truth) in enumerate(zip(scores, truths, strict=True)):
             # The digit is one answer for all NUMBERS pairs of its image.
-            right.append(is_right.expand(-1, NUMBERS).sum())
+            counts.append((logits.argmax(2) == truth).expand(-1, NUMBERS).sum())
             loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
             pairs_of_row = truth.size(1)  # NUMBERS, or 1 of digits
             self._losses[index] += loss / pairs_of_row
-        numbers = torch.arange(NUMBERS, device=batch["digit"].device)
-        consistent = (answers["sum"] == SUM.target(answers["digit"], numbers)).sum()
-        rows = torch.ones_like(batch["row_id"]).sum()
-        self._counts += torch.stack([rows, mix_ids(batch["row_id"]).sum(), consistent, *right])
+        self._counts += torch.stack(counts)
 
     def all_reduce(self) -> None:
         """Sum over all workers, on every worker."""
@@ -101,80 +82,13 @@ class AnswerCounts:
 
     def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
         """The metrics of all counted rows. RowCountError: a row was not counted exactly once."""
-        rows, id_sum, consistent, *right = self._counts.tolist()
+        rows, id_sum, *right = self._counts.tolist()
         check_row_counts(rows, id_sum, expected_rows, expected_id_sum, "evaluation")
         pairs = NUMBERS * rows
-        loss = self._losses.mean().item() / rows
-        metrics = {"rows": rows, "pairs": pairs, "loss": loss}
+        metrics = {"rows": rows, "pairs": pairs, "loss": self._losses.mean().item() / rows}
         for head, count in zip(HEADS, right, strict=True):
             metrics[f"{head.name}_accuracy"] = count / pairs
-        return metrics | {"consistency": consistent / pairs}
-
-
-def analyse_errors(scored: ScoredRows, temperatures: Mapping[str, float]) -> dict[str, Any]:
-    """The entry `error_analysis` of manifest.json, of scores before they are calibrated.
-
-    `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
-    `probabilities`: by head the expected calibration error `ece`, and `reliability`, the counts
-    behind it: in bins of equal width by the probability of the predicted class the `rows`, the sum
-    of their `probability`, and the `right` ones.
-    """
-    confusion = np.zeros((DIGITS, DIGITS), np.int64)
-    bins = {head.name: np.zeros((3, RELIABILITY_BINS)) for head in HEADS}
-    mistakes: list[dict[str, Any]] = []
-    for batch, scores in scored:
-        answers = {}
-        confidence = torch.zeros(len(batch["digit"]), NUMBERS)
-        truths = true_classes(batch["digit"], scores)
-        for head, logits, truth in zip(HEADS, scores, truths, strict=True):
-            probabilities = (logits / temperatures[head.name]).softmax(2)
-            probability, answer = (values.cpu() for values in probabilities.max(2))
-            wrong = answer != truth.cpu()
-            bins[head.name] += reliability_bins(probability.flatten(), ~wrong.flatten())
-            answers[f"pred_{head.name}"] = answer.expand(-1, NUMBERS)
-            answers[f"{head.name}_prob"] = probability.expand(-1, NUMBERS)
-            confidence = torch.maximum(confidence, probability * wrong)
-        np.add.at(confusion, (batch["digit"].cpu(), answers["pred_digit"][:, 0]), 1)
-        mistakes += _mistakes(batch, answers, confidence)
-    return {
-        "confusion": confusion.tolist(),
-        "mistakes": sorted(mistakes, key=itemgetter("confidence"), reverse=True)[:MAX_MISTAKES],
-        "probabilities": {name: describe_bins(counts) for name, counts in bins.items()},
-    }
-
-
-def reliability_bins(probability: Tensor, right: Tensor) -> npt.NDArray[np.float64]:
-    """By bin: rows, sum of the probability of the predicted class, right rows: float64[3, bins]."""
-    bins = (probability * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
-    weights = (None, probability, right)
-    return np.stack([np.bincount(bins, values, RELIABILITY_BINS) for values in weights])
-
-
-def describe_bins(bins: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """The expected calibration error, mean distance of probability and accuracy, and the counts."""
-    rows, probability, right = bins
-    counts = {
-        "rows": rows.astype(int).tolist(),
-        "probability": probability.tolist(),
-        "right": right.astype(int).tolist(),
-    }
-    return {"ece": float(np.abs(probability - right).sum() / rows.sum()), "reliability": counts}
-
-
-def _mistakes(
-    batch: LabelledRows, answers: dict[str, Tensor], confidence: Tensor
-) -> Iterator[dict[str, Any]]:
-    """The images with a wrong answer, each with the number whose wrong answer is the surest.
-
-    `answers` are by column name and number; `confidence` is the probability of the surest wrong
-    answer, float32[n, NUMBERS], 0 where all are right.
-    """
-    surest, numbers = confidence.max(1)
-    for row in surest.nonzero().flatten().tolist():
-        number = int(numbers[row])
-        mistake = {name: batch[name][row].item() for name in ("row_id", "digit")}
-        mistake |= {"number": number, "confidence": surest[row].item()}
-        yield mistake | {name: values[row, number].item() for name, values in answers.items()}
+        return metrics
 
 
 def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
@@ -194,14 +108,138 @@ def fit_temperature(scores: Tensor, classes: Tensor) -> float:
 
     def cost(log_temperature: float) -> float:
         nll = F.cross_entropy(scores * math.exp(-log_temperature), classes, reduction="sum").item()
-        return nll + (log_temperature / _PRIOR_DEVIATION) ** 2 / 2
+        # A prior of deviation 0.5: without it, it falls without end if no row is wrong.
+        return nll + (log_temperature / 0.5) ** 2 / 2
 
     # Golden-section search: the cost has a single minimum.
-    low, high, golden = -_MAX_LOG_TEMPERATURE, _MAX_LOG_TEMPERATURE, (math.sqrt(5) - 1) / 2
-    for _ in range(_SEARCH_STEPS):
+    low, high, golden = -1.5, 1.5, (math.sqrt(5) - 1) / 2
+    for _ in range(25):
         left, right = high - golden * (high - low), low + golden * (high - low)
         if cost(left) < cost(right):
             high = right
         else:
             low = left
     return float(f"{math.exp((low + high) / 2):.4g}")
+
+
+def analyse_errors(
+    scored: ScoredRows, temperatures: Mapping[str, float]
+) -> tuple[dict[str, Any], Pixels]:
+    """The entry `error_analysis` of manifest.json, of scores before they are calibrated.
+
+    `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
+    `probabilities`: by head the expected calibration error `ece`, the mean distance of probability
+    and accuracy; and `reliability`, the counts behind it: in bins by the probability of the
+    predicted class the `rows`, the sum of their `probability`, and the `right` ones.
+
+    Returns:
+        The analysis; and the images of its mistakes, uint8[m, 28, 28].
+    """
+    confusion = np.zeros((DIGITS, DIGITS), np.int64)
+    bins = {head.name: np.zeros((3, RELIABILITY_BINS)) for head in HEADS}
+    mistakes: list[dict[str, Any]] = []
+    for batch, scores in scored:
+        answers = {}
+        confidence = torch.zeros(len(batch["digit"]), NUMBERS)
+        truths = true_classes(batch["digit"], scores)
+        for head, logits, truth in zip(HEADS, scores, truths, strict=True):
+            probabilities = (logits / temperatures[head.name]).softmax(2)
+            probability, answer = (values.cpu() for values in probabilities.max(2))
+            is_right = answer == truth.cpu()
+            bin_of = (probability * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
+            for counts, weights in zip(bins[head.name], (None, probability, is_right), strict=True):
+                flat = None if weights is None else weights.flatten()
+                counts += np.bincount(bin_of.flatten(), flat, RELIABILITY_BINS)
+            answers[f"pred_{head.name}"] = answer.expand(-1, NUMBERS)
+            answers[f"{head.name}_prob"] = probability.expand(-1, NUMBERS)
+            confidence = torch.maximum(confidence, probability * ~is_right)
+        np.add.at(confusion, (batch["digit"].cpu(), answers["pred_digit"][:, 0]), 1)
+        mistakes += _mistakes(batch, answers, confidence)
+    mistakes = sorted(mistakes, key=itemgetter("confidence"), reverse=True)[:MAX_MISTAKES]
+    images = [mistake.pop("image") for mistake in mistakes]
+    described = {}
+    for name, (rows, probability_sum, right) in bins.items():
+        described[name] = {
+            "ece": float(np.abs(probability_sum - right).sum() / rows.sum()),
+            "reliability": {
+                "rows": rows.astype(int).tolist(),
+                "probability": probability_sum.tolist(),
+                "right": right.astype(int).tolist(),
+            },
+        }
+    analysis = {
+        "confusion": confusion.tolist(),
+        "mistakes": mistakes,
+        "probabilities": described,
+    }
+    return analysis, np.array(images, np.uint8).reshape(-1, SIDE, SIDE)
+
+
+def _mistakes(
+    batch: LabelledRows, answers: dict[str, Tensor], confidence: Tensor
+) -> Iterator[dict[str, Any]]:
+    """The images with a wrong answer, each with the number whose wrong answer is the surest.
+
+    `answers` are by column name and number; `confidence` is the probability of the surest wrong
+    answer, float32[n, NUMBERS], 0 where all are right.
+    """
+    surest, numbers = confidence.max(1)
+    for row in surest.nonzero().flatten().tolist():
+        number = int(numbers[row])
+        mistake = {name: batch[name][row].item() for name in ("row_id", "digit")}
+        mistake |= {"number": number, "confidence": surest[row].item()}
+        mistake |= {name: values[row, number].item() for name, values in answers.items()}
+        yield mistake | {"image": batch["image"][row].cpu().numpy()}
+
+
+@dataclass(frozen=True)
+class FinishedModel:
+    """A trained model, with what is known of it.
+
+    Ray Train refuses tensors that a worker returns in a dict.
+    """
+
+    history: list[dict[str, Any]]
+    """Lines of history.jsonl, one an epoch."""
+    weights: Weights
+    """With the temperatures folded in."""
+    description: dict[str, Any]
+    """See `describe_model`."""
+    error_analysis: dict[str, Any]
+    """See `analyse_errors`; of test rows."""
+    mistake_images: Pixels
+    hardware: dict[str, Any]
+    precision: str
+    """`bf16` or `fp32`, of the training."""
+
+
+def finish_model(
+    trained: Network,
+    validation: ScoredDigits,
+    test: ScoredDigits,
+    history: list[dict[str, Any]],
+    precision: str,
+) -> FinishedModel:
+    """Calibrate the last epoch's model on validation rows, and analyse its errors on test rows.
+
+    The same trained model and rows give the same finished one each time.
+    """
+    device = next(trained.parameters()).device
+    # A copy without the hooks of DDP, which would wait for the other workers.
+    model = make_network().to(device)
+    model.load_state_dict(trained.state_dict())
+    # Before calibration: by this two runs are compared, bit for bit.
+    trained_sha256 = checksum(copy_weights(model))
+    of_validation = [(batch, model.scores_of_all_numbers(scores)) for batch, scores in validation]
+    temperatures = fit_temperatures(of_validation)
+    of_test = ((batch, model.scores_of_all_numbers(scores)) for batch, scores in test)
+    analysis, mistake_images = analyse_errors(of_test, temperatures)
+    model.fold_temperatures(temperatures)
+    weights, last = copy_weights(model), history[-1]
+    metrics = {split: last[split] for split in ("validation", "test")}
+    description = describe_model(weights, epoch=last["epoch"], metrics=metrics)
+    description["trained_sha256"] = trained_sha256
+    description["temperatures_in_weights"] = temperatures
+    return FinishedModel(
+        history, weights, description, analysis, mistake_images, hardware(device), precision
+    )

@@ -60,21 +60,29 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
     return to_channels_last(moved.squeeze(1))
 
 
+def with_one_hot(scores: Tensor, numbers: Tensor) -> Tensor:
+    """Scores [n, k] with one-hot numbers after them: [n, k + NUMBERS]."""
+    # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
+    one_hot = numbers[:, None] == torch.arange(NUMBERS, device=numbers.device)
+    return torch.cat([scores, one_hot.to(scores.dtype)], dim=1)
+
+
 class Network(nn.Module, ABC):
     """What is trained, scored with and exported; NETWORK names the subclass.
 
     It must not draw random numbers itself, as `nn.Dropout` does: a resumed run would draw others.
     """
 
+    muon_layers: ClassVar[tuple[str, ...]]
+    """Names of the layers between the first and the last ones, whose weights Muon trains."""
+    head_layers: ClassVar[tuple[str, ...]]
+    """Layers of the heads after the digit's, which read the digit scores."""
+    digit_readers: ClassVar[tuple[str, ...]]
+    """Those among them whose first inputs are the digit scores."""
+    output_layers: ClassVar[dict[str, str]]
+    """The last layer of each head, by the name of the head."""
     dropout_shape: ClassVar[tuple[int, ...] | None] = None
     """Shape of the dropout of an image, channels first; None: the network has no dropout."""
-
-    one_hot: Tensor
-    """Row k is the one-hot vector of number k."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("one_hot", torch.eye(NUMBERS), persistent=False)
 
     @abstractmethod
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
@@ -84,39 +92,39 @@ class Network(nn.Module, ABC):
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
         """Scores of all heads with numbers int64[n]; the first are the digit scores as given."""
 
-    @abstractmethod
-    def hidden_weights(self) -> list[Tensor]:
-        """Weights of the layers between the first and the last, which Muon trains."""
-
-    @abstractmethod
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the heads after the digit's, which read the digit scores."""
-
-    @abstractmethod
-    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        """Divide each head's scores by its temperature; other heads read the digit's undivided."""
-
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
         return self.scores(self.digit_scores(images, dropout), numbers)
 
+    @torch.no_grad()
     def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
-        """Scores of all heads with every number: [n, NUMBERS, classes], of the digit [n, 1, 10]."""
+        """Scores of all heads with every number, of digit scores [n, 10] in any dtype.
+
+        float32[n, NUMBERS, classes]; of the digit, which does not depend on it, [n, 1, 10].
+        """
+        digit_scores = digit_scores.float()  # the other heads are a thousandth of the work
         rows = len(digit_scores)
         numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
-        # The digit does not depend on the number, so its scores stay one row an image.
         _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
         return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
 
-
-def divide_scores(layer: nn.Module, temperature: float) -> None:
-    """Divide the output of a layer."""
-    for parameter in layer.parameters():
-        parameter.data.div_(temperature)
+    @torch.no_grad()
+    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
+        """Divide each head's scores by its temperature."""
+        for head, layer in self.output_layers.items():
+            for parameter in self.get_submodule(layer).parameters():
+                parameter.div_(temperatures[head])
+        for layer in self.digit_readers:  # they must see the undivided digit scores
+            weight = self.get_parameter(f"{layer}.weight")
+            weight[:, : DIGIT.classes] *= temperatures["digit"]
 
 
 class TwoHeadCNN(Network):
     """The original's network: 220,125 trainable parameters."""
 
+    muon_layers = ("conv2", "conv3", "conv4", "conv5", "conv6", "fc1")
+    head_layers = ("fc1", "fc2")
+    digit_readers = ("fc1",)
+    output_layers: ClassVar = {"digit": "conv7", "sum": "fc2"}
     dropout_shape = (128, 3, 3)
 
     def __init__(self) -> None:
@@ -159,22 +167,8 @@ class TwoHeadCNN(Network):
         return scores
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
-        one_hot = self.one_hot[numbers].to(digit_scores.dtype)
-        hidden = F.relu(self.fc1(torch.cat([digit_scores, one_hot], dim=1)))
+        hidden = F.relu(self.fc1(with_one_hot(digit_scores, numbers)))
         return digit_scores, self.fc2(hidden)
-
-    def hidden_weights(self) -> list[Tensor]:
-        return [*(convolution.weight for convolution in self.convolutions[1:]), self.fc1.weight]
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        return [*self.fc1.parameters(), *self.fc2.parameters()]
-
-    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        divide_scores(self.conv7, temperatures["digit"])
-        divide_scores(self.fc2, temperatures["sum"])
-        # fc1 must see the undivided digit scores: multiply its weights of them.
-        self.fc1.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
 
 
 NETWORK: Final[type[Network]] = TwoHeadCNN
@@ -199,8 +193,15 @@ def dropout_factors(
     return ((draws >= probability) / (1 - probability)).movedim(-1, 1)
 
 
+@torch.no_grad()
+def score_digits(model: Network, images: Tensor, *, bf16: bool) -> Tensor:
+    """Digit scores [n, 10] of images uint8[n, 28, 28], in bfloat16 or float32."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        return model.digit_scores(prepare_images(images))
+
+
 class Objective(nn.Module):
-    """The network, computed in `dtype` by autocast, and its `joint_loss`: what DDP wraps."""
+    """The network, computed in `dtype` by autocast, and its loss: what DDP wraps."""
 
     def __init__(self, model: Network, label_smoothing: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -211,34 +212,21 @@ class Objective(nn.Module):
     def forward(
         self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Mean of the heads' cross-entropies, summed over rows: with and without label smoothing.
+
+        The latter has no gradient. Label smoothing (Szegedy et al., "Rethinking the Inception
+        Architecture", 2016) is that of all heads, because the sum head reads the digit scores: with
+        unsmoothed sums its loss would push them up without bound.
+        """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             scores = self.model(images, numbers, dropout)
-        return joint_loss(scores, digits, numbers, self.label_smoothing)
-
-
-@torch.no_grad()
-def score_digits(model: Network, images: Tensor, *, bf16: bool) -> Tensor:
-    """Digit scores [n, 10] of images uint8[n, 28, 28], in bfloat16 or float32."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        return model.digit_scores(prepare_images(images))
-
-
-def joint_loss(
-    scores: Scores, digits: Tensor, numbers: Tensor, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Mean of the heads' cross-entropies, summed over rows: with and without label smoothing.
-
-    The latter has no gradient. Label smoothing (Szegedy et al., "Rethinking the Inception
-    Architecture", 2016) is that of all heads, because the sum head reads the digit scores: with
-    unsmoothed sums its loss would push them up without bound.
-    """
-    exact, smooth = [], []
-    for head, logits in zip(HEADS, scores, strict=True):
-        logarithms = F.log_softmax(logits.float(), dim=1)
-        exact.append(F.nll_loss(logarithms, head.target(digits, numbers), reduction="sum"))
-        if label_smoothing:
+        exact, smooth = [], []
+        for head, logits in zip(HEADS, scores, strict=True):
+            logarithms = F.log_softmax(logits.float(), dim=1)
+            exact.append(F.nll_loss(logarithms, head.target(digits, numbers), reduction="sum"))
             smooth.append(logarithms.sum() / -head.classes)
-    loss = torch.stack(exact).mean()
-    if not smooth:
-        return loss, loss.detach()
-    return torch.lerp(loss, torch.stack(smooth).mean(), label_smoothing), loss.detach()
+        loss = torch.stack(exact).mean()
+        if not self.label_smoothing:
+            return loss, loss.detach()
+        smoothed = torch.lerp(loss, torch.stack(smooth).mean(), self.label_smoothing)
+        return smoothed, loss.detach()

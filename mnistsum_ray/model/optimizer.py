@@ -8,19 +8,8 @@ from torch import Tensor, nn
 
 from mnistsum_ray.model.network import Network
 
-_WARM_UP: Final = 0.2
-"""Share of the steps in which the learning rate rises."""
 _MOMENTUM: Final = 0.6
 """Share of the old momentum that Muon keeps."""
-
-_ADAMW_FACTOR: Final = 0.15
-_SUM_HEAD_FACTOR: Final = 0.75
-"""Learning rates of AdamW as shares of Muon's; heads that read the digit scores lag behind."""
-
-# Muon's, as in Jordan's implementation, and in `torch.optim.Muon`.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-_ITERATIONS: Final = 5
-_EPSILON: Final = 1e-7
 
 
 def one_cycle(step: int, total_steps: int, peak: float) -> float:
@@ -28,7 +17,7 @@ def one_cycle(step: int, total_steps: int, peak: float) -> float:
 
     Both along a cosine: the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018).
     """
-    rise_steps = max(1.0, _WARM_UP * total_steps)
+    rise_steps = max(1.0, 0.2 * total_steps)
     if step < rise_steps:
         low, progress = peak / 25, step / rise_steps
     else:
@@ -46,15 +35,18 @@ class MuonAdamW:
     """
 
     def __init__(self, model: Network, weight_decay: float, dtype: torch.dtype) -> None:
-        self._hidden = model.hidden_weights()
+        self._hidden = [model.get_parameter(f"{layer}.weight") for layer in model.muon_layers]
         self._weight_decay = weight_decay
         self._dtype = dtype
-        hidden, of_heads = set(self._hidden), set(model.head_parameters())
-        rest = [parameter for parameter in model.parameters() if parameter not in hidden]
-        groups = [
-            {"params": [value for value in rest if value not in of_heads], "factor": _ADAMW_FACTOR},
-            {"params": [value for value in rest if value in of_heads], "factor": _SUM_HEAD_FACTOR},
-        ]
+        hidden = set(self._hidden)
+        body: list[nn.Parameter] = []
+        heads: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter not in hidden:
+                group = heads if name.rpartition(".")[0] in model.head_layers else body
+                group.append(parameter)
+        # Learning rates as shares of Muon's: heads that read the digit scores lag behind.
+        groups = [{"params": body, "factor": 0.15}, {"params": heads, "factor": 0.75}]
         self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         self.state: dict[Tensor, dict[str, Tensor]] = self._adamw.state
         """Momenta by parameter, which a checkpoint holds; empty for AdamW before the first step."""
@@ -99,12 +91,15 @@ class MuonAdamW:
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Five Newton-Schulz iterations: all singular values but 0 come near 1 (0.7 to 1.2)."""
+    """Five Newton-Schulz iterations: all singular values but 0 come near 1 (0.7 to 1.2).
+
+    With the coefficients of Jordan's implementation, as `torch.optim.Muon`.
+    """
     if len(matrix) > matrix.shape[1]:
         return orthogonalize(matrix.T.contiguous()).T
-    matrix = matrix / matrix.norm().clamp(min=_EPSILON)
-    for _ in range(_ITERATIONS):
+    matrix = matrix / matrix.norm().clamp(min=1e-7)
+    for _ in range(5):
         gram = matrix @ matrix.T
-        polynomial = torch.addmm(gram, gram, gram, beta=_B, alpha=_C)
-        matrix = torch.addmm(matrix, polynomial, matrix, beta=_A)
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        matrix = torch.addmm(matrix, polynomial, matrix, beta=3.4445)
     return matrix

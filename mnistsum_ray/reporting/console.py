@@ -1,6 +1,7 @@
 """Console output of a running job, on standard error: lines, and below them a progress bar."""
 
 import builtins
+import io
 import sys
 import threading
 import time
@@ -21,12 +22,16 @@ LINE_SECONDS: Final = 30.0
 SILENCE_SECONDS: Final = 60.0
 """Time without a line or progress after which a line says so."""
 
+_LINE: Final = "{desc}: {n:,} of {total:,}{postfix}, {rate_fmt}, {remaining} left"
+
 
 class Progress:
-    """Counts finished items, and shows how far the work is at most every UPDATE_SECONDS."""
+    """Counts finished items, and shows how far the work is at most every UPDATE_SECONDS.
+
+    `show` is `Console.progress`, and `what` names the items.
+    """
 
     def __init__(self, show: Callable[..., None], what: str, total: int) -> None:
-        """Count towards `total`; `what` names the items; `show` is `Console.progress`."""
         self._show, self._what, self._total = show, what, total
         self._done = 0
         self._shown = time.monotonic()
@@ -52,11 +57,8 @@ class Console:
         self._stream = stream or sys.stderr
         self._has_bars = self._stream.isatty() or hasattr(builtins, "__IPYTHON__")
         self._bar: Any = None
-        # What `progress` was told of last, and how far that was at first.
-        self._work, self._first_done, self._work_began = "", 0, 0.0
-        self._last_line = time.monotonic()
-        self._last_sign = time.monotonic()
-        """Of the last line or progress."""
+        self._last_line = self._last_sign = time.monotonic()
+        """Of the last line, and of the last line or progress."""
 
     def __enter__(self) -> Self:
         return self
@@ -70,12 +72,9 @@ class Console:
         ended = threading.Event()
 
         def watch() -> None:
-            wait = SILENCE_SECONDS
-            while not ended.wait(wait):
+            while not ended.wait(SILENCE_SECONDS):
                 silent = time.monotonic() - self._last_sign
-                wait = SILENCE_SECONDS - silent
-                if wait <= 0:
-                    wait = SILENCE_SECONDS
+                if silent >= SILENCE_SECONDS:
                     with suppress(Exception):  # a cluster that has ended; the run fails on it too
                         self._write(f"no word from {who} for {silent:.0f} s: {explain()}")
 
@@ -106,34 +105,24 @@ class Console:
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show how far some work is: by a bar of its own, or in a log by a line now and then."""
         self._last_sign = time.monotonic()
+        bar = self._bar
         if done >= total:  # some totals are estimates
             self._close_bar()
-            self._work = ""
-        elif self._has_bars:
-            self._show_bar(what, done, total, note)
+        elif bar is None or (bar.desc, bar.total) != (what, total) or bar.n > done:
+            self._close_bar()
+            # In a log tqdm only counts, and says what a line then has.
+            file, bar_format = (self._stream, None) if self._has_bars else (io.StringIO(), _LINE)
+            options: dict[str, Any] = {"desc": what, "total": total, "initial": done, "unit": ""}
+            options |= {"file": file, "bar_format": bar_format, "postfix": note}
+            with suppress(OSError):
+                self._bar = tqdm(leave=False, dynamic_ncols=True, disable=False, **options)
         else:
-            self._say_progress(what, done, total, note)
-
-    def _show_bar(self, what: str, done: int, total: int, note: str) -> None:
-        with suppress(OSError):
-            bar = self._bar
-            if bar is None or (bar.desc, bar.total) != (what, total) or bar.n > done:
-                self._close_bar()
-                options: dict[str, Any] = {"total": total, "initial": done, "file": self._stream}
-                options |= {"desc": what, "leave": False, "unit": "", "dynamic_ncols": True}
-                self._bar = tqdm(disable=False, **options)
-            self._bar.n = done
-            self._bar.set_postfix_str(note)
-
-    def _say_progress(self, what: str, done: int, total: int, note: str) -> None:
-        now = time.monotonic()
-        if what != self._work or done < self._first_done:
-            self._work, self._first_done, self._work_began = what, done, now
-        if now - self._last_line >= LINE_SECONDS:
-            per_second = (done - self._first_done) / max(now - self._work_began, 1e-9)
-            left = tqdm.format_interval((total - done) / per_second) if per_second else "?"
-            known = f"{what}: {done:,} of {total:,}" + (f", {note}" if note else "")
-            self.say(f"{known}, {per_second:,.1f}/s, {left} left")
+            bar.n = done
+            with suppress(OSError):
+                bar.set_postfix_str(note, refresh=self._has_bars)
+            is_due = time.monotonic() - self._last_line >= LINE_SECONDS
+            if is_due and not self._has_bars and done > bar.initial:  # else the rate is unknown
+                self.say(str(bar))
 
     def _close_bar(self) -> None:
         with suppress(OSError):

@@ -21,7 +21,6 @@ _STYLE: Final[dict[Any, Any]] = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.alpha": 0.3,
-    "legend.fontsize": 9,
     "figure.constrained_layout.use": True,
     "figure.dpi": 150,
 }
@@ -34,10 +33,9 @@ def draw_history(history: list[dict[str, Any]]) -> Figure:
     epochs = [entry["epoch"] for entry in history]
     times, step_losses = [], []
     for entry in history:
-        steps_of_epoch, _ = entry["step_losses"][-1]
-        for step, loss in entry["step_losses"]:
-            times.append(entry["epoch"] - 1 + step / steps_of_epoch)
-            step_losses.append(loss)
+        steps, losses_of_epoch = np.array(entry["step_losses"]).T
+        times += [*(entry["epoch"] - 1 + steps / steps[-1])]
+        step_losses += [*losses_of_epoch]
     losses.plot(times, step_losses, color="grey", linewidth=1, label="training")
     for split, line in (("validation", "o:"), ("test", "o-")):
         split_losses = [entry[split]["loss"] for entry in history]
@@ -45,13 +43,12 @@ def draw_history(history: list[dict[str, Any]]) -> Figure:
         for index, head in enumerate(HEADS):
             wrong = [100 - 100 * entry[split][f"{head.name}_accuracy"] for entry in history]
             errors.plot(epochs, wrong, line, color=f"C{index}", label=f"{head.name}, {split}")
-    losses.set(title="loss, nats (mean of the heads)", yscale="log")
-    errors.set(title="error, %")
+    losses.set(title="loss, nats (mean of the heads)", xlabel="epoch", yscale="log")
+    errors.set(title="error, %", xlabel="epoch")
     errors.set_yscale("symlog", linthresh=0.1)  # a few test rows may have no error at all
     errors.set_ylim(bottom=0)
     errors.yaxis.set_major_formatter("{x:g}")
     for axes in (losses, errors):
-        axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend(loc="upper right")
     return figure
@@ -70,10 +67,10 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
         if count:
             color = "white" if shades(count) > 0.6 else "black"
             axes.text(predicted, true, f"{count:,}", ha="center", va="center", color=color)
+    digits = range(len(counts))
     share = np.trace(counts) / counts.sum()
     axes.set_title(f"digits: {share:.2%} of {counts.sum():,} rows correct")
-    axes.set(xlabel="predicted digit", ylabel="true digit")
-    axes.set(xticks=range(len(counts)), yticks=range(len(counts)))
+    axes.set(xlabel="predicted digit", ylabel="true digit", xticks=digits, yticks=digits)
     return figure
 
 
@@ -103,13 +100,15 @@ def draw_reliability(heads: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(4.5 * len(heads), 4))
     panels = figure.subplots(1, len(heads), squeeze=False).ravel()
     for index, (name, head) in enumerate(heads.items()):
-        rows = np.array(head["reliability"]["rows"])
+        counts = head["reliability"]
+        rows, probability, right = np.array(
+            [counts["rows"], counts["probability"], counts["right"]]
+        )
         used = rows > 0
-        probability = np.array(head["reliability"]["probability"])[used] / rows[used]
-        accuracy = np.array(head["reliability"]["right"])[used] / rows[used]
         axes = panels[index]
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect calibration")
-        axes.plot(probability, accuracy, "o", color=f"C{index}", label="accuracy")
+        means = (probability[used] / rows[used], right[used] / rows[used])
+        axes.plot(*means, "o", color=f"C{index}", label="accuracy")
         axes.set_title(f"{name}: expected calibration error {head['ece']:.4f}")
         axes.set(xlabel="predicted probability", ylabel="accuracy")
         axes.legend(loc="lower right")

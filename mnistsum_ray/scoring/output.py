@@ -16,7 +16,14 @@ import pyarrow as pa
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.errors import ConflictError, MissingFileError, RunError, TryAgainError, counted
+from mnistsum_ray.errors import (
+    ConflictError,
+    MissingFileError,
+    RunError,
+    TryAgainError,
+    counted,
+    spelled,
+)
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.report import REPORT, scored_page, versions
@@ -90,7 +97,8 @@ def begin(request: ScoreRequest) -> str:
     values = {"format": begun["format"]} | begun["request"]
     for flag, value in ({"format": RUN_FORMAT} | request.identity).items():
         if values.get(flag) != value:
-            differs = f"was begun with {flag} {values.get(flag)}, and this run has {value}"
+            begun_with = spelled(values.get(flag))
+            differs = f"was begun with {flag} {begun_with}, and this run has {spelled(value)}"
             raise refusal(output, f"{differs}; give the same again, or {START_OVER}")
     return str(begun.get("id"))
 

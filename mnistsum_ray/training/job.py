@@ -41,8 +41,8 @@ from mnistsum_ray.errors import (
     counted,
     root_cause,
 )
-from mnistsum_ray.model.finish import FinishedModel
 from mnistsum_ray.model.folder import load_model
+from mnistsum_ray.model.metrics import FinishedModel
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.report import versions

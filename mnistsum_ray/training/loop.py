@@ -27,9 +27,15 @@ from mnistsum_ray.model.device import (
     faster_with_bf16,
     tune_malloc,
 )
-from mnistsum_ray.model.finish import FinishedModel, ScoredDigits, finish_model
 from mnistsum_ray.model.folder import Weights
-from mnistsum_ray.model.metrics import AnswerCounts, LabelledRows, Metrics, score_rows
+from mnistsum_ray.model.metrics import (
+    AnswerCounts,
+    FinishedModel,
+    LabelledRows,
+    Metrics,
+    ScoredDigits,
+    finish_model,
+)
 from mnistsum_ray.model.network import Network, score_digits
 from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.storage.store import Location
@@ -189,8 +195,7 @@ class HeldOutRows:
         counts = AnswerCounts(self._device)
         for index, batch in enumerate(self._read() if self._kept is None else self._kept):
             digit_scores = score_digits(model, batch["image"], bf16=bf16)
-            for labels, scores in score_rows(model, [(batch, digit_scores)]):
-                counts.add(labels, scores)
+            counts.add(batch, model.scores_of_all_numbers(digit_scores))
             # Evenly spaced, since the first rows of sorted files all show one digit.
             if index % every == 0:
                 self._scored.append((batch, digit_scores))

@@ -26,6 +26,7 @@ from mnistsum_ray.errors import (
     StorageError,
     counted,
     shell_command,
+    spelled,
 )
 from mnistsum_ray.reporting.results import MANIFEST, HeldOutMetrics, SplitRows, TrainResult
 from mnistsum_ray.storage.store import Location, is_hidden
@@ -33,7 +34,7 @@ from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, 
 
 if TYPE_CHECKING:
     from mnistsum_ray.cluster.resources import WorkerPlan
-    from mnistsum_ray.model.finish import FinishedModel
+    from mnistsum_ray.model.metrics import FinishedModel
     from mnistsum_ray.training.rows import Rows
 
 _HYPERPARAMETERS: Final = [parameter.name for parameter in fields(Hyperparameters)]
@@ -122,9 +123,9 @@ def _resumed(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
     for key in _FIXED_BY_RUN:
         has = getattr(stored, key)
         if key in given and given[key] != has:
-            flag = f"--{key.replace('_', '-')} {given[key]}"
+            flag = f"--{key.replace('_', '-')} {spelled(given[key])}"
             raise RequestError(
-                f"{flag}: the run {config.name} has {'none' if has is None else has}, and its "
+                f"{flag}: the run {config.name} has {spelled(has)}, and its "
                 "numbers depend on it; leave the flag out, or start another run"
             )
     return stored.model_copy(update=given)

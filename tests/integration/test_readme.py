@@ -11,8 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from mnistsum_ray.arguments import parse
-from mnistsum_ray.cli import COMMANDS
+from mnistsum_ray.cli import COMMANDS, parse
 from tests.conftest import write_sample
 from tests.jobs import ROOT, run_job
 

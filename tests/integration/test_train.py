@@ -18,7 +18,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray import RequestError, RunError, TrainConfig, load_model
-from mnistsum_ray.arguments import parse
+from mnistsum_ray.cli import parse
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import TryAgainError, percent

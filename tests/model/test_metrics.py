@@ -1,6 +1,6 @@
 """Metrics, error analysis and calibration equal a plain computation."""
 
-from typing import Any
+from functools import cache
 
 import numpy as np
 import pytest
@@ -20,7 +20,6 @@ from mnistsum_ray.model.metrics import (
     analyse_errors,
     fit_temperature,
     fit_temperatures,
-    score_rows,
 )
 from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
 from tests.model import new_model, random_rows
@@ -29,95 +28,79 @@ ROWS = 300
 FIRST = 70_000_000
 """First row id: ids differ from positions in the arrays."""
 
-
-@pytest.fixture(scope="module")
-def model() -> TwoHeadCNN:
-    return new_model().eval()
+IMAGES, DIGITS, _ = random_rows(ROWS)
 
 
-@pytest.fixture(scope="module")
-def rows() -> LabelledRows:
-    images, digits, _ = random_rows(ROWS)
-    return {"image": images, "digit": digits, "row_id": torch.arange(FIRST, FIRST + ROWS)}
-
-
-@pytest.fixture(scope="module")
-def digit_scores(model: TwoHeadCNN, rows: LabelledRows) -> torch.Tensor:
+@cache
+def digit_scores() -> torch.Tensor:
     with torch.no_grad():
-        return model.digit_scores(prepare_images(rows["image"]))
+        return new_model().digit_scores(prepare_images(IMAGES))
 
 
-@pytest.fixture(scope="module")
-def scored(model: TwoHeadCNN, rows: LabelledRows, digit_scores: torch.Tensor) -> ScoredRows:
+@cache
+def scored() -> ScoredRows:
     """The rows in three batches."""
+    ids = torch.arange(FIRST, FIRST + ROWS)
+    columns = [torch.split(values, 128) for values in (IMAGES, DIGITS, ids, digit_scores())]
     batches = []
-    for start in range(0, ROWS, 128):
-        some = slice(start, start + 128)
-        batch = {name: values[some] for name, values in rows.items()}
-        batches.append((batch, digit_scores[some]))
-    return list(score_rows(model, batches))
+    for images, digits, ids, scores in zip(*columns, strict=True):
+        batch = {"image": images, "digit": digits, "row_id": ids}
+        batches.append((batch, new_model().scores_of_all_numbers(scores)))
+    return batches
 
 
-@pytest.fixture(scope="module")
-def metrics(scored: ScoredRows) -> Metrics:
+def count(rows: ScoredRows, ids: np.ndarray) -> Metrics:
     counts = AnswerCounts(torch.device("cpu"))
-    for batch, scores in scored:
+    for batch, scores in rows:
         counts.add(batch, scores)
-    return counts.metrics(ROWS, int(mix_ids(np.arange(FIRST, FIRST + ROWS)).sum()))
+    return counts.metrics(len(ids), int(mix_ids(ids).sum()))
+
+
+@cache
+def metrics() -> Metrics:
+    return count(scored(), np.arange(FIRST, FIRST + ROWS))
 
 
 @torch.no_grad()
-def test_metrics_equal_a_plain_computation_over_all_pairs(
-    model: TwoHeadCNN, rows: LabelledRows, digit_scores: torch.Tensor, metrics: Metrics
-) -> None:
-    digits = rows["digit"]
-    right, consistent, losses = 0, 0, 0.0
+def test_metrics_equal_a_plain_computation_over_all_pairs() -> None:
+    right, losses = 0, 0.0
     for number in range(10):
-        _, sum_scores, *_ = scores = model.scores(digit_scores, torch.full((ROWS,), number))
-        right += int((sum_scores.argmax(1) == digits + number).sum())
-        consistent += int((sum_scores.argmax(1) == digit_scores.argmax(1) + number).sum())
+        numbers = torch.full((ROWS,), number)
+        _, sum_scores, *_ = scores = new_model().scores(digit_scores(), numbers)
+        right += int((sum_scores.argmax(1) == DIGITS + number).sum())
         for logits, head in zip(scores, HEADS, strict=True):
-            losses += F.cross_entropy(logits, head.target(digits, number)).item()
-    assert right != consistent
+            losses += F.cross_entropy(logits, head.target(DIGITS, number)).item()
+    expected = {
+        "rows": ROWS,
+        "pairs": 10 * ROWS,
+        "loss": losses / 10 / len(HEADS),
+        "digit_accuracy": (digit_scores().argmax(1) == DIGITS).double().mean().item(),
+        "sum_accuracy": right / (10 * ROWS),
+    }
     # Another order of sums may change an answer.
-    assert metrics == pytest.approx(
-        {
-            "rows": ROWS,
-            "pairs": 10 * ROWS,
-            "loss": losses / 10 / len(HEADS),
-            "digit_accuracy": (digit_scores.argmax(1) == digits).double().mean().item(),
-            "sum_accuracy": right / (10 * ROWS),
-            "consistency": consistent / (10 * ROWS),
-        },
-        rel=1e-5,
-        abs=0.001,
-    )
+    assert metrics() == pytest.approx(expected, rel=1e-5, abs=0.001)
 
 
 def test_a_repeated_row_is_an_error() -> None:
     """In the place of another. Other wrong counts: tests/training/test_trainer.py."""
-    counts = AnswerCounts(torch.device("cpu"))
-    batch = {"digit": torch.zeros(3, dtype=torch.int64), "row_id": torch.tensor([0, 1, 1])}
-    for rows, scores in score_rows(TwoHeadCNN(), [(batch, torch.zeros(3, 10))]):
-        counts.add(rows, scores)
+    batch: LabelledRows = {"digit": torch.zeros(3, dtype=torch.int64)}
+    batch["row_id"] = torch.tensor([0, 1, 1])
     with pytest.raises(RowCountError, match="lost or repeated"):
-        counts.metrics(3, 0 + 1 + 2)
+        count([(batch, TwoHeadCNN().scores_of_all_numbers(torch.zeros(3, 10)))], np.arange(3))
 
 
-def test_the_error_analysis_agrees_with_the_metrics(
-    rows: LabelledRows, scored: ScoredRows, metrics: Metrics, digit_scores: torch.Tensor
-) -> None:
-    analysis: dict[str, Any] = analyse_errors(scored, {"digit": 1.0, "sum": 2.0})
+def test_the_error_analysis_agrees_with_the_metrics() -> None:
+    analysis, images = analyse_errors(scored(), {"digit": 1.0, "sum": 2.0})
     confusion = np.array(analysis["confusion"])
-    assert confusion.sum(1).tolist() == np.bincount(rows["digit"], minlength=10).tolist()
-    assert np.trace(confusion) / ROWS == pytest.approx(metrics["digit_accuracy"])
+    assert confusion.sum(1).tolist() == np.bincount(DIGITS, minlength=10).tolist()
+    assert np.trace(confusion) / ROWS == pytest.approx(metrics()["digit_accuracy"])
     for name, pairs in (("digit", ROWS), ("sum", 10 * ROWS)):
         counts = analysis["probabilities"][name]["reliability"]
         assert sum(counts["rows"]) == pairs
-        assert sum(counts["right"]) / pairs == pytest.approx(metrics[f"{name}_accuracy"])
+        assert sum(counts["right"]) / pairs == pytest.approx(metrics()[f"{name}_accuracy"])
 
-    probability, answer = (values.numpy() for values in digit_scores.softmax(1).max(1))
-    right = answer == rows["digit"].numpy()
+    probability, answer = (values.numpy() for values in digit_scores().softmax(1).max(1))
+    right = answer == DIGITS.numpy()
     bins = (probability * RELIABILITY_BINS).astype(int)
     gaps = [abs((probability - right)[bins == index].sum()) for index in range(RELIABILITY_BINS)]
     assert analysis["probabilities"]["digit"]["ece"] == pytest.approx(sum(gaps) / ROWS)
@@ -125,10 +108,11 @@ def test_the_error_analysis_agrees_with_the_metrics(
     mistakes = analysis["mistakes"]
     assert len(mistakes) == MAX_MISTAKES == len({mistake["row_id"] for mistake in mistakes})
     expected = np.sort(probability * ~right)[::-1][:MAX_MISTAKES]
-    for mistake, least in zip(mistakes, expected, strict=True):
+    for mistake, image, least in zip(mistakes, images, expected, strict=True):
+        row, digit, number = mistake["row_id"] - FIRST, mistake["digit"], mistake["number"]
         assert max(mistake["digit_prob"], mistake["sum_prob"]) >= least - 1e-4
-        digit, number = mistake["digit"], mistake["number"]
-        assert digit == rows["digit"][mistake["row_id"] - FIRST]
+        assert digit == DIGITS[row]
+        assert np.array_equal(image, IMAGES[row])
         assert (mistake["pred_digit"], mistake["pred_sum"]) != (digit, digit + number)
 
 
@@ -148,10 +132,10 @@ def test_the_fit_recovers_the_temperature_of_the_labels_and_minimizes_the_loss(
 
 
 @torch.no_grad()
-def test_folded_temperatures_divide_the_scores(scored: ScoredRows) -> None:
-    model, (images, _, numbers) = new_model().eval(), random_rows(100)
+def test_folded_temperatures_divide_the_scores() -> None:
+    model, (images, _, numbers) = new_model(), random_rows(100)
     before = model(prepare_images(images), numbers)
-    temperatures = fit_temperatures(scored)
+    temperatures = fit_temperatures(scored())
     model.fold_temperatures(temperatures)
     assert all(abs(temperature - 1) > 0.01 for temperature in temperatures.values())
     after = model(prepare_images(images), numbers)

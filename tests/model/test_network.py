@@ -1,11 +1,20 @@
-"""The network equals the original; its loss and dropout are those defined."""
+"""The network is the original's; its loss, dropout and distortions are those defined."""
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mnistsum_ray.data.randomness import affine_matrices
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.network import Objective, TwoHeadCNN, dropout_factors, prepare_images
+from mnistsum_ray.model.network import (
+    Objective,
+    TwoHeadCNN,
+    distort,
+    dropout_factors,
+    prepare_images,
+)
 from tests.model import new_model, random_rows
 
 ROWS = 8
@@ -54,26 +63,20 @@ def test_images_are_normalized_as_model_json_says_and_pixels_of_another_type_are
         prepare_images(pixels.float())
 
 
-def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prepared images, numbers and digits."""
-    images, digits, numbers = random_rows(ROWS)
-    return prepare_images(images), numbers, digits
-
-
 def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
     drawn = dropout_factors(200, (128, 3, 3), 0.25, torch.Generator().manual_seed(0))
     assert drawn.is_contiguous(memory_format=torch.channels_last)
     assert (drawn == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
     torch.testing.assert_close(drawn[drawn != 0], torch.full_like(drawn[drawn != 0], 1 / 0.75))
-    model, (images, _, _) = new_model(), rows()
+    model, images = new_model(), prepare_images(random_rows(ROWS)[0])
     assert model.conv7.bias is not None
     scores = model.digit_scores(images, torch.zeros(ROWS, 128, 3, 3))  # before the last convolution
     torch.testing.assert_close(scores, model.conv7.bias.expand(ROWS, 10))
 
 
 def test_the_loss_is_the_mean_of_the_heads_and_reported_without_smoothing() -> None:
-    model = new_model()
-    images, numbers, digits = rows()
+    model, (images, digits, numbers) = new_model(), random_rows(ROWS)
+    images = prepare_images(images)
 
     def by_definition(smoothing: float) -> float:
         loss = 0.0
@@ -105,3 +108,45 @@ def test_a_worker_without_rows_has_gradients_of_zero(dtype: torch.dtype) -> None
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+ROTATION, WIDTH, HEIGHT, SHEAR, X, Y = range(6)
+TURN, SCALE = math.radians(10), math.exp(0.1)
+
+
+def distorted(images: torch.Tensor, draws: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+    return distort(images, torch.from_numpy(affine_matrices(draws.numpy(), strength)))
+
+
+CASES = [
+    # The sampling grid moves right or turns right, so the ink moves left or turns left.
+    (ROTATION, 1, (9, 0), (9 * math.cos(TURN), -9 * math.sin(TURN))),
+    (X, 1 / 3, (5, 5), (4, 5)),
+    (Y, -1, (5, 5), (5, 8)),
+    (WIDTH, -1, (8, 8), (8 * SCALE, 8)),
+    (HEIGHT, -1, (8, 8), (8, 8 * SCALE)),
+    (SHEAR, 1, (0, -8), (0.8, -8)),
+]
+
+
+@pytest.mark.parametrize(("column", "draw", "before", "after"), CASES)
+def test_a_dot_moves(
+    column: int, draw: float, before: tuple[int, int], after: tuple[float, float]
+) -> None:
+    """Places are x and y in pixels from the middle."""
+    dot, draws = torch.full((1, 1, 28, 28), -0.4), torch.zeros(1, 6)
+    dot[0, 0, before[1] + 13 : before[1] + 15, before[0] + 13 : before[0] + 15] = 2.0
+    draws[0, column] = draw
+    ink = distorted(dot, draws)[0, 0] + 0.4
+    places = torch.arange(28) - 13.5
+    found = ((ink.sum(0) * places).sum() / ink.sum(), (ink.sum(1) * places).sum() / ink.sum())
+    assert [value.item() for value in found] == pytest.approx(after, abs=0.2)
+
+
+def test_rows_are_distorted_independently_and_not_at_all_at_strength_0() -> None:
+    images = prepare_images(random_rows(20)[0])
+    draws = torch.rand(20, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = distorted(images, draws)
+    torch.testing.assert_close(distorted(images[3:5], draws[3:5]), whole[3:5], rtol=0, atol=1e-5)
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(distorted(images, draws, strength=0.0), images, rtol=0, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnistsum_ray.model.network import TwoHeadCNN, joint_loss, prepare_images
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from tests.model import new_model, random_rows
 
@@ -29,7 +29,8 @@ def test_the_rate_is_highest_after_a_fifth_of_the_steps() -> None:
 
 def compute_gradients(model: TwoHeadCNN) -> None:
     images, digits, numbers = random_rows(16)
-    loss, _ = joint_loss(model(prepare_images(images), numbers), digits, numbers)
+    objective = Objective(model, 0.0, torch.float32)
+    loss, _ = objective(prepare_images(images), numbers, digits, None)
     torch.autograd.backward(loss / 16)
 
 
@@ -37,7 +38,7 @@ def test_muon_is_that_of_pytorch() -> None:
     model = new_model()
     optimizer = MuonAdamW(model, 0.3, torch.bfloat16)
     optimizer.set_learning_rate(0.1)
-    weights = model.hidden_weights()
+    weights = [getattr(model, layer).weight for layer in model.muon_layers]
     matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
     other = torch.optim.Muon(matrices, lr=0.1, momentum=0.6, weight_decay=0.3)
     for _ in range(3):

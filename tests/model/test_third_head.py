@@ -1,22 +1,22 @@
 """A network of one's own with a third head: trained, calibrated, saved and asked."""
 
 import sys
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray import RequestError, load_model, predict_rows, save_model
+from mnistsum_ray import RequestError, predict_rows
 from mnistsum_ray.data.images import pixels_view
 from mnistsum_ray.data.randomness import NUMBERS, mix_ids
-from mnistsum_ray.model.folder import INTERFACE
+from mnistsum_ray.model.folder import INTERFACE, write_model
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
-from mnistsum_ray.model.metrics import AnswerCounts, analyse_errors, fit_temperatures, score_rows
-from mnistsum_ray.model.network import Network, Scores, divide_scores, score_digits
+from mnistsum_ray.model.metrics import AnswerCounts, finish_model
+from mnistsum_ray.model.network import Network, Scores, score_digits, with_one_hot
+from mnistsum_ray.storage.uri import locate
 from tests.training import CPU, as_worker, new_trainer
 
 EVEN = Head("even", 2, lambda digits, numbers: 1 - digits % 2)
@@ -25,6 +25,11 @@ BATCH, STEPS, EPOCHS = 64, 70, 4
 
 class SmallNet(Network):
     """A strided convolution, batch normalization, and no dropout."""
+
+    muon_layers = ("first",)
+    head_layers = ("first", "norm", "sum", "even")
+    digit_readers = ("first", "even")
+    output_layers: ClassVar = {"digit": "last", "sum": "sum", "even": "even"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,22 +46,8 @@ class SmallNet(Network):
         return scores
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        one_hot = self.one_hot[numbers].to(digit_scores.dtype)
-        hidden = self.norm(self.first(torch.cat([digit_scores, one_hot], dim=1))).relu()
+        hidden = self.norm(self.first(with_one_hot(digit_scores, numbers))).relu()
         return digit_scores, self.sum(hidden), self.even(digit_scores)
-
-    def hidden_weights(self) -> list[Tensor]:
-        return [self.first.weight]
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        layers = (self.first, self.norm, self.sum, self.even)
-        return [parameter for layer in layers for parameter in layer.parameters()]
-
-    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        for name, layer in {"digit": self.last, "sum": self.sum, "even": self.even}.items():
-            divide_scores(layer, temperatures[name])
-        for reader in (self.first, self.even):
-            reader.weight.data[:, : DIGIT.classes] *= temperatures["digit"]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +60,6 @@ def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
         "HEADS": heads,
         "PREDICTION_FIELDS": prediction_fields(heads),
         "PROBABILITY_FIELDS": probability_fields(heads),
-        "OUTPUTS": tuple(prediction_fields(heads).names[:-1]),
         "INTERFACE": INTERFACE | {"network": "SmallNet", "output": scores},
     }
     ours = [module for name, module in sys.modules.items() if name.startswith("mnistsum_ray")]
@@ -78,15 +68,11 @@ def other_network(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, name, changed[name])
 
 
-digit_scores = partial(score_digits, bf16=False)
-
-
 def test_it_is_trained_calibrated_saved_and_asked(sample: pa.Table, tmp_path: Path) -> None:
     images = torch.tensor(pixels_view(sample["image"].combine_chunks()))
     digits = torch.tensor(sample["digit"].to_pylist())
     draw = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(images), generator=draw)
-    numbers = torch.randint(NUMBERS, digits.shape, generator=draw)
     held_out = rows[4500:]
     test = {"image": images[held_out], "digit": digits[held_out], "row_id": held_out}
 
@@ -103,24 +89,19 @@ def test_it_is_trained_calibrated_saved_and_asked(sample: pa.Table, tmp_path: Pa
     assert model.norm.num_batches_tracked == model.get_buffer("body.1.num_batches_tracked") == seen
 
     model.eval()
-    scored = list(score_rows(model, [(test, digit_scores(model, test["image"]))]))
+    scored = [(test, score_digits(model, test["image"], bf16=False))]
     counts = AnswerCounts(CPU)
-    for batch, scores in scored:
-        counts.add(batch, scores)
+    counts.add(test, model.scores_of_all_numbers(scored[0][1]))
     metrics = counts.metrics(500, int(mix_ids(held_out.numpy()).sum()))
     assert min(metrics[f"{head}_accuracy"] for head in ("digit", "sum", "even")) > 0.8
+    history: list[Any] = [{"epoch": EPOCHS, "validation": metrics, "test": metrics}]
+    finished = finish_model(model, scored, scored, history, "fp32")
+    assert finished.error_analysis["probabilities"].keys() == {"digit", "sum", "even"}
 
-    temperatures = fit_temperatures(scored)
-    analysis = analyse_errors(scored, temperatures)
-    assert analysis["probabilities"].keys() == {"digit", "sum", "even"}
-    model.fold_temperatures(temperatures)
-
-    save_model(model, tmp_path / "model")
-    loaded = load_model(tmp_path)
-    assert isinstance(loaded, SmallNet)
+    write_model(locate(str(tmp_path / "model"), ""), finished.weights, finished.description)
     table = sample.take(held_out.numpy())
     table = table.append_column("number", pa.array(numbers[held_out].numpy()))
-    answered = predict_rows(loaded, table, probabilities=True)
+    answered = predict_rows(tmp_path, table, probabilities=True)
     right = answered["pred_even"].to_numpy() == 1 - table["digit"].to_numpy() % 2
     assert right.mean() > 0.8
     assert set(map(len, answered["even_probs"].to_pylist())) == {2}

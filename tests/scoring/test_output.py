@@ -110,7 +110,7 @@ GONE = (
 GONE += f"and {AGAIN}"
 AWAY = "is not a file of this program; move it away, or choose another folder"
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
-    (unchanged, {"max_rows_per_file": None}, BEGUN.format("--max-rows-per-file 4", None)),
+    (unchanged, {"max_rows_per_file": None}, BEGUN.format("--max-rows-per-file 4", "null")),
     (unchanged, {"precision": "bf16"}, BEGUN.format("--precision fp32", "bf16")),
     (write("run.json", OLD), {}, BEGUN.format("format mnistsum_ray.score/1", RUN_FORMAT)),
     (unchanged, {"input": "deep"}, f"/in/deep; give the same again, or {AGAIN}"),

@@ -17,9 +17,9 @@ from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.randomness import random_numbers
 from mnistsum_ray.errors import RepeatingError
-from mnistsum_ray.model.finish import FinishedModel
 from mnistsum_ray.model.folder import checksum, copy_weights
-from mnistsum_ray.model.network import joint_loss, make_network, prepare_images
+from mnistsum_ray.model.metrics import FinishedModel
+from mnistsum_ray.model.network import Objective, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting import console
 from mnistsum_ray.reporting.console import Console
@@ -183,8 +183,9 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
     ids = np.array(ROWS["train"])
     numbers = torch.from_numpy(random_numbers(still.seed, 0, ids).astype(np.int64))
     with torch.no_grad():
-        scores = model(prepare_images(torch.tensor(images["train"])), numbers)
-        exact = joint_loss(scores, torch.from_numpy(digits["train"].copy()), numbers)[1]
+        true = torch.from_numpy(digits["train"].copy())
+        pixels = prepare_images(torch.tensor(images["train"]))
+        exact = Objective(model, 0.0, torch.float32)(pixels, numbers, true, None)[1]
     (line,) = training.finished.history
     assert line["train_loss"] == pytest.approx(exact.item() / 96, rel=1e-4)
     last_step, _ = line["step_losses"][-1]

@@ -58,7 +58,8 @@ def test_a_resumed_run_keeps_what_is_not_given_or_null_and_the_model_that_it_beg
 
 FIXED = [
     ({"learning_rate": 0.02}, "--learning-rate 0.02: the run mine has 0.5"),
-    ({"precision": "bf16"}, "--precision bf16: the run mine has none"),
+    ({"precision": "bf16"}, "--precision bf16: the run mine has null"),
+    ({"skip_bad_rows": False}, "--skip-bad-rows false: the run mine has true"),
     ({"init_from": "/other"}, "--init-from /other: the run mine has .*/base"),
 ]
 
