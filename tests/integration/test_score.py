@@ -131,7 +131,7 @@ def test_s3_gives_what_a_disk_gives(source: Path, scored: Result, model: Path) -
 
 
 def test_a_column_that_is_nowhere_names_its_flag(source: Path, model: Path, tmp_path: Path) -> None:
-    said = "^--image-column picture: is of use in no file of --input; "
+    said = "^--input: no file can be scored, such as .*; --image-column names another"
     with pytest.raises(RequestError, match=said):
         score_here(model, tmp_path / "out", source, image_column="picture")
 
@@ -139,11 +139,11 @@ def test_a_column_that_is_nowhere_names_its_flag(source: Path, model: Path, tmp_
 def test_a_busy_cluster_is_waited_for_until_the_time_limit(
     model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_START_SECONDS", 0.0)
+    monkeypatch.setattr(job, "_LEAST_WAIT_SECONDS", 0.0)
     held = placement_group([{"CPU": 2}])
     assert held.wait(30)
     wait_until(lambda: ray.available_resources().get("CPU", 0) == 0)
-    said = "^a worker needs 1 CPU, but after 3 s 0 CPUs and 0 GPUs are free .2 CPUs and 0 GPUs on 1"
+    said = "^needs 1 CPU, but after 3 s only 0 CPUs and 0 GPUs are free .2 CPUs and 0 GPUs on 1"
     with pytest.raises(TryAgainError, match=said):
         score_here(model, tmp_path / "out", source, wait_seconds=3)
     remove_placement_group(held)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.errors import RunError, StorageError
+from mnistsum_ray.scoring.parts import PART_KEY
 from mnistsum_ray.storage.store import Location
 from tests.scoring.conftest import TIMED, Example, write_rows
 
@@ -77,10 +78,10 @@ def check(example: Example) -> None:
     requests = set()
     for path in sorted((example.output / "predictions").rglob("[!.]*.p*q*")):
         table = pq.read_table(path)
-        stamp = json.loads(pq.read_metadata(path).metadata[b"mnistsum_ray.part"])
-        requests.add(stamp["run"])
+        footer = json.loads(pq.read_metadata(path).metadata[PART_KEY])
+        requests.add(footer["run"])
         assert table["reason"].is_null().equals(table["pred_sum"].is_valid())
-        rows.setdefault(stamp["input"], []).extend(table["id"].to_pylist())
+        rows.setdefault(footer["part"]["input"], []).extend(table["id"].to_pylist())
     assert len(requests) <= 1
     every = list(itertools.chain(*rows.values()))
     assert len(every) == len(set(every))
