@@ -19,6 +19,7 @@ import ray.exceptions
 import torch
 
 from mnistsum_ray.cluster import resources
+from mnistsum_ray.cluster.connection import ended_without_head
 from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
@@ -106,14 +107,19 @@ def score_on_ray(
         ),
         num_cpus=plan.per_worker.get("CPU", 0),
         num_gpus=plan.per_worker.get("GPU", 0),
-        max_restarts=_RESTARTS,  # by itself Ray Data sets no limit
+        # By itself Ray Data starts an actor again without a limit. Retries of a task have none:
+        # until Ray knows that a node is gone, it uses them up within a second.
+        max_restarts=10,
         max_task_retries=-1,
     )
     dataset.set_name("score-files")
     # Prefetched, an answer would wait for the next one, and a task that dies has none.
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     silent = "they are being started or replaced, or wait for data"
-    with console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"):
+    with (
+        ended_without_head(console.say, _KEPT),
+        console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"),
+    ):
         try:
             for block in blocks:
                 for row in block.to_pylist():
@@ -127,10 +133,6 @@ def score_on_ray(
 
 _LEAST_WAIT_SECONDS: Final = 30.0
 """Least wait for a worker: some of it is the start of its process."""
-
-_RESTARTS: Final = 10
-"""How often Ray starts one worker again that died or lost its node. Retries of a task are not
-counted: until Ray knows that a node is gone, it uses them up within a second."""
 
 
 def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreResult:
@@ -154,7 +156,8 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
         (request.output / MANIFEST).delete()
         predictions.delete_files(list(before.stale))
         if todo:
-            scoring_seconds = _score_parts(request, plan, todo, failures, console)
+            unusable, scoring_seconds = _score_parts(request, plan, todo, console)
+            failures |= unusable
         planned = {name: part for name, part in planned.items() if part.input not in failures}
         there = read_parts(request, planned, console)
         # Some parts of a file may have been put before another one could not be read.
@@ -174,24 +177,17 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
     return folder.publish(request, failures, there, figures, console)
 
 
-_CPU_TASK_ROWS: Final = 32_768
-_GPU_TASK_ROWS: Final = 262_144
-"""Rows of a task, some seconds of work: a task costs the driver 7 to 9 ms."""
-
-
 def _score_parts(
-    request: ScoreRequest,
-    plan: WorkerPlan,
-    todo: Sequence[Part],
-    failures: dict[str, str],
-    console: Console,
-) -> float:
-    """Score parts; return the seconds from the first answer of a worker to the last one.
+    request: ScoreRequest, plan: WorkerPlan, todo: Sequence[Part], console: Console
+) -> tuple[dict[str, str], float]:
+    """Score parts.
 
-    Input files that could not be read although their footers could are added to `failures`.
+    Returns: why input files could not be read although their footers could, by their names; and the
+    seconds from the first answer of a worker to the last one.
     """
     total, known = sum(part.rows for part in todo), sum(file.rows or 0 for file in request.files)
-    tasks = make_tasks(todo, _GPU_TASK_ROWS if plan.use_gpu else _CPU_TASK_ROWS, plan.most)
+    # Some seconds of work: a task costs the driver 7 to 9 ms.
+    tasks = make_tasks(todo, 262_144 if plan.use_gpu else 32_768, plan.most)
     plan = replace(plan, most=min(plan.most, len(tasks)))
     console.say(
         f"{total:,} of {counted(known, 'row')} to score; "
@@ -201,6 +197,7 @@ def _score_parts(
     metrics = JobMetrics("score", request.output.display)
     progress = Progress(console.progress, "rows scored", total)
     rows = rejected_rows = 0
+    unusable: dict[str, str] = {}
     in_work: set[int] = set()
     started = seconds = 0.0
     try:
@@ -210,9 +207,9 @@ def _score_parts(
             in_work.add(answer.task)
             if answer.ends:
                 in_work.remove(answer.task)
-            if answer.file and answer.file not in failures:
+            if answer.file and answer.file not in unusable:
                 console.say(f"cannot be used: {answer.file}: {answer.reason}")
-                failures[answer.file] = answer.reason
+                unusable[answer.file] = answer.reason
             rows += answer.rows
             rejected_rows += answer.rejected_rows
             progress(answer.rows)
@@ -228,11 +225,7 @@ def _score_parts(
             f"in work were {', '.join(names[:10]) or 'no files yet'}; "
             f"give the workers more memory, or take such a file out of --input; {_KEPT}"
         ) from error
-    return seconds
-
-
-_WORKERS_PER_GPU: Final = 4
-"""While one decodes and writes, the others compute."""
+    return unusable, seconds
 
 
 def plan_workers(config: ScoreConfig, cluster: ClusterResources, gpu: Gpu | None) -> WorkerPlan:
@@ -242,11 +235,11 @@ def plan_workers(config: ScoreConfig, cluster: ClusterResources, gpu: Gpu | None
     """
     each = {"CPU": 1.0}
     if gpu or config.use_gpu:
-        # If fewer were asked for, each gets a larger share: else Ray packs them on the first GPUs.
-        # No CPU beside it: Ray Data warns against both, and on a node with few the GPU would idle.
+        # Four: while one decodes and writes, the others compute. If fewer were asked for, each gets
+        # a larger share: else Ray packs them on the first GPUs. No CPU beside it: Ray Data warns
+        # against both, and on a node with few CPUs the GPU would stay unused.
         gpus = max(1, int(cluster.total("GPU")))
-        on_one = ceil((config.num_workers or gpus * _WORKERS_PER_GPU) / gpus)
-        each = {"GPU": 1 / min(on_one, _WORKERS_PER_GPU)}
+        each = {"GPU": 1 / min(4, ceil((config.num_workers or 4 * gpus) / gpus))}
     fitting = cluster.workers_that_fit(each)
     plan = WorkerPlan(1, config.num_workers or max(1, fitting), each, threads=None)
     if plan.most > fitting and not cluster.can_grow:
@@ -258,10 +251,8 @@ def plan_workers(config: ScoreConfig, cluster: ClusterResources, gpu: Gpu | None
 def _choose_precision(request: ScoreRequest, plan: WorkerPlan, gpu: Gpu | None) -> str:
     """The precision that is given, else that of the output's run, else the faster one."""
     begun = {} if request.config.overwrite else folder.read_run(request.output)
-    chosen = request.config.precision or begun.get("--precision")
-    if chosen:
-        return str(chosen)
     if plan.use_gpu:  # GPUs that are still to come may be too old for bfloat16
-        return "bf16" if gpu and gpu.bf16 else "fp32"
-    # The CPU of this machine stands in for those of the nodes that score.
-    return "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
+        faster = "bf16" if gpu and gpu.bf16 else "fp32"
+    else:  # the CPU of this machine stands in for those of the nodes that score
+        faster = "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
+    return request.config.precision or begun.get("--precision") or faster

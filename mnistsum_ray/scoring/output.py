@@ -49,18 +49,12 @@ FILES_TABLE: Final = "files.parquet"
 RUN_FORMAT: Final = "mnistsum_ray.score/5"
 """Format of run.json and the manifest, of the footers, and of how files are cut into parts."""
 
+_ROWS: Final = dict.fromkeys(("rows", "scored", "rejected", "failed"), pa.int64())
 FILES_TABLE_SCHEMA: Final = pa.schema(
-    {
-        "file": pa.string(),
-        "rows": pa.int64(),  # null if the footer cannot be read
-        "scored": pa.int64(),
-        "rejected": pa.int64(),
-        "failed": pa.int64(),  # all rows of a file that failed, else 0
-        "status": pa.string(),  # `scored` or `failed`; `gone`: scored, and not in --input now
-        "reason": pa.string(),  # why the file failed
-    }
+    {"file": pa.string()} | _ROWS | {"status": pa.string(), "reason": pa.string()}
 )
-"""`files.parquet`: one row per input file; rows == scored + rejected + failed."""
+"""One row an input file. rows == scored + rejected + failed; null where no footer says them. Status
+is `scored`, `failed` with a reason, or `gone`: scored, and not in --input now."""
 
 
 def read_run(output: Location) -> dict[str, Any]:
@@ -103,12 +97,11 @@ def begin(request: ScoreRequest) -> str:
 
 def delete_output(output: Location, console: Console) -> None:
     """Delete an earlier output, run.json last: until then all files are known to be ours."""
-    if not read_run(output):
-        return
-    names = [f"{PREDICTIONS}/{name}" for name, *_ in read_footers(output, console)]
-    (output / MANIFEST).delete()
-    output.delete_files([FILES_TABLE, REPORT, *names])
-    (output / RUN_FILE).delete()
+    if read_run(output):
+        names = [f"{PREDICTIONS}/{name}" for name, *_ in read_footers(output, console)]
+        (output / MANIFEST).delete()
+        output.delete_files([FILES_TABLE, REPORT, *names])
+        (output / RUN_FILE).delete()
 
 
 def check_may_go_on(request: ScoreRequest, there: PartsThere) -> None:
@@ -157,11 +150,9 @@ def publish(
 ) -> ScoreResult:
     """Write the files about the run, and the manifest last, and say the result.
 
-    `failures` say of files why they cannot be used; `figures` are those fields of the result that
-    the output does not say.
+    `failures` say why files cannot be used; `figures` are fields of the result.
 
-    RunError: nothing could be scored, or with `--strict` something cannot be used. There is no
-    manifest then.
+    RunError, and no manifest: nothing was scored, or with `--strict` something cannot be used.
     """
     output, bad = request.output, there.bad
     counts = {name: np.array(count).tolist() for name, count in there.counts.items()}
@@ -211,13 +202,13 @@ def _rows_of_files(
     """The rows of files.parquet."""
     rows: list[tuple[Any, ...]] = []  # in the order of the schema
     for file in request.files:
-        if file.name in failures:
-            reason = failures[file.name]
+        reason = failures.get(file.name)
+        if reason:
             rows.append((file.name, file.rows, 0, 0, file.rows, "failed", reason))
     gone = set(there.gone.values())
     for name, count in there.rows.items():
-        rejected = there.rejected[name]
         status = "gone" if name in gone else "scored"
+        rejected = there.rejected[name]
         rows.append((name, count, count - rejected, rejected, 0, status, None))
     return [dict(zip(FILES_TABLE_SCHEMA.names, row, strict=True)) for row in sorted(rows)]
 
