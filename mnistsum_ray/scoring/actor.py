@@ -116,9 +116,7 @@ class ScoreParts:
 def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedPart]:
     """Read and decode parts of one file in one pass; only the rows of one are in memory.
 
-    Raises:
-        StorageError: the storage does not give the file.
-        UnusableFileError: it cannot be read, or decoded, although its footer could be read.
+    UnusableFileError: it cannot be read, or decoded, although its footer could be read.
     """
     config = request.config
     file = request.root / parts[0].input

@@ -108,9 +108,9 @@ def check_may_go_on(request: ScoreRequest, there: PartsThere) -> None:
     """RequestError: parts are of input that has changed or is gone, and no flag says what to do."""
     changed = "has changed since; --rescore-changed scores such files again"
     gone = "is not in --input now; --keep-gone leaves such output as it is"
-    refused = [] if request.config.rescore_changed else [(there.stale, changed)]
-    refused += [] if request.config.keep_gone else [(there.gone, gone)]
-    for parts, problem in refused:
+    stale_parts = {} if request.config.rescore_changed else there.stale
+    gone_parts = {} if request.config.keep_gone else there.gone
+    for parts, problem in ((stale_parts, changed), (gone_parts, gone)):
         for part, file in parts.items():
             rows = f"{PREDICTIONS}/{part} has rows of {file}, which"
             raise refusal(request.output, f"{rows} {problem}, and {START_OVER}")
@@ -157,7 +157,11 @@ def publish(
     output, bad = request.output, there.bad
     counts = {name: np.array(count).tolist() for name, count in there.counts.items()}
     files = _rows_of_files(request, failures, there)
-    notice = _notice(counts)
+    notice = ""
+    if counts.get("light_rows", 0) > counts.get("rows", 0) / 2:
+        light = percent(counts["light_rows"] / counts["rows"])
+        notice = f"{light} of the images are light at their edges; "
+        notice += "the model was trained on white on black"
     totals = _totals(files, counts) | {"output": output.display} | figures
     manifest = {
         "format": RUN_FORMAT,
@@ -174,8 +178,8 @@ def publish(
     }
     (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
     (output / REPORT).write(scored_page(manifest).encode())
-    rows, of_files = counted(totals["input_rows"], "row"), counted(totals["files"], "file")
-    console.say(f"scored {totals['scored_rows']:,} of {rows} in {of_files}, each exactly once")
+    of = f"{counted(totals['input_rows'], 'row')} in {counted(totals['files'], 'file')}"
+    console.say(f"scored {totals['scored_rows']:,} of {of}, each exactly once")
     if bad.total:
         console.say(f"rejected, null in the output: {bad.describe()}")
     if counts.get("labelled_rows"):
@@ -226,10 +230,3 @@ def _totals(files: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> di
             right, known = counts[f"{head.name}_right"], counts["labelled_rows"]
             totals[f"{head.name}_accuracy"] = right / known if known else None
     return totals
-
-
-def _notice(counts: Mapping[str, Any]) -> str:
-    """What the images are, if most are not as those that the model was trained on."""
-    share = counts.get("light_rows", 0) / max(1, counts.get("rows", 0))
-    said = f"{percent(share)} of the images are light at their edges"
-    return f"{said}; the model was trained on white on black" if share > 0.5 else ""

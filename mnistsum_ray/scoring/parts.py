@@ -33,10 +33,6 @@ PART_KEY: Final = b"mnistsum_ray.part"
 NOT_OURS: Final = "is not a file of this program; move it away, or choose another folder"
 START_OVER: Final = "--overwrite deletes that output and scores everything again"
 
-_LEAST_ROWS: Final = 8_192
-_MOST_ROWS: Final = 32_768
-"""Rows of a part by default: 32,768 rows are 10 s of a CPU core, which a kill costs."""
-
 _FILE_ROWS: Final = 32
 """Fixed cost of a part, which is to open and to write files, in rows of work."""
 
@@ -71,15 +67,15 @@ def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) 
 def _parts_of(file: InputFile, max_rows_per_file: int | None) -> Iterator[Part]:
     """The parts of a file, of one size but for the last: one of no rows where it has none."""
     rows = file.rows or 0
-    size = max_rows_per_file or min(_MOST_ROWS, max(_LEAST_ROWS, ceil(rows / 4)))
+    # 32,768 rows are 10 s of a CPU core, which a kill costs.
+    size = max_rows_per_file or min(32_768, max(8_192, ceil(rows / 4)))
     count = max(1, ceil(rows / size))
     path = PurePosixPath(file.name)
     for index in range(count):
         number = f"-{index:05d}-of-{count:05d}" if count > 1 else ""
         output = str(path.with_name(path.stem + number + path.suffix))
-        first_row = index * size
-        rows_of_part = min(size, rows - first_row)
-        yield Part(output, file.name, file.entry.size, file.entry.e_tag, first_row, rows_of_part)
+        start, end = index * size, min(rows, (index + 1) * size)
+        yield Part(output, file.name, file.entry.size, file.entry.e_tag, start, end - start)
 
 
 def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[Part]]:

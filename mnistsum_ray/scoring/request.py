@@ -39,15 +39,12 @@ class ScoreRequest:
     """A checked request."""
 
     config: ScoreConfig
-    description: dict[str, Any]
-    """Contents of the model's `model.json`."""
+    description: dict[str, Any]  # contents of the model's `model.json`
     weights: "dict[str, Tensor]"
-    root: Location
-    """The deepest folder that holds all input files."""
+    root: Location  # the deepest folder that holds all input files
     files: list[InputFile]
     output: Location
-    run_id: str = ""
-    """Of run.json in the output; empty until the run has begun there."""
+    run_id: str = ""  # of run.json in the output; empty until the run has begun there
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -68,9 +65,8 @@ class ScoreRequest:
 def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     """Check everything that can be checked without a cluster.
 
-    Raises:
-        RequestError: the model, the input or the output cannot be used.
-        TryAgainError: the storage does not give an input file.
+    RequestError: the model, the input or the output cannot be used. TryAgainError: the storage does
+    not give an input file.
     """
     output = locate(config.output, "--output", output_base_folder())
     with as_request_error("--output"):
@@ -98,9 +94,7 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
 def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> list[InputFile]:
     """Read and check the footers of all input files.
 
-    Raises:
-        RequestError: none of those that can be read can be scored: a flag is wrong, and no file.
-        StorageError: the storage does not give a file.
+    RequestError: none that can be read can be scored, so it is rather a flag that is wrong.
     """
     progress = Progress(console.progress, "footers read", len(inputs.files))
     inspect = partial(_inspect_file, inputs, config)

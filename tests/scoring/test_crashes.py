@@ -97,16 +97,13 @@ def add_file(example: Example) -> None:
     (example.folder / "more.parquet").rename(example.input / "more.parquet")
 
 
-CASES: list[Any] = [(first, False) for first in ("begin", "overwrite", "go on", "add")]
-CASES += [pytest.param(first, True, marks=pytest.mark.slow) for first in ("begin", "add")]
-
 ENDINGS = {"crashes before": "crashed", "crashes after": "crashed", "fails": "failed"}
 """How a run ends, by what goes wrong."""
 
 
-@pytest.mark.parametrize(("first", "then_overwrite"), CASES)
+@pytest.mark.parametrize("first", ["begin", "overwrite", "go on", "add"])
 def test_a_crash_at_any_operation_loses_and_repeats_nothing(
-    first: str, then_overwrite: bool, example: Example, monkeypatch: pytest.MonkeyPatch
+    first: str, example: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a first run, one with --overwrite, one that goes on, and one that finds a new file."""
     store = Store(monkeypatch)
@@ -132,8 +129,6 @@ def test_a_crash_at_any_operation_loses_and_repeats_nothing(
             crashed = store.count >= n
             store.fail_at(0, "")
             assert ended == (ending if crashed else "done")
-            if then_overwrite:
-                assert score(example, overwrite=True) == "done"
             assert score(example) == "done"
             assert example.files(*timed) == undisturbed
             if not crashed:
