@@ -169,8 +169,8 @@ def count_rows(
         "predicted_digits": np.bincount(scored["pred_digit"], minlength=DIGITS).tolist(),
     }
     for head in HEADS:
-        tenths, _ = np.histogram(scored[f"{head.name}_prob"], bins=10, range=(0, 1))
-        counts[f"{head.name}_probabilities"] = tenths.tolist()
+        tenths = (10 * scored[f"{head.name}_prob"]).astype(np.int64).clip(max=9)
+        counts[f"{head.name}_probabilities"] = np.bincount(tenths, minlength=10).tolist()
     if label_column:
         labels, unknown = decode_numbers(one_chunk(decoded.table[label_column]), DIGITS)
         is_scored[list(unknown)] = False  # from here on: and its digit is known
