@@ -27,11 +27,6 @@ OF_A = [f"predictions/a-0000{part}-of-00003.parquet" for part in range(3)]
 PARTS = {*OF_A, "predictions/deep/b.pq", "predictions/none.parquet"}
 
 
-SKIPPED = (
-    "would get a name that readers of Parquet skip, as all names with . or _ in front; rename it"
-)
-
-
 def manifest_of(example: Example) -> dict[str, Any]:
     value: dict[str, Any] = json.loads((example.output / "manifest.json").read_text())
     return value
@@ -127,7 +122,7 @@ def test_a_file_that_readers_would_skip_is_not_scored(example: Example) -> None:
     hidden = example.input / "_hidden.parquet"
     write_rows(hidden, [1])
     example.score(input=(str(example.file), str(hidden)))
-    assert listed(example)[0][5:] == ["failed", SKIPPED]
+    assert "would get a name that readers of Parquet skip" in listed(example)[0][6]
 
 
 def unchanged(example: Example) -> None:
