@@ -8,6 +8,10 @@ import logging
 import os
 import signal
 import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from mnistsum_ray.errors import RequestError, TryAgainError, one_line, root_cause, shortened
@@ -101,6 +105,31 @@ def head_answers() -> bool:
     import ray
 
     return _answers(ray.get_runtime_context().gcs_address)
+
+
+@contextmanager
+def ended_without_head(say: Callable[[str], None], advice: str) -> Iterator[None]:
+    """In the block, end this process with exit code 75 where the head is gone for long.
+
+    Ten seconds later Ray's core would end it, with exit code 1.
+    """
+    rays = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112
+    done = threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not done.wait(1):
+            if head_answers():
+                answered = time.monotonic()
+            elif time.monotonic() - answered > rays - 10:
+                say(f"error: the head of the Ray cluster does not answer; {advice}")
+                os._exit(os.EX_TEMPFAIL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _answers(address: str) -> bool:

@@ -202,7 +202,7 @@ def shortage(needed: str, waited: float) -> str:
     holders = _describe_holders()
     why = f"the rest is held by {holders}" if holders else "other jobs hold the rest"
     why += ", or the cluster has not grown, and `ray status` tells why"
-    advice = "give more --wait-seconds, or ask for fewer workers or --threads"
+    advice = "give more --wait-seconds, or ask for less"
     return f"needs {needed}, but {free}: {why}; {advice}"
 
 

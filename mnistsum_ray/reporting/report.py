@@ -14,7 +14,7 @@ from typing import Any, Final
 import jinja2
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.images import Pixels, ReasonCounts
+from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.errors import one_line, percent
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import accuracies
@@ -30,7 +30,7 @@ PICTURES: Final = {
 }
 """Titles of the pictures by their file names."""
 
-Table = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+Table = tuple[str, tuple[Any, ...], list[tuple[Any, ...]]]
 """Title, names of the columns, and rows. One without rows is not shown."""
 
 
@@ -61,23 +61,42 @@ def report_page(
     return _render(title, lines, figures, pictures, tables)
 
 
-def scored_page(manifest: dict[str, Any], bad: ReasonCounts) -> str:
-    """Render the HTML page of a scored output: counts, reasons, configuration."""
-    totals = manifest["totals"]
+def scored_page(manifest: dict[str, Any]) -> str:
+    """Render the HTML page of a scored output: counts, what cannot be used, configuration."""
+    totals, counts = manifest["totals"], manifest["counts"]
     figures = [
         (f"{totals['rejected_rows']:,}", "rows rejected"),
         (f"{totals['failed_files']:,}", f"files not usable, with {totals['failed_rows']:,} rows"),
     ]
-    if manifest["labelled_rows"]:
-        of = f"correct, of {manifest['labelled_rows']:,} labelled rows"
+    if counts.get("labelled_rows"):
+        of = f"correct, of {counts['labelled_rows']:,} labelled rows"
         figures += [
             (percent(totals[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS
         ]
     figures.append((f"{totals['rows_per_second']:,.0f}", "rows per second"))
-    tables = [_reasons("Rejected rows", vars(bad)), _settings(manifest, manifest["model"])]
+    failures = list(manifest["failures"].items())
+    if len(failures) < totals["failed_files"]:
+        failures.append((f"all {totals['failed_files']:,}", "are in files.parquet"))
+    digits, confusion = enumerate(counts.get("predicted_digits", [])), counts.get("confusion", [])
+    tenths = []
+    for tenth in range(10 * bool(counts)):
+        of_heads = [f"{counts[f'{head.name}_probabilities'][tenth]:,}" for head in HEADS]
+        tenths.append((f"{tenth / 10} to {(tenth + 1) / 10}", *of_heads))
+    tables = [
+        ("Files that cannot be used", ("file", "reason"), failures),
+        _reasons("Rejected rows", manifest["bad_rows"]),
+        ("Predicted digits", ("digit", "rows"), [(digit, f"{rows:,}") for digit, rows in digits]),
+        ("Probabilities", ("probability", *(f"{head.name}, rows" for head in HEADS)), tenths),
+        (
+            "Digits: true (down) and predicted (across)",
+            ("", *range(len(confusion))),
+            [(true, *predicted) for true, predicted in enumerate(confusion)],
+        ),
+        _settings(manifest, manifest["model"]),
+    ]
     title = f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored"
     where = f"{totals['output']}, from {totals['files']:,} files"
-    return _render(title, [where], figures, {}, tables)
+    return _render(title, [where, manifest["notice"]], figures, {}, tables)
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:

@@ -1,21 +1,32 @@
 """What an actor of Ray Data does with a task: read its parts, predict, put each, and answer."""
 
 import itertools
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from mnistsum_ray.data.images import Pixels, decode_images, decode_numbers, join_reasons, one_chunk
+from mnistsum_ray.data.images import (
+    DIGITS,
+    Numbers,
+    Pixels,
+    ReasonCounts,
+    Reasons,
+    decode_images,
+    decode_numbers,
+    join_reasons,
+    one_chunk,
+)
 from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
-from mnistsum_ray.errors import ConflictError, RunError, StorageError, UnusableFileError, one_line
+from mnistsum_ray.errors import ConflictError, UnusableFileError, one_line
+from mnistsum_ray.model.heads import HEADS, SUM
 from mnistsum_ray.model.inference import Predictions, Predictor, append_predictions
-from mnistsum_ray.scoring.parts import PREDICTIONS, Part, count_part, from_row
+from mnistsum_ray.scoring.parts import PART_KEY, PREDICTIONS, Part
 from mnistsum_ray.scoring.request import ScoreRequest
 from mnistsum_ray.storage.store import Entry
 
@@ -23,38 +34,26 @@ _BATCH_ROWS: Final = 2048
 """Small parts are predicted together, up to this number of rows or a larger batch: a forward pass
 on ten rows, filled up to a batch, wastes most of its time."""
 
-_CHANGED: Final = "has changed since the run began; run the command again"
-
 
 class Answer(NamedTuple):
-    """What an actor says of its task, as a row."""
+    """What an actor says of its task, as a row: that it begins, what is done, that it ends."""
 
-    kind: Literal["begins", "scored", "unusable", "failed", "ends"]
-    """The task begins or ends; parts are scored; an input file cannot be used although its footer
-    could be read; the run cannot go on."""
-    task: int = -1
-    rows: int = 0
+    task: int
+    rows: int = 0  # of parts that are put now, and those among them that are rejected
     rejected_rows: int = 0
-    """Of parts that are scored: all rows, and those among them that are rejected."""
-    file: str = ""
-    """The input file that cannot be used."""
+    file: str = ""  # an input file that cannot be used although its footer could be read, and why
     reason: str = ""
-    """Why it cannot be used, or why the run cannot go on."""
+    ends: bool = False
 
 
-@dataclass(frozen=True)
-class DecodedPart:
-    """The n rows of one part."""
+class DecodedPart(NamedTuple):
+    """The n rows of a part; in place of an image or a number that cannot be decoded are zeros."""
 
     part: Part
-    table: pa.Table
-    """Every input column."""
+    table: pa.Table  # of every input column
     images: Pixels
-    """uint8[n, 28, 28]; zeros where they cannot be decoded."""
-    numbers: npt.NDArray[np.int64]
-    """int64[n], 0..NUMBERS - 1; 0 where they cannot be decoded."""
-    reasons: dict[int, str]
-    """Why each rejected row cannot be scored, by its index in the part, in ascending order."""
+    numbers: Numbers
+    reasons: Reasons  # why each rejected row cannot be scored, by its index in the part
 
 
 class ScoreParts:
@@ -62,30 +61,23 @@ class ScoreParts:
 
     def __init__(self, request: ScoreRequest, device: str) -> None:
         """Load the model on `device`, `cpu` or `cuda`."""
-        self._request = request
-        # Ray's arrays cannot be written, so the tensors are copies.
-        weights = {name: torch.tensor(value) for name, value in request.weights.items()}
+        self._request, config = request, request.config
         self._predictor = Predictor(
-            weights, torch.device(device), str(request.precision), request.config.batch_size
+            request.weights, torch.device(device), str(config.precision), config.batch_size
         )
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Take one task, which is a row, and yield its answers, each as soon as it is known."""
+        """Take one task, which is a row, and yield its answers, each as soon as it is known.
+
+        StorageError, RunError: the run cannot go on.
+        """
         (row,) = batch.to_pylist()
-        for answer in self._answers(from_row(row)):
-            yield pa.Table.from_pylist([answer._replace(task=row["task"])._asdict()])
+        parts = [Part(**part) for part in row["parts"]]
+        for answer in self._score(row["task"], parts):
+            yield pa.Table.from_pylist([answer._asdict()])
 
-    def _answers(self, parts: Sequence[Part]) -> Iterator[Answer]:
-        yield Answer("begins")
-        try:
-            yield from self._score(parts)
-        except StorageError as error:
-            yield Answer("failed", reason=f"--input {error}")
-        except RunError as error:
-            yield Answer("failed", reason=str(error))
-        yield Answer("ends")
-
-    def _score(self, parts: Sequence[Part]) -> Iterator[Answer]:
+    def _score(self, task: int, parts: Sequence[Part]) -> Iterator[Answer]:
+        yield Answer(task)
         most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
         batch: list[DecodedPart] = []
         for name, group in itertools.groupby(parts, lambda part: part.input):
@@ -93,22 +85,22 @@ class ScoreParts:
                 for decoded in read_file(self._request, list(group)):
                     batch.append(decoded)
                     if sum(len(decoded.images) for decoded in batch) >= most_rows:
-                        yield from self._predict_and_put(batch)
+                        yield from self._predict_and_put(task, batch)
                         batch = []
             except UnusableFileError as error:
                 # Its parts that were read before are put all the same; the driver deletes them.
-                yield Answer("unusable", file=name, reason=str(error))
+                yield Answer(task, file=name, reason=str(error))
         if batch:
-            yield from self._predict_and_put(batch)
+            yield from self._predict_and_put(task, batch)
+        yield Answer(task, ends=True)
 
-    def _predict_and_put(self, batch: Sequence[DecodedPart]) -> Iterator[Answer]:
+    def _predict_and_put(self, task: int, batch: Sequence[DecodedPart]) -> Iterator[Answer]:
         """Predict the rows of several parts together, and put each part."""
         images = np.concatenate([decoded.images for decoded in batch])
         numbers = np.concatenate([decoded.numbers for decoded in batch])
         probabilities = self._request.config.probabilities
         predictions = self._predictor.predict(images, numbers, probabilities)
-        rejected_rows = 0
-        start = 0
+        rejected_rows = start = 0
         for decoded in batch:
             end = start + decoded.part.rows
             of_part = {name: values[start:end] for name, values in predictions.items()}
@@ -117,17 +109,15 @@ class ScoreParts:
                 rejected_rows += len(decoded.reasons)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 reason = f"cannot be written again: {one_line(error)}"
-                yield Answer("unusable", file=decoded.part.input, reason=reason)
+                yield Answer(task, file=decoded.part.input, reason=reason)
             start = end
-        yield Answer("scored", rows=len(images), rejected_rows=rejected_rows)
+        yield Answer(task, len(images), rejected_rows)
 
 
 def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedPart]:
     """Read and decode parts of one file in one pass; only the rows of one are in memory.
 
-    Raises:
-        StorageError: the storage does not give the file.
-        UnusableFileError: it cannot be read, or decoded, although its footer could be read.
+    UnusableFileError: it cannot be read, or decoded, although its footer could be read.
     """
     config = request.config
     file = request.root / parts[0].input
@@ -138,22 +128,60 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
             # A file on a disk may be rewritten while it is read. Each request for an object names
             # the ETag, so the store itself sees to that.
             if file.is_local and file.status() != listed:
-                raise UnusableFileError(_CHANGED)
+                raise ConflictError
             images, bad_images = decode_images(one_chunk(table[config.image_column]))
             numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
             yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
 
 
 def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Predictions) -> None:
-    """Put the output file of a part if there is none. RunError: it cannot be written."""
+    """Put the output file of a part if there is none. StorageError: it cannot be written."""
     part = decoded.part
     table = decoded.table.drop_columns([request.config.image_column])
     table = append_predictions(table, predictions, decoded.numbers, decoded.reasons)
-    counts = count_part(table, part, request.config)
+    rejected = ReasonCounts()
+    examples = [(part.input, part.first_row + row, why) for row, why in decoded.reasons.items()]
+    rejected.add(Counter(decoded.reasons.values()), examples)
+    footer = {
+        "run": request.run_id,
+        "part": part._asdict(),
+        "counts": count_rows(decoded, predictions, request.config.label_column),
+        **vars(rejected),
+    }
     # Without the input's own metadata: they may name the input's columns, and Spark sees no others.
-    table = table.replace_schema_metadata(part.entries(request.run_id, counts))
-    try:
-        with suppress(ConflictError):  # a process that died, or a second run, has put it
-            (request.output / PREDICTIONS / part.output).create(to_parquet(table))
-    except StorageError as error:
-        raise RunError(f"--output {error}") from None
+    table = table.replace_schema_metadata({PART_KEY: json.dumps(footer)})
+    with suppress(ConflictError):  # a process that died, or a second run, has put it
+        (request.output / PREDICTIONS / part.output).create(to_parquet(table))
+
+
+def count_rows(
+    decoded: DecodedPart, predictions: Predictions, label_column: str | None
+) -> dict[str, Any]:
+    """Counts of a part's rows: numbers, and lists of them by digit or by tenth of probability."""
+    is_scored = np.ones(len(decoded.images), bool)
+    is_scored[list(decoded.reasons)] = False
+    scored = {name: values[is_scored] for name, values in predictions.items()}
+    consistent = SUM.target(scored["pred_digit"], decoded.numbers[is_scored]) == scored["pred_sum"]
+    top_and_bottom = decoded.images[:, [0, -1]]
+    counts: dict[str, Any] = {
+        "rows": len(is_scored),
+        "rejected_rows": len(decoded.reasons),
+        "consistent_rows": int(consistent.sum()),
+        # Of MNIST's own images none has a light edge: these are black on white.
+        "light_rows": int((top_and_bottom.mean((1, 2)) > 127).sum()),
+        "predicted_digits": np.bincount(scored["pred_digit"], minlength=DIGITS).tolist(),
+    }
+    for head in HEADS:
+        tenths = (10 * scored[f"{head.name}_prob"]).astype(np.int64).clip(max=9)
+        counts[f"{head.name}_probabilities"] = np.bincount(tenths, minlength=10).tolist()
+    if label_column:
+        labels, unknown = decode_numbers(one_chunk(decoded.table[label_column]), DIGITS)
+        is_scored[list(unknown)] = False  # from here on: and its digit is known
+        labels, numbers = labels[is_scored], decoded.numbers[is_scored]
+        counts["labelled_rows"] = len(labels)
+        for head in HEADS:
+            is_right = predictions[f"pred_{head.name}"][is_scored] == head.target(labels, numbers)
+            counts[f"{head.name}_right"] = int(is_right.sum())
+        pairs = DIGITS * labels + predictions["pred_digit"][is_scored]
+        counts["confusion"] = np.bincount(pairs, minlength=DIGITS**2).reshape(DIGITS, -1).tolist()
+    return counts

@@ -9,8 +9,8 @@ for each input row in order, nor a file that is whole or not there, nor to go on
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import ceil
 from typing import Final
 
@@ -19,11 +19,14 @@ import ray.exceptions
 import torch
 
 from mnistsum_ray.cluster import resources
+from mnistsum_ray.cluster.connection import ended_without_head
+from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
     RunInterrupted,
+    StorageError,
     TryAgainError,
     counted,
     root_cause,
@@ -34,15 +37,7 @@ from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
 from mnistsum_ray.scoring import output as folder
 from mnistsum_ray.scoring.actor import Answer, ScoreParts
-from mnistsum_ray.scoring.parts import (
-    PREDICTIONS,
-    Part,
-    PartsThere,
-    make_tasks,
-    read_parts,
-    split_into_parts,
-    to_row,
-)
+from mnistsum_ray.scoring.parts import PREDICTIONS, Part, make_tasks, read_parts, split_into_parts
 from mnistsum_ray.scoring.request import ScoreRequest
 
 _KEPT: Final = "what is scored is kept, and the same command goes on"
@@ -54,63 +49,77 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
     Raises:
         RequestError: the output folder holds files that this run must not touch; the workers that
             were asked for do not fit.
-        TryAgainError: the cluster gives no worker in time, or another run changes the output.
-        RunError: the storage does not answer, workers died again and again, nothing at all could be
-            scored, or with `--strict` some input cannot be used.
+        TryAgainError: the cluster gives no worker in time, another run changes the output, or the
+            storage does not answer.
+        RunError: workers died again and again, or as of `publish`.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
         gpu = resources.find_gpu(request.config.use_gpu, console.say)
-        workers = plan_workers(request.config, resources.inspect_cluster(), gpu)
-        request = replace(request, precision=_choose_precision(request, workers, gpu))
-        return run(request, workers, console)
+        plan = plan_workers(request.config, resources.inspect_cluster(), gpu)
+        precision = _choose_precision(request, plan, gpu)
+        config = request.config.model_copy(update={"precision": precision})
+        return _score(replace(request, config=config), plan, console)
     except KeyboardInterrupt:
         raise RunInterrupted(_KEPT) from None
     except (OSError, ray.exceptions.RayError) as error:
+        cause = getattr(error, "cause", error)  # what an actor raised, with Ray's advice below it
+        first = str(cause).partition("\n")[0]
+        if isinstance(cause, StorageError):
+            raise TryAgainError(f"{first}; {_KEPT}") from error
+        if isinstance(cause, RunError):
+            raise RunError(first) from error
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {_KEPT}") from error
 
 
 def score_on_ray(
-    request: ScoreRequest, workers: "Workers", tasks: Sequence[Sequence[Part]], console: Console
+    request: ScoreRequest, plan: WorkerPlan, tasks: Sequence[Sequence[Part]], console: Console
 ) -> Iterator[Answer]:
     """Score tasks with actors of Ray Data; their answers come at once, in any order.
 
     TryAgainError: the cluster does not give a worker within `--wait-seconds`.
     """
-    most = min(workers.number, len(tasks))
-    free = workers.that_fit(ray.available_resources())
-    rows = [to_row(number, task) for number, task in enumerate(tasks)]
+    free = ClusterResources((ray.available_resources(),)).workers_that_fit(plan.per_worker)
+    rows = []
+    for number, task in enumerate(tasks):
+        rows.append({"task": number, "parts": [part._asdict() for part in task]})
     # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     options = dataset.context
     options.enable_progress_bars = options.print_on_execution_start = False
+    options.raise_original_map_exception = True  # `score` looks at its type
     options.target_max_block_size = 1  # with small blocks each answer comes at once
     if not free:
         # For one worker. Ray waits for all that are to start at once: two jobs which begin
         # together, and get half of what they ask for, would wait for each other.
-        options.wait_for_min_actors_s = max(request.config.wait_seconds, _START_SECONDS)
+        options.wait_for_min_actors_s = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     dataset = dataset.map_batches(
         ScoreParts,
-        fn_constructor_args=(replace(request, files=[]), "cuda" if workers.use_gpu else "cpu"),
+        fn_constructor_args=(replace(request, files=[]), "cuda" if plan.use_gpu else "cpu"),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             min_size=1,
-            max_size=most,
-            initial_size=max(1, min(most, free)),
+            max_size=plan.most,
+            initial_size=max(1, min(plan.most, free)),
             max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits
         ),
-        num_cpus=0 if workers.use_gpu else workers.share,
-        num_gpus=workers.share if workers.use_gpu else 0,
-        max_restarts=_RESTARTS,  # by itself Ray Data sets no limit
+        num_cpus=plan.per_worker.get("CPU", 0),
+        num_gpus=plan.per_worker.get("GPU", 0),
+        # By itself Ray Data starts an actor again without a limit. Retries of a task have none:
+        # until Ray knows that a node is gone, it uses them up within a second.
+        max_restarts=10,
         max_task_retries=-1,
     )
     dataset.set_name("score-files")
     # Prefetched, an answer would wait for the next one, and a task that dies has none.
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     silent = "they are being started or replaced, or wait for data"
-    with console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"):
+    with (
+        ended_without_head(console.say, _KEPT),
+        console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"),
+    ):
         try:
             for block in blocks:
                 for row in block.to_pylist():
@@ -119,70 +128,47 @@ def score_on_ray(
         except ray.exceptions.GetTimeoutError:
             pass  # the actor that still waits goes with this error's traceback, in which Ray has it
     gc.collect()
-    raise TryAgainError(
-        f"a worker needs {workers.share:.2g} {workers.kind}, but after "
-        f"{options.wait_for_min_actors_s:.0f} s {resources.describe_free()}: other jobs hold the "
-        "rest, or the cluster has not grown, and `ray status` says why; give more --wait-seconds"
-    )
+    raise TryAgainError(resources.shortage(plan.needed, options.wait_for_min_actors_s))
 
 
-_START_SECONDS: Final = 30.0
+_LEAST_WAIT_SECONDS: Final = 30.0
 """Least wait for a worker: some of it is the start of its process."""
 
-_RESTARTS: Final = 10
-"""How often Ray starts one worker again that died or lost its node. Retries of a task are not
-counted: until Ray knows that a node is gone, it uses them up within a second."""
 
-_CPU_TASK_ROWS: Final = 32_768
-_GPU_TASK_ROWS: Final = 262_144
-"""Rows of a task, some seconds of work: a task costs the driver 7 to 9 ms."""
-
-
-ScoreTasks = Callable[..., Iterator[Answer]]
-"""`score_on_ray`, or another way to score tasks: it takes the same and gives the same."""
-
-
-def run(
-    request: ScoreRequest,
-    workers: "Workers",
-    console: Console,
-    score_tasks: ScoreTasks = score_on_ray,
-) -> ScoreResult:
-    """Score with these workers; errors are as of `score`."""
+def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreResult:
     started = time.monotonic()
-    predictions, manifest = request.output / PREDICTIONS, request.output / MANIFEST
-    parts, failures = split_into_parts(request.files, request.config.max_rows_per_file)
-    planned = {part.output: part for part in parts}
+    predictions = request.output / PREDICTIONS
+    planned = split_into_parts(request.files, request.config.max_rows_per_file)
     if request.config.overwrite:
-        if not parts:
+        if not planned:
             raise RequestError("--overwrite: no file of --input can be used; nothing was deleted")
         folder.delete_output(request.output, console)
     request = replace(request, run_id=folder.begin(request))
+    failures = {file.name: file.error for file in request.files if file.error}
     for name, reason in failures.items():
         console.say(f"cannot be used: {name}: {reason}")
 
     before = there = read_parts(request, planned, console)
     folder.check_may_go_on(request, before)
-    todo = [part for part in parts if part.output not in before.done]
-    if todo or before.stale:
-        manifest.delete()
-    if before.stale:
-        predictions.delete_files(list(before.stale))
-        before.stale.clear()
-
+    todo = [part for name, part in planned.items() if name not in before.done]
     scoring_seconds = 0.0
-    if todo:
-        counts = _score_parts(request, workers, todo, before, console, score_tasks)
-        unusable, scoring_seconds = counts
-        there = read_parts(request, planned, console, unusable)
-        if there.useless:
-            predictions.delete_files(there.useless)
-        planned = {name: part for name, part in planned.items() if part.input not in unusable}
-        failures |= unusable
+    if todo or before.stale:
+        (request.output / MANIFEST).delete()
+        predictions.delete_files(list(before.stale))
+        if todo:
+            unusable, scoring_seconds = _score_parts(request, plan, todo, console)
+            failures |= unusable
+        planned = {name: part for name, part in planned.items() if part.input not in failures}
+        there = read_parts(request, planned, console)
+        # Some parts of a file may have been put before another one could not be read.
+        useless = [name for name, file in there.stale.items() if file in failures]
+        predictions.delete_files(useless)
+        for name in useless:
+            del there.stale[name]
     folder.check_complete(request, planned, before, there)
 
     resumed_rows = sum(part.rows for name, part in planned.items() if name in before.done)
-    new_rows = there.totals["rows"] - resumed_rows
+    new_rows = there.counts["rows"] - resumed_rows
     figures = {
         "resumed_rows": resumed_rows,
         "rows_per_second": round(new_rows / scoring_seconds, 1) if scoring_seconds else 0.0,
@@ -192,27 +178,21 @@ def run(
 
 
 def _score_parts(
-    request: ScoreRequest,
-    workers: "Workers",
-    todo: Sequence[Part],
-    before: PartsThere,
-    console: Console,
-    score_tasks: ScoreTasks,
+    request: ScoreRequest, plan: WorkerPlan, todo: Sequence[Part], console: Console
 ) -> tuple[dict[str, str], float]:
     """Score parts.
 
-    Returns:
-        Name and reason of input files that could not be read although their footers could; and
-        the seconds from the first answer of a worker to the last one.
+    Returns: why input files could not be read although their footers could, by their names; and the
+    seconds from the first answer of a worker to the last one.
     """
-    total = sum(part.rows for part in todo)
-    task_rows = _GPU_TASK_ROWS if workers.use_gpu else _CPU_TASK_ROWS
-    tasks = make_tasks(todo, task_rows, workers.number)
-    most = counted(min(workers.number, len(tasks)), f"{workers.kind} worker")
+    total, known = sum(part.rows for part in todo), sum(file.rows or 0 for file in request.files)
+    # Some seconds of work: a task costs the driver 7 to 9 ms.
+    tasks = make_tasks(todo, 262_144 if plan.use_gpu else 32_768, plan.most)
+    plan = replace(plan, most=min(plan.most, len(tasks)))
     console.say(
-        f"{counted(total, 'row')} to score, {before.totals['rows']:,} done by earlier runs; "
+        f"{total:,} of {counted(known, 'row')} to score; "
         f"{counted(len(request.files), 'file')} below {request.root.display}; "
-        f"with up to {most}, {request.precision}"
+        f"with {plan}, {request.config.precision}"
     )
     metrics = JobMetrics("score", request.output.display)
     progress = Progress(console.progress, "rows scored", total)
@@ -221,16 +201,13 @@ def _score_parts(
     in_work: set[int] = set()
     started = seconds = 0.0
     try:
-        for answer in score_tasks(request, workers, tasks, console):
+        for answer in score_on_ray(request, plan, tasks, console):
             started = started or time.monotonic()
             seconds = time.monotonic() - started
-            if answer.kind == "begins":
-                in_work.add(answer.task)
-            elif answer.kind == "ends":
-                in_work.discard(answer.task)
-            elif answer.kind == "failed":
-                raise RunError(f"{answer.reason}; {_KEPT}")
-            elif answer.kind == "unusable" and answer.file not in unusable:
+            in_work.add(answer.task)
+            if answer.ends:
+                in_work.remove(answer.task)
+            if answer.file and answer.file not in unusable:
                 console.say(f"cannot be used: {answer.file}: {answer.reason}")
                 unusable[answer.file] = answer.reason
             rows += answer.rows
@@ -251,58 +228,31 @@ def _score_parts(
     return unusable, seconds
 
 
-@dataclass(frozen=True)
-class Workers:
-    """The actors that score."""
-
-    number: int
-    """The most that run at a time."""
-    use_gpu: bool = False
-    share: float = 1.0
-    """Of a CPU, or of a GPU, that each of them reserves. No CPU beside a GPU: Ray Data 2.60 warns
-    against both at once, and on a node with few CPUs the GPU would stay unused."""
-
-    @property
-    def kind(self) -> str:
-        return "GPU" if self.use_gpu else "CPU"
-
-    def that_fit(self, free: Mapping[str, float]) -> int:
-        """How many fit on these resources."""
-        return int(free.get(self.kind, 0.0) / self.share + 1e-9)  # three thirds are less than 1
-
-
-_WORKERS_PER_GPU: Final = 4
-"""While one decodes and writes, the others compute."""
-
-
-def plan_workers(
-    config: ScoreConfig, cluster: resources.ClusterResources, gpu: resources.Gpu | None
-) -> Workers:
+def plan_workers(config: ScoreConfig, cluster: ClusterResources, gpu: Gpu | None) -> WorkerPlan:
     """One worker a CPU, or four a GPU; as many as the cluster has now, or as were asked for.
 
     RequestError: more were asked for than fit on a cluster that cannot grow.
     """
-    each = Workers(1)
+    each = {"CPU": 1.0}
     if gpu or config.use_gpu:
-        # If fewer were asked for, each gets a larger share: else Ray packs them on the first GPUs.
+        # Four: while one decodes and writes, the others compute. If fewer were asked for, each gets
+        # a larger share: else Ray packs them on the first GPUs. No CPU beside it: Ray Data warns
+        # against both, and on a node with few CPUs the GPU would stay unused.
         gpus = max(1, int(cluster.total("GPU")))
-        on_one = ceil((config.num_workers or gpus * _WORKERS_PER_GPU) / gpus)
-        each = Workers(1, use_gpu=True, share=1 / min(on_one, _WORKERS_PER_GPU))
-    fitting = sum(each.that_fit(node) for node in cluster.nodes)
-    number = config.num_workers or max(1, fitting)
-    if number > fitting and not cluster.can_grow:
-        fit = f"only {fitting} of them fit, with {each.share:.2g} {each.kind} each"
-        raise RequestError(f"--num-workers {number}: {fit} ({cluster})")
-    return replace(each, number=number)
+        each = {"GPU": 1 / min(4, ceil((config.num_workers or 4 * gpus) / gpus))}
+    fitting = cluster.workers_that_fit(each)
+    plan = WorkerPlan(1, config.num_workers or max(1, fitting), each, threads=None)
+    if plan.most > fitting and not cluster.can_grow:
+        fit = f"only {fitting} of them fit, with {plan.needed} each"
+        raise RequestError(f"--num-workers {plan.most}: {fit} ({cluster})")
+    return plan
 
 
-def _choose_precision(request: ScoreRequest, workers: Workers, gpu: resources.Gpu | None) -> str:
+def _choose_precision(request: ScoreRequest, plan: WorkerPlan, gpu: Gpu | None) -> str:
     """The precision that is given, else that of the output's run, else the faster one."""
-    begun = None if request.config.overwrite else folder.read_run(request.output)
-    chosen = request.precision or (begun and begun["request"].get("--precision"))
-    if chosen:
-        return str(chosen)
-    if workers.use_gpu:  # GPUs that are still to come may be too old for bfloat16
-        return "bf16" if gpu and gpu.bf16 else "fp32"
-    # The CPU of this machine stands in for those of the nodes that score.
-    return "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
+    begun = {} if request.config.overwrite else folder.read_run(request.output)
+    if plan.use_gpu:  # GPUs that are still to come may be too old for bfloat16
+        faster = "bf16" if gpu and gpu.bf16 else "fp32"
+    else:  # the CPU of this machine stands in for those of the nodes that score
+        faster = "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
+    return request.config.precision or begun.get("--precision") or faster

@@ -7,11 +7,13 @@ OUTPUT/manifest.json                 written last: while it exists, the output i
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray import __version__
@@ -22,6 +24,7 @@ from mnistsum_ray.errors import (
     RunError,
     TryAgainError,
     counted,
+    percent,
     spelled,
 )
 from mnistsum_ray.model.heads import HEADS
@@ -44,36 +47,28 @@ from mnistsum_ray.storage.store import Location
 RUN_FILE: Final = "run.json"
 FILES_TABLE: Final = "files.parquet"
 
-RUN_FORMAT: Final = "mnistsum_ray.score/4"
-"""Format of run.json and the manifest, of the stamps, and of how files are cut into parts."""
+RUN_FORMAT: Final = "mnistsum_ray.score/5"
+"""Format of run.json and the manifest, of the footers, and of how files are cut into parts."""
 
+_ROWS: Final = dict.fromkeys(("rows", "scored", "rejected", "failed"), pa.int64())
 FILES_TABLE_SCHEMA: Final = pa.schema(
-    {
-        "file": pa.string(),
-        "rows": pa.int64(),  # null if the footer cannot be read
-        "scored": pa.int64(),
-        "rejected": pa.int64(),
-        "failed": pa.int64(),  # all rows of a file that failed, else 0
-        "status": pa.string(),  # `scored` or `failed`; `gone`: scored, and not in --input now
-        "reason": pa.string(),  # why the file failed
-    }
+    {"file": pa.string()} | _ROWS | {"status": pa.string(), "reason": pa.string()}
 )
-"""`files.parquet`: one row per input file; rows == scored + rejected + failed."""
+"""One row an input file. rows == scored + rejected + failed; null where no footer says them. Status
+is `scored`, `failed` with a reason, or `gone`: scored, and not in --input now."""
 
 
-def read_run(output: Location) -> dict[str, Any] | None:
-    """The content of run.json: `format`, `id`, `request`; None where no run has begun.
-
-    RequestError: another program wrote it.
-    """
+def read_run(output: Location) -> dict[str, Any]:
+    """The content of run.json, empty where no run has begun. RequestError: it is not ours."""
     try:
         run: dict[str, Any] = (output / RUN_FILE).read_json()
-        dict(run["request"], format=run["format"])
-        return run
+        if run["format"].startswith("mnistsum_ray."):
+            return run
     except MissingFileError:
-        return None
-    except (ValueError, TypeError, KeyError):
-        raise refusal(output, f"{RUN_FILE} {NOT_OURS}") from None
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise refusal(output, f"{RUN_FILE} {NOT_OURS}")
 
 
 def begin(request: ScoreRequest) -> str:
@@ -83,48 +78,44 @@ def begin(request: ScoreRequest) -> str:
     then.
     """
     output = request.output
-    if read_run(output) is None:
+    wanted = {"format": RUN_FORMAT} | request.identity
+    if not read_run(output):
         others = list_files(output)
-        # Asked again: a second run may have begun meanwhile, and the files are its own.
-        if others and read_run(output) is None:
+        if others and RUN_FILE not in others:  # which a second run may have begun meanwhile
             raise refusal(output, f"{next(iter(others))} {NOT_OURS}")
-        run = {"format": RUN_FORMAT, "id": secrets.token_hex(8), "version": __version__}
-        with suppress(ConflictError):  # a second run began at the same time
-            (output / RUN_FILE).create(run | {"request": request.identity})
+        with suppress(ConflictError):
+            run = {"id": secrets.token_hex(8), "version": __version__}
+            (output / RUN_FILE).create(wanted | run)
     begun = read_run(output)
-    if begun is None:
+    if not begun:
         raise TryAgainError(f"--output {output.display}: another run has just deleted {RUN_FILE}")
-    values = {"format": begun["format"]} | begun["request"]
-    for flag, value in ({"format": RUN_FORMAT} | request.identity).items():
-        if values.get(flag) != value:
-            begun_with = spelled(values.get(flag))
+    for flag, value in wanted.items():
+        if begun.get(flag) != value:
+            begun_with = spelled(begun.get(flag))
             differs = f"was begun with {flag} {begun_with}, and this run has {spelled(value)}"
             raise refusal(output, f"{differs}; give the same again, or {START_OVER}")
-    return str(begun.get("id"))
+    return str(begun["id"])
 
 
 def delete_output(output: Location, console: Console) -> None:
     """Delete an earlier output, run.json last: until then all files are known to be ours."""
-    if read_run(output) is None:
-        return
-    names = [name for name, *_ in read_footers(output, console)]
-    (output / MANIFEST).delete()
-    output.delete_files([FILES_TABLE, REPORT, *(f"{PREDICTIONS}/{name}" for name in names)])
-    (output / RUN_FILE).delete()
+    if read_run(output):
+        names = [f"{PREDICTIONS}/{name}" for name, *_ in read_footers(output, console)]
+        (output / MANIFEST).delete()
+        output.delete_files([FILES_TABLE, REPORT, *names])
+        (output / RUN_FILE).delete()
 
 
 def check_may_go_on(request: ScoreRequest, there: PartsThere) -> None:
     """RequestError: parts are of input that has changed or is gone, and no flag says what to do."""
-    if there.stale and not request.config.rescore_changed:
-        part, file = next(iter(there.stale.items()))
-        problem = f"{PREDICTIONS}/{part} has rows of {file}, which has changed since"
-        advice = f"--rescore-changed scores such files again, and {START_OVER}"
-        raise refusal(request.output, f"{problem}; {advice}")
-    if there.gone and not request.config.keep_gone:
-        part, file = next(iter(there.gone.items()))
-        problem = f"{PREDICTIONS}/{part} has rows of {file}, which is not in --input now"
-        advice = f"--keep-gone leaves such output as it is, and {START_OVER}"
-        raise refusal(request.output, f"{problem}; {advice}")
+    changed = "has changed since; --rescore-changed scores such files again"
+    gone = "is not in --input now; --keep-gone leaves such output as it is"
+    stale_parts = {} if request.config.rescore_changed else there.stale
+    gone_parts = {} if request.config.keep_gone else there.gone
+    for parts, problem in ((stale_parts, changed), (gone_parts, gone)):
+        for part, file in parts.items():
+            rows = f"{PREDICTIONS}/{part} has rows of {file}, which"
+            raise refusal(request.output, f"{rows} {problem}, and {START_OVER}")
 
 
 def check_complete(
@@ -138,8 +129,7 @@ def check_complete(
     """
     missing = sorted(planned.keys() - there.done)
     strange = [*there.stale, *(there.gone.keys() - before.gone.keys())]
-    run = read_run(request.output)
-    if run is None or run.get("id") != request.run_id:
+    if read_run(request.output).get("id") != request.run_id:
         problem = f"{RUN_FILE} is of another run now"
     elif missing:
         problem = f"{PREDICTIONS}/{missing[0]} is not there"
@@ -162,99 +152,83 @@ def publish(
 ) -> ScoreResult:
     """Write the files about the run, and the manifest last, and say the result.
 
-    `failures` say of files why they cannot be used; `figures` are those fields of the result that
-    the output does not say.
+    `failures` say why files cannot be used; `figures` are fields of the result.
 
-    RunError: nothing could be scored; or with `--strict` something cannot be used, and there is no
-    manifest then.
+    RunError, and no manifest: nothing was scored, or with `--strict` something cannot be used.
     """
-    output = request.output
-    totals = _totals(request, failures, there) | figures
-    manifest = _manifest(request, totals, there)
-    (output / FILES_TABLE).write(_files_table(request, failures, there))
-    (output / REPORT).write(scored_page(manifest, there.bad).encode())
-    rows, files = counted(totals["input_rows"], "row"), counted(totals["files"], "file")
-    console.say(f"scored {totals['scored_rows']:,} of {rows} in {files}, each exactly once")
-    if there.bad.total:
-        console.say(f"rejected, null in the output: {there.bad.describe()}")
-    if there.totals["labelled"]:
-        labelled = counted(there.totals["labelled"], "labelled row")
-        console.say(f"right: {accuracies(totals)} ({labelled})")
-    console.say(f"predictions: {output.display}/{PREDICTIONS}; report: {output.display}/{REPORT}")
-
-    left_out = counted(there.bad.total, "row") + f" and {counted(len(failures), 'file')}"
-    why = f"{left_out} cannot be used; {REPORT} and {FILES_TABLE} say why"
-    is_whole = not there.bad.total and not failures
-    if not is_whole:
-        console.say(why)
-    if request.config.strict and not is_whole:
-        (output / MANIFEST).delete()  # one of a run without --strict
-        raise RunError(f"--strict: no {MANIFEST} was written: {why}")
-    (output / MANIFEST).write(manifest)
-    if not is_whole and not totals["scored_rows"]:
-        raise RunError(f"nothing was scored: {why}")
-    return ScoreResult(**totals)
-
-
-def _totals(
-    request: ScoreRequest, failures: Mapping[str, str], there: PartsThere
-) -> dict[str, Any]:
-    """The fields of the result that the output and the input say."""
-    rows, rejected_rows = there.totals["rows"], there.bad.total
-    failed_rows = sum(file.rows or 0 for file in request.files if file.name in failures)
-    totals: dict[str, Any] = {
-        "output": request.output.display,
-        "input_rows": rows + failed_rows,
-        "scored_rows": rows - rejected_rows,
-        "rejected_rows": rejected_rows,
-        "failed_rows": failed_rows,
-        "files": len(request.files),
-        "failed_files": len(failures),
-    }
-    if request.config.label_column:
-        known = there.totals["labelled"]
-        for head in HEADS:
-            right = there.totals[f"{head.name}_right"]
-            totals[f"{head.name}_accuracy"] = right / known if known else None
-    return totals
-
-
-def _files_table(
-    request: ScoreRequest, failures: Mapping[str, str], there: PartsThere
-) -> pa.Buffer:
-    """The content of files.parquet."""
-    rows: list[dict[str, Any]] = []
-    for file in request.files:
-        if file.name in failures:
-            row = {"scored": 0, "rejected": 0, "failed": file.rows, "status": "failed"}
-            rows.append({"file": file.name, "rows": file.rows, "reason": failures[file.name]} | row)
-    gone = set(there.gone.values())
-    for name, count in there.rows.items():
-        rejected = there.rejected[name]
-        row = {"scored": count - rejected, "rejected": rejected, "failed": 0}
-        status = "gone" if name in gone else "scored"
-        rows.append({"file": name, "rows": count, "status": status} | row)
-    rows.sort(key=lambda row: str(row["file"]))
-    return to_parquet(pa.Table.from_pylist(rows, FILES_TABLE_SCHEMA))
-
-
-def _manifest(
-    request: ScoreRequest, totals: Mapping[str, Any], there: PartsThere
-) -> dict[str, Any]:
-    config = request.config.model_dump(mode="json")
-    locations = {"model": request.model, "input": request.root, "output": request.output}
-    config |= {name: location.display for name, location in locations.items()}
-    return {
+    output, bad = request.output, there.bad
+    counts = {name: np.array(count).tolist() for name, count in there.counts.items()}
+    files = _rows_of_files(request, failures, there)
+    notice = ""
+    if counts.get("light_rows", 0) > counts.get("rows", 0) / 2:
+        light = percent(counts["light_rows"] / counts["rows"])
+        notice = f"{light} of the images are light at their edges; "
+        notice += "the model was trained on white on black"
+    totals = _totals(files, counts) | {"output": output.display} | figures
+    manifest = {
         "format": RUN_FORMAT,
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "totals": totals,
-        "consistent_rows": there.totals["consistent"],
-        "labelled_rows": there.totals["labelled"] if request.config.label_column else None,
-        "rejected_by_reason": there.bad.reasons,
-        "config": config,
+        "counts": counts,
+        "notice": notice,
+        "bad_rows": vars(bad),
+        "failures": dict(islice(failures.items(), 100)),  # files.parquet has all
+        "config": request.config.model_dump(mode="json"),
         "model": {key: request.description[key] for key in ("sha256", "epoch", "parameters")},
-        "precision": request.precision,
-        "gone_files": len(set(there.gone.values())),
         "versions": versions(),
     }
+    (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
+    (output / REPORT).write(scored_page(manifest).encode())
+    of = f"{counted(totals['input_rows'], 'row')} in {counted(totals['files'], 'file')}"
+    console.say(f"scored {totals['scored_rows']:,} of {of}, each exactly once")
+    if bad.total:
+        console.say(f"rejected, null in the output: {bad.describe()}")
+    if counts.get("labelled_rows"):
+        labelled = counted(counts["labelled_rows"], "labelled row")
+        console.say(f"right: {accuracies(totals)} ({labelled})")
+    if notice:
+        console.say(notice)
+    console.say(f"predictions: {output.display}/{PREDICTIONS}; report: {output.display}/{REPORT}")
+    if bad.total or failures:
+        left_out = f"{counted(bad.total, 'row')} and {counted(len(failures), 'file')}"
+        why = f"{left_out} cannot be used; {REPORT} and {FILES_TABLE} say why"
+        console.say(why)
+        if request.config.strict or not totals["scored_rows"]:
+            (output / MANIFEST).delete()  # one of a run without --strict
+            failed = "--strict" if totals["scored_rows"] else "nothing was scored"
+            raise RunError(f"{failed}: {why}; no {MANIFEST} is written")
+    (output / MANIFEST).write(manifest)
+    return ScoreResult(**totals)
+
+
+def _rows_of_files(
+    request: ScoreRequest, failures: Mapping[str, str], there: PartsThere
+) -> list[dict[str, Any]]:
+    """The rows of files.parquet."""
+    rows: list[tuple[Any, ...]] = []  # in the order of the schema
+    for file in request.files:
+        reason = failures.get(file.name)
+        if reason:
+            rows.append((file.name, file.rows, 0, 0, file.rows, "failed", reason))
+    gone = set(there.gone.values())
+    for name, count in there.rows.items():
+        status = "gone" if name in gone else "scored"
+        rejected = there.rejected[name]
+        rows.append((name, count, count - rejected, rejected, 0, status, None))
+    return [dict(zip(FILES_TABLE_SCHEMA.names, row, strict=True)) for row in sorted(rows)]
+
+
+def _totals(files: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the result that follow from the rows of files.parquet and the counts."""
+    of_input = [file for file in files if file["status"] != "gone"]
+    totals: dict[str, Any] = {"input_rows": sum(file["rows"] or 0 for file in of_input)}
+    for kind in ("scored", "rejected", "failed"):
+        totals[f"{kind}_rows"] = sum(file[kind] or 0 for file in of_input)
+    totals["files"] = len(of_input)
+    totals["failed_files"] = sum(file["status"] == "failed" for file in of_input)
+    if "labelled_rows" in counts:
+        for head in HEADS:
+            right, known = counts[f"{head.name}_right"], counts["labelled_rows"]
+            totals[f"{head.name}_accuracy"] = right / known if known else None
+    return totals

@@ -2,35 +2,32 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy.typing as npt
+import pyarrow as pa
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import column_error, read_footer
-from mnistsum_ray.errors import RequestError, RunError, StorageError, UnusableFileError
+from mnistsum_ray.errors import RequestError, StorageError, TryAgainError, UnusableFileError
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.storage.store import Entry, Location, in_threads
+from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
+
+if TYPE_CHECKING:  # it takes seconds to import, and a wrong flag should not wait for it
+    from torch import Tensor
 
 
 class InputFile(NamedTuple):
-    """An input file as it was when the run began."""
+    """An input file as it was when the run began; its name is relative to the input's root."""
 
     name: str
-    """Relative to the input's root."""
     entry: Entry
-    rows: int | None
-    """None where its footer cannot be read."""
-    recast: tuple[str, ...] = ()
-    """Columns whose type changes in the output."""
-    wrong_flag: str | None = None
-    """The flag whose column it does not have, or has of a type that cannot be used."""
-    error: str | None = None
-    """Why it cannot be scored."""
+    rows: int | None = None  # where its footer cannot be read
+    error: str | None = None  # why it cannot be scored
+    int96: tuple[str, ...] = ()  # columns of this type, which the output has in another
 
 
 @dataclass(frozen=True)
@@ -38,41 +35,34 @@ class ScoreRequest:
     """A checked request."""
 
     config: ScoreConfig
-    model: Location
-    description: dict[str, Any]
-    """Contents of the model's `model.json`."""
-    weights: dict[str, npt.NDArray[Any]]
-    root: Location
-    """The deepest folder that holds all input files."""
+    description: dict[str, Any]  # contents of the model's `model.json`
+    weights: "dict[str, Tensor]"
+    root: Location  # the deepest folder that holds all input files
     files: list[InputFile]
     output: Location
-    precision: str | None
-    """`bf16` or `fp32`; None until the workers are known."""
-    run_id: str = ""
-    """Of run.json in the output; empty until the run has begun there."""
+    run_id: str = ""  # of run.json in the output; empty until the run has begun there
 
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the output, by flag, as JSON has it. An output is of one request."""
+        config = self.config
         return {
             "--model with SHA-256": self.description["sha256"],
             "--input in": self.root.display,
-            "--precision": self.precision,
-            "--image-column": self.config.image_column,
-            "--number-column": self.config.number_column,
-            "--label-column": self.config.label_column,
-            "--probabilities": self.config.probabilities,
-            "--max-rows-per-file": self.config.max_rows_per_file,
+            "--precision": config.precision,
+            "--image-column": config.image_column,
+            "--number-column": config.number_column,
+            "--label-column": config.label_column,
+            "--probabilities": config.probabilities,
+            "--max-rows-per-file": config.max_rows_per_file,
         }
 
 
 def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     """Check everything that can be checked without a cluster.
 
-    Raises:
-        RequestError: the model, the input or the output cannot be used; in none of the files one of
-            the columns can be used.
-        RunError: the storage does not give an input file.
+    RequestError: the model, the input or the output cannot be used. TryAgainError: the storage does
+    not give an input file.
     """
     output = locate(config.output, "--output", output_base_folder())
     with as_request_error("--output"):
@@ -81,70 +71,66 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     inputs = list_inputs(config.input, output)
     report_skipped(inputs.skipped, console.say)
     model = locate_existing(config.model, "--model")
-    # Imports PyTorch, after the quick checks.
     from mnistsum_ray.model.folder import copy_weights, load_model
 
     try:
         network, description = load_model(model)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
-    weights = {name: value.numpy() for name, value in copy_weights(network).items()}
     try:
         files = _inspect_files(inputs, config, console)
     except StorageError as error:
-        raise RunError(f"--input {error}; nothing was begun") from None
-    return ScoreRequest(
-        config, model, description, weights, inputs.root, files, output, config.precision
-    )
+        raise TryAgainError(f"--input {error}; nothing was begun") from None
+    # As the manifest names it.
+    config = config.model_copy(update={"model": model.display, "output": output.display})
+    weights = copy_weights(network)
+    return ScoreRequest(config, description, weights, inputs.root, files, output)
 
 
 def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> list[InputFile]:
     """Read and check the footers of all input files.
 
-    Raises:
-        RequestError: in none of the files one of the columns can be used.
-        StorageError: the storage does not give a file.
+    RequestError: none that can be read can be scored, so it is rather a flag that is wrong.
     """
     progress = Progress(console.progress, "footers read", len(inputs.files))
     inspect = partial(_inspect_file, inputs, config)
     files = list(in_threads(inputs.root, inspect, list(inputs.files), progress))
-    # A column that no readable file can be scored by is a wrong flag rather than a wrong file.
     readable = [file for file in files if file.rows is not None]
-    for flag, column in _columns(config).items():
-        if readable and all(file.wrong_flag == flag for file in readable):
-            example = f"{readable[0].name} {readable[0].error}"
-            raise RequestError(f"{flag} {column}: is of use in no file of --input; {example}")
-    recast = sorted({column for file in files for column in file.recast})
-    if recast:
-        said = f"columns whose type changes in the output: {', '.join(recast)}"
+    if readable and all(file.error for file in readable):
+        example = f"{readable[0].name} {readable[0].error}"
+        raise RequestError(f"--input: no file can be scored, such as {example}")
+    int96 = sorted({column for file in files for column in file.int96})
+    if int96:
+        said = f"columns whose type changes in the output: {', '.join(int96)} (INT96)"
         console.say(f"{said}; they become timestamps in microseconds")
     return files
 
 
 def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
     entry = inputs.files[name]
-    unread = InputFile(name, entry, None)
+    if is_hidden(name):
+        skipped = "readers of Parquet skip, as all names with . or _ in front"
+        return InputFile(name, entry, error=f"would get a name that {skipped}; rename it")
     try:
         footer = read_footer(inputs.root / name, entry)
     except UnusableFileError as error:
-        return unread._replace(error=str(error))
+        return InputFile(name, entry, error=str(error))
     columns = map(footer.schema.column, range(len(footer.schema)))
-    recast = tuple(f"{of.path} (INT96)" for of in columns if of.physical_type == "INT96")
-    read = unread._replace(rows=footer.metadata.num_rows, recast=recast)
-    type_errors = {"--image-column": image_type_error, "--number-column": number_type_error}
-    for flag, column in _columns(config).items():
-        type_error = type_errors.get(flag, lambda _: None)
-        problem = column_error(footer.schema_arrow, column, flag, type_error)
+    int96 = tuple(of.path for of in columns if of.physical_type == "INT96")
+    problem = _schema_error(footer.schema_arrow, config)
+    return InputFile(name, entry, footer.metadata.num_rows, problem, int96)
+
+
+def _schema_error(schema: pa.Schema, config: ScoreConfig) -> str | None:
+    """Why a file with these columns cannot be scored; None if it can."""
+    columns: list[tuple[str, str | None, Any]] = [
+        ("--image-column", config.image_column, image_type_error),
+        ("--number-column", config.number_column, number_type_error),
+        ("--label-column", config.label_column, lambda _: None),
+    ]
+    for flag, column, type_error in columns:
+        problem = column and column_error(schema, column, flag, type_error)
         if problem:
-            return read._replace(wrong_flag=flag, error=problem)
-    taken = added_column(footer.schema_arrow.names, config.probabilities)
-    would_add = f"has a column {taken!r}, which scoring would add; rename it"
-    return read._replace(error=would_add if taken else None)
-
-
-def _columns(config: ScoreConfig) -> dict[str, str]:
-    """The columns that scoring reads, by the flag that names each."""
-    columns = {"--image-column": config.image_column, "--number-column": config.number_column}
-    if config.label_column:
-        columns["--label-column"] = config.label_column
-    return columns
+            return problem
+    taken = added_column(schema.names, config.probabilities)
+    return f"has a column {taken!r}, which scoring would add; rename it" if taken else None

@@ -1,7 +1,4 @@
-"""Good and bad rows and files, scored by several workers: what comes out is what was asked for.
-
-Scored on a disk and on S3 (moto's server), by commands that differ in their paths alone.
-"""
+"""Good and bad rows and files, scored by several workers: what comes out is what was asked for."""
 
 import time
 from datetime import datetime
@@ -15,9 +12,8 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from mnistsum_ray import RequestError, TryAgainError, load_model, predict_rows
+from mnistsum_ray import TryAgainError, load_model, predict_rows
 from mnistsum_ray.scoring import job
-from mnistsum_ray.storage.uri import locate
 from tests.integration.conftest import Result, metrics_of, score_here
 from tests.jobs import wait_until
 
@@ -115,35 +111,14 @@ def test_each_row_is_predicted_or_says_why_not(
     assert found.to_pydict() == expected.to_pydict()
 
 
-@pytest.mark.slow
-def test_s3_gives_what_a_disk_gives(source: Path, scored: Result, model: Path) -> None:
-    root = locate("s3://bucket/run", "--output")
-    for path in source.glob("0*"):
-        (root / "in" / path.name).write(path.read_bytes())
-    (root / "model/model.safetensors").write((model / "model.safetensors").read_bytes())
-    uris = [f"s3://bucket/run/{part}" for part in ("model", "out", "in/*.parquet")]
-    for overwrite in (False, True):
-        line = score_here(*uris, max_rows_per_file=300, overwrite=overwrite).line
-        assert (line["resumed_rows"], line["scored_rows"]) == (0, scored.line["scored_rows"])
-    for path in Path(scored.line["output"], "predictions").iterdir():
-        data = (root / "out/predictions" / path.name).read_bytes()
-        assert pq.read_table(pa.BufferReader(data)).equals(pq.read_table(path)), path
-
-
-def test_a_column_that_is_nowhere_names_its_flag(source: Path, model: Path, tmp_path: Path) -> None:
-    said = "^--image-column picture: is of use in no file of --input; "
-    with pytest.raises(RequestError, match=said):
-        score_here(model, tmp_path / "out", source, image_column="picture")
-
-
 def test_a_busy_cluster_is_waited_for_until_the_time_limit(
     model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_START_SECONDS", 0.0)
+    monkeypatch.setattr(job, "_LEAST_WAIT_SECONDS", 0.0)
     held = placement_group([{"CPU": 2}])
     assert held.wait(30)
     wait_until(lambda: ray.available_resources().get("CPU", 0) == 0)
-    said = "^a worker needs 1 CPU, but after 3 s 0 CPUs and 0 GPUs are free .2 CPUs and 0 GPUs on 1"
+    said = "^needs 1 CPU, but after 3 s only 0 CPUs and 0 GPUs are free .2 CPUs and 0 GPUs on 1"
     with pytest.raises(TryAgainError, match=said):
         score_here(model, tmp_path / "out", source, wait_seconds=3)
     remove_placement_group(held)

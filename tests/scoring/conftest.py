@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.results import ScoreResult
 from mnistsum_ray.scoring import job, output
 from mnistsum_ray.scoring.actor import Answer, ScoreParts
-from mnistsum_ray.scoring.job import Workers
-from mnistsum_ray.scoring.parts import Part, to_row
+from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.request import ScoreRequest, check_request
 
 CONSOLE = Console(io.StringIO())
@@ -36,7 +36,7 @@ VIEWS = {
 
 
 def score_without_ray(
-    request: ScoreRequest, _workers: Workers, tasks: Sequence[Sequence[Part]], _console: Console
+    request: ScoreRequest, _plan: WorkerPlan, tasks: Sequence[Sequence[Part]], _console: Console
 ) -> Iterator[Answer]:
     """What actors do with tasks, which are rows of a table, in this process."""
     if request.config.model not in _SCORERS:
@@ -44,7 +44,8 @@ def score_without_ray(
     actor = _SCORERS[request.config.model]
     actor._request = request
     for number, task in enumerate(tasks):
-        for answers in actor(pa.Table.from_pylist([to_row(number, task)])):
+        row = {"task": number, "parts": [part._asdict() for part in task]}
+        for answers in actor(pa.Table.from_pylist([row])):
             yield from (Answer(**row) for row in answers.to_pylist())
 
 
@@ -60,8 +61,14 @@ def write_rows(path: Path, ids: Sequence[int], **columns: Any) -> None:
 class Example:
     """Input of ten rows in three parts, of three rows, of none, and of no Parquet; the output."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.model, self._patch = folder, model, patch
+        two_cpus = ClusterResources(({"CPU": 2.0},))
+        patch.setattr(
+            job,
+            "resources",
+            SimpleNamespace(find_gpu=lambda *_: None, inspect_cluster=lambda: two_cpus),
+        )
         self.input, self.output = folder / "in", folder / "out"
         self.file = self.input / "a.parquet"
         write_rows(self.file, range(10))
@@ -79,7 +86,8 @@ class Example:
         given |= {"model": str(self.model), "output": str(self.output)}
         given |= {"input": str(self.input)} | settings
         request = check_request(ScoreConfig(**given), CONSOLE)
-        return job.run(request, Workers(2), CONSOLE, execute)
+        self._patch.setattr(job, "score_on_ray", execute)
+        return job.score(request, CONSOLE)
 
     def files(self, *but: str) -> dict[str, bytes]:
         """The files in the output, by their names there."""
@@ -95,4 +103,4 @@ class Example:
 def example(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Example:
     """All runs have one id, so that their files can be compared."""
     monkeypatch.setattr(output, "secrets", SimpleNamespace(token_hex=lambda _: "id"))
-    return Example(tmp_path, model)
+    return Example(tmp_path, model, monkeypatch)
