@@ -6,6 +6,7 @@ before it: here the bits of a row come from its id alone, by SplitMix64 (Steele,
 "Fast splittable pseudorandom number generators", OOPSLA 2014).
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
@@ -115,12 +116,24 @@ def mix_ids(row_ids: Any) -> Any:
     return mixed ^ (mixed >> 29)
 
 
-def check_row_counts(rows: int, id_sum: int, planned: int, planned_sum: int, where: str) -> None:
-    """Raise RowCountError unless the planned rows were seen, by number and sum of scrambled ids."""
-    if rows == planned and (id_sum - planned_sum) % 2**64 == 0:
-        return
-    seen = "other rows than planned"
-    if rows != planned:
-        seen = f"{rows:,} rows, where the plan has {planned:,}"
-    lost = "rows were lost or repeated, so this run cannot be trusted"
-    raise RowCountError(f"{where} saw {seen}: {lost}")
+@dataclass(frozen=True)
+class RowTotals:
+    """What all workers together must see of a split: the number of its rows, and which they are."""
+
+    rows: int
+    id_sum: int
+    """Sum of the scrambled ids (`mix_ids`) of the rows."""
+
+    @classmethod
+    def of(cls, ids: RowIds) -> "RowTotals":
+        return cls(len(ids), int(mix_ids(ids).sum()))
+
+    def check(self, rows: int, id_sum: int, where: str) -> None:
+        """Raise RowCountError unless these are the rows that were seen."""
+        if rows == self.rows and (id_sum - self.id_sum) % 2**64 == 0:
+            return
+        seen = "other rows than planned"
+        if rows != self.rows:
+            seen = f"{rows:,} rows, where the plan has {self.rows:,}"
+        lost = "rows were lost or repeated, so this run cannot be trusted"
+        raise RowCountError(f"{where} saw {seen}: {lost}")

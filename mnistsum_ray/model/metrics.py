@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnistsum_ray.data.images import DIGITS, SIDE, Pixels
-from mnistsum_ray.data.randomness import NUMBERS, check_row_counts, mix_ids
+from mnistsum_ray.data.randomness import NUMBERS, RowTotals, mix_ids
 from mnistsum_ray.model.device import all_reduce_sum, hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.model.heads import HEADS
@@ -80,10 +80,10 @@ class AnswerCounts:
         self._counts = all_reduce_sum(self._counts)
         self._losses = all_reduce_sum(self._losses)
 
-    def metrics(self, expected_rows: int, expected_id_sum: int) -> Metrics:
+    def metrics(self, totals: RowTotals) -> Metrics:
         """The metrics of all counted rows. RowCountError: a row was not counted exactly once."""
         rows, id_sum, *right = self._counts.tolist()
-        check_row_counts(rows, id_sum, expected_rows, expected_id_sum, "evaluation")
+        totals.check(rows, id_sum, "evaluation")
         pairs = NUMBERS * rows
         metrics = {"rows": rows, "pairs": pairs, "loss": self._losses.mean().item() / rows}
         for head, count in zip(HEADS, right, strict=True):

@@ -18,6 +18,7 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
+from mnistsum_ray.data.randomness import RowTotals
 from mnistsum_ray.errors import RepeatingError, RequestError, RunError, counted
 from mnistsum_ray.model.device import (
     all_reduce_sum,
@@ -41,7 +42,6 @@ from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.checkpoint import CheckpointError, latest_state, report_epoch, restore
 from mnistsum_ray.training.progress import Events
-from mnistsum_ray.training.rows import RowTotals
 from mnistsum_ray.training.trainer import Trainer
 
 _BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
@@ -202,7 +202,7 @@ class HeldOutRows:
             progress(len(digit_scores) * self._world_size)  # the others are about as far
         if self._world_size > 1:
             counts.all_reduce()
-        return counts.metrics(self._totals.rows, self._totals.id_sum)
+        return counts.metrics(self._totals)
 
     def gather_scored(self, model: Network, *, bf16: bool) -> ScoredDigits:
         """Rows of all ranks, with the digit scores of the last evaluation, for the analysis."""

@@ -34,7 +34,7 @@ from mnistsum_ray.data.images import (
 )
 from mnistsum_ray.data.inputs import SUFFIXES
 from mnistsum_ray.data.parquet import open_parquet
-from mnistsum_ray.data.randomness import RowIds, mix_ids, split_keys
+from mnistsum_ray.data.randomness import RowTotals, split_keys
 from mnistsum_ray.data.sources import (
     SPLITS,
     LabelledFile,
@@ -65,19 +65,6 @@ _NAMED_ROWS: Final = 5
 
 Decoded: TypeAlias = "pa.Table | Dataset"
 """Rows as `decode` gives them, in memory or in the object store."""
-
-
-@dataclass(frozen=True)
-class RowTotals:
-    """What all workers together must see of a split in an epoch."""
-
-    rows: int
-    id_sum: int
-    """Sum of the scrambled ids (`mix_ids`) of the rows."""
-
-    @classmethod
-    def of(cls, ids: RowIds) -> "RowTotals":
-        return cls(len(ids), int(mix_ids(ids).sum()))
 
 
 @dataclass(frozen=True)

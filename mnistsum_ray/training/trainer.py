@@ -17,7 +17,7 @@ from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.randomness import (
     RandomStream,
-    check_row_counts,
+    RowTotals,
     distortions,
     mix_ids,
     random_numbers,
@@ -34,7 +34,6 @@ from mnistsum_ray.model.network import (
 )
 from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.training.progress import Events
-from mnistsum_ray.training.rows import RowTotals
 
 Batch = dict[str, Tensor]
 """image uint8[n, 28, 28], digit, number and row_id int64[n] and, with --distortion, affine
@@ -309,4 +308,4 @@ class EpochCounter:
         """Raise RowCountError on all workers unless each row was seen once."""
         own = torch.stack([torch.full_like(self._own_ids, self._own_rows), self._own_ids])
         rows, id_sum = all_reduce_sum(own).tolist()
-        check_row_counts(rows, id_sum, totals.rows, totals.id_sum, where)
+        totals.check(rows, id_sum, where)

@@ -17,12 +17,12 @@ from ray._private.internal_api import memory_summary
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.images import IMAGE_TYPE
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.randomness import distortions, random_numbers
+from mnistsum_ray.data.randomness import RowTotals, distortions, random_numbers
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RowCountError, RunError
 from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training import job
-from mnistsum_ray.training.rows import Rows, RowTotals, WholeShards, read_rows
+from mnistsum_ray.training.rows import Rows, WholeShards, read_rows
 from mnistsum_ray.training.trainer import Batch, Trainer
 from tests.conftest import write_sample
 from tests.integration.conftest import start_cluster, train_here

@@ -20,13 +20,14 @@ from ray.train.torch import TorchTrainer
 from mnistsum_ray import RequestError, RunError, TrainConfig, load_model
 from mnistsum_ray.cli import parse
 from mnistsum_ray.config import LabelledDataConfig
+from mnistsum_ray.data.randomness import RowTotals
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import TryAgainError, percent
 from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.network import make_network, prepare_images
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training.progress import Events
-from mnistsum_ray.training.rows import RowTotals, WholeShards, decode, read_rows
+from mnistsum_ray.training.rows import WholeShards, decode, read_rows
 from mnistsum_ray.training.trainer import Batch, Trainer
 from tests.conftest import write_sample
 from tests.integration.conftest import joined, metrics_of, nodes, train_here

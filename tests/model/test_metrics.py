@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnistsum_ray.data.randomness import mix_ids
+from mnistsum_ray.data.randomness import RowTotals
 from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import (
@@ -53,7 +53,7 @@ def count(rows: ScoredRows, ids: np.ndarray) -> Metrics:
     counts = AnswerCounts(torch.device("cpu"))
     for batch, scores in rows:
         counts.add(batch, scores)
-    return counts.metrics(len(ids), int(mix_ids(ids).sum()))
+    return counts.metrics(RowTotals.of(ids))
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mnistsum_ray import RequestError, predict_rows
 from mnistsum_ray.data.images import pixels_view
-from mnistsum_ray.data.randomness import NUMBERS, mix_ids
+from mnistsum_ray.data.randomness import NUMBERS, RowTotals
 from mnistsum_ray.model.folder import INTERFACE, write_model
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM, Head, prediction_fields, probability_fields
 from mnistsum_ray.model.metrics import AnswerCounts, finish_model
@@ -92,7 +92,7 @@ def test_it_is_trained_calibrated_saved_and_asked(sample: pa.Table, tmp_path: Pa
     scored = [(test, score_digits(model, test["image"], bf16=False))]
     counts = AnswerCounts(CPU)
     counts.add(test, model.scores_of_all_numbers(scored[0][1]))
-    metrics = counts.metrics(500, int(mix_ids(held_out.numpy()).sum()))
+    metrics = counts.metrics(RowTotals.of(held_out.numpy()))
     assert min(metrics[f"{head}_accuracy"] for head in ("digit", "sum", "even")) > 0.8
     history: list[Any] = [{"epoch": EPOCHS, "validation": metrics, "test": metrics}]
     finished = finish_model(model, scored, scored, history, "fp32")

@@ -9,8 +9,8 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.config import Hyperparameters, TrainConfig
+from mnistsum_ray.data.randomness import RowTotals
 from mnistsum_ray.training.progress import Events
-from mnistsum_ray.training.rows import RowTotals
 from mnistsum_ray.training.run import check_request
 from mnistsum_ray.training.trainer import Trainer
 

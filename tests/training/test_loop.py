@@ -15,7 +15,7 @@ import torch
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.data.randomness import random_numbers
+from mnistsum_ray.data.randomness import RowTotals, random_numbers
 from mnistsum_ray.errors import RepeatingError
 from mnistsum_ray.model.folder import checksum, copy_weights
 from mnistsum_ray.model.metrics import FinishedModel
@@ -26,7 +26,6 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower
-from mnistsum_ray.training.rows import RowTotals
 from tests.training import as_worker, hyperparameters, new_trainer
 
 ROWS = {"train": range(96), "validation": range(96, 136), "test": range(136, 176)}

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.data.randomness import distortions, random_numbers
+from mnistsum_ray.data.randomness import RowTotals, distortions, random_numbers
 from mnistsum_ray.errors import RowCountError
-from mnistsum_ray.training.rows import RowTotals
 from mnistsum_ray.training.trainer import EpochCounter, EpochSteps, PairWithNumbers
 from tests.training import CPU
 
