@@ -9,6 +9,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.config import Hyperparameters, TrainConfig
+from mnistsum_ray.data.sources import SPLITS
 from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.rows import RowTotals
 from mnistsum_ray.training.run import check_request
@@ -30,10 +31,13 @@ class NoRows:
 
 
 def as_worker(function: Callable[[], Result], rows: Any = None) -> Result:
-    """Call a function in this process as Ray Train calls it on a worker: its local mode."""
+    """Call a function in this process as Ray Train calls it on a worker: its local mode.
+
+    All splits have the same rows.
+    """
     local = ray.train.ScalingConfig(num_workers=0)
     shard = NoRows() if rows is None else rows
-    trainer = TorchTrainer(function, scaling_config=local, datasets={"train": shard})
+    trainer = TorchTrainer(function, scaling_config=local, datasets=dict.fromkeys(SPLITS, shard))
     result: Result = trainer.fit().return_value
     return result
 
