@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray
-from ray._private.internal_api import memory_summary
 
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.images import pixels_array
@@ -27,7 +26,7 @@ from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.rows import Rows, RowTotals, WholeShards, read_rows
 from mnistsum_ray.training.trainer import Batch, Trainer
 from tests.conftest import write_sample
-from tests.integration.conftest import start_cluster, train_here
+from tests.integration.conftest import train_here
 from tests.training import CPU, as_worker, hyperparameters
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -279,7 +278,6 @@ def test_a_damaged_file_is_named_in_one_line(
 FEW: list[Any] = [
     ({"a": 5}, r"has too few rows \(5 train\); each split needs some"),
     ({"train": 50, "test": 0}, ""),
-    pytest.param({"train": 5, "test": 5}, r"has too few rows \(5 train, 5 test\)", marks=slow),
     pytest.param({"test": 50}, r"has too few rows \(50 test\)", marks=slow),
 ]
 
@@ -337,25 +335,3 @@ def test_a_run_of_whose_rows_one_is_exchanged_ends_at_once(
     said = "^evaluation saw other rows than planned: .*rows were lost or repeated, so this run can"
     with pytest.raises(RunError, match=said):
         train_here(data=file, storage_path=tmp_path, epochs=2, threads=1)
-
-
-@pytest.fixture
-def small_store() -> Any:
-    """A cluster whose object store has the smallest size that Ray takes, 75 MiB."""
-    ray.shutdown()
-    start_cluster(num_cpus=2, object_store_memory=75 * 2**20)
-    yield
-    ray.shutdown()
-
-
-@slow
-@pytest.mark.usefixtures("small_store")
-def test_rows_that_do_not_fit_the_object_store_are_spilled(tmp_path: Path) -> None:
-    """112 MiB of rows."""
-    total = 150_000
-    pq.write_table(marked(total), tmp_path / "rows.parquet", row_group_size=10_000)
-    found = [rows_of(dataset, total) for dataset in read(tmp_path).datasets.values()]
-    assert sorted(map(len, found)) == [5_000, 5_000, 140_000]
-    assert np.array_equal(np.sort(np.concatenate(found)), np.arange(total))
-    address = ray.get_runtime_context().gcs_address
-    assert "Spilled " in memory_summary(address, stats_only=True)

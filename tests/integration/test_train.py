@@ -7,7 +7,8 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import ray
 import torch
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray import RequestError, RunError, TrainConfig, load_model
 from mnistsum_ray.arguments import parse
@@ -196,45 +198,38 @@ def test_an_infinite_loss_stops_every_rank_at_once_and_raises_in_its_thread(
         train_here(**settings)
 
 
-@pytest.fixture
-def hold(cluster: str) -> Iterator[Callable[[int], None]]:
-    """Reserves so many of the cluster's two CPUs."""
-    held = []
-
-    class Holder:
-        def is_there(self) -> bool:
-            return True
-
-    def reserve(cpus: int) -> None:
-        held.append(ray.remote(Holder).options(num_cpus=cpus).remote())
-        assert ray.get(held[-1].is_there.remote())
-
-    yield reserve
-    for holder in held:
-        ray.kill(holder)
-    wait_until(lambda: ray.available_resources().get("CPU") == 2)
+@contextmanager
+def one_cpu_is_held() -> Iterator[None]:
+    """Another reserves a CPU of the cluster."""
+    group = placement_group([{"CPU": 1}])
+    assert group.wait(30)
+    try:
+        yield
+    finally:
+        remove_placement_group(group)
 
 
 @pytest.mark.slow
 def test_a_run_that_gets_no_cpu_ends_with_75_and_says_what_is_missing(
-    hold: Callable[[int], None], cluster: str, data: Path, tmp_path: Path
+    cluster: str, data: Path, tmp_path: Path
 ) -> None:
     """Neither a CPU for what reads the rows, nor those for its workers."""
-    hold(1)
     free = r"but after \d+ s only {} CPUs? and 0 GPUs are free \(2 CPUs and 0 GPUs on 1 node\): "
     settings: dict[str, Any] = {"data": "sample", "storage_path": tmp_path, "name": "mine"}
     settings |= {"num_workers": 2, "wait_seconds": 3}
     said = "^needs 2 times 1 CPU, " + free.format(1) + ".*; checkpoints are kept, .* --resume$"
-    with pytest.raises(TryAgainError, match=said):
-        train_here(**settings)
-    assert json.loads((tmp_path / "mine" / "manifest.json").read_text())["status"] == "failed"
-
-    hold(1)
-    job = run_job(*training(data, tmp_path / "runs", "--wait-seconds", 1), address=cluster)
+    with one_cpu_is_held():
+        with pytest.raises(TryAgainError, match=said):
+            train_here(**settings)
+        assert json.loads((tmp_path / "mine/manifest.json").read_text())["status"] == "failed"
+        with one_cpu_is_held():
+            flags = ["--wait-seconds", 1]
+            job = run_job(*training(data, tmp_path / "runs", *flags), address=cluster)
     assert (job.code, job.out) == (os.EX_TEMPFAIL, "")
     said = "\nerror: needs 1 CPU, for the tasks that read rows, " + free.format(0)
     assert re.search(said, job.err), job.err
     assert not [*tmp_path.glob("runs/mine/manifest.json")]
+    wait_until(lambda: ray.available_resources().get("CPU") == 2)
 
 
 class Recorder(Trainer):
