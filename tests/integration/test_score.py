@@ -136,6 +136,7 @@ def test_a_column_that_is_nowhere_names_its_flag(source: Path, model: Path, tmp_
         score_here(model, tmp_path / "out", source, image_column="picture")
 
 
+@pytest.mark.slow
 def test_a_busy_cluster_is_waited_for_until_the_time_limit(
     model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
