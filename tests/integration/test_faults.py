@@ -402,11 +402,7 @@ def test_a_head_that_is_killed_ends_a_training(data: Path, tmp_path: Path) -> No
 
 @pytest.mark.nightly
 def test_a_head_that_is_killed_ends_a_scoring(
-    model: Path,
-    pairs: Path,
-    predictions: dict[str, pa.Table],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray's core ends the process, after 60 s by default."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
@@ -417,5 +413,3 @@ def test_a_head_that_is_killed_ends_a_scoring(
         done = job.wait()
     assert (done.code, done.out) == (1, "")
     assert "GCS may have been killed" in done.err
-    assert score_pairs(model, pairs, str(tmp_path)).line["resumed_rows"] > 0
-    assert predictions_of(locate(str(tmp_path), "--output")) == predictions

@@ -108,6 +108,7 @@ def test_mlflow_has_each_epoch_at_once_and_the_end_of_a_run_that_is_stopped(
     assert runs_named("stopped")[0].info.status == "FAILED"
 
 
+@pytest.mark.nightly
 def test_tensorboard_has_each_epoch(cluster: str, folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
