@@ -230,7 +230,6 @@ def test_a_training_of_which_all_processes_were_killed_is_resumed(
     assert finished.weights() == undisturbed.weights()
 
 
-@pytest.mark.nightly
 @pytest.mark.root
 def test_a_training_whose_disk_is_full_ends_and_is_resumed_when_there_is_room(
     undisturbed: Result, rows: Path, tmp_path: Path

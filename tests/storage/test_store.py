@@ -5,6 +5,7 @@ import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -120,9 +121,10 @@ def test_a_disk_keeps_no_part_of_a_file_that_could_not_be_written(
     assert (names(place), (place / "file").read_bytes()) == (["file"], b"1")
 
 
-@pytest.mark.root
 def test_a_full_disk_keeps_no_part_of_a_file(tmp_path: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=True)
+    mount: Any = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
+    if subprocess.run(mount).returncode:
+        pytest.skip("needs the right to mount a file system")
     try:
         file = locate(str(tmp_path), "--output") / "file"
         for put in (file.write, file.create):
