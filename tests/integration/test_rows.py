@@ -66,6 +66,11 @@ def rows_of(dataset: Any, total: int) -> list[int]:
     return found
 
 
+def all_rows(found: Rows, total: int) -> list[int]:
+    """Which rows of `marked(total)` all splits have together, sorted."""
+    return sorted(chain(*(rows_of(dataset, total) for dataset in found.datasets.values())))
+
+
 def concat(dataset: Any) -> pa.Table:
     """All rows of a Dataset as one table of one chunk."""
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -172,7 +177,8 @@ FILES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("where", ["disk", pytest.param("s3", marks=slow)])
+@slow
+@pytest.mark.parametrize("where", ["disk", "s3"])
 def test_files_of_one_folder_may_differ(tmp_path: Path, where: str) -> None:
     uri = f"s3://bucket/{tmp_path.name}/a b" if where == "s3" else str(tmp_path)
     folder = locate(uri, "--data")
@@ -186,8 +192,7 @@ def test_files_of_one_folder_may_differ(tmp_path: Path, where: str) -> None:
         own = ["a column that Ray Data adds too"] * 75
         table = pa.table({"image": image, "digit": change(digit), "path": own})
         (folder / name).write(to_parquet(table))
-    found = read(folder.display).datasets.values()
-    assert sorted(chain(*(rows_of(dataset, 300) for dataset in found))) == list(range(300))
+    assert all_rows(read(folder.display), 300) == list(range(300))
 
 
 def test_columns_have_other_names_and_folders_say_the_label_as_hive_writes(tmp_path: Path) -> None:
@@ -195,8 +200,8 @@ def test_columns_have_other_names_and_folders_say_the_label_as_hive_writes(tmp_p
         (tmp_path / f"Ziffer={digit}").mkdir()
         images = marked(300)["image"][30 * digit : 30 * digit + 30]
         pq.write_table(pa.table({"the picture": images}), tmp_path / f"Ziffer={digit}/a.parquet")
-    found = read(tmp_path, image_column="the picture", label_column="Ziffer").datasets.values()
-    assert sorted(chain(*(rows_of(dataset, 300) for dataset in found))) == list(range(300))
+    found = read(tmp_path, image_column="the picture", label_column="Ziffer")
+    assert all_rows(found, 300) == list(range(300))
 
 
 @pytest.mark.parametrize("skip_bad_rows", [True, pytest.param(False, marks=slow)])
@@ -212,15 +217,13 @@ def test_bad_rows_are_counted_by_reason_and_named_by_file_and_row(
     pq.write_table(table[200:], tmp_path / "c.parquet")
     null = "the image is null; fill it in or drop the row"
     wrong = "the digit is {}, not one of 0..9; correct it or drop the row"
-    places = (
-        "a b.parquet: row 3",
-        "a b.parquet: row 7",
-        "a b.parquet: row 150",
-        "c.parquet: row 3",
-    )
-    told = (null, wrong.format(10), wrong.format(-1), null)
-    examples = [f"{place}: {reason}" for place, reason in zip(places, told, strict=True)]
-    examples.append(f"c.parquet: row 190: {wrong.format(10)}")
+    examples = [
+        f"a b.parquet: row 3: {null}",
+        f"a b.parquet: row 7: {wrong.format(10)}",
+        f"a b.parquet: row 150: {wrong.format(-1)}",
+        f"c.parquet: row 3: {null}",
+        f"c.parquet: row 190: {wrong.format(10)}",
+    ]
     if not skip_bad_rows:
         said = f"--data {tmp_path}: 5 of 400 rows cannot be used: {' | '.join(examples)}; a new run"
         with pytest.raises(RequestError, match=f"^{re.escape(said)} with --skip-bad-rows trains"):
