@@ -17,7 +17,7 @@ from mnistsum_ray.cluster.connection import connect
 from tests.conftest import write_sample
 from tests.jobs import RAY, Job, free_port, kill_everything, scoring, training, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly  # a minute each, in which they want two idle cores
 
 _NODE = {"CPU": 2, "object_store_memory": 200 * 2**20}
 _HEAD_ID, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # the fake provider's
@@ -91,7 +91,7 @@ def workers() -> list[dict[str, float]]:
     return [node["Resources"] for node in alive if node["NodeID"] != _HEAD_ID]
 
 
-@pytest.mark.parametrize("version", ["v2", pytest.param("v1", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("version", ["v2", "v1"])
 def test_nodes_come_work_and_all_go(
     version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

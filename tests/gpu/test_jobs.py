@@ -17,11 +17,12 @@ pytest.importorskip("ray", reason="the jobs need Ray")
 
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.pairs import export_pairs
-from tests.jobs import Done, Job, kill_worker, run_job, wait_for_files
+from tests.jobs import Done, Job, kill_worker, run_job, scoring, training, wait_for_files
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytestmark = [pytest.mark.gpu, no_gpu, pytest.mark.timeout(400)]
 
+SAMPLE = Path("sample")
 SCORED_ROWS = 400_000
 
 
@@ -33,14 +34,9 @@ def run_on_gpu(*args: Any) -> Done:
     return done
 
 
-def training(runs: Path, *flags: object) -> list[Any]:
-    """A training on the sample, whose run is `mine`."""
-    return ["train", "--data", "sample", "--storage-path", runs, "--name", "mine", *flags]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    done = run_on_gpu(*training(tmp_path_factory.mktemp("runs")))
+    done = run_on_gpu(*training(SAMPLE, tmp_path_factory.mktemp("runs")))
     assert min(done.line["test"][f"{head}_accuracy"] for head in ("digit", "sum")) > 0.98
     return done
 
@@ -49,7 +45,7 @@ def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(
     tmp_path: Path,
 ) -> None:
     free, total = torch.cuda.mem_get_info()
-    job = Job(*training(tmp_path, "--epochs", 40))
+    job = Job(*training(SAMPLE, tmp_path, "--epochs", 40))
     job.wait_for_line("epoch 2: loss ")
     kill_worker(job.process.pid, "RayTrainWorker")
     job.wait_for_line("going on after epoch")
@@ -60,7 +56,7 @@ def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(
 
 
 def test_a_run_begun_on_a_gpu_is_resumed_on_a_cpu(tmp_path: Path) -> None:
-    job = Job(*training(tmp_path, "--epochs", 6, "--precision", "fp32"))
+    job = Job(*training(SAMPLE, tmp_path, "--epochs", 6, "--precision", "fp32"))
     job.wait_for_line("epoch 3: loss ")
     job.kill()
     run = ["--storage-path", tmp_path, "--name", "mine"]
@@ -84,10 +80,6 @@ def test_the_job_is_as_fast_as_the_bare_loop(pairs: Path) -> None:
     assert ways["project"] >= 0.9 * ways["bare"]
 
 
-def scoring(trained: Done, pairs: Path, output: Path, *flags: object) -> list[Any]:
-    return ["score", "--model", trained.line["model"], "--input", pairs, "--output", output, *flags]
-
-
 def rows(output: Path) -> pa.Table:
     files = sorted((output / "predictions").glob("part-*.parquet"))
     columns = ["pred_digit", "pred_sum"]
@@ -102,14 +94,15 @@ def share_equal(first: pa.Table, second: pa.Table) -> float:
 def test_a_gpu_scores_as_a_cpu_also_after_a_killed_actor_and_a_killed_run(
     trained: Done, pairs: Path, tmp_path: Path
 ) -> None:
+    model = Path(trained.line["model"])
     gpu, cpu, killed = (tmp_path / name for name in ("gpu", "cpu", "killed"))
-    run_on_gpu(*scoring(trained, pairs, gpu, "--precision", "fp32"))
-    done = run_job(*scoring(trained, pairs, cpu, "--precision", "fp32", "--use-gpu", "false"))
+    run_on_gpu(*scoring(model, pairs, gpu, "--precision", "fp32"))
+    done = run_job(*scoring(model, pairs, cpu, "--precision", "fp32", "--use-gpu", "false"))
     assert "GPU worker" not in done.err
     assert done.line["scored_rows"] == SCORED_ROWS
     assert share_equal(rows(gpu), rows(cpu)) >= 0.9999
 
-    flags = scoring(trained, pairs, killed, "--max-rows-per-file", 5_000)
+    flags = scoring(model, pairs, killed, "--max-rows-per-file", 5_000)
     job = Job(*flags)
     wait_for_files(job, killed, 8)
     kill_worker(job.process.pid, "MapBatches(ScoreParts)")

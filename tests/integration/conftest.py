@@ -83,13 +83,6 @@ def joined(cluster: Cluster) -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def four_nodes(s3_server: "S3Server") -> Iterator[Cluster]:
-    """A head without CPUs and three nodes with two each; this process has joined it."""
-    with nodes(0, 2, 2, 2) as started, joined(started):
-        yield started
-
-
 class S3Server:
     """An S3 server on this machine that can answer 503 for a while."""
 

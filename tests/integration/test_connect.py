@@ -19,45 +19,6 @@ pytestmark = pytest.mark.slow
 
 SILENT: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
-
-@pytest.fixture(scope="module")
-def home() -> Iterator[Path]:
-    """A new home folder, also Ray's temporary one, where a head with a token was started.
-
-    Its path is short because a socket's must be. The environment is that of a client of the
-    dashboard.
-    """
-    with tempfile.TemporaryDirectory(prefix="r") as folder, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
-            patch.delenv(name)
-        patch.setenv("HOME", folder)
-        patch.setenv("RAY_TMPDIR", folder)
-        # The default, 3 s, is less than the end of a training may take on a busy machine.
-        patch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "30")
-        patch.setenv("PATH", f"{RAY.parent}:{os.environ['PATH']}")  # of submitted jobs too
-        subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
-        dashboard = free_port()
-        # The agent starts submitted jobs. Another cluster's may have its usual port here.
-        ports = [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
-        command: Any = [RAY, "start", "--head", "--block", "--port=0", "--num-cpus=2", *ports]
-        head = subprocess.Popen(command, cwd=folder, **SILENT)
-        try:
-            patch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{dashboard}")
-            patch.setenv("RAY_AUTH_MODE", "token")
-            # The dashboard lists jobs before the agent that starts them is ready.
-            probe: Any = [RAY, "job", "submit", "--no-wait", "--", "true"]
-            wait_until(lambda: subprocess.run(probe, **SILENT).returncode == 0, 120)
-            yield Path(folder)
-        finally:
-            kill_everything(head.pid)
-            head.wait(timeout=30)
-
-
-def ray_job(*words: str) -> str:
-    """Run `ray job WORDS`; return its output."""
-    return subprocess.check_output([str(RAY), "job", *words], text=True, timeout=240)
-
-
 JOIN = """
 import os, ray, sys
 from mnistsum_ray.cluster.connection import connect
@@ -75,9 +36,44 @@ for address in sys.argv[1:]:
 
 
 def join(*addresses: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Connect a new process to each of these addresses in turn, as a job connects."""
     command = [sys.executable, "-P", "-c", JOIN, *addresses]
     variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=150)
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Path]:
+    """A new home folder, also Ray's temporary one, in the order of README: a job, then a head.
+
+    The job starts its own cluster, and writes a token, for which the head then asks. The path is
+    short because a socket's must be.
+    """
+    with tempfile.TemporaryDirectory(prefix="r") as folder, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("HOME", folder)
+        patch.setenv("RAY_TMPDIR", folder)
+        # The default, 3 s, is less than the end of a training may take on a busy machine.
+        patch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "30")
+        patch.setenv("PATH", f"{RAY.parent}:{os.environ['PATH']}")  # of submitted jobs too
+        assert "started Ray on this machine" in join("").stdout
+        assert Path(folder, ".ray", "auth_token").exists()
+        dashboard = free_port()
+        # The agent starts submitted jobs. Another cluster's may have its usual port here.
+        ports = [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
+        command: Any = [RAY, "start", "--head", "--block", "--port=0", "--num-cpus=2", *ports]
+        head = subprocess.Popen(command, cwd=folder, **SILENT)
+        try:
+            patch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{dashboard}")
+            patch.setenv("RAY_AUTH_MODE", "token")
+            # The dashboard lists jobs before the agent that starts them is ready.
+            probe: Any = [RAY, "job", "submit", "--no-wait", "--", "true"]
+            wait_until(lambda: subprocess.run(probe, **SILENT).returncode == 0, 120)
+            yield Path(folder)
+        finally:
+            kill_everything(head.pid)
+            head.wait(timeout=30)
 
 
 def test_a_head_with_a_token_is_joined_or_refuses_in_one_line(
@@ -85,11 +81,8 @@ def test_a_head_with_a_token_is_joined_or_refuses_in_one_line(
 ) -> None:
     monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "1")
     address = (home / "ray" / "ray_current_cluster").read_text().strip()
-    joined = join(address, "")  # without RAY_ADDRESS: the cluster of this machine
-    assert joined.stdout.count("on the Ray cluster at ") == 2, joined.stderr
-    wrong_token = "token is missing or incorrect; RAY_AUTH_MODE=token sends the token of "
     cases = {
-        ("RAY_AUTH_TOKEN", "0" * 64): wrong_token,
+        ("RAY_AUTH_TOKEN", "0" * 64): "token is missing or incorrect; RAY_AUTH_MODE=token sends ",
         ("OTHER_VERSION", "2.59.0"): "install the versions of the cluster here",
     }
     for (name, value), said in cases.items():
@@ -97,27 +90,11 @@ def test_a_head_with_a_token_is_joined_or_refuses_in_one_line(
         problem = f"RequestError: the Ray cluster at {address} cannot be joined: "
         assert refused.startswith(problem)
         assert said in refused
-
-
-def test_a_cluster_is_joined_in_the_order_of_readme(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first job starts its own cluster, and writes a token, for which a head then asks."""
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        monkeypatch.delenv(name)
-    with tempfile.TemporaryDirectory(prefix="r") as folder:
-        monkeypatch.setenv("HOME", folder)
-        monkeypatch.setenv("RAY_TMPDIR", folder)
-        assert "started Ray on this machine" in join("").stdout
-        assert Path(folder, ".ray", "auth_token").exists()
-        command: Any = [RAY, "start", "--head", "--block", "--port=0", "--num-cpus=1"]
-        command += ["--include-dashboard=false"]
-        head = subprocess.Popen(command, cwd=folder, **SILENT)
-        try:
-            wait_until(Path(folder, "ray", "ray_current_cluster").exists)
-            joined = join("", "auto")
-            assert joined.stdout.count("on the Ray cluster at ") == 2, joined.stderr
-        finally:
-            kill_everything(head.pid)
-            head.wait(timeout=30)
+    joined = join(address)
+    assert joined.stdout.count("on the Ray cluster at ") == 1, joined.stderr
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    joined = join("", "auto")  # without RAY_ADDRESS: the cluster of this machine
+    assert joined.stdout.count("on the Ray cluster at ") == 2, joined.stderr
 
 
 def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> None:
@@ -130,6 +107,10 @@ def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> 
     write_sample(home / "small.parquet", 500)
     submit = ["submit", "--working-dir", str(project), "--submission-id", "train", "--no-wait"]
     train = ["python", "jobs/train.py", "--data", "small.parquet", "--epochs", "500"]
+
+    def ray_job(*words: str) -> str:
+        return subprocess.check_output([str(RAY), "job", *words], text=True, timeout=240)
+
     ray_job(*submit, "--", *train, "--name", "stopped")
     wait_until((run / "history.jsonl").exists, 180)
     ray_job("stop", "train")

@@ -104,7 +104,7 @@ def test_the_notebook_holds_the_outputs_of_its_cells_and_nothing_of_a_machine() 
     assert not re.search(rf"{machine}|Traceback", shown)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_notebook_runs(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     notebook = read_notebook()

@@ -1,4 +1,4 @@
-"""Each file of jobs/recipes runs as it is, as a process; so does the code in .readme/recipes.md."""
+"""Each file of jobs/recipes, and jobs/benchmark.py, runs as it is; so does .readme/recipes.md."""
 
 import json
 import shutil
@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pyarrow.parquet as pq
 import pytest
-from deltalake import write_deltalake
-from mlflow import MlflowClient
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mnistsum_ray import load_model
 from mnistsum_ray.data.images import Pixels
 from tests.conftest import check_predictions, plain_predictions, write_sample
 from tests.jobs import ROOT, Job, free_port, history_of, run_job
 
+# Libraries of one recipe are imported by its test: together they take seconds, in each process of
+# the tests.
 pytestmark = pytest.mark.slow
 
 ANSWERS = ("pred_digit", "digit_prob", "pred_sum", "sum_prob")
@@ -47,14 +45,16 @@ def run_recipe(folder: Path, name: str, *args: object, **options: Any) -> str:
     return done.out
 
 
-def train_flags(folder: Path, name: str, epochs: int) -> list[Any]:
-    few = ["--threads", 1]
-    return ["--data", folder / "rows.parquet", "--name", name, "--epochs", epochs, *few]
+def train_flags(folder: Path, name: str) -> list[Any]:
+    """Two epochs of few rows."""
+    return ["--data", folder / "rows.parquet", "--name", name, "--epochs", 2, "--threads", 1]
 
 
 def test_an_onnx_file_answers_as_pytorch_and_not_for_other_numbers(
     folder: Path, pixels: Pixels
 ) -> None:
+    import onnxruntime
+
     run_recipe(folder, "onnx_export", "--model", "runs/mine", "--output", "mine.onnx")
     session = onnxruntime.InferenceSession(folder / "mine.onnx")
     images, numbers = pixels[::100], np.arange(50) % 10
@@ -76,11 +76,14 @@ def test_plain_pytorch_as_in_the_document(folder: Path, monkeypatch: pytest.Monk
     assert names["sum_logits"].shape == (3, 19)
 
 
+@pytest.mark.nightly
 def test_mlflow_has_each_epoch_at_once_and_the_end_of_a_run_that_is_stopped(
     cluster: str, folder: Path
 ) -> None:
+    from mlflow import MlflowClient
+
     place: dict[str, Any] = {"address": cluster, "cwd": folder}
-    job = Job("recipes/mlflow_callback", *train_flags(folder, "short", 2), **place)
+    job = Job("recipes/mlflow_callback", *train_flags(folder, "short"), **place)
     job.wait_for_line("on the Ray cluster")  # the recipe has made MLflow's tables
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
 
@@ -98,15 +101,18 @@ def test_mlflow_has_each_epoch_at_once_and_the_end_of_a_run_that_is_stopped(
     (model,) = folder.glob("mlruns/**/model")
     assert load_model(model)
 
-    job = Job("recipes/mlflow_callback", *train_flags(folder, "stopped", 2), **place)
+    job = Job("recipes/mlflow_callback", *train_flags(folder, "stopped"), **place)
     job.wait_until(lambda: runs_named("stopped"))
     job.process.send_signal(signal.SIGTERM)
     assert job.wait().code != 0
     assert runs_named("stopped")[0].info.status == "FAILED"
 
 
+@pytest.mark.nightly
 def test_tensorboard_has_each_epoch(cluster: str, folder: Path) -> None:
-    run_recipe(folder, "tensorboard_callback", *train_flags(folder, "mine2", 2), address=cluster)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_recipe(folder, "tensorboard_callback", *train_flags(folder, "mine2"), address=cluster)
     events = EventAccumulator(str(folder / "tensorboard" / "mine2")).Reload()
     for line in history_of(folder / "runs" / "mine2"):
         values = {"train/loss": line["train_loss"]}
@@ -150,11 +156,10 @@ def test_serve_answers_for_a_picture_and_says_what_is_wrong(folder: Path) -> Non
 
     server.wait_until(is_up)
     assert set(ask("?number=5", picture)[1]) == {"digit", "sum", "unsure"}
-    assert ask("?number=5", b"none")[1]["detail"].endswith(
-        "cannot be read as a picture; save it as PNG"
-    )
     wrong = [("?number=10", picture), ("?number=x", picture), ("", picture), ("?number=5", b"none")]
-    assert [ask(*request)[0] for request in wrong] == [422] * 4
+    answers = [ask(*request) for request in wrong]
+    assert [status for status, _ in answers] == [422] * 4
+    assert answers[-1][1]["detail"].endswith("cannot be read as a picture; save it as PNG")
     server.kill()
 
 
@@ -169,6 +174,8 @@ def test_photos_become_rows_and_one_that_is_missing_a_rejected_one(folder: Path)
 def test_a_delta_table_is_scored_without_the_rows_that_it_has_removed(
     cluster: str, folder: Path, sample: Any, pixels: Pixels
 ) -> None:
+    from deltalake import write_deltalake
+
     ids, numbers = np.arange(len(sample)), np.arange(len(sample)) % 10
     pairs = sample.append_column("id", [ids]).append_column("number", [numbers])
     write_deltalake(folder / "pairs", pairs[:100])
@@ -180,3 +187,12 @@ def test_a_delta_table_is_scored_without_the_rows_that_it_has_removed(
     assert scored["id"].to_pylist() == rows
     model = folder / "runs" / "mine"
     check_predictions(scored, plain_predictions(model, pixels[rows], numbers[rows]))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("what", ["train", "score"])
+def test_the_benchmark_measures_four_ways(what: str, data: Path) -> None:
+    """A minute each."""
+    ways = run_job("benchmark", what, "--data", data, "--rows", "600").line["rows_per_second"]
+    assert list(ways) == ["original", "bare", "guide", "project"]
+    assert min(ways.values()) > 0

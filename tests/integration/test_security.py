@@ -79,6 +79,7 @@ def test_pickles_in_a_dataset_are_never_executed(model: Path, tmp_path: Path, fi
         table.to_pylist()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("name", ["objects", "images", "tensors"])
 def test_ray_data_refuses_pickles_by_itself(files: Path, name: str) -> None:

@@ -10,6 +10,7 @@ from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.randomness import RowTotals
+from mnistsum_ray.data.sources import SPLITS
 from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.run import check_request
 from mnistsum_ray.training.trainer import Trainer
@@ -30,9 +31,14 @@ class NoRows:
 
 
 def as_worker(function: Callable[[], Result], rows: Any = None) -> Result:
-    """Call a function in this process as Ray Train calls it on a worker: its local mode."""
+    """Call a function in this process as Ray Train calls it on a worker: its local mode.
+
+    All splits have the same rows.
+    """
     local = ray.train.ScalingConfig(num_workers=0)
-    datasets = rows if isinstance(rows, dict) else {"train": NoRows() if rows is None else rows}
+    datasets = rows
+    if not isinstance(rows, dict):
+        datasets = dict.fromkeys(SPLITS, NoRows() if rows is None else rows)
     trainer = TorchTrainer(function, scaling_config=local, datasets=datasets)
     result: Result = trainer.fit().return_value
     return result
