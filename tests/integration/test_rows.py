@@ -32,7 +32,7 @@ from tests.training import CPU, as_worker, hyperparameters
 pytestmark = pytest.mark.usefixtures("cluster")
 slow = pytest.mark.slow
 
-BLOCK = 32
+BLOCK = 37
 """Rows of a block of so few rows."""
 
 

@@ -97,11 +97,16 @@ def add_file(example: Example) -> None:
     (example.folder / "more.parquet").rename(example.input / "more.parquet")
 
 
+LONG = ("overwrite", "add")
+
 ENDINGS = {"crashes before": "crashed", "crashes after": "crashed", "fails": "failed"}
 """How a run ends, by what goes wrong."""
 
 
-@pytest.mark.parametrize("first", ["begin", "overwrite", "go on", "add"])
+FIRST = ["begin", "go on", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
+
+
+@pytest.mark.parametrize("first", FIRST)
 def test_a_crash_at_any_operation_loses_and_repeats_nothing(
     first: str, example: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:

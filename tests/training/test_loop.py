@@ -90,6 +90,7 @@ class Training:
         self.temperatures = finished.description["temperatures_in_weights"]
 
 
+@pytest.mark.slow
 def test_held_out_digits_change_nothing_that_is_trained(
     images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
 ) -> None:
@@ -134,6 +135,7 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_each_hyperparameter_decides_the_model(
     images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
 ) -> None:
