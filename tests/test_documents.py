@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 
 from mnistsum_ray.arguments import parse
 from mnistsum_ray.cli import COMMANDS
@@ -42,7 +43,7 @@ def test_the_recipes_have_the_epochs_that_readme_says() -> None:
 def test_every_relative_link_leads_somewhere() -> None:
     for document in DOCUMENTS:
         text = document.read_text()
-        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+        links = re.findall(r"\]\(([^)#: ]+)(?:#[^)]*| [^)]*)?\)", text)
         links += re.findall(r'(?:src|srcset)="([^":]+)"', text)
         for link in links:
             assert (document.parent / link).exists(), (document, link)
@@ -54,7 +55,7 @@ def test_every_relative_link_leads_somewhere() -> None:
 def test_every_test_that_is_named_is_there() -> None:
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for document in DOCUMENTS:
-        for name in re.findall(r"`(test_\w+)`", document.read_text()):
+        for name in re.findall(r"\btest_\w+(?!\w|\.py)", document.read_text()):
             assert f"def {name}(" in tests, (document, name)
 
 
@@ -70,9 +71,12 @@ def test_the_lines_of_the_walk_are_those_of_the_code() -> None:
 def test_the_map_names_every_module_and_no_other() -> None:
     """A folder's modules stand before the first semicolon; the package's own are `name.py`."""
     text = (PACKAGE / "README.md").read_text()
-    tree = text.partition("mnistsum_ray/\n")[2].partition("```")[0]
+    tree = text.partition("mnistsum_ray/")[2].partition("```")[0]
     named = {f"{name}.py" for name in re.findall(r"\b(\w+)\.py\b", tree)}
     for folder, modules in re.findall(r"^  (\w+)/ +([^;\n]+)", tree, re.MULTILINE):
         named |= {f"{folder}/{name}.py" for name in re.findall(r"\w+", modules)}
     modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
     assert named == {name for name in modules if "__" not in name}
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    imports_go_down = re.findall(r"\w+", " ".join(layers["contracts"][0]["layers"]))
+    assert re.findall(r"^  (\w+)", tree, re.MULTILINE) == imports_go_down
