@@ -43,7 +43,7 @@ def test_the_recipes_have_the_epochs_that_readme_says() -> None:
 def test_every_relative_link_leads_somewhere() -> None:
     for document in DOCUMENTS:
         text = document.read_text()
-        links = re.findall(r"\]\(([^)#: ]+)(?:#[^)]*| [^)]*)?\)", text)
+        links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*|\s[^)]*)?\)", text)
         links += re.findall(r'(?:src|srcset)="([^":]+)"', text)
         for link in links:
             assert (document.parent / link).exists(), (document, link)
