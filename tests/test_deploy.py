@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
+import kubernetes_validate
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from mnistsum_ray.cli import parse
+from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.prometheus import COUNTERS, GAUGES
 from tests.jobs import ROOT
 
@@ -18,6 +21,8 @@ CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 HOME = "/home/ubuntu"
 INSTALL = "cd ~/mnistsum_ray && ~/venv/bin/pip install -q -c .constraints.txt"
 KUBERAY: dict[str, Any] = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
+CRONJOB: dict[str, Any] = yaml.safe_load((DEPLOY / "cronjob.yaml").read_text())
+RAY_CLUSTER = KUBERAY["spec"]["rayClusterSpec"]
 
 
 def test_cluster_yaml_is_one_and_opens_nothing_to_the_world() -> None:
@@ -27,6 +32,7 @@ def test_cluster_yaml_is_one_and_opens_nothing_to_the_world() -> None:
         node = node_type["node_config"]
         assert node["SecurityGroupIds"], f"Ray would open {name}'s SSH to the world"
         assert node["IamInstanceProfile"]["Name"], f"without it, {name} would need keys"
+        assert node["MetadataOptions"]["HttpTokens"] == "required"
     for kind in ("head", "worker"):
         commands = config[f"{kind}_setup_commands"]
         assert commands[:-1] == CLUSTER["setup_commands"], "no nightly build of Ray's defaults"
@@ -42,15 +48,52 @@ def test_kuberay_knows_every_field() -> None:
     jsonschema.validate(KUBERAY, schema["rayjob"])
 
 
+def test_kubernetes_knows_every_field_and_gives_no_privileges() -> None:
+    groups = [RAY_CLUSTER["headGroupSpec"], *RAY_CLUSTER["workerGroupSpecs"]]
+    pods = [group["template"] for group in groups]
+    pods.append(CRONJOB["spec"]["jobTemplate"]["spec"]["template"])
+    for resource in (CRONJOB, *({"apiVersion": "v1", "kind": "Pod"} | pod for pod in pods)):
+        kubernetes_validate.validate(resource, "1.31", strict=True)
+    images = set()
+    for pod in pods:
+        assert pod["spec"]["securityContext"]["runAsNonRoot"]
+        (container,) = pod["spec"]["containers"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        images.add(container["image"])
+    (image,) = images
+    assert "@sha256:" in image, "a tag can be moved"
+
+
+def test_the_nightly_job_is_tried_again_after_75_and_not_after_what_would_come_again() -> None:
+    (job,) = CRONJOB["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert job["command"] == ["mnistsum", "score"]
+    parse(ScoreConfig, job["args"])
+    rules = CRONJOB["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    (final,) = (rule["onExitCodes"]["values"] for rule in rules if rule["action"] == "FailJob")
+    assert final == [1, 2]
+
+
+def test_the_bucket_policy_allows_nothing_outside_the_bucket() -> None:
+    for statement in json.loads((DEPLOY / "bucket-policy.json").read_text())["Statement"]:
+        resources = statement["Resource"]
+        for resource in [resources] if isinstance(resources, str) else resources:
+            assert resource.startswith("arn:aws:s3:::BUCKET")
+
+
 def test_all_have_the_tested_ray() -> None:
-    version = KUBERAY["spec"]["rayClusterSpec"]["rayVersion"]
+    version = RAY_CLUSTER["rayVersion"]
     assert f"FROM rayproject/ray:{version}-py311" in (DEPLOY / "Dockerfile").read_text()
     assert f"ray=={version}\n" in (ROOT / ".constraints.txt").read_text()
 
 
-def test_the_dashboard_shows_each_metric_that_is_exported() -> None:
+def test_dashboard_and_alerts_know_the_metrics_that_are_exported() -> None:
     exported = {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{name}" for name in GAUGES}
     dashboard = json.loads((DEPLOY / "grafana.json").read_text())
     targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
     shown = " ".join(target["expr"] for target in targets)
     assert set(re.findall(r"ray_mnistsum_\w+", shown)) == exported
+    alerts = (DEPLOY / "alerts.yaml").read_text()
+    assert {*re.findall(r"ray_mnistsum_\w+", alerts)} <= exported
+    assert f'cronjob="{CRONJOB["metadata"]["name"]}"' in alerts
+    (group,) = yaml.safe_load(alerts)["groups"]
+    assert len(group["rules"]) == 2

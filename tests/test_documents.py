@@ -1,20 +1,24 @@
-"""Commands and links in the documents, and the map of the code, are those of the code."""
+"""Commands, links, tests and lines of code that the documents show are there; so is the map."""
 
 import re
 import shlex
+import tomllib
 
 from mnistsum_ray.cli import COMMANDS, parse
 from mnistsum_ray.config import recipe_defaults
 from tests.jobs import ROOT
 
 PACKAGE = ROOT / "mnistsum_ray"
+DOCUMENTS = [ROOT / "README.md"]
+for folder in (".deploy", ".github", ".readme", "jobs", "mnistsum_ray", "tests"):
+    DOCUMENTS += (ROOT / folder).rglob("*.md")
 SHOWN = re.compile(
     r"(?:python jobs/|mnistsum (?=[a-z-]+ --|predict ))([a-z_/-]+)(?:\.py)?([^\n`#]*)"
 )
 
 
 def test_a_command_that_is_shown_parses() -> None:
-    files = [ROOT / "README.md", ROOT / "cluster.yaml", PACKAGE / "cli.py"]
+    files = [*DOCUMENTS, ROOT / "cluster.yaml", PACKAGE / "cli.py"]
     files += [*ROOT.glob(".deploy/*"), *ROOT.glob("jobs/**/*.py")]
     texts = [re.sub(r"\\\n#?", " ", file.read_text()) for file in files]
     commands = {command for text in texts for command in SHOWN.findall(text)}
@@ -36,18 +40,42 @@ def test_the_recipes_have_the_epochs_that_readme_says() -> None:
 
 
 def test_every_relative_link_leads_somewhere() -> None:
-    documents = [ROOT / "README.md", *ROOT.glob(".readme/*.md"), *ROOT.glob("[mt]*/**/README.md")]
-    for document in documents:
-        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+    for document in DOCUMENTS:
+        text = document.read_text()
+        links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*|\s[^)]*)?\)", text)
+        links += re.findall(r'(?:src|srcset)="([^":]+)"', text)
+        for link in links:
             assert (document.parent / link).exists(), (document, link)
+        titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+        assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors, document
+
+
+def test_every_test_that_is_named_is_there() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for document in DOCUMENTS:
+        for name in re.findall(r"\btest_\w+(?!\w|\.py)", document.read_text()):
+            assert f"def {name}(" in tests, (document, name)
+
+
+def test_the_lines_of_the_walk_are_those_of_the_code() -> None:
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    lines = {line.strip() for line in code.splitlines()}
+    walk = (ROOT / "jobs" / "README.md").read_text()
+    shown = "".join(re.findall(r"```python\n(.*?)```", walk, re.DOTALL)).splitlines()
+    assert len(shown) > 60
+    assert not {line.strip() for line in shown} - lines - {"..."}
 
 
 def test_the_map_names_every_module_and_no_other() -> None:
     """A folder's modules stand before the first semicolon; the package's own are `name.py`."""
     text = (PACKAGE / "README.md").read_text()
-    tree = text.partition("mnistsum_ray/\n")[2].partition("```")[0]
+    tree = text.partition("mnistsum_ray/")[2].partition("```")[0]
     named = {f"{name}.py" for name in re.findall(r"\b(\w+)\.py\b", tree)}
     for folder, modules in re.findall(r"^  (\w+)/ +([^;\n]+)", tree, re.MULTILINE):
         named |= {f"{folder}/{name}.py" for name in re.findall(r"\w+", modules)}
     modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
     assert named == {name for name in modules if "__" not in name}
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    imports_go_down = re.findall(r"\w+", " ".join(layers["contracts"][0]["layers"]))
+    assert re.findall(r"^  (\w+)", tree, re.MULTILINE) == imports_go_down

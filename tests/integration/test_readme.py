@@ -1,9 +1,12 @@
 """README's commands and Python, and the notebook, do what they say. `ray job`: test_connect."""
 
+import io
 import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -19,72 +22,87 @@ README = (ROOT / "README.md").read_text()
 NOTEBOOK = ROOT / "jobs" / "example.ipynb"
 
 
-def block(section: str, language: str) -> str:
-    """The first block of code in a section."""
-    text = README.partition(f"\n## {section}")[2]
-    return text.partition(f"```{language}\n")[2].partition("```")[0]
+def blocks(section: str, language: str) -> str:
+    """The blocks of code in a section."""
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return "".join(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL))
 
 
 def commands_of(section: str) -> list[list[str]]:
-    """The jobs in the first shell block of a section, as words of `mnistsum`."""
-    found = re.findall(r"^python jobs/(\w+)\.py(.*)$", block(section, "bash"), re.MULTILINE)
+    """The jobs in the shell blocks of a section, as words of `mnistsum`."""
+    jobs = r"^(?:python jobs/(?=\w+\.py)|mnistsum )([\w-]+)(?:\.py)?(.*)$"
+    found = re.findall(jobs, blocks(section, "bash"), re.MULTILINE)
     return [[job.replace("_", "-"), *shlex.split(flags)] for job, flags in found]
 
 
-def run_command(name: str, *flags: str) -> None:
-    """Run a command of `mnistsum` in this process, on the cluster that it has joined."""
+def run_command(name: str, *flags: str) -> str:
+    """Run a command of `mnistsum` on the cluster of this process; what it says."""
     function, kind, _ = COMMANDS[name]
-    function(parse(kind, list(flags), ""))
+    with redirect_stderr(io.StringIO()) as said:
+        function(parse(kind, list(flags), ""))
+    return said.getvalue()
+
+
+FIRST = "First five minutes"
 
 
 @pytest.fixture(scope="module")
-def folder(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader who begins at the top has run the commands of the section Laptop."""
+def said(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What the commands of the first minutes say. The working folder is that of their reader."""
     folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(ROOT / ".readme", folder / ".readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train, *others = commands_of("Laptop")
-        assert run_job(*train, cwd=folder).line  # as written: on a cluster of its own
-        for command in others:
-            run_command(*command)
-    return folder
+        train, *others = commands_of(FIRST)
+        done = run_job(*train, cwd=folder)  # as written: on a cluster of its own
+        assert done.line
+        yield done.err + "".join(run_command(*command) for command in others)
+
+
+def form_of(line: str) -> str:
+    """A line without what differs between two runs: time, name, folders, figures."""
+    line = re.sub(r"^[\d:]{8} \S+  ", "", line)
+    line = re.sub(r"/\S*/", "/", line)
+    return re.sub(r"[\d.,]+|(?<=worker)s|bf16|fp32", "", line)
 
 
 @pytest.mark.slow
-def test_the_commands_of_train_and_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+def test_the_output_that_is_shown_has_the_form_of_what_is_said(said: str) -> None:
+    shown = [line for line in blocks(FIRST, "text").splitlines() if re.match(r"\d\d:|digit", line)]
+    assert len(shown) > 10
+    assert {*map(form_of, shown)} <= {*map(form_of, said.splitlines())}
+    tree = re.findall(r"^  ([\w./]+)  ", blocks(FIRST, "text"), re.MULTILINE)
+    assert len(tree) == 6
+    assert all(Path("runs/mine", name).exists() for name in tree)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("said")
+def test_the_commands_of_train_and_score() -> None:
     learned = json.loads(Path("runs/mine/manifest.json").read_text())["metrics"]["test"]
     assert min(learned["digit_accuracy"], learned["sum_accuracy"]) >= 0.97
     assert Path("scored/report.html").exists()
     for name, *flags in commands_of("Train") + commands_of("Score"):
         if flags == ["--help"]:
             continue
-        if any("days/" in flag for flag in flags):
-            shutil.copytree("test-pairs", "days/1")
-            shutil.copy(next(Path("pairs").glob("*.parquet")), "late.parquet")
-        if name == "export-pairs":  # README's are 10,000 of MNIST, which may not be here
-            flags += ["--data", "sample", "--rows", "1000"]
-        if "box" in flags:  # README's run is of MNIST; `--resume auto` finds the sample's
-            flags[flags.index("box")] = "mine"
         if "--config" in flags:  # it would train as long as the run whose config it is
             flags += ["--epochs", "1"]
         run_command(name, *flags)
     runs = [json.loads(path.read_text()) for path in Path("runs").glob("*/manifest.json")]
     assert [each["status"] for each in runs] == ["finished", "finished"]
-    scored = json.loads(Path("days-scored/manifest.json").read_text())["totals"]
-    assert (scored["scored_rows"], scored["failed_files"]) == (1_250, 0)
+    for output, resumed in (("scored", 2_000), ("strict-scored", 0)):
+        totals = json.loads(Path(output, "manifest.json").read_text())["totals"]
+        assert (totals["scored_rows"], totals["resumed_rows"]) == (2_500, resumed)
 
 
 @pytest.mark.slow
-def test_the_example_in_python(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("said")
+def test_the_example_in_python(tmp_path: Path) -> None:
     rows = write_sample(tmp_path / "rows.parquet", 500)
     written = 'data="sample", epochs=2)'
     smaller = f'data="{rows}", epochs=1)'
-    code = block("From Python", "python")
+    code = blocks("From Python", "python")
     assert written in code
-    monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     exec(code.replace(written, smaller), names)
     assert names["table"].num_rows == 250
