@@ -1,0 +1,58 @@
+"""The installed package: what type checkers see of it, and what its wheel holds."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(folder: Path, *words: object, path: str = "") -> str:
+    """What a command of this Python prints, in a folder outside the repository."""
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, "-m", *map(str, words)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.nightly  # mypy reads all of PyTorch
+def test_programs_of_users_are_checked_strictly(tmp_path: Path) -> None:
+    """That of README, and the recipes."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    for recipe in (ROOT / "jobs" / "recipes").glob("*.py"):
+        shutil.copy(recipe, tmp_path)
+    said = run(tmp_path, "mypy", "--strict", *sorted(tmp_path.glob("*.py")))
+    assert re.search(r"^(Success|Found)", said, re.MULTILINE), said
+    assert "mnistsum_ray" not in said
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
+    run(tmp_path, "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    (wheel,) = tmp_path.glob("*.whl")
+    run(tmp_path, "pip", "install", "--no-deps", "--target", "installed", wheel)
+    where = str(tmp_path / "installed")
+    flags = [
+        "export-pairs",
+        "--data",
+        "sample",
+        "--rows",
+        "20",
+        "--files",
+        "2",
+        "--output",
+        "pairs",
+    ]
+    program = f"""
+import mnistsum_ray.cli, mnistsum_ray.reporting.report
+print(mnistsum_ray.reporting.report.__file__, mnistsum_ray.cli.main({flags}))
+"""
+    (tmp_path / "program.py").write_text(program)
+    assert f"{where}/mnistsum_ray/reporting/report.py 0" in run(tmp_path, "program", path=where)
+    assert len(list(tmp_path.glob("pairs/*.parquet"))) == 2
