@@ -17,6 +17,7 @@ from collections.abc import Callable, Container, Iterable
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
@@ -137,17 +138,23 @@ COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command, given by name and flags, or as this process was; return its exit code."""
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # the shell has closed it: `>&-`
+            setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     commands = "".join(f"  {name:<14}{meaning}\n" for name, (*_, meaning) in COMMANDS.items())
     parser = Parser("mnistsum COMMAND", f"{commands}\nCOMMAND --help lists its flags")
     parser.add_argument("command", choices=COMMANDS, help=SUPPRESS)
     parser.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}")
     show_json = "--json" in words or not sys.stdout.isatty()
     try:
+        Path.cwd()
         name = parser.parse_args(words[:1]).command
         job, kind, _ = COMMANDS[name]
         flags = [word for word in words[1:] if word != "--json"]
         description = f"{inspect.getdoc(job)}\n{_HELP}"
         config = parse(kind, flags, description, shell_command(name))
+    except FileNotFoundError:
+        return _explain(RequestError("the working folder is gone; change to another"), None)
     except RequestError as error:
         return _explain(error, None)
     return run(partial(job, config), show_json)

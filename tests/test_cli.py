@@ -48,6 +48,15 @@ for error in (RequestError("a"), RunError("b"), TryAgainError("c")):
 """
 
 
+def test_a_folder_that_is_gone_and_closed_streams_are_no_traceback(tmp_path: Path) -> None:
+    gone = f"mkdir gone && cd gone && rmdir ../gone && {MNISTSUM} train --data sample"
+    done = run_command("sh", "-c", gone, cwd=tmp_path)
+    said = "error: the working folder is gone; change to another\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    for closed, code in (("train --help >&-", 0), ("trian >&- 2>&-", 2)):
+        assert run_command("sh", "-c", f"{MNISTSUM} {closed}", cwd=tmp_path).returncode == code
+
+
 def test_each_error_is_one_line_and_has_its_exit_code() -> None:
     done = run_command(sys.executable, "-c", _FAIL)
     assert (done.stdout, done.stderr) == ("2\n1\n75\n", "error: a\nerror: b\nerror: c\n")

@@ -39,10 +39,22 @@ def test_parts_cover_the_rows_in_order_and_are_of_one_size_but_for_the_last(
     assert [part.output for part in parts] == (names if count > 1 else ["f0.parquet"])
 
 
-def test_two_files_that_need_one_name_in_the_output_are_refused() -> None:
-    names = ["deep/a-00000-of-00002.pq", "d..x", "deep/a.pq"]
-    said = "--input: deep/a-00000-of-00002.pq and deep/a.pq need one name in the output"
-    with pytest.raises(RequestError, match=said):
+NAMES = [
+    (
+        ["deep/a-00000-of-00002.pq", "d..x", "deep/a.pq"],
+        "deep/a-0.*pq and deep/a.pq need",
+    ),
+    (
+        ["b", "d/c", "deep/" + "é" * 121],
+        "deep/é*é needs a name .* of more than 255 bytes",
+    ),
+    (["b", "a-00001-of-00002.pq/deep/x", "a.pq"], "a.pq needs the name of a folder of a-00001-of"),
+]
+
+
+@pytest.mark.parametrize(("names", "said"), NAMES)
+def test_names_that_the_output_cannot_have_are_refused(names: list[str], said: str) -> None:
+    with pytest.raises(RequestError, match=f"^--input: {said}"):
         split_into_parts(input_files(1, 1, 20, names=names), 10)
 
 
