@@ -43,6 +43,8 @@ _NAMES: Final = {
 }
 """By module."""
 
+__all__ = " ".join(_NAMES.values()).split()
+
 
 def __getattr__(name: str) -> Any:
     # Imports on first use: torch and Ray take seconds to import, and `--help` needs neither.

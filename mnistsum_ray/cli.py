@@ -174,7 +174,7 @@ class Parser(ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise RequestError(message.removeprefix("argument "))
+        raise RequestError(hide_keys(message).removeprefix("argument "))
 
 
 def parse(kind: type[Config], argv: list[str], description: str = "", command: str = "") -> Config:
@@ -192,7 +192,7 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     )
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag = shortened(unknown[0].partition("=")[0])
+        flag = shortened(hide_keys(unknown[0]).partition("=")[0])
         hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config"])
         raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
     flags = vars(given)
@@ -253,7 +253,7 @@ def _message(error: ValidationError, in_file: Container[str], known: Iterable[st
     """One line on all settings that are wrong or missing, each by its flag or key."""
     problems: dict[str, list[str]] = defaultdict(list)
     for found in error.errors():
-        setting = str(found["loc"][0])
+        setting = hide_keys(str(found["loc"][0]))
         problem = found["msg"].removeprefix("Value error, ")
         if found["type"] == "missing":
             problem = "required, here or in the config file (--help has examples)"

@@ -133,8 +133,8 @@ class TrainConfig(LabelledDataConfig):
     @field_validator("resume")
     @classmethod
     def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
-        if value and info.data.get("name") is None:
-            raise ValueError("needs the name of the run to continue")
+        if value and info.data.get("name", "") is None:
+            raise ValueError("needs --name, the run to continue")
         return value
 
 
@@ -204,7 +204,7 @@ class ScoreConfig(JobConfig):
     @classmethod
     def _check_images(cls, value: str, info: ValidationInfo) -> str:
         if value in (info.data.get("number_column"), info.data.get("label_column")):
-            raise ValueError("images need a column of their own")
+            raise ValueError("is the number's or the label's column too; images need their own")
         return value
 
 

@@ -257,7 +257,7 @@ WRONG_FLAGS: list[tuple[type[JobConfig], str, list[str]]] = [
             "--epochs: input should be greater than or equal to 1, got '0'",
             "--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX",
             "--seed: input should be",
-            "--resume: needs the name of the run to continue",
+            "--resume: needs --name, the run to continue",
         ],
     ),
     (TrainConfig, "--num-workers a", [", got 'a', or input should be a valid tuple, got 'a'"]),
@@ -265,7 +265,7 @@ WRONG_FLAGS: list[tuple[type[JobConfig], str, list[str]]] = [
     (TrainConfig, f"--data a {'x' * 5000}", ["xxx…"]),
     (PredictConfig, "--number 5 --model m", ["PICTURE: required"]),
     (ScoreConfig, "--batch-size 0", ["--model: req", "--input: req", "--output: req", "got '0'"]),
-    (ScoreConfig, " ".join([*SCORE, "--label-column=image"]), ["--image-column: images need a"]),
+    (ScoreConfig, " ".join([*SCORE, "--label-column=image"]), ["--image-column: is the number's"]),
 ]
 
 

@@ -34,7 +34,11 @@ def test_programs_of_users_are_checked_strictly(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
-    run(tmp_path, "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    source = tmp_path / "source"  # setuptools leaves a folder in it
+    shutil.copytree(ROOT / "mnistsum_ray", source / "mnistsum_ray")
+    for name in ("LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    run(tmp_path, "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, source)
     (wheel,) = tmp_path.glob("*.whl")
     run(tmp_path, "pip", "install", "--no-deps", "--target", "installed", wheel)
     where = str(tmp_path / "installed")

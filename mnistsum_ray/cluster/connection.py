@@ -113,13 +113,17 @@ def ended_without_head(say: Callable[[str], None], advice: str) -> Iterator[None
 
     Ten seconds later Ray's core would end it, with exit code 1.
     """
-    rays = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112
+    rays = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s") or 60)  # noqa: SIM112
     done = threading.Event()
 
     def watch() -> None:
         answered = time.monotonic()
         while not done.wait(1):
-            if head_answers():
+            try:
+                is_there = head_answers()
+            except Exception:  # this process has left the cluster
+                return
+            if is_there:
                 answered = time.monotonic()
             elif time.monotonic() - answered > rays - 10:
                 say(f"error: the head of the Ray cluster does not answer; {advice}")

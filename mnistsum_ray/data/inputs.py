@@ -85,7 +85,7 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
 def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:
     """Say in one line how many paths were left out, with an example."""
     if skipped:
-        kinds = "hidden, without a suffix of Parquet, or links to folders or to files that are here"
+        kinds = "hidden, no Parquet by their suffix, folders, or links to folders or to files here"
         say(f"left out: {len(skipped):,}, such as {printable(skipped[0])} ({kinds})")
 
 
@@ -97,7 +97,7 @@ def _parse(text: str, flag: str) -> tuple[Location, list[str]]:
     glob: list[str] = []
     folder = text
     if wild and not os.path.lexists(text):  # a file's name may contain wildcards
-        glob = wild[0].split("/")
+        glob = [name for name in wild[0].split("/") if name]
         folder = (path[: wild.start()] or ".") + question + query
     location = locate_existing(folder, flag)
     with as_request_error(flag):
@@ -123,8 +123,10 @@ def _list(top: Location, glob: list[str], flag: str) -> dict[str, Entry | None]:
         if _DELTA_LOG in below and _may_hold(glob, below[: below.index(_DELTA_LOG)]):
             advice = "its log says which files are part of it; jobs/recipes/dataset.py scores one"
             raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
-        is_closed_folder = not file.e_tag and _may_hold(glob, below)
-        if is_closed_folder or _matches(below, glob):
+        if not file.e_tag and Path(file.path).is_dir():  # a link to a folder, or one not entered
+            if _may_hold(glob, below) or _matches(below, glob):
+                found[file.path] = None
+        elif _matches(below, glob):
             is_taken = below[-1].lower().endswith(SUFFIXES) and not is_hidden("/".join(below))
             found[file.path] = file if is_taken else None
     return found

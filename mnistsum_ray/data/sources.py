@@ -30,14 +30,12 @@ from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
 from mnistsum_ray.data.parquet import column_error, open_parquet, read_footer
 from mnistsum_ray.errors import (
     RequestError,
-    StorageError,
-    TryAgainError,
     UnusableFileError,
     did_you_mean,
     one_line,
 )
 from mnistsum_ray.storage.store import Entry, Location, in_threads
-from mnistsum_ray.storage.uri import locate, locate_existing
+from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
@@ -129,10 +127,8 @@ def open_source(config: LabelledDataConfig, progress: CountFooters | None = None
     folder = _find_mnist(Path(location.path)) if location.is_local else None
     if folder is not None:
         return _mnist(folder)
-    try:
+    with as_request_error("--data"):
         return _parquet(config, location, progress)
-    except StorageError as error:
-        raise TryAgainError(f"--data {error}; nothing was begun") from None
 
 
 def _sample() -> Source:

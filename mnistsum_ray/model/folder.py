@@ -74,7 +74,8 @@ def load_model(place: Location) -> tuple[Network, dict[str, Any]]:
 
     RequestError: there is no model, or it is damaged, or of another network or version.
     """
-    candidates = (place, place / WEIGHTS_FILE, place / "model" / WEIGHTS_FILE)
+    # The place itself comes last: of a folder some stores say that it is there, and empty.
+    candidates = (place / WEIGHTS_FILE, place / "model" / WEIGHTS_FILE, place)
     try:
         file = next((file for file in candidates if file.status()), None)
         if file is None:

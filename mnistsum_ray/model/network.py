@@ -178,6 +178,11 @@ NETWORK: Final[type[Network]] = TwoHeadCNN
 def make_network() -> Network:
     """A new network of the class NETWORK, its convolutions channels last: their fast layout."""
     network = NETWORK()
+    if network.output_layers.keys() != {head.name for head in HEADS}:
+        raise TypeError(f"{NETWORK.__name__}.output_layers: must have a layer for each of HEADS")
+    layers = (*network.muon_layers, *network.head_layers, *network.digit_readers)
+    for layer in (*layers, *network.output_layers.values()):
+        network.get_submodule(layer)  # AttributeError: there is none of this name
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 

@@ -43,8 +43,8 @@ class MuonAdamW:
         heads: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter not in hidden:
-                group = heads if name.rpartition(".")[0] in model.head_layers else body
-                group.append(parameter)
+                is_of_head = name.startswith(tuple(f"{layer}." for layer in model.head_layers))
+                (heads if is_of_head else body).append(parameter)
         # Learning rates as shares of Muon's: heads that read the digit scores lag behind.
         groups = [{"params": body, "factor": 0.15}, {"params": heads, "factor": 0.75}]
         self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)

@@ -72,9 +72,12 @@ class Console:
         ended = threading.Event()
 
         def watch() -> None:
-            while not ended.wait(SILENCE_SECONDS):
+            wait = SILENCE_SECONDS
+            while not ended.wait(wait):
                 silent = time.monotonic() - self._last_sign
-                if silent >= SILENCE_SECONDS:
+                wait = SILENCE_SECONDS - silent
+                if wait <= 0:
+                    wait = SILENCE_SECONDS
                     with suppress(Exception):  # a cluster that has ended; the run fails on it too
                         self._write(f"no word from {who} for {silent:.0f} s: {explain()}")
 

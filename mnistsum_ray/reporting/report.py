@@ -79,7 +79,7 @@ def scored_page(manifest: dict[str, Any]) -> str:
         failures.append((f"all {totals['failed_files']:,}", "are in files.parquet"))
     digits, confusion = enumerate(counts.get("predicted_digits", [])), counts.get("confusion", [])
     tenths = []
-    for tenth in range(10 * bool(counts)):
+    for tenth in range(10 if "predicted_digits" in counts else 0):
         of_heads = [f"{counts[f'{head.name}_probabilities'][tenth]:,}" for head in HEADS]
         tenths.append((f"{tenth / 10} to {(tenth + 1) / 10}", *of_heads))
     tables = [

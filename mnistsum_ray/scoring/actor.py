@@ -168,7 +168,7 @@ def count_rows(
         "rejected_rows": len(decoded.reasons),
         "consistent_rows": int(consistent.sum()),
         # Of MNIST's own images none has a light edge: these are black on white.
-        "light_rows": int((top_and_bottom.mean((1, 2)) > 127).sum()),
+        "light_rows": int((top_and_bottom[is_scored].mean((1, 2)) > 127).sum()),
         "predicted_digits": np.bincount(scored["pred_digit"], minlength=DIGITS).tolist(),
     }
     for head in HEADS:

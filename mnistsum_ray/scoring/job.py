@@ -9,7 +9,7 @@ for each input row in order, nor a file that is whole or not there, nor to go on
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import Final
@@ -23,6 +23,9 @@ from mnistsum_ray.cluster.connection import ended_without_head
 from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
+    ConflictError,
+    MissingFileError,
+    NoAnswerError,
     RequestError,
     RunError,
     RunInterrupted,
@@ -37,7 +40,14 @@ from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
 from mnistsum_ray.scoring import output as folder
 from mnistsum_ray.scoring.actor import Answer, ScoreParts
-from mnistsum_ray.scoring.parts import PREDICTIONS, Part, make_tasks, read_parts, split_into_parts
+from mnistsum_ray.scoring.parts import (
+    PREDICTIONS,
+    Part,
+    PartsThere,
+    make_tasks,
+    read_parts,
+    split_into_parts,
+)
 from mnistsum_ray.scoring.request import ScoreRequest
 
 _KEPT: Final = "what is scored is kept, and the same command goes on"
@@ -65,8 +75,10 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
     except (OSError, ray.exceptions.RayError) as error:
         cause = getattr(error, "cause", error)  # what an actor raised, with Ray's advice below it
         first = str(cause).partition("\n")[0]
-        if isinstance(cause, StorageError):
+        if isinstance(cause, NoAnswerError | MissingFileError | ConflictError):
             raise TryAgainError(f"{first}; {_KEPT}") from error
+        if isinstance(cause, StorageError):  # it will give the same answer again
+            raise RunError(f"{first}; {_KEPT}") from error
         if isinstance(cause, RunError):
             raise RunError(first) from error
         console.say_lines(str(error))
@@ -158,23 +170,31 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
         if todo:
             unusable, scoring_seconds = _score_parts(request, plan, todo, console)
             failures |= unusable
-        planned = {name: part for name, part in planned.items() if part.input not in failures}
-        there = read_parts(request, planned, console)
-        # Some parts of a file may have been put before another one could not be read.
-        useless = [name for name, file in there.stale.items() if file in failures]
-        predictions.delete_files(useless)
-        for name in useless:
-            del there.stale[name]
+            there = _read_again(request, planned, console)
+            # Some parts of a file may have been put before another one could not be read.
+            useless = [name for name in there.done if planned[name].input in unusable]
+            planned = {name: part for name, part in planned.items() if part.input not in unusable}
+            predictions.delete_files(useless)
+        there = _read_again(request, planned, console)
     folder.check_complete(request, planned, before, there)
 
     resumed_rows = sum(part.rows for name, part in planned.items() if name in before.done)
-    new_rows = there.counts["rows"] - resumed_rows
+    new_rows = there.counts.get("rows", 0) - resumed_rows
     figures = {
         "resumed_rows": resumed_rows,
         "rows_per_second": round(new_rows / scoring_seconds, 1) if scoring_seconds else 0.0,
         "seconds": round(time.monotonic() - started, 1),
     }
     return folder.publish(request, failures, there, figures, console)
+
+
+def _read_again(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> PartsThere:
+    """The parts at the end of a run. TryAgainError: they are no longer of this run alone."""
+    try:
+        return read_parts(request, planned, console)
+    except RequestError as error:  # its advice, --overwrite, would delete what another run has put
+        problem, advice = str(error).partition(";")[0], "wait for other runs, and run it again"
+        raise TryAgainError(f"{problem}, which it was not before; {advice}") from None
 
 
 def _score_parts(

@@ -160,8 +160,9 @@ def publish(
     counts = {name: np.array(count).tolist() for name, count in there.counts.items()}
     files = _rows_of_files(request, failures, there)
     notice = ""
-    if counts.get("light_rows", 0) > counts.get("rows", 0) / 2:
-        light = percent(counts["light_rows"] / counts["rows"])
+    scored_rows = counts.get("rows", 0) - counts.get("rejected_rows", 0)
+    if counts.get("light_rows", 0) > scored_rows / 2:
+        light = percent(counts["light_rows"] / scored_rows)
         notice = f"{light} of the images are light at their edges; "
         notice += "the model was trained on white on black"
     totals = _totals(files, counts) | {"output": output.display} | figures

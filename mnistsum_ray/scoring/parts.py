@@ -51,7 +51,7 @@ class Part(NamedTuple):
 def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) -> dict[str, Part]:
     """The parts of all files that can be used, by the names of their output files.
 
-    RequestError: two files need one name, or one needs a longer name than file systems take.
+    RequestError: two files need one name.
     """
     parts: dict[str, Part] = {}
     for file in files:
@@ -61,9 +61,6 @@ def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) 
                 if other is not part:
                     both = f"{other.input} and {part.input}"
                     raise RequestError(f"--input: {both} need one name in the output; rename one")
-                if len(part.output.rpartition("/")[2].encode()) > 255:
-                    problem = "needs a name in the output of more than 255 bytes; shorten it"
-                    raise RequestError(f"--input: {part.input} {problem}")
     for output, part in parts.items():
         folder = output.rpartition("/")[0]
         while folder:

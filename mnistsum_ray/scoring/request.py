@@ -10,7 +10,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import column_error, read_footer
-from mnistsum_ray.errors import RequestError, StorageError, TryAgainError, UnusableFileError
+from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
@@ -62,7 +62,7 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     """Check everything that can be checked without a cluster.
 
     RequestError: the model, the input or the output cannot be used. TryAgainError: the storage does
-    not give an input file.
+    not answer.
     """
     output = locate(config.output, "--output", output_base_folder())
     with as_request_error("--output"):
@@ -77,10 +77,8 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
         network, description = load_model(model)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
-    try:
+    with as_request_error("--input"):
         files = _inspect_files(inputs, config, console)
-    except StorageError as error:
-        raise TryAgainError(f"--input {error}; nothing was begun") from None
     # As the manifest names it.
     config = config.model_copy(update={"model": model.display, "output": output.display})
     weights = copy_weights(network)
@@ -108,6 +106,11 @@ def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> lis
 
 def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
     entry = inputs.files[name]
+    # A part's number is 15 bytes, and file systems take names of 255.
+    if len(name.rpartition("/")[2].encode()) > 240:
+        return InputFile(
+            name, entry, error="has too long a name, of more than 240 bytes; shorten it"
+        )
     if is_hidden(name):
         skipped = "readers of Parquet skip, as all names with . or _ in front"
         return InputFile(name, entry, error=f"would get a name that {skipped}; rename it")

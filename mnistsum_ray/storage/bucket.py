@@ -5,7 +5,7 @@ import re
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from obstore import exceptions  # noqa: TID251
 from obstore.store import from_url  # noqa: TID251
@@ -22,7 +22,7 @@ _RETRIES: Final[Any] = {
 }
 
 _ENDPOINT: Final = re.compile(
-    r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,4}|:[1-6]\d{4})?(/[!-~]*)?", re.ASCII
+    r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[!-~]*)?", re.ASCII
 )
 
 
@@ -46,13 +46,22 @@ def open_store(bucket: str, query: str) -> Any:
             endpoints[name] = os.environ.get(name)
     for name, url in endpoints.items():
         # On it obstore would panic. It may hold a key, so the message does not quote it.
-        if url is not None and not _ENDPOINT.fullmatch(url):
+        if url is not None and not _is_endpoint(url):
             raise StorageError(f"{bucket}: {name} must be HOST:PORT or a URL of http or https")
     options: Any = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
     try:
         return from_url(bucket, config=config, **options)
     except (exceptions.BaseError, ValueError) as error:
         raise StorageError(f"{bucket}: {first_line(error)}") from None
+
+
+def _is_endpoint(url: str) -> bool:
+    """Whether it is the address of a server."""
+    try:
+        urlsplit(url).port  # noqa: B018 - raises where it has more than 16 bits
+    except ValueError:  # or where brackets hold no address
+        return False
+    return bool(_ENDPOINT.fullmatch(url))
 
 
 def first_line(error: Exception) -> str:

@@ -162,8 +162,12 @@ class Location:
             return sorted(entry for entry in entries if entry.size or entry.path not in folders)
 
     def files(self) -> list[Entry]:
-        """All files below a folder, sorted by path; none where the folder is missing."""
-        return [entry for entry in self.listing() if entry.e_tag]
+        """All files below a folder, sorted by path; none where the folder is missing.
+
+        On a disk not those in folders that may not be read, such as `lost+found` of a volume.
+        """
+        found = self.listing(lambda folder: os.access(folder, os.R_OK | os.X_OK))
+        return [entry for entry in found if entry.e_tag]
 
     def write(self, data: Data) -> None:
         """Write the whole file, in place of the one that is there."""
@@ -223,7 +227,7 @@ class Location:
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
-        kind = NoAnswerError if _NO_ANSWER.search(cause) else StorageError
+        kind = NoAnswerError if _NO_ANSWER.search(str(error)) else StorageError
         return kind(f"{self.display}: cannot be {what}: {cause}")
 
     def _missing(self) -> MissingFileError:

@@ -46,7 +46,8 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
     if not colon or scheme == "file":
         # Unlike pathlib's, it leaves the name of an unknown user as it is.
         path = os.path.expanduser(rest if colon else text)  # noqa: PTH111
-        return Location(os.path.normpath((base or Path.cwd()) / path))
+        path = os.path.normpath((base or Path.cwd()) / path)
+        return Location("/" + path.lstrip("/"))  # it leaves two slashes at the front
     scheme = _ALIASES.get(scheme, scheme)
     if scheme not in ("s3", "gs", "abfs"):
         problem = f"there is no storage {scheme}://, but s3://, gs:// and abfs://"

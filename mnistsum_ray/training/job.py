@@ -34,6 +34,7 @@ from mnistsum_ray.data.sources import check_unchanged
 from mnistsum_ray.errors import (
     RepeatingError,
     RequestError,
+    RowCountError,
     RunError,
     RunInterrupted,
     StorageError,
@@ -122,6 +123,10 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             if request.source.files or not usable_nodes():  # tasks read; a plan needs a node
                 wait_for_cpu(config.wait_seconds, console.say)
             plan = plan_training(config, parameters.batch_size, console.say)
+            had = (request.stored or {}).get("threads")
+            if had not in (None, plan.threads):
+                other = f"the run had {had} threads a worker, and goes on with {plan.threads}"
+                console.say(f"{other}: its last bits are others; --threads {had} keeps them")
             rows = read(request, plan, console)
             record = RunRecord(request, plan, start.history)
             record.begin(rows, start.init_from, versions())
@@ -158,7 +163,13 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
         say(source.notice)
     report_skipped(source.skipped, say)
     with console.waiting_for("the tasks that read rows", explain_silence):
-        rows = read_rows(source, config.seed, skip_bad_rows=config.skip_bad_rows, workers=plan.most)
+        try:
+            rows = read_rows(
+                source, config.seed, skip_bad_rows=config.skip_bad_rows, workers=plan.most
+            )
+        except (RequestError, RowCountError):
+            check_unchanged(config, source)  # which may be the reason
+            raise
     check_unchanged(config, source)
     if rows.bad.total:
         say(f"left out: {counted(rows.bad.total, 'row')}: {rows.bad.describe()}")

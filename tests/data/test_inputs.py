@@ -51,6 +51,7 @@ FOUND = [
     (["notes.txt", ".hidden.parquet"], [".hidden.parquet", "notes.txt"]),
     (["b/g,h [1].parquet"], ["b/g,h [1].parquet"]),
     (["b/e", "a.parquet", "b/e/f.parq"], ["a.parquet", "b/e/f.parq"]),
+    (["b/**//*.parq"], ["b/e/f.parq"]),
     (["b/_temporary/..", "b/_temporary"], ["b/_temporary/x.parquet", *NAMES[1:]]),
 ]
 
@@ -97,6 +98,21 @@ def test_output_and_input_lie_apart(folder: Path, text: str, output: str, is_ref
     for place, other in ((folder, folder), (folder, link), (link, folder)):
         with refusal if is_refused else nullcontext():
             assert find(place / text, output=other / output).files
+
+
+def test_a_folder_whose_name_matches_is_no_file(folder: Path) -> None:
+    """Spark writes such folders. A line says that their files are left out."""
+    (folder / "spark.parquet").mkdir()
+    (folder / "spark.parquet" / "part-0.parquet").write_bytes(b"x")
+    (folder / "other.parquet").symlink_to("spark.parquet")
+    inputs = find(folder / "*.parquet")
+    assert [*inputs.files] == ["a.parquet"]
+    left_out = (".hidden.parquet", "other.parquet", "spark.parquet")
+    assert inputs.skipped == [str(folder / name) for name in left_out]
+
+
+def test_two_slashes_in_front_are_one(folder: Path) -> None:
+    assert [*find(f"/{folder}").files] == [*find(folder).files]
 
 
 def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:

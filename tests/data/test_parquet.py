@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
+from mnistsum_ray.data import parquet
 from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
 from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
 from mnistsum_ray.errors import UnusableFileError
@@ -109,3 +110,15 @@ def test_a_file_whose_end_is_wrong_is_unusable(tmp_path: Path, damage: Any, reas
     path.write_bytes(damage(to_parquet(pa.table({"id": range(300)})).to_pybytes()))
     with pytest.raises(UnusableFileError, match=reason):
         read(path, range(301))
+
+
+def test_a_footer_that_claims_more_rows_than_a_file_can_hold_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow believes it: the parts of 2^50 rows would fill the memory."""
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"id": [7] * 10**6}), path)  # some 5 rows a byte
+    assert len(read(path, range(2))[0]) == 2
+    monkeypatch.setattr(parquet, "_MOST_ROWS_OF_BYTE", 1)
+    with pytest.raises(UnusableFileError, match="has a damaged footer \\(1,000,000 rows in"):
+        read(path, range(2))

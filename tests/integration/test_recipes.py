@@ -159,7 +159,9 @@ def test_serve_answers_for_a_picture_and_says_what_is_wrong(folder: Path) -> Non
     wrong = [("?number=10", picture), ("?number=x", picture), ("", picture), ("?number=5", b"none")]
     answers = [ask(*request) for request in wrong]
     assert [status for status, _ in answers] == [422] * 4
-    assert answers[-1][1]["detail"].endswith("cannot be read as a picture; save it as PNG")
+    assert answers[-1][1]["detail"].endswith(
+        "cannot be read as a picture (UnidentifiedImageError); save it as PNG"
+    )
     server.kill()
 
 

@@ -89,6 +89,10 @@ class Example:
         self._patch.setattr(job, "score_on_ray", execute)
         return job.score(request, CONSOLE)
 
+    def give_id(self, value: str) -> None:
+        """Give the runs that begin from here on this id."""
+        self._patch.setattr(output, "secrets", SimpleNamespace(token_hex=lambda _: value))
+
     def files(self, *but: str) -> dict[str, bytes]:
         """The files in the output, by their names there."""
         found = {}
@@ -102,5 +106,6 @@ class Example:
 @pytest.fixture
 def example(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Example:
     """All runs have one id, so that their files can be compared."""
-    monkeypatch.setattr(output, "secrets", SimpleNamespace(token_hex=lambda _: "id"))
-    return Example(tmp_path, model, monkeypatch)
+    made = Example(tmp_path, model, monkeypatch)
+    made.give_id("id")
+    return made

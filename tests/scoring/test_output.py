@@ -298,7 +298,20 @@ def another_run_loses_a_part(example: Example) -> None:
     (example.output / OF_A[1]).unlink()
 
 
+def another_run_scores_a_file_that_was_broken(example: Example) -> None:
+    """What it has put must stay."""
+    write_rows(example.input / "broken.parquet", range(5))
+    example.score()
+
+
+def another_run_begins_and_scores(example: Example) -> None:
+    example.give_id("another")
+    example.score(overwrite=True)
+
+
 OTHER_RUNS = [
+    (another_run_scores_a_file_that_was_broken, "broken-00000.*is there, which this run has not"),
+    (another_run_begins_and_scores, "of another run than run.json, which it was not before; wait"),
     (another_run_begins, "is of another run"),
     (another_run_has_more_input, "predictions/more.parquet is there, which this run has not"),
     (another_run_loses_a_part, f"{OF_A[1]} is not there"),
@@ -319,6 +332,15 @@ def test_a_run_publishes_nothing_where_another_one_was_at_work(
     with pytest.raises(TryAgainError, match=said):
         example.score(execute)
     assert example.files() == others
+
+
+def test_where_nothing_can_be_scored_the_end_says_so(example: Example) -> None:
+    """Without a part, and where those of files that are gone stay."""
+    with pytest.raises(RunError, match=r"^nothing was scored: 0 rows and 1 file cannot be used"):
+        example.score(input=str(example.input / "broken.parquet"))
+    assert not (example.output / "manifest.json").exists()
+    assert pq.read_table(example.output / "files.parquet")["status"].to_pylist() == ["failed"]
+    assert "is not Parquet" in (example.output / "report.html").read_text()
 
 
 def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example) -> None:
