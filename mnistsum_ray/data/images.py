@@ -147,9 +147,12 @@ def _cast_to_pixels(column: pa.Array) -> Pixels | None:
         return None
     try:
         if not isinstance(column.type, _LISTS):
-            pictures = [pc.any(pc.starts_with(column, start)) for start in _PICTURE_STARTS]
-            is_raw = not any(found.as_py() for found in pictures)
-            return pixels_view(column.cast(IMAGE_TYPE)) if is_raw else None
+            raw = pixels_view(column.cast(IMAGE_TYPE))
+            rows = raw.reshape(len(raw), PIXELS)
+            for start in _PICTURE_STARTS:
+                if (rows[:, : len(start)] == np.frombuffer(start, np.uint8)).all(axis=1).any():
+                    return None
+            return raw
         is_nested = isinstance(column.type.value_type, _LISTS)
         nested = pa.list_(pa.list_(pa.uint8(), SIDE), SIDE)
         flat = column.cast(nested if is_nested else pa.list_(pa.uint8(), PIXELS))
