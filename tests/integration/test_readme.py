@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def commands_of(section: str) -> list[list[str]]:
 def run_command(name: str, *flags: str) -> str:
     """Run a command of `mnistsum` on the cluster of this process; what it says."""
     function, kind, _ = COMMANDS[name]
-    with redirect_stderr(io.StringIO()) as said:
+    with redirect_stderr(io.StringIO()) as said, redirect_stdout(said):
         function(parse(kind, list(flags), ""))
     return said.getvalue()
 
