@@ -36,7 +36,9 @@ tuner = tune.Tuner(
     tune_config=tune.TuneConfig(
         metric="validation/sum_accuracy",
         mode="max",
-        scheduler=ASHAScheduler(time_attr="epoch", max_t=args.epochs),
+        # Later than the last epoch: a trial that Tune ends holds its CPUs until Ray's dashboard has
+        # told another process so, and without a dashboard for ever. Most end by themselves.
+        scheduler=ASHAScheduler(time_attr="epoch", max_t=args.epochs + 1),
         max_concurrent_trials=args.at_once,
     ),
 )
