@@ -1,0 +1,72 @@
+"""What plain Ray does with rows, as README's table says: why this project is longer than a guide.
+
+If one of these fails, Ray has changed, and something here may have become needless.
+"""
+
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray.data
+
+from tests.integration.test_security import Bomb, disguised
+
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
+
+
+def test_equal_shards_drop_rows() -> None:
+    shards = ray.data.range(100).streaming_split(3, equal=True)
+
+    @ray.remote(num_cpus=0)
+    def count(shard: Any) -> int:
+        return sum(len(batch["id"]) for batch in shard.iter_batches())
+
+    assert sum(ray.get([count.remote(shard) for shard in shards])) == 99
+
+
+def test_blocks_stand_in_the_order_in_which_their_tasks_end(tmp_path: Path) -> None:
+    for number in range(4):
+        rows = pa.table({"row": np.arange(number * 1000, number * 1000 + 1000)})
+        pq.write_table(rows, tmp_path / f"{number}.parquet")
+
+    def read_slowly(batch: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(2 if batch["row"][0] == 0 else 0)
+        return batch
+
+    files = ray.data.read_parquet(str(tmp_path), override_num_blocks=4)
+    rows = files.map_batches(read_slowly, batch_size=None).materialize().take_all()
+    assert rows[0]["row"] != 0
+    assert sorted(row["row"] for row in rows) == list(range(4000))
+
+
+def test_a_second_write_parquet_adds_its_rows_to_the_first(tmp_path: Path) -> None:
+    for _ in range(2):
+        ray.data.range(100).write_parquet(str(tmp_path))
+    assert ray.data.read_parquet(str(tmp_path)).count() == 200
+
+
+def test_a_column_that_is_missing_in_a_file_becomes_nulls(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [1], "number": [1]}), tmp_path / "0.parquet")
+    pq.write_table(pa.table({"image": [2]}), tmp_path / "1.parquet")
+    numbers = [row["number"] for row in ray.data.read_parquet(str(tmp_path)).take_all()]
+    assert sorted(numbers, key=str) == [1, None]
+
+
+def test_one_damaged_file_ends_a_job(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"number": [1]}), tmp_path / "0.parquet")
+    (tmp_path / "1.parquet").write_bytes(b"PAR1 and no more PAR1")
+    with pytest.raises(Exception, match=r"[Pp]arquet"):
+        ray.data.read_parquet(str(tmp_path)).map_batches(lambda batch: batch).take_all()
+
+
+def test_arrow_runs_code_of_a_file_once_ray_data_is_imported(tmp_path: Path) -> None:
+    mark, file = tmp_path / "executed", tmp_path / "0.parquet"
+    rows = pa.table({"note": [pickle.dumps(Bomb(mark))]})
+    pq.write_table(disguised(rows, "note", "arrow_pickled_object"), file)
+    pq.read_table(file).to_pylist()
+    assert mark.exists()
