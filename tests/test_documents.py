@@ -24,7 +24,7 @@ def test_a_command_that_is_shown_parses() -> None:
     commands = {command for text in texts for command in SHOWN.findall(text)}
     assert len(commands) > 20
     for job, words in commands:
-        flags = shlex.split(re.split(r"\s{3,}|&&|\|\||>", words)[0])
+        flags = shlex.split(re.split(r"\s{3,}|&|\|\||>", words)[0])
         name = job.replace("_", "-")
         if name in COMMANDS and not {"--help", "--config"} & {*flags}:
             parse(COMMANDS[name][1], flags)
