@@ -143,7 +143,7 @@ def draw_training(drawing: Drawing, top: float) -> None:
         *(16, driver, 928, DRIVER_HEIGHT),
         "driver, training/job.py",
         "checks the request, counts the rows in the footers, compares, calls TorchTrainer.fit(), "
-        "publishes, manifest last",
+        "publishes, then says `finished`",
     )
     drawing.box(
         "files", 16, rows, 130, BOX_HEIGHT, "files", "MNIST, or", "Parquet on a", "disk, S3, …"
