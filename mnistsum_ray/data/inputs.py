@@ -67,26 +67,31 @@ def list_inputs(
 
 def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
     """Which of these files are taken."""
-    files, skipped = {}, []
+    files: dict[str, Entry] = {}
+    skipped = []
     seen = set()
     links = {path for path in found if root.is_local and Path(path).is_symlink()}
-    for path in sorted(found.keys() - links) + sorted(links):
+    odd = {path for path in found if _ODD.search(path)}
+    for path in sorted(found.keys() - links - odd) + sorted(links - odd) + sorted(odd):
         file = found[path]
-        # The rows of a link to a file that is here would count twice.
-        if file is None or (path in links and file.e_tag in seen):
+        name = path.removeprefix(root.path).lstrip("/")
+        name = printable(name) if path in odd else name
+        # The rows of a link to a file that is here would count twice. An odd name that is escaped
+        # may be that of another file.
+        if file is None or (path in links and file.e_tag in seen) or name in files:
             skipped.append(path)
             continue
         seen.add(file.e_tag or path)
-        name = path.removeprefix(root.path).lstrip("/")
-        files[printable(name) if _ODD.search(name) else name] = file
+        files[name] = file
     return Inputs(root, dict(sorted(files.items())), sorted(skipped))
 
 
 def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:
     """Say in one line how many paths were left out, with an example."""
     if skipped:
-        kinds = "hidden, no Parquet by their suffix, folders, or links to folders or to files here"
-        say(f"left out: {len(skipped):,}, such as {printable(skipped[0])} ({kinds})")
+        kinds = "hidden, no Parquet by their suffix, folders, links to folders or to files here"
+        example = f"such as {printable(skipped[0])} ({kinds}, odd names)"
+        say(f"left out: {len(skipped):,}, {example}")
 
 
 def _parse(text: str, flag: str) -> tuple[Location, list[str]]:
@@ -123,7 +128,9 @@ def _list(top: Location, glob: list[str], flag: str) -> dict[str, Entry | None]:
         if _DELTA_LOG in below and _may_hold(glob, below[: below.index(_DELTA_LOG)]):
             advice = "its log says which files are part of it; jobs/recipes/dataset.py scores one"
             raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
-        if not file.e_tag and Path(file.path).is_dir():  # a link to a folder, or one not entered
+        if not file.e_tag and not top.is_local:  # its key is odd
+            found[file.path] = None
+        elif not file.e_tag and Path(file.path).is_dir():  # a link to a folder, or one not entered
             if _may_hold(glob, below) or _matches(below, glob):
                 found[file.path] = None
         elif _matches(below, glob):

@@ -2,6 +2,8 @@
 
 import os
 import re
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
@@ -64,6 +66,21 @@ def _is_endpoint(url: str) -> bool:
     return bool(_ENDPOINT.fullmatch(url))
 
 
+def ask_again(request: Callable[[], Any]) -> None:
+    """Send a request until it is answered. obstore itself does so but for a connection that is
+    reset while an object is created, or while objects of S3 are deleted."""
+    until = time.monotonic() + _RETRIES["retry_timeout"].total_seconds()
+    for _ in range(_RETRIES["max_retries"]):
+        try:
+            request()
+            return
+        except exceptions.GenericError as error:
+            if "HTTP error: " not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(1)
+    request()
+
+
 def first_line(error: Exception) -> str:
     """An error's message without the pages that obstore adds for its developers."""
     text = " ".join(str(error).partition("Debug source")[0].split())
@@ -79,6 +96,16 @@ def arrow_place(location: "Location") -> tuple[Any, str]:
     """The file system of Arrow, and the path in it, as Ray Data takes them."""
     file_system, root = _arrow_root(arrow_uri(location.at("/" if location.is_local else "")))
     return file_system, f"{root}/{location.path.lstrip('/')}"
+
+
+def arrow_keys(location: "Location") -> list[str]:
+    """All keys below a prefix, odd ones too."""
+    from pyarrow.fs import FileSelector  # noqa: TID251
+
+    file_system, folder = arrow_place(location)
+    bucket = folder.removesuffix(location.path)
+    found = file_system.get_file_info(FileSelector(folder.rstrip("/"), recursive=True))
+    return [file.path.removeprefix(bucket) for file in found if file.is_file]
 
 
 @cache

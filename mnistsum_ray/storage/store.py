@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 from obstore import exceptions  # noqa: TID251
 
 from mnistsum_ray.errors import ConflictError, MissingFileError, NoAnswerError, StorageError
-from mnistsum_ray.storage.bucket import first_line, open_store
+from mnistsum_ray.storage.bucket import arrow_keys, ask_again, first_line, open_store
 
 if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wait for it
     import pyarrow as pa
@@ -108,7 +108,12 @@ class Location:
     def is_folder(self) -> bool:
         """Whether this is a folder, or a prefix of keys."""
         with self.storage_errors("listed"):
-            return Path(self.path).is_dir() if self.is_local else any(self.store.list(self.path))
+            if self.is_local:
+                return Path(self.path).is_dir()
+            try:
+                return any(self.store.list(self.path))
+            except exceptions.InvalidPathError:  # of a key below it
+                return True
 
     def exists(self) -> bool:
         """Whether there is a file or a folder here."""
@@ -150,16 +155,32 @@ class Location:
         """What is below a folder, sorted by path. Without an e_tag is what is no file.
 
         That is, on a disk, a pipe or device, a link that leads nowhere or to a folder, and a folder
-        for which `enter` is false. Neither of these two is read.
+        for which `enter` is false. Neither of these two is read. In a store it is an object with an
+        odd key, such as `a//b`, or one with a control character.
         """
         with self.storage_errors("listed"):
             if self.is_local:
                 paths = _walk(self.path, enter) if Path(self.path).is_dir() else ()
                 return sorted(self.at(path).status() or Entry(path, 0, "") for path in paths)
-            entries = [_object_entry(meta) for page in self.store.list(self.path) for meta in page]
+            entries = self._objects()
             # Consoles mark a folder by an empty object of its name.
             folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
             return sorted(entry for entry in entries if entry.size or entry.path not in folders)
+
+    def _objects(self) -> list[Entry]:
+        try:
+            return [_object_entry(meta) for page in self.store.list(self.path) for meta in page]
+        except exceptions.InvalidPathError:  # one odd key ends the whole listing
+            keys = arrow_keys(self)
+
+        def look(key: str) -> Entry:
+            try:
+                found = self.at(key).status()
+            except ValueError:  # obstore takes no odd key
+                found = None
+            return found or Entry(key, 0, "")
+
+        return list(in_threads(self, look, keys))
 
     def files(self) -> list[Entry]:
         """All files below a folder, sorted by path; none where the folder is missing.
@@ -176,7 +197,7 @@ class Location:
     def create(self, data: Data) -> None:
         """Write the whole file, but only if there is none; else raise ConflictError.
 
-        It may be this process that has written it: where an answer is lost, obstore asks again.
+        It may be this process that has written it: where an answer is lost, it is asked again.
         """
         self._put(data, "create")
 
@@ -187,7 +208,8 @@ class Location:
             if self.is_local:
                 _put_on_disk(Path(self.path), data, mode)
             else:
-                self.store.put(self.path, memoryview(data).cast("B"), mode=mode)
+                content = memoryview(data).cast("B")
+                ask_again(lambda: self.store.put(self.path, content, mode=mode))
 
     def delete_files(self, names: Sequence[str]) -> None:
         """Delete files in this folder; missing ones are no error."""
@@ -198,7 +220,7 @@ class Location:
                 return
             paths = [(self / name).path for name in names]
             try:
-                self.store.delete(paths)
+                ask_again(lambda: self.store.delete(paths))
             except FileNotFoundError:  # from all but S3; it may have ended the deletion
                 for path in paths:
                     with suppress(FileNotFoundError):

@@ -4,6 +4,7 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -126,6 +127,10 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
     reasons = dict.fromkeys(
         ("caf\\udce9.parquet", "b/two\\nlines.parquet"), "name is not UTF-8, or"
     )
+    # This file has the name of the odd one, as it is printed.
+    (folder / "b/two\\nlines.parquet").write_bytes(b"y")
+    assert find(folder).files["b/two\\nlines.parquet"].path.endswith("b/two\\nlines.parquet")
+    assert str(folder / "b/two\nlines.parquet") in find(folder).skipped
     for link in ("gone", "loop", "device", "pipe"):
         reasons[f"{link}.parquet"] = "is no file, or a link to none"
     assert set(inputs.files) == {*NAMES, *reasons, good}
@@ -189,6 +194,18 @@ def test_a_store_is_listed_as_a_disk_and_a_table_of_delta_lake_is_refused_in_bot
         for key in ("in/a.parquet", "c.parquet"):
             inputs = list_inputs([(place / key).display])
             assert [inputs.root / name for name in inputs.files] == [place / key]
-        ask(int(uri.rpartition(":")[2]), "PUT", "/bucket/odd//b.parquet", "x")
-        with pytest.raises(RequestError, match=r"^--input s3://bucket/odd.* invalid path: Path "):
-            list_inputs([(place / "odd").display])
+
+
+def test_an_odd_key_is_left_out_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them ends a listing of obstore."""
+    odd = ["odd/./c.txt", "odd/../b.parquet", "odd//b.parquet", "odd/\x01.parquet"]
+    with serve_s3(monkeypatch) as uri:
+        for key in [*odd, "odd/b.parquet", "odd/deep/c.parquet"]:
+            ask(int(uri.rpartition(":")[2]), "PUT", f"/bucket/{quote(key)}", key)
+        place = locate(uri, "--input") / "odd"
+        good = {name: (place / name).status() for name in ("b.parquet", "deep/c.parquet")}
+        assert [*good.values()] == place.files()
+        for value, count in ((place, 2), (place / "*.parquet", 1)):
+            inputs = list_inputs([value.display])
+            assert [*inputs.files.items()] == [*good.items()][:count]
+            assert inputs.skipped == sorted(odd)

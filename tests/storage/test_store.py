@@ -1,13 +1,18 @@
 """Files are written whole, listed, read by ranges and deleted, on a disk as in a store."""
 
 import os
+import socket
+import struct
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug import Response
 
 from mnistsum_ray.errors import (
@@ -20,7 +25,7 @@ from mnistsum_ray.errors import (
 from mnistsum_ray.storage import bucket as buckets
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import as_request_error, locate
-from tests.storage.conftest import serving
+from tests.storage.conftest import serve_s3, serving
 
 
 def names(folder: Location) -> list[str]:
@@ -109,6 +114,30 @@ def test_a_missing_file_and_a_storage_that_is_silent_are_two_errors(
                 as_request_error("--output"),
             ):
                 silent.exists()
+
+
+def test_a_connection_that_is_reset_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """obstore itself asks again but for these two."""
+    to_reset = ["PUT", "POST"]
+
+    def reset_first(environ: Any, start_response: Any) -> Any:
+        if environ["REQUEST_METHOD"] not in to_reset:
+            return store(environ, start_response)
+        to_reset.remove(environ["REQUEST_METHOD"])
+        connection = environ["werkzeug.socket"]
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(connection.detach())
+        raise ConnectionResetError
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with serve_s3(monkeypatch) as uri:
+        store = DomainDispatcherApplication(create_backend_app)
+        with serving(reset_first) as port:
+            folder = locate(f"{uri.rpartition(':')[0]}:{port}", "--output") / "reset"
+            (folder / "file").create(b"1")
+            assert names(folder) == ["file"]
+            folder.delete_files(["file"])
+            assert (names(folder), to_reset) == ([], [])
 
 
 def test_a_disk_keeps_no_part_of_a_file_that_could_not_be_written(
