@@ -170,11 +170,13 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
         if todo:
             unusable, scoring_seconds = _score_parts(request, plan, todo, console)
             failures |= unusable
-            there = _read_again(request, planned, console)
-            # Some parts of a file may have been put before another one could not be read.
-            useless = [name for name in there.done if planned[name].input in unusable]
-            planned = {name: part for name, part in planned.items() if part.input not in unusable}
-            predictions.delete_files(useless)
+            if unusable:  # some parts of a file may be there, put before another one was read
+                there = _read_again(request, planned, console)
+                useless = [name for name in there.done if planned[name].input in unusable]
+                planned = {
+                    name: part for name, part in planned.items() if part.input not in unusable
+                }
+                predictions.delete_files(useless)
         there = _read_again(request, planned, console)
     folder.check_complete(request, planned, before, there)
 

@@ -13,7 +13,7 @@ from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 from mnistsum_ray.data import parquet
 from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
 from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
-from mnistsum_ray.errors import UnusableFileError
+from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.storage.uri import locate
 
 
@@ -99,6 +99,7 @@ DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
     (lambda data: data[:-1], "is not Parquet, or was cut off"),
     (lambda data: data[:4], "is not Parquet, or was cut off"),
     (lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1", "is not Parquet, or was cut off"),
+    (lambda data: data[:-4] + b"PARE", "is not Parquet, or was cut off"),  # encrypted
     (one_row_more(1), "has a damaged footer"),
     (one_row_more(3), "has other rows than its footer says"),
 ]
@@ -110,6 +111,16 @@ def test_a_file_whose_end_is_wrong_is_unusable(tmp_path: Path, damage: Any, reas
     path.write_bytes(damage(to_parquet(pa.table({"id": range(300)})).to_pybytes()))
     with pytest.raises(UnusableFileError, match=reason):
         read(path, range(301))
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_disk_or_memory_that_fails_is_no_fault_of_the_file(
+    tmp_path: Path, error: Exception
+) -> None:
+    path = tmp_path / "in.parquet"
+    path.write_bytes(to_parquet(pa.table({"id": range(3)})))
+    with pytest.raises(StorageError), open_parquet(locate(str(path), "--input")):
+        raise error
 
 
 def test_a_footer_that_claims_more_rows_than_a_file_can_hold_is_damaged(

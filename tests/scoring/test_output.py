@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import duckdb
@@ -118,11 +119,15 @@ def test_images_black_on_white_are_said_where_they_are_most(
     assert notice in (example.output / "report.html").read_text()
 
 
-def test_a_file_that_readers_would_skip_is_not_scored(example: Example) -> None:
-    hidden = example.input / "_hidden.parquet"
-    write_rows(hidden, [1])
-    example.score(input=(str(example.file), str(hidden)))
-    assert "would get a name that readers of Parquet skip" in listed(example)[0][6]
+def test_a_file_whose_name_the_output_cannot_have_is_not_scored(example: Example) -> None:
+    """One that readers would skip; one that a part's number makes too long."""
+    names = ["_hidden.parquet", f"{'x' * 240}.parquet"]
+    for name in names:
+        write_rows(example.input / name, [1])
+    example.score(input=[str(example.input / name) for name in ("a.parquet", *names)])
+    hidden, _, long = listed(example)
+    assert "would get a name that readers of Parquet skip" in hidden[6]
+    assert long[6] == "has too long a name, of more than 240 bytes; shorten it"
 
 
 def unchanged(example: Example) -> None:
@@ -135,6 +140,12 @@ def write(name: str, data: bytes = b"of another program") -> Any:
 
 def copy(source: str, name: str) -> Any:
     return lambda example: shutil.copy(example.folder / source, example.output / name)
+
+
+def lose_rows(example: Example) -> None:
+    """A part that has fewer rows than it says itself."""
+    path = example.output / OF_A[1]
+    pq.write_table(pq.read_table(path)[1:], path)
 
 
 def another_run_begins(example: Example) -> None:
@@ -161,6 +172,7 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (lambda example: write_rows(example.file, range(10)), {}, f"{OF_A[0]} {CHANGED}"),
     (lambda example: example.file.rename(example.input / "c.parquet"), {}, f"{OF_A[0]} {GONE}"),
     (copy(f"out/{OF_A[0]}", OF_A[1]), {}, f"{OF_A[1]} {CHANGED}"),
+    (lose_rows, {}, f"{OF_A[1]} {CHANGED}"),
     (another_run_begins, {}, f"{OF_A[0]} {OTHER}"),
     (copy("in/deep/b.pq", OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
     (write(OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
@@ -354,16 +366,27 @@ def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example
     assert example.files(*TIMED).keys() == {"run.json"}
 
 
+@pytest.mark.parametrize("where", ["disk", "s3"])
 def test_two_runs_of_one_request_at_once_give_the_files_of_one(
-    example: Example, monkeypatch: pytest.MonkeyPatch
+    where: str, example: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = {"max_rows_per_file": 1}
     example.score(**one)
     undisturbed = example.files(*TIMED)
-    with serve_s3(monkeypatch) as uri:
+    with serve_s3(monkeypatch) if where == "s3" else nullcontext(str(example.folder)) as uri:
         both = locate(uri, "--output") / "both"
         with ThreadPoolExecutor(2) as pool:
             runs = pool.map(lambda _: example.score(output=both.display, **one), range(2))
         assert [run.scored_rows for run in runs] == [11, 11]
         assert len(both.files()) == len(undisturbed) + 2, "manifest and report"
         assert {name: (both / name).read_bytes() for name in undisturbed} == undisturbed
+
+
+def test_a_file_that_appears_while_a_run_scores_is_left_for_the_next_one(example: Example) -> None:
+    def execute(*given: Any) -> Any:
+        write_rows(example.input / "more.parquet", [13])
+        return score_without_ray(*given)
+
+    assert example.score(execute).input_rows == 13
+    again = example.score()
+    assert (again.input_rows, again.resumed_rows) == (14, 13)
