@@ -128,7 +128,7 @@ def check_complete(
     TryAgainError: it is not so; another run may be at work there.
     """
     missing = sorted(planned.keys() - there.done)
-    strange = [*there.stale, *(there.gone.keys() - before.gone.keys())]
+    strange = sorted(there.stale.keys() | there.gone.keys() - before.gone.keys())
     if read_run(request.output).get("id") != request.run_id:
         problem = f"{RUN_FILE} is of another run now"
     elif missing:

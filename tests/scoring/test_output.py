@@ -25,6 +25,7 @@ from tests.storage.conftest import serve_s3
 
 ADDED = [*PREDICTION_FIELDS.names, *PROBABILITY_FIELDS.names]
 OF_A = [f"predictions/a-0000{part}-of-00003.parquet" for part in range(3)]
+BROKEN = "is not Parquet, or was cut off; write it again"
 PARTS = {*OF_A, "predictions/deep/b.pq", "predictions/none.parquet"}
 
 
@@ -49,10 +50,9 @@ def test_each_input_row_is_one_output_row_in_its_order(example: Example) -> None
         names = [column for column in given.column_names if column != "image"]
         assert found.column_names == [*names, *ADDED, "reason"]
         assert found.select(names).to_pylist() == given.select(names).to_pylist()
-    broken = "is not Parquet, or was cut off; write it again"
     assert listed(example) == [
         ["a.parquet", 10, 8, 2, 0, "scored", None],
-        ["broken.parquet", None, 0, 0, None, "failed", broken],
+        ["broken.parquet", None, 0, 0, None, "failed", BROKEN],
         ["deep/b.pq", 3, 3, 0, 0, "scored", None],
         ["none.parquet", 0, 0, 0, 0, "scored", None],
     ]
@@ -97,7 +97,7 @@ def test_the_report_has_the_failed_files_the_digits_and_the_confusion(example: E
     page = (example.output / "report.html").read_text()
     digits, true_threes = counts["predicted_digits"], counts["confusion"][3]
     for row in (
-        ("broken.parquet", "is not Parquet, or was cut off; write it again"),
+        ("broken.parquet", BROKEN),
         *enumerate(digits),
         (3, *true_threes),
         ("0.1 to 0.2", counts["digit_probabilities"][1], counts["sum_probabilities"][1]),
@@ -156,13 +156,11 @@ def another_run_begins(example: Example) -> None:
 OLD = b'{"format": "mnistsum_ray.score/1", "version": "0.0.1", "request": {}}'
 AGAIN = "--overwrite deletes that output and scores everything again"
 BEGUN = f"was begun with {{}}, and this run has {{}}; give the same again, or {AGAIN}"
-CHANGED = "has rows of a.parquet, which has changed since; --rescore-changed scores such files "
-CHANGED += f"again, and {AGAIN}"
+RESCORE = f"--rescore-changed scores such files again, and {AGAIN}"
+CHANGED = f"has rows of a.parquet, which has changed since; {RESCORE}"
+KEEP = f"--keep-gone leaves such output as it is, and {AGAIN}"
+GONE = f"has rows of a.parquet, which is not in --input now; {KEEP}"
 OTHER = f"is of another run than run.json; {AGAIN}"
-GONE = (
-    "has rows of a.parquet, which is not in --input now; --keep-gone leaves such output as it is, "
-)
-GONE += f"and {AGAIN}"
 AWAY = "is not a file of this program; move it away, or choose another folder"
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (unchanged, {"max_rows_per_file": None}, BEGUN.format("--max-rows-per-file 4", "null")),
@@ -283,13 +281,21 @@ def test_an_input_that_is_rewritten_in_place_while_it_is_read_costs_itself_alone
     assert listed(example)[0][6] == "has changed since the run began; run the command again"
 
 
-def test_a_run_in_which_nothing_can_be_scored_fails_and_says_why(example: Example) -> None:
-    example.file.unlink()
-    write_rows(example.input / "deep" / "b.pq", range(3), number=[99] * 3)
-    with pytest.raises(RunError, match=r"^nothing was scored: 3 rows and 1 file cannot be used; "):
-        example.score()
+@pytest.mark.parametrize("rows", [None, 0, 3])
+def test_a_run_in_which_nothing_can_be_scored_fails_and_says_why(
+    example: Example, rows: int | None
+) -> None:
+    """Beside the broken file is none, or one of no rows, or one of rows that are rejected."""
+    names = ["broken.parquet"] if rows is None else ["broken.parquet", "c.parquet"]
+    write_rows(example.input / "c.parquet", range(rows or 0), number=[99] * (rows or 0))
+    said = f"^nothing was scored: {rows or 0} rows and 1 file cannot be used; report.html and files"
+    with pytest.raises(RunError, match=said):
+        example.score(input=[str(example.input / name) for name in names])
+    broken = ["broken.parquet", None, 0, 0, None, "failed", BROKEN]
+    rejected = ["c.parquet", rows, 0, rows, 0, "scored", None]
+    assert listed(example) == [broken, rejected][: len(names)]
+    assert BROKEN in (example.output / "report.html").read_text()
     assert not (example.output / "manifest.json").exists()
-    assert listed(example)[1] == ["deep/b.pq", 3, 0, 3, 0, "scored", None]
 
 
 def test_a_column_of_a_type_that_is_of_use_in_no_file_is_refused(example: Example) -> None:
@@ -301,19 +307,14 @@ def test_a_column_of_a_type_that_is_of_use_in_no_file_is_refused(example: Exampl
     assert not example.output.exists()
 
 
-def another_run_has_more_input(example: Example) -> None:
-    write_rows(example.input / "more.parquet", [1, 2])
-    example.score()
+def another_run_finds(name: str) -> Any:
+    """A file that is new, or one that was broken. What it has put must stay."""
 
+    def act(example: Example) -> None:
+        write_rows(example.input / name, range(5))
+        example.score()
 
-def another_run_loses_a_part(example: Example) -> None:
-    (example.output / OF_A[1]).unlink()
-
-
-def another_run_scores_a_file_that_was_broken(example: Example) -> None:
-    """What it has put must stay."""
-    write_rows(example.input / "broken.parquet", range(5))
-    example.score()
+    return act
 
 
 def another_run_begins_and_scores(example: Example) -> None:
@@ -322,11 +323,11 @@ def another_run_begins_and_scores(example: Example) -> None:
 
 
 OTHER_RUNS = [
-    (another_run_scores_a_file_that_was_broken, "broken-00000.*is there, which this run has not"),
+    (another_run_finds("broken.parquet"), "broken-00000.*is there, which this run has not"),
+    (another_run_finds("more.parquet"), "more-00000.*is there, which this run has not"),
+    (lambda example: (example.output / OF_A[1]).unlink(), f"{OF_A[1]} is not there"),
     (another_run_begins_and_scores, "of another run than run.json, which it was not before; wait"),
     (another_run_begins, "is of another run"),
-    (another_run_has_more_input, "predictions/more.parquet is there, which this run has not"),
-    (another_run_loses_a_part, f"{OF_A[1]} is not there"),
 ]
 
 
@@ -344,15 +345,6 @@ def test_a_run_publishes_nothing_where_another_one_was_at_work(
     with pytest.raises(TryAgainError, match=said):
         example.score(execute)
     assert example.files() == others
-
-
-def test_where_nothing_can_be_scored_the_end_says_so(example: Example) -> None:
-    """Without a part, and where those of files that are gone stay."""
-    with pytest.raises(RunError, match=r"^nothing was scored: 0 rows and 1 file cannot be used"):
-        example.score(input=str(example.input / "broken.parquet"))
-    assert not (example.output / "manifest.json").exists()
-    assert pq.read_table(example.output / "files.parquet")["status"].to_pylist() == ["failed"]
-    assert "is not Parquet" in (example.output / "report.html").read_text()
 
 
 def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example) -> None:
