@@ -27,9 +27,6 @@ pytestmark = pytest.mark.usefixtures("cluster")
 ROWS = 60
 """Of each file."""
 
-SPARK = b"org.apache.spark.sql.parquet.row.metadata"
-"""Metadata with a schema, beside which Spark sees no other columns."""
-
 DAYS = ["day=2026-11-01/a.parquet", "day=2026-11-01/b.parquet", "day=2026-11-02/c.parquet"]
 """Files as Hive partitions them. In each the first BAD numbers are null."""
 
@@ -70,23 +67,6 @@ def write_with_libraries(folder: Path, images: Pixels, numbers: np.ndarray) -> N
     written.rename(folder / "ray.parquet")
 
 
-def arrow_table(images: Pixels, numbers: np.ndarray) -> pa.Table:
-    """Columns of many types beside the image, and metadata as of Spark."""
-    count = range(ROWS)
-    keys = [[(f"k{row}", row)] for row in count]
-    columns = {
-        "image": pa.array(images.reshape(ROWS, -1).tolist()),
-        "number": pa.array(numbers).cast(pa.uint64()),
-        "text": [None if row % 7 == 0 else f"row {row}" for row in count],
-        "tags": [[f"t{row}"] * (row % 3) for row in count],
-        "deep": [{"a": [{"b": row, "c": None}], "d": {"e": row / 2}} for row in count],
-        "map": pa.array(keys, pa.map_(pa.string(), pa.int64())),
-        "when": pa.array([row * 10**9 for row in count], pa.timestamp("ns", "UTC")),
-        "price": pa.array(list(count)).cast(pa.decimal128(30, 4)),
-    }
-    return pa.table(columns, metadata={SPARK: "{}"})
-
-
 @pytest.fixture(scope="module")
 def predictions(
     model: Path, rows: tuple[Pixels, np.ndarray], tmp_path_factory: pytest.TempPathFactory
@@ -96,7 +76,6 @@ def predictions(
     forms, days = folder / "in" / "forms", folder / "in" / "days"
     forms.mkdir(parents=True)
     write_with_libraries(forms, *rows)
-    pq.write_table(arrow_table(*rows), forms / "arrow.parquet", row_group_size=7)
     images, numbers = rows
     table = pa.table({"image": [image.tobytes() for image in images]})
     table = table.append_column("number", pa.array(numbers, mask=np.arange(ROWS) < BAD))
@@ -109,25 +88,15 @@ def predictions(
     return folder / "out" / "predictions"
 
 
-def test_files_of_each_library_are_scored_and_other_columns_pass_through(
+def test_files_of_each_library_are_scored(
     predictions: Path, model: Path, rows: tuple[Pixels, np.ndarray]
 ) -> None:
     found = {path.stem: pq.ParquetFile(path).read() for path in predictions.glob("forms/*")}
-    assert len(found) == 6
+    assert len(found) == 5
     for table in found.values():
         check_predictions(table, plain_predictions(model, *rows))
-        schemas = {SPARK, b"huggingface"}  # of the input
-        assert not schemas & (table.schema.metadata or {}).keys()
+        assert b"huggingface" not in table.schema.metadata
         assert not [one for one in table.schema if isinstance(one.type, pa.BaseExtensionType)]
-    kept, result = arrow_table(*rows).drop_columns(["image"]), found["arrow"]
-    # Of nulls in lists of a fixed size, Arrow's reader fails.
-    floats = "list<element: float>"
-    added = {"pred_digit": "int8", "digit_prob": "float", "pred_sum": "int8", "sum_prob": "float"}
-    added |= {"consistent": "bool", "digit_probs": floats, "sum_probs": floats, "reason": "string"}
-    assert result.column_names == [*kept.column_names, *added]
-    assert [str(result.schema.field(name).type) for name in added] == [*added.values()]
-    assert result.select(kept.column_names).schema.types == kept.schema.types
-    assert result.select(kept.column_names).to_pylist() == kept.to_pylist()
 
 
 def read_with_datasets(folder: str) -> Any:

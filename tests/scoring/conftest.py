@@ -28,11 +28,16 @@ TIMED = ("manifest.json", "report.html")
 _SCORERS: dict[str, ScoreParts] = {}
 """By model: to load one takes longer than to score a few rows."""
 
-# pyarrow cannot take rows of views, and cannot cast a slice of structs with a null child.
-VIEWS = {
+OTHERS = {
+    # pyarrow cannot take rows of views, and cannot cast a slice of structs with a null child.
     "view": pa.array([None, *"bcdefghij"], pa.string_view()),
     "null_in_a_struct": pa.array([{"a": [{"b": row, "c": None}]} for row in range(10)]),
+    "tags": [[f"t{row}"] * (row % 3) for row in range(10)],
+    "map": pa.array([[(f"k{row}", row)] for row in range(10)], pa.map_(pa.string(), pa.int64())),
+    "when": pa.array([row * 10**9 for row in range(10)], pa.timestamp("ns", "UTC")),
+    "price": pa.array(range(10)).cast(pa.decimal128(30, 4)),
 }
+"""Columns that are passed on."""
 
 
 def score_without_ray(
@@ -55,6 +60,8 @@ def write_rows(path: Path, ids: Sequence[int], **columns: Any) -> None:
     digits = [row % 10 for row in ids]
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({"id": ids, "image": images, "number": digits, "label": digits} | columns)
+    # Beside a schema of its own in the metadata Spark sees no other columns.
+    table = table.replace_schema_metadata({"org.apache.spark.sql.parquet.row.metadata": "{}"})
     pq.write_table(table, path, row_group_size=4, write_page_checksum=True)
 
 
@@ -76,7 +83,7 @@ class Example:
         images[6] = None
         numbers, labels = [0, 1, 2, 99, *range(4, 10)], [0, 12, None, *range(3, 10)]
         columns: dict[str, Any] = {"image": pa.array(images, pa.binary_view()), "number": numbers}
-        write_rows(self.file, range(10), label=labels, **columns, **VIEWS)
+        write_rows(self.file, range(10), label=labels, **columns, **OTHERS)
         write_rows(self.input / "deep" / "b.pq", range(10, 13))
         write_rows(self.input / "none.parquet", [])
         (self.input / "broken.parquet").write_bytes(b"not Parquet")

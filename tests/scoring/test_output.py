@@ -15,15 +15,18 @@ import pytest
 
 from mnistsum_ray.data.parquet import read_rows
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
-from mnistsum_ray.model.heads import PREDICTION_FIELDS, PROBABILITY_FIELDS
 from mnistsum_ray.scoring import actor
 from mnistsum_ray.scoring.output import RUN_FORMAT
+from mnistsum_ray.scoring.parts import PART_KEY
 from mnistsum_ray.storage.uri import locate
 from tests.conftest import write_model
 from tests.scoring.conftest import TIMED, Example, score_without_ray, write_rows
 from tests.storage.conftest import serve_s3
 
-ADDED = [*PREDICTION_FIELDS.names, *PROBABILITY_FIELDS.names]
+ADDED = {"pred_digit": "int8", "digit_prob": "float", "pred_sum": "int8", "sum_prob": "float"}
+# Of nulls in lists of a fixed size, Arrow's reader fails.
+ADDED |= {"consistent": "bool", "digit_probs": "list<element: float>"}
+ADDED |= {"sum_probs": "list<element: float>", "reason": "string"}
 OF_A = [f"predictions/a-0000{part}-of-00003.parquet" for part in range(3)]
 BROKEN = "is not Parquet, or was cut off; write it again"
 PARTS = {*OF_A, "predictions/deep/b.pq", "predictions/none.parquet"}
@@ -48,8 +51,12 @@ def test_each_input_row_is_one_output_row_in_its_order(example: Example) -> None
     for name in ("a.parquet", "deep/b.pq", "none.parquet"):
         given, found = pq.ParquetFile(example.input / name).read(), outputs[f"predictions/{name}"]
         names = [column for column in given.column_names if column != "image"]
-        assert found.column_names == [*names, *ADDED, "reason"]
+        assert found.column_names == [*names, *ADDED]
+        assert [str(type_) for type_ in found.schema.types[len(names) :]] == [*ADDED.values()]
         assert found.select(names).to_pylist() == given.select(names).to_pylist()
+        plain = [name for name in names if name != "view"]
+        assert found.select(plain).schema.types == given.select(plain).schema.types
+        assert found.schema.metadata.keys() <= {PART_KEY, b"ARROW:schema"}, "none of the input"
     assert listed(example) == [
         ["a.parquet", 10, 8, 2, 0, "scored", None],
         ["broken.parquet", None, 0, 0, None, "failed", BROKEN],
