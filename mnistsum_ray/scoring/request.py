@@ -106,15 +106,13 @@ def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> lis
 
 def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
     entry = inputs.files[name]
-    # A part's number is 15 bytes, and file systems take names of 255.
-    if len(name.rpartition("/")[2].encode()) > 240:
-        return InputFile(
-            name, entry, error="has too long a name, of more than 240 bytes; shorten it"
-        )
-    if is_hidden(name):
-        skipped = "readers of Parquet skip, as all names with . or _ in front"
-        return InputFile(name, entry, error=f"would get a name that {skipped}; rename it")
     try:
+        # A part's number is 15 bytes, and file systems take names of 255.
+        if len(name.rpartition("/")[2].encode()) > 240:
+            raise UnusableFileError("has too long a name, of more than 240 bytes; shorten it")
+        if is_hidden(name):
+            skipped = "readers of Parquet skip, as all names with . or _ in front"
+            raise UnusableFileError(f"would get a name that {skipped}; rename it")
         footer = read_footer(inputs.root / name, entry)
     except UnusableFileError as error:
         return InputFile(name, entry, error=str(error))

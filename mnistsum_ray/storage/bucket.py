@@ -70,7 +70,7 @@ def ask_again(request: Callable[[], Any]) -> None:
     """Send a request until it is answered. obstore itself does so but for a connection that is
     reset while an object is created, or while objects of S3 are deleted."""
     until = time.monotonic() + _RETRIES["retry_timeout"].total_seconds()
-    for _ in range(_RETRIES["max_retries"]):
+    while True:
         try:
             request()
             return
@@ -78,7 +78,6 @@ def ask_again(request: Callable[[], Any]) -> None:
             if "HTTP error: " not in str(error) or time.monotonic() > until:
                 raise
         time.sleep(1)
-    request()
 
 
 def first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ import socket
 import struct
 import time
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_a_missing_file_and_a_storage_that_is_silent_are_two_errors(
     for read in (Location.read_bytes, Location.open):
         with pytest.raises(MissingFileError, match=r"none.*: is not there"):
             read(bucket / "none")
-    monkeypatch.setitem(buckets._RETRIES, "max_retries", 0)
+    monkeypatch.setitem(buckets._RETRIES, "retry_timeout", timedelta(0))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")  # else its keys are asked of this machine
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     said = r"s3://bucket/x\S+: cannot be \w+: Generic S3 error: [^\n]*$"
