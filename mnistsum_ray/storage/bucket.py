@@ -98,10 +98,13 @@ def arrow_place(location: "Location") -> tuple[Any, str]:
 
 
 def arrow_keys(location: "Location") -> list[str]:
-    """All keys below a prefix, odd ones too."""
+    """All keys below a prefix, odd ones too. StorageError: Arrow does not reach the bucket."""
     from pyarrow.fs import FileSelector  # noqa: TID251
 
-    file_system, folder = arrow_place(location)
+    try:
+        file_system, folder = arrow_place(location)
+    except ValueError as error:  # of Azure it wants the account in the URI
+        raise StorageError(f"{location.display}: an odd key, and {first_line(error)}") from None
     bucket = folder.removesuffix(location.path)
     found = file_system.get_file_info(FileSelector(folder.rstrip("/"), recursive=True))
     return [file.path.removeprefix(bucket) for file in found if file.is_file]

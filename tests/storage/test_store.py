@@ -24,6 +24,7 @@ from mnistsum_ray.errors import (
     TryAgainError,
 )
 from mnistsum_ray.storage import bucket as buckets
+from mnistsum_ray.storage.bucket import arrow_keys
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import as_request_error, locate
 from tests.storage.conftest import serve_s3, serving
@@ -115,6 +116,11 @@ def test_a_missing_file_and_a_storage_that_is_silent_are_two_errors(
                 as_request_error("--output"),
             ):
                 silent.exists()
+
+
+def test_a_store_that_arrow_does_not_reach_is_one_line() -> None:
+    with pytest.raises(StorageError, match=r"^abfs://b/x: an odd key, and Azure.* account name$"):
+        arrow_keys(Location("x", "abfs://b"))
 
 
 def test_a_connection_that_is_reset_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
