@@ -120,7 +120,9 @@ def score_on_ray(
         num_cpus=plan.per_worker.get("CPU", 0),
         num_gpus=plan.per_worker.get("GPU", 0),
         # By itself Ray Data starts an actor again without a limit. Retries of a task have none:
-        # until Ray knows that a node is gone, it uses them up within a second.
+        # until Ray knows that a node is gone, it uses them up within a second. With a limit Ray
+        # says on a line that an actor's arguments may be lost: Ray Data's are in the object store,
+        # large or not, and this process owns them as long as the run lasts.
         max_restarts=10,
         max_task_retries=-1,
     )

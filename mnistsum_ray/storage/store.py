@@ -110,10 +110,9 @@ class Location:
         with self.storage_errors("listed"):
             if self.is_local:
                 return Path(self.path).is_dir()
-            try:
+            with suppress(exceptions.InvalidPathError):  # of a key below it
                 return any(self.store.list(self.path))
-            except exceptions.InvalidPathError:  # of a key below it
-                return True
+            return True
 
     def exists(self) -> bool:
         """Whether there is a file or a folder here."""
@@ -174,11 +173,9 @@ class Location:
             keys = arrow_keys(self)
 
         def look(key: str) -> Entry:
-            try:
-                found = self.at(key).status()
-            except ValueError:  # obstore takes no odd key
-                found = None
-            return found or Entry(key, 0, "")
+            with suppress(ValueError):  # obstore takes no odd key
+                return self.at(key).status() or Entry(key, 0, "")
+            return Entry(key, 0, "")
 
         return list(in_threads(self, look, keys))
 
