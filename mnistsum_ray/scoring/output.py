@@ -128,7 +128,7 @@ def check_complete(
     TryAgainError: it is not so; another run may be at work there.
     """
     missing = sorted(planned.keys() - there.done)
-    strange = sorted(there.stale.keys() | there.gone.keys() - before.gone.keys())
+    strange = [*there.stale, *(there.gone.keys() - before.gone.keys())]
     if read_run(request.output).get("id") != request.run_id:
         problem = f"{RUN_FILE} is of another run now"
     elif missing:
@@ -136,7 +136,7 @@ def check_complete(
         if request.output.is_local:
             problem += " (a local folder must be one that all nodes share)"
     elif strange:
-        problem = f"{PREDICTIONS}/{strange[0]} is there, which this run has not written"
+        problem = f"{PREDICTIONS}/{min(strange)} is there, which this run has not written"
     else:
         return
     advice = f"no {MANIFEST} is written; wait for other runs there, and run the command again"
