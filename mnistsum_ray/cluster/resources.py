@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import ray
 import ray.exceptions
+from ray.util import state
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -214,8 +215,6 @@ def describe_free() -> str:
 
 def _describe_holders() -> str:
     """The actors that other jobs run, if a dashboard knows: `job 02000000 (3 RayTrainWorker)`."""
-    from ray.util import state  # 0.1 s that only this rare message needs
-
     own = ray.get_runtime_context().get_job_id()
     actors: dict[str, Counter[str]] = {}
     with suppress(Exception):  # a cluster without a dashboard, or one that is busy

@@ -354,6 +354,16 @@ def test_a_run_publishes_nothing_where_another_one_was_at_work(
     assert example.files() == others
 
 
+def test_a_file_that_appears_while_a_run_scores_is_left_for_the_next_one(example: Example) -> None:
+    def execute(*given: Any) -> Any:
+        write_rows(example.input / "more.parquet", [13])
+        return score_without_ray(*given)
+
+    assert example.score(execute).input_rows == 13
+    again = example.score()
+    assert (again.input_rows, again.resumed_rows) == (14, 13)
+
+
 def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example) -> None:
     def execute(*given: Any) -> Any:
         example.input.rename(example.folder / "away")
@@ -379,13 +389,3 @@ def test_two_runs_of_one_request_at_once_give_the_files_of_one(
         assert [run.scored_rows for run in runs] == [11, 11]
         assert len(both.files()) == len(undisturbed) + 2, "manifest and report"
         assert {name: (both / name).read_bytes() for name in undisturbed} == undisturbed
-
-
-def test_a_file_that_appears_while_a_run_scores_is_left_for_the_next_one(example: Example) -> None:
-    def execute(*given: Any) -> Any:
-        write_rows(example.input / "more.parquet", [13])
-        return score_without_ray(*given)
-
-    assert example.score(execute).input_rows == 13
-    again = example.score()
-    assert (again.input_rows, again.resumed_rows) == (14, 13)
