@@ -355,12 +355,16 @@ def test_a_run_publishes_nothing_where_another_one_was_at_work(
 
 
 def test_a_file_that_appears_while_a_run_scores_is_left_for_the_next_one(example: Example) -> None:
+    more = example.input / "more.parquet"
+
     def execute(*given: Any) -> Any:
-        write_rows(example.input / "more.parquet", [13])
+        assert not (example.output / "manifest.json").exists(), "the output is not finished"
+        if not more.exists():
+            write_rows(more, [13])
         return score_without_ray(*given)
 
     assert example.score(execute).input_rows == 13
-    again = example.score()
+    again = example.score(execute)
     assert (again.input_rows, again.resumed_rows) == (14, 13)
 
 
