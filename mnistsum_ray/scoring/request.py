@@ -10,7 +10,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import column_error, read_footer
-from mnistsum_ray.errors import RequestError, UnusableFileError
+from mnistsum_ray.errors import MissingFileError, RequestError, UnusableFileError
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
@@ -114,6 +114,8 @@ def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
             skipped = "readers of Parquet skip, as all names with . or _ in front"
             raise UnusableFileError(f"would get a name that {skipped}; rename it")
         footer = read_footer(inputs.root / name, entry)
+    except MissingFileError:  # a file that expires in this moment must not cost all others
+        return InputFile(name, entry, error="is gone since the input was listed")
     except UnusableFileError as error:
         return InputFile(name, entry, error=str(error))
     columns = map(footer.schema.column, range(len(footer.schema)))

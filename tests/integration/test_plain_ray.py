@@ -22,11 +22,11 @@ pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
 def test_equal_shards_drop_rows() -> None:
     shards = ray.data.range(100).streaming_split(3, equal=True)
 
-    @ray.remote(num_cpus=0)
     def count(shard: Any) -> int:
         return sum(len(batch["id"]) for batch in shard.iter_batches())
 
-    assert sum(ray.get([count.remote(shard) for shard in shards])) == 99
+    counters = ray.remote(num_cpus=0)(count)
+    assert sum(ray.get([counters.remote(shard) for shard in shards])) == 99
 
 
 def test_blocks_stand_in_the_order_in_which_their_tasks_end(tmp_path: Path) -> None:

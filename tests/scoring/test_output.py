@@ -13,14 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.parquet import read_rows
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.scoring import actor
 from mnistsum_ray.scoring.output import RUN_FORMAT
 from mnistsum_ray.scoring.parts import PART_KEY
+from mnistsum_ray.scoring.request import _inspect_files
 from mnistsum_ray.storage.uri import locate
 from tests.conftest import write_model
-from tests.scoring.conftest import TIMED, Example, score_without_ray, write_rows
+from tests.scoring.conftest import CONSOLE, TIMED, Example, score_without_ray, write_rows
 from tests.storage.conftest import serve_s3
 
 ADDED = {"pred_digit": "int8", "digit_prob": "float", "pred_sum": "int8", "sum_prob": "float"}
@@ -366,6 +369,16 @@ def test_a_file_that_appears_while_a_run_scores_is_left_for_the_next_one(example
     assert example.score(execute).input_rows == 13
     again = example.score(execute)
     assert (again.input_rows, again.resumed_rows) == (14, 13)
+
+
+def test_a_file_that_expires_after_the_listing_fails_alone(example: Example) -> None:
+    write_rows(example.input / "old.parquet", [13])
+    inputs = list_inputs([str(example.input)])
+    (example.input / "old.parquet").unlink()
+    config = ScoreConfig(model="m", input=(str(example.input),), output="o")
+    *_, old = _inspect_files(inputs, config, CONSOLE)
+    assert (old.name, old.rows) == ("old.parquet", None)
+    assert old.error == "is gone since the input was listed"
 
 
 def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example) -> None:
