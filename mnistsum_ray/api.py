@@ -36,9 +36,9 @@ from mnistsum_ray.storage.uri import as_request_error, empty_output, locate_exis
 if TYPE_CHECKING:  # torch and Ray take seconds to import
     from ray.train import UserCallback
 
-    from mnistsum_ray.model.network import Network
+    from mnistsum_ray.model.network import TwoHeadCNN
 
-Model: TypeAlias = "Network | str | Path"
+Model: TypeAlias = "TwoHeadCNN | str | Path"
 """A model of `load_model`, or what that takes."""
 
 
@@ -107,7 +107,7 @@ def _on_cluster(console: Console, run: str) -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def load_model(model: str | Path) -> "Network":
+def load_model(model: str | Path) -> "TwoHeadCNN":
     """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI).
 
     The network is in evaluation mode, on the CPU. It takes float32[n, 1, 28, 28] of
@@ -122,7 +122,7 @@ def load_model(model: str | Path) -> "Network":
     return load_folder(locate_existing(str(model), "model"))[0]
 
 
-def save_model(model: "Network", folder: str | Path) -> None:
+def save_model(model: "TwoHeadCNN", folder: str | Path) -> None:
     """Write a network as a model folder, which `load_model`, scoring and `--init-from` take.
 
     Raises:
@@ -237,5 +237,5 @@ def predict_rows(
     return append_predictions(table, predictions, numbers, reasons)
 
 
-def _loaded(model: Model) -> "Network":
+def _loaded(model: Model) -> "TwoHeadCNN":
     return load_model(model) if isinstance(model, str | Path) else model

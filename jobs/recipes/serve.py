@@ -11,7 +11,7 @@ from fastapi import Body, FastAPI, HTTPException, Query
 from ray import serve
 
 from mnistsum_ray import RequestError, load_model, predict
-from mnistsum_ray.model.network import Network
+from mnistsum_ray.model.network import TwoHeadCNN
 
 app = FastAPI()
 
@@ -19,7 +19,7 @@ app = FastAPI()
 @serve.deployment
 @serve.ingress(app)
 class Pictures:
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: TwoHeadCNN) -> None:
         self.network = network
 
     # Not `async`: FastAPI runs it in a thread, and the replica takes other requests meanwhile.

@@ -87,10 +87,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def broadcast_state(module: nn.Module) -> None:
-    """Copy the parameters and buffers of rank 0 to all workers, in place.
-
-    Different CPUs or GPUs round differently, and each worker's buffers have seen other rows.
-    """
+    """Copy the parameters of rank 0 to all workers, in place: different CPUs round differently."""
     if _several_workers():
         for value in module.state_dict().values():
             sent = value.contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.errors import RequestError, StorageError, one_line, shortened
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.network import NETWORK, PIXEL_MEAN, PIXEL_STD, Network, make_network
+from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, make_network
 from mnistsum_ray.storage.store import Location
 
 MODEL_FORMAT: Final = "mnistsum_ray/5"
@@ -22,18 +22,18 @@ DESCRIPTION_FILE: Final = "model.json"
 HEADER_KEY: Final = "mnistsum_ray"
 
 INTERFACE: Final = {
-    "network": NETWORK.__name__,
+    "network": TwoHeadCNN.__name__,
     "number": f"0..{NUMBERS - 1}",
     "output": {head.name: f"{head.classes} scores" for head in HEADS},
 }
 """What the description must say for the model to be used; its `number` is an entry of `input`."""
 
 Weights = dict[str, Tensor]
-"""float32, but for buffers such as the number of batches of `nn.BatchNorm2d`."""
+"""float32, by the names of the parameters."""
 
 
-def copy_weights(model: Network) -> Weights:
-    """A copy of the weights on the CPU, contiguous; and of buffers that training changes."""
+def copy_weights(model: TwoHeadCNN) -> Weights:
+    """A copy of the weights on the CPU, contiguous."""
     copied = {}
     for name, value in model.state_dict().items():
         copied[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -67,7 +67,7 @@ def write_model(folder: Location, weights: Weights, description: dict[str, Any])
     (folder / WEIGHTS_FILE).write(save_tensors(weights, header))
 
 
-def load_model(place: Location) -> tuple[Network, dict[str, Any]]:
+def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     """The network, in evaluation mode, and its description, of a model folder or of a run.
 
     The place may also be the file of the weights itself.

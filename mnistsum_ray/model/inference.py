@@ -13,7 +13,7 @@ from mnistsum_ray.data.images import SIDE, Numbers, Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
-from mnistsum_ray.model.network import Network, Scores, make_network, score_digits
+from mnistsum_ray.model.network import Scores, TwoHeadCNN, make_network, score_digits
 
 CPU_BATCH: Final = 256
 """Rows of a forward pass on CPUs: 3 to 7 % faster than 64 on two cores, and as fast as more."""
@@ -80,7 +80,7 @@ class Predictor:
 
 @torch.inference_mode()
 def predict_pairs(
-    model: Network,
+    model: TwoHeadCNN,
     images: Pixels,
     numbers: Numbers,
     batch_size: int,

@@ -23,7 +23,7 @@ from mnistsum_ray.data.randomness import NUMBERS, RowTotals, mix_ids
 from mnistsum_ray.model.device import all_reduce_sum, hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.network import Network, Scores, make_network
+from mnistsum_ray.model.network import Scores, TwoHeadCNN, make_network
 
 RELIABILITY_BINS: Final = 15
 """Bins of equal width over the probability 0..1, as in Guo et al. (2017)."""
@@ -214,7 +214,7 @@ class FinishedModel:
 
 
 def finish_model(
-    trained: Network,
+    trained: TwoHeadCNN,
     validation: ScoredDigits,
     test: ScoredDigits,
     history: list[dict[str, Any]],

@@ -1,4 +1,4 @@
-"""What a network is, the two-head network, its input, and its loss.
+"""The two-head network, its input, and its loss.
 
 conv1 1->32  conv2 32->64  max-pool      28 -> 14     3x3, padding 1
 conv3 64->64 conv4 64->64  max-pool      14 -> 7      3x3, padding 1
@@ -6,9 +6,8 @@ conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit
 fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: sum scores
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Final
+from collections.abc import Mapping
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -67,65 +66,16 @@ def with_one_hot(scores: Tensor, numbers: Tensor) -> Tensor:
     return torch.cat([scores, one_hot.to(scores.dtype)], dim=1)
 
 
-class Network(nn.Module, ABC):
-    """What is trained, scored with and exported; NETWORK names the subclass.
+class TwoHeadCNN(nn.Module):
+    """The original's network: 220,125 trainable parameters.
 
-    It must not draw random numbers itself, as `nn.Dropout` does: a resumed run would draw others.
+    It draws no random numbers, as `nn.Dropout` would: a resumed run would draw others.
     """
 
-    muon_layers: ClassVar[tuple[str, ...]]
-    """Names of the layers between the first and the last ones, whose weights Muon trains."""
-    head_layers: ClassVar[tuple[str, ...]]
-    """Layers of the heads after the digit's, which read the digit scores."""
-    digit_readers: ClassVar[tuple[str, ...]]
-    """Those among them whose first inputs are the digit scores."""
-    output_layers: ClassVar[dict[str, str]]
-    """The last layer of each head, by the name of the head."""
-    dropout_shape: ClassVar[tuple[int, ...] | None] = None
-    """Shape of the dropout of an image, channels first; None: the network has no dropout."""
-
-    @abstractmethod
-    def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """Digit scores (logits) [n, 10] of prepared images and `dropout_factors`."""
-
-    @abstractmethod
-    def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """Scores of all heads with numbers int64[n]; the first are the digit scores as given."""
-
-    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
-        return self.scores(self.digit_scores(images, dropout), numbers)
-
-    @torch.no_grad()
-    def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
-        """Scores of all heads with every number, of digit scores [n, 10] in any dtype.
-
-        float32[n, NUMBERS, classes]; of the digit, which does not depend on it, [n, 1, 10].
-        """
-        digit_scores = digit_scores.float()  # the other heads are a thousandth of the work
-        rows = len(digit_scores)
-        numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
-        _, *others = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
-        return digit_scores[:, None], *(scores.view(rows, NUMBERS, -1) for scores in others)
-
-    @torch.no_grad()
-    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        """Divide each head's scores by its temperature."""
-        for head, layer in self.output_layers.items():
-            for parameter in self.get_submodule(layer).parameters():
-                parameter.div_(temperatures[head])
-        for layer in self.digit_readers:  # they must see the undivided digit scores
-            weight = self.get_parameter(f"{layer}.weight")
-            weight[:, : DIGIT.classes] *= temperatures["digit"]
-
-
-class TwoHeadCNN(Network):
-    """The original's network: 220,125 trainable parameters."""
-
-    muon_layers = ("conv2", "conv3", "conv4", "conv5", "conv6", "fc1")
-    head_layers = ("fc1", "fc2")
-    digit_readers = ("fc1",)
-    output_layers: ClassVar = {"digit": "conv7", "sum": "fc2"}
-    dropout_shape = (128, 3, 3)
+    muon_layers: Final = ("conv2", "conv3", "conv4", "conv5", "conv6", "fc1")
+    """Layers between the first and the last ones, whose weights Muon trains."""
+    sum_layers: Final = ("fc1", "fc2")
+    """Layers of the sum head, which reads the digit scores."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,6 +104,7 @@ class TwoHeadCNN(Network):
         return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6]
 
     def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """Digit scores (logits) [n, 10] of prepared images and `dropout_factors`."""
         features = images
         for index, convolution in enumerate(self.convolutions):
             features = convolution(features)
@@ -167,39 +118,53 @@ class TwoHeadCNN(Network):
         return scores
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
+        """Scores of both heads with numbers int64[n]; the first are the digit scores as given."""
         hidden = F.relu(self.fc1(with_one_hot(digit_scores, numbers)))
         return digit_scores, self.fc2(hidden)
 
+    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
+        return self.scores(self.digit_scores(images, dropout), numbers)
 
-NETWORK: Final[type[Network]] = TwoHeadCNN
-"""The class that is trained and scored with; model.json has its name."""
+    @torch.no_grad()
+    def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
+        """Scores of both heads with every number, of digit scores [n, 10] in any dtype.
+
+        float32[n, NUMBERS, classes]; of the digit, which does not depend on it, [n, 1, 10].
+        """
+        digit_scores = digit_scores.float()  # the sum head is a thousandth of the work
+        rows = len(digit_scores)
+        numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
+        _, sums = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
+        return digit_scores[:, None], sums.view(rows, NUMBERS, -1)
+
+    @torch.no_grad()
+    def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
+        """Divide each head's scores by its temperature."""
+        for head, layer in ((DIGIT, self.conv7), (SUM, self.fc2)):
+            for parameter in layer.parameters():
+                parameter.div_(temperatures[head.name])
+        # The sum head must see the undivided digit scores.
+        self.fc1.weight[:, : DIGIT.classes] *= temperatures["digit"]
 
 
-def make_network() -> Network:
-    """A new network of the class NETWORK, its convolutions channels last: their fast layout."""
-    network = NETWORK()
-    if network.output_layers.keys() != {head.name for head in HEADS}:
-        raise TypeError(f"{NETWORK.__name__}.output_layers: must have a layer for each of HEADS")
-    layers = (*network.muon_layers, *network.head_layers, *network.digit_readers)
-    for layer in (*layers, *network.output_layers.values()):
-        network.get_submodule(layer)  # AttributeError: there is none of this name
+def make_network() -> TwoHeadCNN:
+    """A new network, its convolutions channels last: their fast layout."""
+    network = TwoHeadCNN()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
 
-def dropout_factors(
-    rows: int, shape: Sequence[int], probability: float, generator: torch.Generator
-) -> Tensor:
-    """Dropout factors (Srivastava et al. 2014), 0 or 1 / (1 - probability).
+def dropout_factors(rows: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Dropout factors (Srivastava et al. 2014) before conv7: 0 or 1 / (1 - probability).
 
-    float32[rows, *shape], channels last, on the generator's device.
+    float32[rows, 128, 3, 3], channels last, on the generator's device.
     """
-    draws = torch.rand(rows, *shape[1:], shape[0], generator=generator, device=generator.device)
+    draws = torch.rand(rows, 3, 3, 128, generator=generator, device=generator.device)
     return ((draws >= probability) / (1 - probability)).movedim(-1, 1)
 
 
 @torch.no_grad()
-def score_digits(model: Network, images: Tensor, *, bf16: bool) -> Tensor:
+def score_digits(model: TwoHeadCNN, images: Tensor, *, bf16: bool) -> Tensor:
     """Digit scores [n, 10] of images uint8[n, 28, 28], in bfloat16 or float32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         return model.digit_scores(prepare_images(images))
@@ -208,7 +173,7 @@ def score_digits(model: Network, images: Tensor, *, bf16: bool) -> Tensor:
 class Objective(nn.Module):
     """The network, computed in `dtype` by autocast, and its loss: what DDP wraps."""
 
-    def __init__(self, model: Network, label_smoothing: float, dtype: torch.dtype) -> None:
+    def __init__(self, model: TwoHeadCNN, label_smoothing: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing

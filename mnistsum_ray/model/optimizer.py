@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray.model.network import Network
+from mnistsum_ray.model.network import TwoHeadCNN
 
 _MOMENTUM: Final = 0.6
 """Share of the old momentum that Muon keeps."""
@@ -34,19 +34,19 @@ class MuonAdamW:
     that is 67 ms a step for this network, in place of 4.
     """
 
-    def __init__(self, model: Network, weight_decay: float, dtype: torch.dtype) -> None:
+    def __init__(self, model: TwoHeadCNN, weight_decay: float, dtype: torch.dtype) -> None:
         self._hidden = [model.get_parameter(f"{layer}.weight") for layer in model.muon_layers]
         self._weight_decay = weight_decay
         self._dtype = dtype
         hidden = set(self._hidden)
         body: list[nn.Parameter] = []
-        heads: list[nn.Parameter] = []
+        sums: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter not in hidden:
-                is_of_head = name.startswith(tuple(f"{layer}." for layer in model.head_layers))
-                (heads if is_of_head else body).append(parameter)
-        # Learning rates as shares of Muon's: heads that read the digit scores lag behind.
-        groups = [{"params": body, "factor": 0.15}, {"params": heads, "factor": 0.75}]
+                is_of_sum = name.partition(".")[0] in model.sum_layers
+                (sums if is_of_sum else body).append(parameter)
+        # Shares of Muon's learning rate: the sum head, which reads the digit scores, lags behind.
+        groups = [{"params": body, "factor": 0.15}, {"params": sums, "factor": 0.75}]
         self._adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
         self.state: dict[Tensor, dict[str, Tensor]] = self._adamw.state
         """Momenta by parameter, which a checkpoint holds; empty for AdamW before the first step."""

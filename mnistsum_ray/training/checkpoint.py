@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 
 from mnistsum_ray.errors import MissingFileError, RequestError, RunError
 from mnistsum_ray.model.folder import INTERFACE, Weights, copy_weights, safetensors_header
-from mnistsum_ray.model.network import Network
+from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
 
@@ -48,7 +48,7 @@ class TrainerState:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainerState, model: Network, optimizer: MuonAdamW
+    folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW
 ) -> None:
     """Write the state into a local folder: one file with tensors and figures, and its SHA-256."""
     tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
@@ -88,7 +88,7 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
     return TrainerState(**figures["state"]), load_tensors(data)
 
 
-def restore(tensors: Weights, model: Network, optimizer: MuonAdamW) -> None:
+def restore(tensors: Weights, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
     """Load the tensors of a checkpoint into model and optimizer, in place, on their device."""
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, parameter in model.named_parameters():
@@ -135,7 +135,7 @@ def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights | None
     return TrainerState(0, [], ""), None
 
 
-def report_epoch(state: TrainerState, model: Network, optimizer: MuonAdamW, rank: int) -> None:
+def report_epoch(state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW, rank: int) -> None:
     """Report the last epoch to Ray Train on every worker, with a checkpoint that rank 0 writes.
 
     Ray Train uploads it in the background; a worker ends after its uploads.

@@ -37,7 +37,7 @@ from mnistsum_ray.model.metrics import (
     ScoredDigits,
     finish_model,
 )
-from mnistsum_ray.model.network import Network, score_digits
+from mnistsum_ray.model.network import TwoHeadCNN, score_digits
 from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.checkpoint import CheckpointError, latest_state, report_epoch, restore
@@ -87,8 +87,8 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | None
     """Train on this worker; rank 0 returns the finished model.
 
     What is raised is tried again by Ray Train, a RepeatingError excepted. That is for what all
-    ranks meet at the same step, since it follows from a sum over all of them: an infinite loss, a
-    wrong count of rows, a network without dropout.
+    ranks meet at the same step, since it follows from a sum over all of them: an infinite loss, or
+    a wrong count of rows.
     """
     try:
         return _train(config["loop"])
@@ -182,13 +182,12 @@ class HeldOutRows:
             )
         )
 
-    def evaluate(self, model: Network, *, bf16: bool) -> Metrics:
+    def evaluate(self, model: TwoHeadCNN, *, bf16: bool) -> Metrics:
         """Metrics with all numbers, over all workers.
 
         Raises:
             RowCountError: a row was lost or repeated.
         """
-        model.eval()
         self._scored = []
         progress = Progress(self._events.count, f"{self._split} rows", self._totals.rows)
         every = -(-self._totals.rows // _ANALYSED_ROWS[self._split])
@@ -204,7 +203,7 @@ class HeldOutRows:
             counts.all_reduce()
         return counts.metrics(self._totals)
 
-    def gather_scored(self, model: Network, *, bf16: bool) -> ScoredDigits:
+    def gather_scored(self, model: TwoHeadCNN, *, bf16: bool) -> ScoredDigits:
         """Rows of all ranks, with the digit scores of the last evaluation, for the analysis."""
         if self._scored is None:  # a run that was lost after its last epoch
             self.evaluate(model, bf16=bf16)

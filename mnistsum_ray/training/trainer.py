@@ -23,7 +23,7 @@ from mnistsum_ray.data.randomness import (
     random_numbers,
     step_seed,
 )
-from mnistsum_ray.errors import RequestError, RunError
+from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import all_reduce_sum
 from mnistsum_ray.model.network import (
     Objective,
@@ -134,15 +134,11 @@ class Trainer:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         torch.manual_seed(parameters.seed)
         self.model = make_network().to(device)
-        if parameters.dropout and self.model.dropout_shape is None:
-            problem = "the network has no dropout; give --dropout 0"
-            raise RequestError(f"--dropout {parameters.dropout:g}: {problem}")
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.optimizer = MuonAdamW(self.model, parameters.weight_decay, dtype)
         self._objective = ray.train.torch.prepare_model(
             Objective(self.model, parameters.label_smoothing, dtype),
-            # See `broadcast_state`.
-            parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
+            parallel_strategy_kwargs={"gradient_as_bucket_view": True},
         )
         if self.world_size > 1:
             self._take_step_without_effect()
@@ -159,7 +155,6 @@ class Trainer:
         """
         numbers = torch.zeros(2, dtype=torch.int64, device=self._device)
         pixels = numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8)
-        self._objective.eval()  # so that no buffer changes
         self._objective(prepare_images(pixels), numbers, numbers, None)[0].backward()
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
@@ -240,8 +235,6 @@ class Trainer:
         images = prepare_images(batch["image"])
         if "affine" in batch:
             images = distort(images, batch["affine"])
-        # A last share may have one row or none, of which batch normalization has no statistics.
-        self._objective.train(len(images) > 1)
         dropout = self._dropout(epoch, step, len(images))
         reported: Tensor
         loss, reported = self._objective(images, batch["number"], batch["digit"], dropout)
@@ -254,13 +247,12 @@ class Trainer:
 
     def _dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
         """Dropout of so many rows at a step of this rank."""
-        shape = self.model.dropout_shape
-        if not self.parameters.dropout or shape is None:
+        if not self.parameters.dropout:
             return None
         index = step * self.world_size + self.rank
         seed = step_seed(self.parameters.seed, epoch, index, RandomStream.DROPOUT)
         generator = torch.Generator(self._device).manual_seed(seed)
-        return dropout_factors(rows, shape, self.parameters.dropout, generator)
+        return dropout_factors(rows, self.parameters.dropout, generator)
 
     def check_finite(self, loss: float, where: str) -> None:
         """Raise RunError unless the loss is finite."""

@@ -11,7 +11,7 @@ from mnistsum_ray.data.randomness import distortions
 from mnistsum_ray.model.device import disable_tf32
 from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.network import Network, Objective, distort, make_network, prepare_images
+from mnistsum_ray.model.network import Objective, TwoHeadCNN, distort, make_network, prepare_images
 from mnistsum_ray.model.optimizer import MuonAdamW
 from tests.model import random_rows
 from tests.model.conftest import one_thread
@@ -25,7 +25,7 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytestmark = [pytest.mark.gpu, no_gpu]
 
 
-def make_model(device: torch.device) -> Network:
+def make_model(device: torch.device) -> TwoHeadCNN:
     """The same random weights on every device, and float32 as in the workers of a job."""
     disable_tf32()
     torch.manual_seed(0)

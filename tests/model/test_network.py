@@ -64,7 +64,7 @@ def test_images_are_normalized_as_model_json_says_and_pixels_of_another_type_are
 
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
-    drawn = dropout_factors(200, (128, 3, 3), 0.25, torch.Generator().manual_seed(0))
+    drawn = dropout_factors(200, 0.25, torch.Generator().manual_seed(0))
     assert drawn.is_contiguous(memory_format=torch.channels_last)
     assert (drawn == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
     torch.testing.assert_close(drawn[drawn != 0], torch.full_like(drawn[drawn != 0], 1 / 0.75))
