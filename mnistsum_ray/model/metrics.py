@@ -32,7 +32,7 @@ MAX_MISTAKES: Final = 24
 """Most confident mistakes that are kept for the report, one an image."""
 
 LabelledRows = dict[str, Tensor]
-"""Rows on the model's device: `image` uint8[n, 28, 28], `digit` and `row_id` int64[n]."""
+"""`image` uint8[n, 28, 28], `digit` and `row_id` int64[n]."""
 
 ScoredDigits = list[tuple[LabelledRows, Tensor]]
 """Batches of rows, with their digit scores [n, 10]."""
@@ -98,7 +98,7 @@ def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
     for index, head in enumerate(HEADS):
         logits = torch.cat([scores[index].flatten(0, 1) for scores, _ in batches])
         truth = torch.cat([classes[index].flatten() for _, classes in batches])
-        temperatures[head.name] = fit_temperature(logits.cpu(), truth.cpu())
+        temperatures[head.name] = fit_temperature(logits, truth)
     return temperatures
 
 
@@ -144,8 +144,8 @@ def analyse_errors(
         truths = true_classes(batch["digit"], scores)
         for head, logits, truth in zip(HEADS, scores, truths, strict=True):
             probabilities = (logits / temperatures[head.name]).softmax(2)
-            probability, answer = (values.cpu() for values in probabilities.max(2))
-            is_right = answer == truth.cpu()
+            probability, answer = probabilities.max(2)
+            is_right = answer == truth
             bin_of = (probability * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
             for counts, weights in zip(bins[head.name], (None, probability, is_right), strict=True):
                 flat = None if weights is None else weights.flatten()
@@ -153,7 +153,7 @@ def analyse_errors(
             answers[f"pred_{head.name}"] = answer.expand(-1, NUMBERS)
             answers[f"{head.name}_prob"] = probability.expand(-1, NUMBERS)
             confidence = torch.maximum(confidence, probability * ~is_right)
-        np.add.at(confusion, (batch["digit"].cpu(), answers["pred_digit"][:, 0]), 1)
+        np.add.at(confusion, (batch["digit"], answers["pred_digit"][:, 0]), 1)
         mistakes += _mistakes(batch, answers, confidence)
     mistakes = sorted(mistakes, key=itemgetter("confidence"), reverse=True)[:MAX_MISTAKES]
     images = [mistake.pop("image") for mistake in mistakes]
@@ -189,7 +189,7 @@ def _mistakes(
         mistake = {name: batch[name][row].item() for name in ("row_id", "digit")}
         mistake |= {"number": number, "confidence": surest[row].item()}
         mistake |= {name: values[row, number].item() for name, values in answers.items()}
-        yield mistake | {"image": batch["image"][row].cpu().numpy()}
+        yield mistake | {"image": batch["image"][row].numpy()}
 
 
 @dataclass(frozen=True)
@@ -222,11 +222,10 @@ def finish_model(
 ) -> FinishedModel:
     """Calibrate the last epoch's model on validation rows, and analyse its errors on test rows.
 
-    The same trained model and rows give the same finished one each time.
+    The rows are on the CPU. The same trained model and rows give the same finished one each time.
     """
-    device = next(trained.parameters()).device
     # A copy without the hooks of DDP, which would wait for the other workers.
-    model = make_network().to(device)
+    model = make_network()
     model.load_state_dict(trained.state_dict())
     # Before calibration: by this two runs are compared, bit for bit.
     trained_sha256 = checksum(copy_weights(model))
@@ -240,6 +239,5 @@ def finish_model(
     description = describe_model(weights, epoch=last["epoch"], metrics=metrics)
     description["trained_sha256"] = trained_sha256
     description["temperatures_in_weights"] = temperatures
-    return FinishedModel(
-        history, weights, description, analysis, mistake_images, hardware(device), precision
-    )
+    used = hardware(next(trained.parameters()).device)
+    return FinishedModel(history, weights, description, analysis, mistake_images, used, precision)

@@ -204,22 +204,17 @@ class HeldOutRows:
         return counts.metrics(self._totals)
 
     def gather_scored(self, model: TwoHeadCNN, *, bf16: bool) -> ScoredDigits:
-        """Rows of all ranks, with the digit scores of the last evaluation, for the analysis."""
+        """Rows of all ranks, with the digit scores of the last evaluation, on the CPU."""
         if self._scored is None:  # a run that was lost after its last epoch
             self.evaluate(model, bf16=bf16)
-        own: ScoredDigits = self._scored or []
-        if self._world_size == 1:
-            return own
-        on_cpu = []
-        for batch, scores in own:
-            on_cpu.append(({name: values.cpu() for name, values in batch.items()}, scores.cpu()))
-        of_ranks: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(of_ranks, on_cpu)
-        gathered = []
-        for batch, scores in itertools.chain(*of_ranks):
-            moved = {name: values.to(self._device) for name, values in batch.items()}
-            gathered.append((moved, scores.to(self._device)))
-        return gathered
+        own = []
+        for batch, scores in self._scored or []:
+            own.append(({name: values.cpu() for name, values in batch.items()}, scores.cpu()))
+        of_ranks: list[Any] = [own]
+        if self._world_size > 1:
+            of_ranks = [None] * self._world_size
+            torch.distributed.all_gather_object(of_ranks, own)
+        return list(itertools.chain(*of_ranks))
 
 
 class ToTensors(NumpyBatchCollateFn):

@@ -189,8 +189,8 @@ def decode(rows: pa.Table, image: str = "image", label: str = "digit") -> pa.Tab
     """Decode images and labels; `path` and `row_hash` say which row it is, as Ray Data names them.
 
     Returns:
-        `image` as tensors uint8[28, 28], `digit` and `row_id` int64; and of each row that cannot be
-        used `reason` and `path`, which are null in others.
+        `image` as tensors uint8[28, 28], `digit` and `row_id` int64; `path`; and `reason`, which is
+        null but in rows that cannot be used.
     """
     images, bad_images = decode_images(one_chunk(rows[image]))
     digits, bad_digits = decode_numbers(one_chunk(rows[label]), DIGITS)
@@ -202,16 +202,13 @@ def decode(rows: pa.Table, image: str = "image", label: str = "digit") -> pa.Tab
             "digit": digits,
             "row_id": one_chunk(rows["row_hash"]).to_numpy().view(np.int64),
             "reason": reason,
-            "path": pc.if_else(reason.is_null(), None, one_chunk(rows["path"])),
+            "path": one_chunk(rows["path"]).dictionary_encode(),
         }
     )
 
 
 def _facts(decoded: Decoded) -> pa.Table:
-    """What the driver knows of each row: its id, and of one that cannot be used why, and its file.
-
-    Some 20 bytes a row.
-    """
+    """What the driver knows of each row: its id, its file, and why it cannot be used. 20 bytes."""
     names = ["row_id", "reason", "path"]
     if isinstance(decoded, pa.Table):
         return decoded.select(names)
@@ -263,30 +260,21 @@ def _dataset(decoded: Decoded, chosen: _Selection, rows_of_block: int) -> Datase
 
 
 def _bad_rows(source: Source, facts: dict[str, pa.Table]) -> ReasonCounts:
-    """Count the rows that cannot be used by reason, and name the first of them.
-
-    The task that has read a row knows its file and not its place there: so the files of those that
-    are named are read again.
-    """
+    """Count the rows that cannot be used by reason, and name the first of them."""
     counts = ReasonCounts()
     for split, rows in facts.items():
-        bad = rows.filter(rows["reason"].is_valid())
+        is_bad = rows["reason"].is_valid().to_numpy()
+        if not is_bad.any():
+            continue
+        names = {arrow_place(file.path)[1]: file.name for file in source.files.get(split, [])}
         examples: list[BadRow] = []
-        for path in bad["path"].unique().to_pylist()[:_NAMED_ROWS]:
-            name, again = _read_again(source, split, path)
-            places = np.flatnonzero(again["reason"].is_valid())[:_NAMED_ROWS]
-            examples += [(name, row, again["reason"][row].as_py()) for row in places.tolist()]
-        reasons = Counter(bad["reason"].to_pylist())
-        counts.add(reasons, examples)
+        for index in np.flatnonzero(is_bad)[:_NAMED_ROWS].tolist():
+            path, reason = rows["path"][index].as_py(), rows["reason"][index].as_py()
+            # The rows of a file come in their order.
+            row = pc.sum(pc.equal(rows["path"][:index], path)).as_py() or 0
+            examples.append((names.get(path, path), row, reason))
+        counts.add(Counter(rows["reason"].filter(is_bad).to_pylist()), examples)
     return counts
-
-
-def _read_again(source: Source, split: str, path: str) -> tuple[str, pa.Table]:
-    """The name of a file, and the `_facts` of its rows, in their order."""
-    if split in source.tables:
-        return path, _facts(decode(source.tables[split]))
-    file = next(file for file in source.files[split] if arrow_place(file.path)[1] == path)
-    return file.name, _facts(_read_files([file]))
 
 
 def _refuse_damaged_file(source: Source) -> None:

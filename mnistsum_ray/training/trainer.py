@@ -43,8 +43,8 @@ _SHUFFLED_ROWS: Final = 1_000_000
 """Most rows that are shuffled together: up to so many a shard is one permutation. Ray holds 1.5
 times as many in each worker, 1.2 GB."""
 
-_CHECK_SECONDS: Final = 2.0
-"""Time between two looks at the loss, each of which waits for the device and the other ranks."""
+_CHECK_STEPS: Final = 20
+"""Steps between two looks at the loss, each of which waits for the device and the other ranks."""
 
 _CURVE_POINTS: Final = 100
 """Most losses of an epoch in history.jsonl."""
@@ -185,22 +185,19 @@ class Trainer:
         counter = EpochCounter(self._device)
         curve = []
         started = time.perf_counter()
-        next_check = 0
         for step in range(steps.count):
             batch = next(batches, no_rows)  # a rank whose shard is used up has none
             step_of_run = epoch * steps.count + step
             rate = one_cycle(step_of_run, steps.count * parameters.epochs, parameters.learning_rate)
             loss = self._step(batch, epoch, step, steps.batch_rows(step), rate)
             counter.add(batch, loss)
-            is_last = step == steps.count - 1
-            if step < next_check and not is_last:
+            done = step + 1
+            if done % _CHECK_STEPS and done < steps.count:
                 continue
-            mean_loss, seconds_of_step = counter.all_reduce(step + 1)
-            curve.append((step + 1, mean_loss))
-            where = f"epoch {epoch + 1}, step {step + 1} of {steps.count}: the loss is"
+            mean_loss = counter.all_reduce()
+            curve.append((done, mean_loss))
+            where = f"epoch {epoch + 1}, step {done} of {steps.count}: the loss is"
             self.check_finite(mean_loss, where)
-            # All ranks know the same seconds, so they stop at the same step.
-            next_check = step + max(1, int(_CHECK_SECONDS / seconds_of_step))
             self._events.send(
                 "progress",
                 epoch=epoch + 1,
@@ -271,7 +268,6 @@ class EpochCounter:
         self._own_rows = 0
         self._own_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._own_ids = torch.zeros((), dtype=torch.int64, device=device)
-        self._reduced_at = (0, time.perf_counter())
 
     def add(self, batch: Batch, loss: Tensor) -> None:
         """Add a step: its batch and the sum of its rows' losses."""
@@ -279,22 +275,13 @@ class EpochCounter:
         self._own_ids += mix_ids(batch["row_id"]).sum()
         self._own_rows += len(batch["row_id"])
 
-    def all_reduce(self, step: int) -> tuple[float, float]:
-        """Sum over all workers after a step, counted from 1.
-
-        Returns:
-            The mean loss a row, and the mean seconds a step, since the last time: the same on each.
-        """
+    def all_reduce(self) -> float:
+        """Sum over all workers; return the mean loss a row since the last time, on each of them."""
         rows, loss = self.rows, self.loss
-        last_step, last_time = self._reduced_at
-        self._reduced_at = step, time.perf_counter()
-        seconds = (self._reduced_at[1] - last_time) / (step - last_step)
-        known = self._own_loss.new_tensor([self._own_rows, seconds, 1.0])
-        sums = all_reduce_sum(torch.cat([known, self._own_loss[None]]))
-        all_rows, all_seconds, ranks, self.loss = sums.tolist()
+        own = torch.stack([torch.full_like(self._own_loss, self._own_rows), self._own_loss])
+        all_rows, self.loss = all_reduce_sum(own).tolist()
         self.rows = int(all_rows)
-        mean_loss = (self.loss - loss) / max(1, self.rows - rows)
-        return mean_loss, all_seconds / ranks
+        return (self.loss - loss) / max(1, self.rows - rows)
 
     def check(self, totals: RowTotals, where: str) -> None:
         """Raise RowCountError on all workers unless each row was seen once."""
