@@ -1,17 +1,13 @@
-"""Logical resources: what a training asks for, what is free, and who holds the rest."""
+"""Logical resources: what a training asks for, and what is free."""
 
 import math
-import os
 import time
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
 import ray.exceptions
-from ray.util import state
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -134,7 +130,7 @@ def plan_training(config: TrainConfig, batch_size: int, say: Say) -> WorkerPlan:
         plan = WorkerPlan(least, most, {"GPU": 1.0}, config.threads)
     else:
         threads = config.threads or _cpus(most)
-        plan = WorkerPlan(least, most, {"CPU": float(threads)}, _existing_cores(threads))
+        plan = WorkerPlan(least, most, {"CPU": float(threads)}, threads)
     fitting = cluster.workers_that_fit(plan.per_worker)
     if least > fitting and not cluster.can_grow:
         each = f"with {_format(plan.per_worker)} each"
@@ -156,14 +152,6 @@ def _cpus(workers: int) -> int:
         # One stays free for the tasks that read again what was lost with a node.
         share -= 1
     return max(1, share)
-
-
-def _existing_cores(cpus: int) -> int:
-    """So many, unless Ray was told of more CPUs than this machine has, if it is the only one.
-
-    With more threads than cores a step takes minutes.
-    """
-    return min(cpus, os.cpu_count() or 1) if len(usable_nodes()) == 1 else cpus
 
 
 def wait_for_cpu(seconds: float, say: Say) -> None:
@@ -199,11 +187,10 @@ def wait_for_cpu(seconds: float, say: Say) -> None:
 def shortage(needed: str, waited: float) -> str:
     """Message that something could not be had: what is there, and what is missing."""
     free = f"after {waited:.0f} s only {describe_free()}"
-    holders = _describe_holders()
-    why = f"the rest is held by {holders}" if holders else "other jobs hold the rest"
-    why += ", or the cluster has not grown, and `ray status` tells why"
-    advice = "give more --wait-seconds, or ask for less"
-    return f"needs {needed}, but {free}: {why}; {advice}"
+    why = (
+        "other jobs hold the rest (`ray list actors`), or the cluster has not grown (`ray status`)"
+    )
+    return f"needs {needed}, but {free}: {why}; give more --wait-seconds, or ask for less"
 
 
 def describe_free() -> str:
@@ -211,21 +198,6 @@ def describe_free() -> str:
     free = ray.available_resources()
     amounts = _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
     return f"{amounts} are free ({inspect_cluster()})"
-
-
-def _describe_holders() -> str:
-    """The actors that other jobs run, if a dashboard knows: `job 02000000 (3 RayTrainWorker)`."""
-    own = ray.get_runtime_context().get_job_id()
-    actors: dict[str, Counter[str]] = {}
-    with suppress(Exception):  # a cluster without a dashboard, or one that is busy
-        for actor in state.list_actors(filters=[("state", "=", "ALIVE")], timeout=5):
-            if actor.job_id != own:
-                actors.setdefault(actor.job_id, Counter())[actor.class_name] += 1
-    texts = []
-    for job, names in list(actors.items())[:3]:
-        most = ", ".join(f"{count} {name}" for name, count in names.most_common(2))
-        texts.append(f"job {job} ({most})")
-    return " and ".join(texts)
 
 
 def _format(resources: Resources) -> str:

@@ -28,13 +28,6 @@ def test_pinned_values() -> None:
     assert np.argsort(split_keys(np.arange(20)))[:4].tolist() == [8, 0, 16, 5]
 
 
-def test_a_row_is_given_the_same_whatever_rows_are_beside_it() -> None:
-    some = np.random.default_rng(1).permutation(len(IDS))[:999]
-    assert np.array_equal(random_numbers(1, 2, IDS)[some], random_numbers(1, 2, IDS[some]))
-    assert np.array_equal(distortions(1, 2, IDS, 0.5)[some], distortions(1, 2, IDS[some], 0.5))
-    assert np.array_equal(split_keys(IDS)[some], split_keys(IDS[some]))
-
-
 def test_draws_are_uniform_and_those_of_another_seed_or_epoch_are_others() -> None:
     first = random_numbers(0, 0, IDS)
     for other in (random_numbers(0, 1, IDS), random_numbers(1, 0, IDS)):

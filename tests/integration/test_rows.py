@@ -18,15 +18,12 @@ from mnistsum_ray.data.images import IMAGE_TYPE
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.randomness import RowTotals, distortions, random_numbers
 from mnistsum_ray.data.sources import open_source
-from mnistsum_ray.errors import RequestError, RowCountError, RunError
+from mnistsum_ray.errors import RequestError, RowCountError
 from mnistsum_ray.storage.uri import locate
-from mnistsum_ray.training import job
 from mnistsum_ray.training.loop import HeldOutRows
 from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.rows import Rows, WholeShards, read_rows
 from mnistsum_ray.training.trainer import Batch, Trainer
-from tests.conftest import write_sample
-from tests.integration.conftest import train_here
 from tests.training import CPU, as_worker, hyperparameters
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -321,21 +318,3 @@ def test_a_row_that_is_lost_repeated_or_exchanged_on_its_way_to_a_worker_is_noti
             held_out.evaluate(trainer.model, bf16=False)
 
     as_worker(train, ray.data.from_blocks(change(some)))
-
-
-@slow
-def test_a_run_of_whose_rows_one_is_exchanged_ends_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class WrongShards(WholeShards):
-        def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> Any:
-            if "test" in datasets:  # Ray Train asks for one at a time
-                some = concat(datasets["test"])
-                datasets = {"test": ray.data.from_blocks([some[1:2], some[1:]])}
-            return super().configure(datasets, world_size)
-
-    monkeypatch.setattr(job, "WholeShards", WrongShards)
-    file = write_sample(tmp_path / "rows.parquet", 500)
-    said = "^evaluation saw other rows than planned: .*rows were lost or repeated, so this run can"
-    with pytest.raises(RunError, match=said):
-        train_here(data=file, storage_path=tmp_path, epochs=2, threads=1)

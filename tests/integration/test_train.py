@@ -19,15 +19,17 @@ import torch
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from mnistsum_ray import RequestError, RunError, TrainConfig, load_model
+from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, save_model
 from mnistsum_ray.cli import parse
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.randomness import RowTotals
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import TryAgainError, percent
+from mnistsum_ray.model.device import broadcast_state
 from mnistsum_ray.model.folder import copy_weights
-from mnistsum_ray.model.network import make_network, prepare_images
+from mnistsum_ray.model.network import TwoHeadCNN, make_network, prepare_images
 from mnistsum_ray.storage.uri import folder_lock, locate
+from mnistsum_ray.training.loop import HeldOutRows
 from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.rows import WholeShards, decode, read_rows
 from mnistsum_ray.training.trainer import Batch, Trainer
@@ -137,10 +139,12 @@ def test_the_model_scores_in_plain_pytorch_what_the_run_says(
 def test_a_finished_run_is_resumed_without_training(
     run: Path, card: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was killed before model.json and the report were written. At first another holds it."""
+    """It was killed before all was published. At first another holds it."""
     copy = Path(shutil.copytree(run, tmp_path / "mine"))
     for lost in ("model/model.json", "report.html"):
         (copy / lost).unlink()
+    manifest = json.loads((copy / "manifest.json").read_text()) | {"status": "running"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     settings = {"storage_path": tmp_path, "name": "mine", "resume": True}
@@ -159,14 +163,16 @@ def test_a_finished_run_is_resumed_without_training(
 def test_another_run_begins_with_its_weights(
     run: Path, card: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
-    """With `--resume auto`, though there is nothing to resume."""
+    """Saved by `save_model`; with `--resume auto`, though there is nothing to resume."""
+    saved = tmp_path / "saved"
+    save_model(load_model(run), saved)
     settings: dict[str, Any] = {"data": data, "storage_path": tmp_path, "name": "tuned"}
-    settings |= {"init_from": run, "learning_rate": 0.001, "epochs": 1}
+    settings |= {"init_from": saved, "learning_rate": 0.001, "epochs": 1}
     train_here(**settings, resume="auto")
     (tuned,) = history_of(tmp_path / "tuned")
     assert tuned["train_loss"] < 0.9 * history_of(run)[-1]["train_loss"]
     recorded = json.loads((tmp_path / "tuned" / "manifest.json").read_text())["init_from"]
-    assert recorded == {"model": str(run), "sha256": card["sha256"]}
+    assert recorded == {"model": str(saved), "sha256": card["sha256"]}
 
 
 @pytest.mark.slow
@@ -196,6 +202,32 @@ def test_an_infinite_loss_stops_every_rank_at_once_and_raises_in_its_thread(
     assert len([*tmp_path.glob("broken/checkpoints/*")]) <= 1
     with pytest.raises(RequestError, match="exists; go on with --resume"):
         train_here(**settings)
+
+
+class Raising(ray.train.UserCallback):
+    def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+        raise ConnectionError("the tracking server is gone")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_callback_that_raises_ends_the_run(data: Path, tmp_path: Path) -> None:
+    config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", epochs=2)
+    said = "^ConnectionError: the tracking server is gone; checkpoints are kept, .* --resume$"
+    with pytest.raises(RunError, match=said) as error:
+        fit(config, [Raising()])
+    assert type(error.value) is RunError, "which is exit code 1"
+    assert json.loads((tmp_path / "mine/manifest.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("cluster")
+def test_mnist_is_learned_as_well_as_by_the_original(tmp_path: Path) -> None:
+    """MNIST names a folder with it; else it is downloaded."""
+    data = os.environ.get("MNIST", "mnist")
+    test = train_here(data=data, recipe="quick", storage_path=tmp_path).line["test"]
+    assert test["digit_accuracy"] >= 0.9945
+    assert test["sum_accuracy"] >= 0.9940
 
 
 @contextmanager
@@ -247,54 +279,68 @@ class Recorder(Trainer):
         return super()._step(batch, epoch, step, rows, rate)
 
 
-def train_epoch(config: dict[str, Any]) -> None:
-    """Train an epoch on each worker; rank 0 saves its weights, and the steps of all."""
+def evaluated(model: TwoHeadCNN, totals: RowTotals) -> tuple[dict[str, float], list[int]]:
+    """The metrics of the test rows of all ranks, and the ids of those that are analysed."""
+    nobody: Any = None
+    held_out = HeldOutRows("test", totals, CPU, Events(nobody, rank=1))
+    metrics = held_out.evaluate(model, bf16=False)
+    scored = held_out.gather_scored(model, bf16=False)
+    return metrics, sorted(torch.cat([batch["row_id"] for batch, _ in scored]).tolist())
+
+
+def train_and_evaluate(config: dict[str, Any]) -> None:
+    """Train an epoch on each worker; rank 0 saves the figures, its weights and the steps of all."""
     trainer = Recorder(config["totals"])
-    trainer.train_epoch(0)
+    train_loss = trainer.train_epoch(0)["train_loss"]
+    broadcast_state(trainer.model)
+    found = evaluated(trainer.model, config["totals"])
     of_ranks: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(of_ranks, trainer.steps)
     if trainer.rank == 0:
-        torch.save((of_ranks, copy_weights(trainer.model)), config["file"])
+        torch.save((of_ranks, copy_weights(trainer.model), train_loss, found), config["file"])
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_three_workers_of_unequal_shards_train_as_one_that_has_their_batches(
+def test_three_workers_of_unequal_shards_compute_what_one_does_that_has_their_batches(
     sample: pa.Table, tmp_path: Path
 ) -> None:
     """In most steps one of them has no rows. Bits: tests/integration/test_faults.py."""
     rows = sample[::30].append_column("row_hash", pa.array(range(167)))
     rows = decode(rows.append_column("path", pa.array([""] * 167)))
     totals, file = RowTotals.of(rows["row_id"].to_numpy()), str(tmp_path / "trained.pt")
+    dataset = ray.data.from_blocks([rows[:70], rows[70:81], rows[81:]])
     TorchTrainer(
-        train_epoch,
+        train_and_evaluate,
         train_loop_config={"totals": totals, "file": file},
-        datasets={"train": ray.data.from_blocks([rows[:70], rows[70:81], rows[81:]])},
+        datasets={"train": dataset, "test": dataset},
         dataset_config=WholeShards(),
         scaling_config=ray.train.ScalingConfig(num_workers=3, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path)),
     ).fit()
-    of_ranks, trained = torch.load(file, weights_only=True)
+    of_ranks, trained, train_loss, (metrics, analysed) = torch.load(file, weights_only=True)
     sizes = [[len(batch["digit"]) for batch, _ in steps] for steps in of_ranks]
     assert sizes == [[10] * 7 + [0], [11] + [0] * 7, [11] * 7 + [9]]
 
-    def train_alone() -> dict[str, torch.Tensor]:
-        alone = Recorder(totals)
+    def compute_alone() -> Any:
+        alone, loss = Recorder(totals), 0.0
         for step, shares in enumerate(zip(*of_ranks, strict=True)):
             batches, (rate, *_) = zip(*shares, strict=True)
             batch = {name: torch.cat([each[name] for each in batches]) for name in batches[0]}
-            alone._step(batch, 0, step, len(batch["digit"]), rate)
-        return copy_weights(alone.model)
+            loss += alone._step(batch, 0, step, len(batch["digit"]), rate).item()
+        weights = copy_weights(alone.model)
+        alone.model.load_state_dict(trained)
+        return weights, loss / 167, evaluated(alone.model, totals)
 
-    expected = as_worker(train_alone)
+    expected, expected_loss, (expected_metrics, expected_rows) = as_worker(compute_alone, dataset)
     torch.manual_seed(0)
     # With wrong weights of the ranks layers differ by 4 to 20 %, else by 0.5 %.
     for name, start in copy_weights(make_network()).items():
-        difference, change = (
-            (trained[name] - expected[name]).norm(),
-            (expected[name] - start).norm(),
-        )
-        assert difference < 0.03 * change, name
+        change = (expected[name] - start).norm()
+        assert (trained[name] - expected[name]).norm() < 0.03 * change, name
+    assert train_loss == pytest.approx(expected_loss, rel=0.001)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-6)
+    assert analysed == expected_rows == sorted(rows["row_id"].to_pylist())
 
 
 @pytest.mark.slow

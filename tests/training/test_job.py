@@ -8,7 +8,7 @@ import ray.train
 
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RepeatingError, RunError, TryAgainError
+from mnistsum_ray.errors import RunError, TryAgainError
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.results import MANIFEST
 from mnistsum_ray.training import job
@@ -36,24 +36,6 @@ def test_failures_are_counted_and_the_command_that_resumes_is_named(
     said = "gave up after 4 failures of workers, see above; checkpoints are kept, and this command"
     assert str(error).startswith(said)
     assert str(error).endswith("--name mine --resume")
-
-
-def test_what_would_happen_again_has_its_own_line_and_no_advice_to_resume(
-    request_of_run: TrainRequest,
-) -> None:
-    cause = RepeatingError("epoch 1: the loss is inf")
-    error = explained(request_of_run, ray.train.ControllerError(cause))
-    assert (type(error), str(error)) == (RunError, "epoch 1: the loss is inf")
-
-
-def test_a_start_that_takes_too_long_is_to_be_tried_again(
-    request_of_run: TrainRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "shortage", lambda needed, waited: f"needs {needed} in {waited:g} s")
-    cause = RuntimeError("Worker group startup timed out")
-    error = explained(request_of_run, ray.train.ControllerError(cause))
-    assert type(error) is TryAgainError
-    assert str(error).startswith("needs 2 CPUs in 30 s; checkpoints are kept")
 
 
 def test_a_storage_that_refuses_is_asked_once_more_and_its_answer_said(
