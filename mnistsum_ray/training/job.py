@@ -307,4 +307,4 @@ def _explained(
     if "startup timed out" in str(cause):  # the type is private
         return TryAgainError(f"{shortage(plan.needed, wait_seconds)}; {resume}")
     console.say_lines(str(error))
-    return RunError(f"{root_cause(cause)}; {resume}")
+    return RunError(f"{type(cause).__name__}: {root_cause(cause)}; {resume}")
