@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from mnistsum_ray.errors import MissingFileError, RequestError, RunError
-from mnistsum_ray.model.folder import INTERFACE, Weights, copy_weights, safetensors_header
+from mnistsum_ray.model.folder import Weights, copy_weights, safetensors_header
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
@@ -56,7 +56,7 @@ def save_checkpoint(
         for key, value in optimizer.state[parameter].items():
             copy = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             tensors[f"optimizer.{name}.{key}"] = copy
-    figures = {"format": STATE_FORMAT, "interface": INTERFACE, "state": asdict(state)}
+    figures = {"format": STATE_FORMAT, "state": asdict(state)}
     data = save_tensors(tensors, {"mnistsum_ray": json.dumps(figures)})
     (folder / STATE_FILE).write_bytes(data)
     (folder / STATE_DIGEST).write_text(hashlib.sha256(data).hexdigest())
@@ -67,7 +67,7 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        RequestError: it is of another version or network.
+        RequestError: it is of another version.
         StorageError: the storage does not answer.
     """
     unusable = f"checkpoint {folder.display} cannot be used:"
@@ -80,11 +80,9 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
         problem = "is incomplete or damaged (its SHA-256 differs)"
         raise CheckpointError(f"{unusable} {STATE_FILE} {problem}")
     figures = json.loads(safetensors_header(data)["mnistsum_ray"])
-    if (figures["format"], figures["interface"]) != (STATE_FORMAT, INTERFACE):
-        raise RequestError(
-            f"--resume: {unusable} it is of another version or network ({figures['format']}, "
-            f"not {STATE_FORMAT}); resume with that version"
-        )
+    if figures["format"] != STATE_FORMAT:
+        other = f"it is of another version ({figures['format']}, not {STATE_FORMAT})"
+        raise RequestError(f"--resume: {unusable} {other}; resume with that version")
     return TrainerState(**figures["state"]), load_tensors(data)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import ray
 import ray.exceptions
@@ -116,14 +116,17 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     how_to_go_on = "nothing was begun; the same command tries again"
     try:
         with folder_lock(request.folder, "--name"):
-            if is_finished(request):
+            stored = request.stored or {}
+            if stored:
+                _check_same_data(request, stored["data"])
+            if stored.get("status") == "finished":  # a cron job resumes it each time
                 console.say("the run is finished")
-                return TrainResult(**(request.stored or {})["metrics"])
+                return TrainResult(**stored["metrics"])
             start = find_start(request, console)
             if request.source.files or not usable_nodes():  # tasks read; a plan needs a node
                 wait_for_cpu(config.wait_seconds, console.say)
             plan = plan_training(config, parameters.batch_size, console.say)
-            had = (request.stored or {}).get("threads")
+            had = stored.get("threads")
             if had not in (None, plan.threads):
                 other = f"the run had {had} threads a worker, and goes on with {plan.threads}"
                 console.say(f"{other}: its last bits are others; --threads {had} keeps them")
@@ -145,14 +148,6 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
         raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
     except StorageError as error:
         raise TryAgainError(f"{error}; {how_to_go_on}") from error
-
-
-def is_finished(request: TrainRequest) -> bool:
-    """Whether there is nothing to do: a run that a cron job resumes each time."""
-    if (request.stored or {}).get("status") != "finished":
-        return False
-    _check_same_data(request)
-    return True
 
 
 def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
@@ -216,29 +211,22 @@ def fit(
 
 def find_start(request: TrainRequest, console: Console) -> Start:
     """Find the newest checkpoint, or else the weights of `--init-from`."""
-    config, stored = request.config, request.stored
-    if stored is not None:
-        _check_same_data(request)
-        found = newest_checkpoint(request.folder, console.say)
-        if found is not None:
-            checkpoint, state = found
-            return Start(checkpoint, state.history)
-        if stored.get("status") == "finished":
-            raise RequestError(
-                f"--resume: run {config.name} is finished, and no checkpoint is left to "
-                "resume from; its files stay as they are; start another run"
-            )
+    found = newest_checkpoint(request.folder, console.say)
+    if found is not None:
+        checkpoint, state = found
+        return Start(checkpoint, state.history)
+    if request.stored is not None:
         console.say("no checkpoint can be used, so the run starts from the beginning")
-    if config.init_from is None:
+    model = request.config.init_from
+    if model is None:
         return Start()
-    network, description = load_model(locate(config.init_from, "--init-from"))
-    init_from = {"model": config.init_from, "sha256": description["sha256"]}
+    network, description = load_model(locate(model, "--init-from"))
+    init_from = {"model": model, "sha256": description["sha256"]}
     return Start(weights=network.state_dict(), init_from=init_from)
 
 
-def _check_same_data(request: TrainRequest) -> None:
-    """RequestError: the data are not those of the run that goes on."""
-    data = (request.stored or {})["data"]
+def _check_same_data(request: TrainRequest, data: dict[str, Any]) -> None:
+    """RequestError: the data of the request are not those of the run that goes on."""
     if data["fingerprint"] != request.source.fingerprint:
         raise RequestError(
             f"--resume: the data are not those of the run, from {data['location']} (fingerprint "

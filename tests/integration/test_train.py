@@ -302,7 +302,7 @@ def train_and_evaluate(config: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_three_workers_of_unequal_shards_compute_what_one_does_that_has_their_batches(
+def test_three_workers_of_unequal_shards_train_as_one_that_has_their_batches(
     sample: pa.Table, tmp_path: Path
 ) -> None:
     """In most steps one of them has no rows. Bits: tests/integration/test_faults.py."""

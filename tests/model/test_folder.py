@@ -54,7 +54,6 @@ DEEP = (100_000).to_bytes(8, "little") + b"[" * 100_000
 REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: None, "holds no model"),
     (lambda folder: save(folder, format="else"), "its format is not 'mnistsum_ray/5'"),
-    (lambda folder: save(folder, network="A"), "its 'network' is A, and here TwoHeadCNN"),
     (lambda folder: save(folder, {"x": torch.zeros(3)}), "TwoHeadCNN"),
     (lambda folder: change(folder, lambda data: data[:-100]), "cannot be used"),
     (lambda folder: change(folder, lambda data: data[:-4] + b"\0\0\0\1"), "is damaged (the SHA"),

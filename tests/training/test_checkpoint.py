@@ -91,17 +91,12 @@ def test_the_newest_whole_checkpoint_of_all_attempts_is_found(tmp_path: Path, wh
     assert saved.newest_checkpoint(run, said.append) is None
 
 
-OTHERS = [(STATE_FORMAT, STATE_FORMAT[:-1] + "9"), ("0..9", "0..8")]
-
-
-@pytest.mark.parametrize(("old", "new"), OTHERS)
-def test_a_newest_checkpoint_of_another_version_or_network_is_refused(
-    tmp_path: Path, whole: Path, old: str, new: str
-) -> None:
+def test_a_newest_checkpoint_of_another_version_is_refused(tmp_path: Path, whole: Path) -> None:
     """An older one would train epochs again."""
     data, folder = (whole / STATE_FILE).read_bytes(), tmp_path / saved.CHECKPOINTS / "0001"
+    other = STATE_FORMAT[:-1] + "9"
     write(folder / "epoch_00001", data)
-    write(folder / "epoch_00002", data.replace(old.encode(), new.encode()))
-    said = "^--resume: checkpoint .*2 cannot be used: it is of another version or network"
+    write(folder / "epoch_00002", data.replace(STATE_FORMAT.encode(), other.encode()))
+    said = "^--resume: checkpoint .*2 cannot be used: it is of another version"
     with pytest.raises(RequestError, match=said):
         saved.newest_checkpoint(Location(str(tmp_path)), print)
