@@ -9,7 +9,7 @@ import pyarrow as pa
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.images import IMAGE_TYPE, one_chunk
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.randomness import NUMBERS, integer_type, random_numbers
+from mnistsum_ray.data.randomness import random_numbers
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RunInterrupted
 from mnistsum_ray.storage.store import Location
@@ -19,7 +19,7 @@ SCHEMA: Final = pa.schema(
     {
         "row_id": pa.int64(),  # as training names the image
         "image": IMAGE_TYPE,
-        "number": integer_type(NUMBERS),
+        "number": pa.int8(),
         "digit": pa.int8(),  # the true one, to measure the accuracy
     }
 )

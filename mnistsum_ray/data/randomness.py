@@ -48,17 +48,12 @@ def _bits(seed: int, epoch: int, purpose: RandomStream, row_ids: RowIds) -> Bits
     return _mix(key ^ _mix(row_ids.astype(np.uint64)))
 
 
-def integer_type(count: int) -> str:
-    """Smallest signed type of 0..count - 1, by its name in NumPy and Arrow: `int8` up to 128."""
-    return np.min_scalar_type(-count).name  # a negative number has a signed type
-
-
-def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.signedinteger[Any]]:
-    """The number that each row is paired with in an epoch, uniform: `integer_type(NUMBERS)` [n]."""
+def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.int8]:
+    """The number that each row is paired with in an epoch, uniform: int8[n]."""
     bits = _bits(seed, epoch, RandomStream.NUMBER, row_ids)
     # Lemire, 2019: multiply and shift; the bias is below NUMBERS / 2**32.
     numbers = ((bits >> np.uint64(32)) * np.uint64(NUMBERS)) >> np.uint64(32)
-    return numbers.astype(integer_type(NUMBERS))
+    return numbers.astype(np.int8)
 
 
 def split_keys(row_ids: RowIds) -> Bits:

@@ -1,4 +1,4 @@
-"""The heads of the network: columns, metrics, pictures and reports follow from this table."""
+"""The heads of the network, from which metrics, pictures and reports follow; and its columns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from mnistsum_ray.data.images import DIGITS
-from mnistsum_ray.data.randomness import NUMBERS, integer_type
+from mnistsum_ray.data.randomness import NUMBERS
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,6 @@ class Head:
     target: Callable[[Any, Any], Any]
     """True class, in 0..classes-1, of digits and numbers, which are arrays or tensors."""
 
-    @property
-    def type(self) -> pa.DataType:
-        """Type of its predicted classes: the smallest integers that hold all."""
-        return pa.type_for_alias(integer_type(self.classes))
-
 
 DIGIT: Final = Head("digit", DIGITS, lambda digits, numbers: digits)
 SUM: Final = Head("sum", DIGITS + NUMBERS - 1, lambda digits, numbers: digits + numbers)
@@ -33,22 +28,22 @@ HEADS: Final = (DIGIT, SUM)
 """All heads, in the order of the network's outputs."""
 
 
-def prediction_fields(heads: Sequence[Head]) -> pa.Schema:
-    """Columns that scoring adds to the input's, in their order."""
-    fields = []
-    for head in heads:
-        fields += [(f"pred_{head.name}", head.type), (f"{head.name}_prob", pa.float32())]
-    return pa.schema([*fields, ("consistent", pa.bool_())])  # pred_sum == pred_digit + number
+PREDICTION_FIELDS: Final = pa.schema(
+    {
+        "pred_digit": pa.int8(),
+        "digit_prob": pa.float32(),
+        "pred_sum": pa.int8(),
+        "sum_prob": pa.float32(),
+        "consistent": pa.bool_(),  # pred_sum == pred_digit + number
+    }
+)
+"""Columns that scoring adds to the input's, in their order."""
 
+# Of any length: pyarrow 25 cannot read a null among lists of a fixed one from Parquet.
+_PROBABILITIES: Final = pa.list_(pa.float32())
 
-def probability_fields(heads: Sequence[Head]) -> pa.Schema:
-    """Columns after these, where the probabilities of all classes are asked for."""
-    # Lists of any length: pyarrow 25 cannot read a null among lists of a fixed one from Parquet.
-    return pa.schema([(f"{head.name}_probs", pa.list_(pa.float32())) for head in heads])
-
-
-PREDICTION_FIELDS: Final = prediction_fields(HEADS)
-PROBABILITY_FIELDS: Final = probability_fields(HEADS)
+PROBABILITY_FIELDS: Final = pa.schema({f"{head.name}_probs": _PROBABILITIES for head in HEADS})
+"""Columns after these, where the probabilities of all classes are asked for."""
 
 
 def added_column(names: Sequence[str], probabilities: bool) -> str | None:

@@ -110,7 +110,7 @@ def predict_pairs(
         probabilities = logits.softmax(1)
         probability, answer = probabilities.max(1)
         found[f"{head.name}_prob"] = probability.cpu().numpy()
-        found[f"pred_{head.name}"] = answer.cpu().numpy().astype(head.type.to_pandas_dtype())
+        found[f"pred_{head.name}"] = answer.cpu().numpy().astype(np.int8)
         if probs:
             found[f"{head.name}_probs"] = probabilities.cpu().numpy()
         if not np.isfinite(found[f"{head.name}_prob"]).all():

@@ -1,17 +1,22 @@
 """Checkpoints: all bits come back, and what is not whole is known for it."""
 
 import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.model.optimizer import MuonAdamW
+from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training import checkpoint as saved
 from mnistsum_ray.training.checkpoint import STATE_DIGEST, STATE_FILE, STATE_FORMAT, TrainerState
+from mnistsum_ray.training.job import find_start
+from mnistsum_ray.training.run import check_request
 from tests.model import new_model
 
 STATE = TrainerState(
@@ -100,3 +105,17 @@ def test_a_newest_checkpoint_of_another_version_is_refused(tmp_path: Path, whole
     said = "^--resume: checkpoint .*2 cannot be used: it is of another version"
     with pytest.raises(RequestError, match=said):
         saved.newest_checkpoint(Location(str(tmp_path)), print)
+
+
+def test_a_start_that_failed_is_followed_by_one_from_the_newest_checkpoint(
+    tmp_path: Path, whole: Path
+) -> None:
+    """Also in a run that is not resumed."""
+    request = check_request(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
+    folder = tmp_path / "mine" / saved.CHECKPOINTS / "0001" / "epoch_00001"
+    console = Console(io.StringIO())
+    assert find_start(request, console).checkpoint is None
+    write(folder, (whole / STATE_FILE).read_bytes())
+    start = find_start(request, console)
+    assert start.checkpoint is not None
+    assert (start.checkpoint.path, start.history) == (str(folder), STATE.history)
