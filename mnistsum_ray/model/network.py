@@ -59,13 +59,6 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
     return to_channels_last(moved.squeeze(1))
 
 
-def with_one_hot(scores: Tensor, numbers: Tensor) -> Tensor:
-    """Scores [n, k] with one-hot numbers after them: [n, k + NUMBERS]."""
-    # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
-    one_hot = numbers[:, None] == torch.arange(NUMBERS, device=numbers.device)
-    return torch.cat([scores, one_hot.to(scores.dtype)], dim=1)
-
-
 class TwoHeadCNN(nn.Module):
     """The original's network: 220,125 trainable parameters.
 
@@ -119,8 +112,10 @@ class TwoHeadCNN(nn.Module):
 
     def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
         """Scores of both heads with numbers int64[n]; the first are the digit scores as given."""
-        hidden = F.relu(self.fc1(with_one_hot(digit_scores, numbers)))
-        return digit_scores, self.fc2(hidden)
+        # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
+        one_hot = numbers[:, None] == torch.arange(NUMBERS, device=numbers.device)
+        hidden = self.fc1(torch.cat([digit_scores, one_hot.to(digit_scores.dtype)], dim=1))
+        return digit_scores, self.fc2(F.relu(hidden))
 
     def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
         return self.scores(self.digit_scores(images, dropout), numbers)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 import ray
 import ray.exceptions
@@ -116,9 +116,9 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     how_to_go_on = "nothing was begun; the same command tries again"
     try:
         with folder_lock(request.folder, "--name"):
-            stored = request.stored or {}
+            stored = request.stored
             if stored:
-                _check_same_data(request, stored["data"])
+                _check_same_data(request)
             if stored.get("status") == "finished":  # a cron job resumes it each time
                 console.say("the run is finished")
                 return TrainResult(**stored["metrics"])
@@ -215,7 +215,7 @@ def find_start(request: TrainRequest, console: Console) -> Start:
     if found is not None:
         checkpoint, state = found
         return Start(checkpoint, state.history)
-    if request.stored is not None:
+    if request.stored:
         console.say("no checkpoint can be used, so the run starts from the beginning")
     model = request.config.init_from
     if model is None:
@@ -225,8 +225,9 @@ def find_start(request: TrainRequest, console: Console) -> Start:
     return Start(weights=network.state_dict(), init_from=init_from)
 
 
-def _check_same_data(request: TrainRequest, data: dict[str, Any]) -> None:
-    """RequestError: the data of the request are not those of the run that goes on."""
+def _check_same_data(request: TrainRequest) -> None:
+    """RequestError: the data are not those of the run that goes on."""
+    data = request.stored["data"]
     if data["fingerprint"] != request.source.fingerprint:
         raise RequestError(
             f"--resume: the data are not those of the run, from {data['location']} (fingerprint "

@@ -59,8 +59,8 @@ class TrainRequest:
     source: Source
     folder: Location
     """Run folder `<storage_path>/<name>`."""
-    stored: dict[str, Any] | None
-    """Manifest of the run that is resumed, whose data must be the same."""
+    stored: dict[str, Any]
+    """Manifest of the run that is resumed, whose data must be the same; else empty."""
 
     @property
     def how_to_resume(self) -> str:
@@ -82,7 +82,7 @@ def check_request(config: TrainConfig, progress: CountFooters | None = None) -> 
     if config.init_from:  # before it is compared with the absolute path of a stored run
         model = locate_existing(config.init_from, "--init-from").display
         config = config.model_copy(update={"init_from": model})
-    stored = None
+    stored: dict[str, Any] = {}
     with as_request_error("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing: its name is free.
         begun = (folder / MANIFEST).exists()
@@ -167,9 +167,8 @@ class RunRecord:
     def begin(self, rows: "Rows", init_from: dict[str, str] | None, versions: Any) -> None:
         """Write the manifest of a run that begins or goes on."""
         request, plan, source = self.request, self.plan, self.request.source
-        stored = request.stored or {}
         # Results of a run that is resumed stay until there are new ones.
-        self.manifest = stored | {
+        self.manifest = request.stored | {
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": request.config.model_dump(mode="json", exclude={"resume"}),
@@ -182,7 +181,7 @@ class RunRecord:
                 "location": source.location,
                 # The config of a run that is resumed names the data that `--data auto` found, so
                 # only the first manifest says that it is not full MNIST.
-                "notice": source.notice or stored.get("data", {}).get("notice", ""),
+                "notice": source.notice or request.stored.get("data", {}).get("notice", ""),
                 "fingerprint": source.fingerprint,
                 **{f"{split}_rows": totals.rows for split, totals in rows.totals.items()},
                 "bad_rows": {
