@@ -8,20 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from mnistsum_ray.data.randomness import RowTotals
-from mnistsum_ray.errors import RowCountError
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.metrics import (
     MAX_MISTAKES,
     RELIABILITY_BINS,
     AnswerCounts,
-    LabelledRows,
     Metrics,
     ScoredRows,
     analyse_errors,
     fit_temperature,
     fit_temperatures,
 )
-from mnistsum_ray.model.network import TwoHeadCNN, prepare_images
+from mnistsum_ray.model.network import prepare_images
 from tests.model import new_model, random_rows
 
 ROWS = 300
@@ -79,14 +77,6 @@ def test_metrics_equal_a_plain_computation_over_all_pairs() -> None:
     }
     # Another order of sums may change an answer.
     assert metrics() == pytest.approx(expected, rel=1e-5, abs=0.001)
-
-
-def test_a_repeated_row_is_an_error() -> None:
-    """In the place of another. Other wrong counts: tests/training/test_trainer.py."""
-    batch: LabelledRows = {"digit": torch.zeros(3, dtype=torch.int64)}
-    batch["row_id"] = torch.tensor([0, 1, 1])
-    with pytest.raises(RowCountError, match="lost or repeated"):
-        count([(batch, TwoHeadCNN().scores_of_all_numbers(torch.zeros(3, 10)))], np.arange(3))
 
 
 def test_the_error_analysis_agrees_with_the_metrics() -> None:
