@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +21,9 @@ from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError, RowCountError
 from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.training.loop import HeldOutRows
-from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.rows import Rows, WholeShards, read_rows
 from mnistsum_ray.training.trainer import Batch, Trainer
-from tests.training import CPU, as_worker, hyperparameters
+from tests.training import CPU, SILENT, as_worker, hyperparameters
 
 pytestmark = pytest.mark.usefixtures("cluster")
 slow = pytest.mark.slow
@@ -133,11 +132,10 @@ def test_shards_have_all_rows_and_differ_by_two_blocks_at_most(rows: Rows) -> No
 def epochs_of(shard: Any, seed: int) -> list[list[Batch]]:
     """The batches of two epochs that a worker with this shard trains."""
     count = shard.count()
-    nobody: Any = None
 
     def feed() -> list[list[Batch]]:
         parameters = hyperparameters(recipe="long", batch_size=100, seed=seed, dropout=0)
-        trainer = Trainer(parameters, RowTotals(count, 0), CPU, "fp32", nobody)
+        trainer = Trainer(parameters, RowTotals(count, 0), CPU, "fp32", SILENT)
         assert trainer._steps.shards == (count,)
         return [list(trainer._batches(epoch)) for epoch in (0, 1)]
 
@@ -307,13 +305,13 @@ def test_a_row_that_is_lost_repeated_or_exchanged_on_its_way_to_a_worker_is_noti
     rows: Rows, said: str, change: Callable[[pa.Table], list[pa.Table]]
 ) -> None:
     some = concat(rows.datasets["train"])[:200]
-    totals, nobody = RowTotals.of(some["row_id"].to_numpy()), Events(cast(Any, None), rank=1)
+    totals = RowTotals.of(some["row_id"].to_numpy())
 
     def train() -> None:
-        trainer = Trainer(hyperparameters(), totals, CPU, "fp32", nobody)
+        trainer = Trainer(hyperparameters(), totals, CPU, "fp32", SILENT)
         with pytest.raises(RowCountError, match=f"^training epoch 1 {said}"):
             trainer.train_epoch(0)
-        held_out = HeldOutRows("test", totals, CPU, nobody)
+        held_out = HeldOutRows("test", totals, CPU, SILENT)
         with pytest.raises(RowCountError, match=f"^evaluation {said}"):
             held_out.evaluate(trainer.model, bf16=False)
 

@@ -30,7 +30,6 @@ from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.network import TwoHeadCNN, make_network, prepare_images
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training.loop import HeldOutRows
-from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.rows import WholeShards, decode, read_rows
 from mnistsum_ray.training.trainer import Batch, Trainer
 from tests.integration.conftest import (
@@ -42,7 +41,7 @@ from tests.integration.conftest import (
     train_here,
 )
 from tests.jobs import Done, Job, history_of, run_job, training, wait_until
-from tests.training import CPU, as_worker, hyperparameters
+from tests.training import CPU, SILENT, as_worker, hyperparameters
 
 
 @pytest.fixture(scope="module")
@@ -269,9 +268,8 @@ class Recorder(Trainer):
 
     def __init__(self, totals: RowTotals) -> None:
         torch.set_num_threads(1)
-        nobody: Any = None
         parameters = hyperparameters(batch_size=32, dropout=0, distortion=1)
-        super().__init__(parameters, totals, CPU, "fp32", Events(nobody, rank=1))
+        super().__init__(parameters, totals, CPU, "fp32", SILENT)
         self.steps: list[tuple[Batch, float]] = []
 
     def _step(self, batch: Batch, epoch: int, step: int, rows: int, rate: float) -> Any:
@@ -281,8 +279,7 @@ class Recorder(Trainer):
 
 def evaluated(model: TwoHeadCNN, totals: RowTotals) -> tuple[dict[str, float], list[int]]:
     """The metrics of the test rows of all ranks, and the ids of those that are analysed."""
-    nobody: Any = None
-    held_out = HeldOutRows("test", totals, CPU, Events(nobody, rank=1))
+    held_out = HeldOutRows("test", totals, CPU, SILENT)
     metrics = held_out.evaluate(model, bf16=False)
     scored = held_out.gather_scored(model, bf16=False)
     return metrics, sorted(torch.cat([batch["row_id"] for batch, _ in scored]).tolist())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ray.train
 import torch
@@ -16,6 +16,8 @@ from mnistsum_ray.training.run import check_request
 from mnistsum_ray.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+SILENT = Events(cast(Any, None), rank=1)
+"""Events that go to nobody, as those of all ranks but 0."""
 
 Result = TypeVar("Result")
 
@@ -51,6 +53,5 @@ def hyperparameters(**settings: Any) -> Hyperparameters:
 
 def new_trainer(**settings: Any) -> Trainer:
     """The trainer of a worker on the CPU; called within `as_worker`."""
-    nobody: Any = None
     parameters = replace(hyperparameters(**settings), precision="fp32")
-    return Trainer(parameters, RowTotals(0, 0), CPU, "fp32", Events(nobody, rank=1))
+    return Trainer(parameters, RowTotals(0, 0), CPU, "fp32", SILENT)
