@@ -187,9 +187,7 @@ def wait_for_cpu(seconds: float, say: Say) -> None:
 def shortage(needed: str, waited: float) -> str:
     """Message that something could not be had: what is there, and what is missing."""
     free = f"after {waited:.0f} s only {describe_free()}"
-    why = (
-        "other jobs hold the rest (`ray list actors`), or the cluster has not grown (`ray status`)"
-    )
+    why = "other jobs hold the rest, or the cluster has not grown (`ray list actors`, `ray status`)"
     return f"needs {needed}, but {free}: {why}; give more --wait-seconds, or ask for less"
 
 
