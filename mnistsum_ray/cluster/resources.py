@@ -1,8 +1,10 @@
-"""Logical resources: what a training asks for, and what is free."""
+"""Logical resources: what a training asks for, what is free, and who holds the rest."""
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -187,7 +189,9 @@ def wait_for_cpu(seconds: float, say: Say) -> None:
 def shortage(needed: str, waited: float) -> str:
     """Message that something could not be had: what is there, and what is missing."""
     free = f"after {waited:.0f} s only {describe_free()}"
-    why = "other jobs hold the rest, or the cluster has not grown (`ray list actors`, `ray status`)"
+    holders = _describe_holders()
+    why = f"the rest is held by {holders}" if holders else "other jobs hold the rest"
+    why += ", or the cluster has not grown (`ray status`)"
     return f"needs {needed}, but {free}: {why}; give more --wait-seconds, or ask for less"
 
 
@@ -196,6 +200,23 @@ def describe_free() -> str:
     free = ray.available_resources()
     amounts = _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
     return f"{amounts} are free ({inspect_cluster()})"
+
+
+def _describe_holders() -> str:
+    """The actors that other jobs run, if a dashboard knows: `job 02000000 (3 RayTrainWorker)`."""
+    from ray.util.state import list_actors  # takes a third of a second
+
+    own = ray.get_runtime_context().get_job_id()
+    actors: dict[str, Counter[str]] = {}
+    with suppress(Exception):  # a cluster without a dashboard, or one that is busy
+        for actor in list_actors(filters=[("state", "=", "ALIVE")], timeout=5):
+            if actor.job_id != own:
+                actors.setdefault(actor.job_id, Counter())[actor.class_name] += 1
+    texts = []
+    for job, names in list(actors.items())[:3]:
+        most = ", ".join(f"{count} {name}" for name, count in names.most_common(2))
+        texts.append(f"job {job} ({most})")
+    return " and ".join(texts)
 
 
 def _format(resources: Resources) -> str:

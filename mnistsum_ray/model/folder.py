@@ -10,7 +10,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.errors import RequestError, StorageError, one_line, shortened
+from mnistsum_ray.errors import (
+    NoAnswerError,
+    RequestError,
+    StorageError,
+    TryAgainError,
+    one_line,
+    shortened,
+)
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, make_network
 from mnistsum_ray.storage.store import Location
@@ -66,6 +73,7 @@ def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     The place may also be the file of the weights itself.
 
     RequestError: there is no model, or it is damaged, or of another network or version.
+    TryAgainError: the storage does not answer.
     """
     # The place itself comes last: of a folder some stores say that it is there, and empty.
     candidates = (place / WEIGHTS_FILE, place / "model" / WEIGHTS_FILE, place)
@@ -74,6 +82,8 @@ def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
         if file is None:
             raise RequestError(f"{place.display}: holds no model (no {WEIGHTS_FILE})")
         data = file.read_bytes()
+    except NoAnswerError as error:
+        raise TryAgainError(str(error)) from None
     except StorageError as error:
         raise RequestError(str(error)) from None
     try:
