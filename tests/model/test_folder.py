@@ -3,13 +3,14 @@
 import json
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mnistsum_ray.errors import RequestError
+from mnistsum_ray.errors import RequestError, TryAgainError
 from mnistsum_ray.model.folder import (
     checksum,
     copy_weights,
@@ -17,6 +18,7 @@ from mnistsum_ray.model.folder import (
     load_model,
     write_model,
 )
+from mnistsum_ray.storage import bucket
 from mnistsum_ray.storage.uri import locate
 from tests.model import new_model
 
@@ -69,3 +71,14 @@ def test_what_is_not_a_model_is_refused_in_one_line(tmp_path: Path, write: Any, 
         load_model(locate(str(tmp_path), "--model"))
     assert str(error.value).startswith(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_storage_that_does_not_answer_is_asked_again_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(bucket._RETRIES, "retry_timeout", timedelta(0))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    silent = "s3://bucket/model?region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:9"
+    with pytest.raises(TryAgainError, match=r"^s3://bucket/model"):
+        load_model(locate(silent, "--model"))
