@@ -18,7 +18,7 @@ from contextlib import redirect_stdout, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Final, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -49,11 +49,10 @@ from mnistsum_ray.storage.uri import as_request_error, hide_keys, locate
 
 _HELP: Final = """
 The value of an unset flag is in brackets below; a bare flag that takes true or
-false says true. Standard output gets one JSON object, the result; a terminal
-gets it with --json only. Exit codes: 0 done, 2 the request is invalid, 75 try
-again later (no resources in time, no cluster or a lost one, storage that does
-not answer, a folder that another run holds), 128 + N stopped by signal N,
-1 anything else.
+false says true. Standard output gets one JSON object, the result. Exit codes:
+0 done, 2 the request is invalid, 75 try again later (no resources in time, no
+cluster or a lost one, storage that does not answer, a folder that another run
+holds), 128 + N stopped by signal N, 1 anything else.
 """
 """What `--help` says of every command."""
 
@@ -150,9 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         Path.cwd()
         name = parser.parse_args(words[:1]).command
         job, kind, _ = COMMANDS[name]
-        flags = [word for word in words[1:] if word != "--json"]
         description = f"{inspect.getdoc(job)}\n{_HELP}"
-        config = parse(kind, flags, description, shell_command(name))
+        config = parse(kind, words[1:], description, shell_command(name))
     except FileNotFoundError:
         return _explain(RequestError("the working folder is gone; change to another"), None)
     except RequestError as error:
@@ -185,17 +183,22 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
         SystemExit: `--help` is printed: the description, then the flags of the command.
     """
     parser = Parser(command, description)
-    for name, field in kind.model_fields.items():
-        _add_flag(parser, name, field)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of these settings; flags win"
     )
+    parser.add_argument("--json", action="store_true", help="print the result on a terminal too")
+    group: Any = parser
+    for name, field in kind.model_fields.items():
+        if name in kind.groups:
+            group = parser.add_argument_group(kind.groups[name])
+        _add_flag(group, name, field)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = shortened(hide_keys(unknown[0]).partition("=")[0])
-        hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config"])
+        hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config", "--json"])
         raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
     flags = vars(given)
+    flags.pop("json", None)  # see `main`
     file = flags.pop("config", None)
     settings = _read_yaml(file) if file else {}
     try:
@@ -205,7 +208,7 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
         raise RequestError(_message(error, in_file, kind.model_fields)) from None
 
 
-def _add_flag(parser: Parser, name: str, field: FieldInfo) -> None:
+def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
     """Add the flag of a field. Its value stays text, which pydantic converts and checks."""
     text = " ".join((field.description or "").split())
     if field.is_required():
@@ -213,14 +216,18 @@ def _add_flag(parser: Parser, name: str, field: FieldInfo) -> None:
     elif field.default is not None:  # the text says what None means
         text += f" [{spelled(field.default)}]"
     kind = field.annotation
+    literals = [one for one in (kind, *get_args(kind)) if get_origin(one) is Literal]
+    choices = "|".join(word for literal in literals for word in get_args(literal))
     options: dict[str, Any] = {"help": text}
     if name == "picture":  # the one value that needs no flag
         options |= {"nargs": "?", "metavar": "PICTURE"}
     elif kind is bool or bool in get_args(kind):
-        options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+        options |= {"nargs": "?", "const": "true", "metavar": choices or "true|false"}
+    elif choices:
+        options["metavar"] = choices
     elif get_origin(kind) is tuple:  # several words, as a shell expands `*.parquet`
         options |= {"nargs": "+", "action": "extend"}  # the flag may be given again too
-    parser.add_argument(name if name == "picture" else _flag(name), **options)
+    group.add_argument(name if name == "picture" else _flag(name), **options)
 
 
 def _flag(field: str) -> str:

@@ -85,6 +85,17 @@ def _parts_of(file: InputFile, max_rows_per_file: int | None) -> Iterator[Part]:
         yield Part(output, file.name, file.entry.size, file.entry.e_tag, start, end - start)
 
 
+def first_parts(planned: Mapping[str, Part], max_rows: int | None) -> Mapping[str, Part]:
+    """The first parts, up to the one that brings them to so many rows; None: all."""
+    rows = 0
+    names = []
+    for name, part in planned.items():
+        if max_rows is None or rows < max_rows:
+            names.append(name)
+        rows += part.rows
+    return {name: planned[name] for name in names}
+
+
 def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[Part]]:
     """Group consecutive parts: each worker gets several tasks of about `max_rows` or fewer."""
     total = sum(part.rows + _FILE_ROWS for part in parts)

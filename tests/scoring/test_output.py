@@ -406,3 +406,16 @@ def test_two_runs_of_one_request_at_once_give_the_files_of_one(
         assert [run.scored_rows for run in runs] == [11, 11]
         assert len(both.files()) == len(undisturbed) + 2, "manifest and report"
         assert {name: (both / name).read_bytes() for name in undisturbed} == undisturbed
+
+
+def test_a_first_try_with_some_rows_is_not_taken_for_the_whole(example: Example) -> None:
+    some = example.score(max_rows=5)
+    assert (some.input_rows, some.scored_rows, some.rejected_rows) == (8, 6, 2)
+    assert example.files(*TIMED).keys() == {*OF_A[:2], "run.json", "files.parquet"}
+    assert "5 rows of the input are left" in (example.output / "report.html").read_text()
+    assert not (example.output / "manifest.json").exists()
+    whole = example.score()
+    assert (whole.input_rows, whole.resumed_rows) == (13, 8)
+    for max_rows in (1, 99):
+        assert example.score(max_rows=max_rows).input_rows == 13, "all are there"
+        assert (example.output / "manifest.json").exists()
