@@ -1,6 +1,7 @@
 """Lines and progress of the console, in a log and on a terminal, and what it says on silence."""
 
 import io
+import logging
 import os
 import re
 import time
@@ -33,6 +34,24 @@ def test_a_log_has_lines_with_the_time_and_the_run_and_progress_after_some_time(
     assert re.fullmatch(r"\d\d:\d\d:\d\d mine  epoch 1", epoch)
     shown = r"training rows: 16,000 of 50,000, epoch 2/5, \d+\.\d\d/s, \d\d:\d\d left"
     assert re.fullmatch(r"\d\d:\d\d:\d\d mine  " + shown, progress)
+
+
+def test_a_program_may_take_the_lines_or_silence_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: taken.append(record.getMessage()))
+    monkeypatch.setattr(console.LOG, "handlers", [handler])
+    monkeypatch.setattr(console, "LINE_SECONDS", 0)
+    log = io.StringIO()
+    written = Console(log)
+    written.progress("files read", 0, 9)
+    written._bar.start_t -= 100
+    written.progress("files read", 5, 9)
+    assert re.fullmatch(r"files read: 5 of 9, 20\.\d\ds/item, 01:20 left", taken[0])
+    console.LOG.setLevel(logging.WARNING)
+    written.say("a line")
+    console.LOG.setLevel(logging.INFO)
+    assert (len(taken), log.getvalue()) == (1, "")
 
 
 def test_a_terminal_has_a_bar_below_the_lines() -> None:
