@@ -116,13 +116,17 @@ def predict(config: PredictConfig) -> Result:
     is unsure. No Ray is started.
     """
     from mnistsum_ray.api import predict as predict_picture
+    from mnistsum_ray.model.heads import HEADS, SUM
 
-    found = predict_picture(config.model, config.picture, config.number)
-    digit, total = percent(found.digit_prob), percent(found.sum_prob)
-    print(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
-    if found.unsure:
+    found = predict_picture(config.model, config.picture, config.number).line()
+    texts = []
+    for head in HEADS:
+        question = f"digit + {config.number}" if head is SUM else head.name
+        texts.append(f"{question}: {found[head.name]} ({percent(found[f'{head.name}_prob'])})")
+    print(", ".join(texts))
+    if found["unsure"]:
         print("unsure: the digit's probability is below 90 %")
-    return {"picture": config.picture} | vars(found)
+    return {"picture": config.picture} | found
 
 
 COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
