@@ -5,6 +5,7 @@ lines of history.jsonl, and `pictures` are PNG files by their names.
 """
 
 import platform
+import shlex
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +27,7 @@ PICTURES: Final = {
     "history.png": "Loss and error by epoch",
     "confusion.png": "Digits: confusion matrix",
     "mistakes.png": "The most confident mistakes",
-    "reliability.png": "Reliability: accuracy by predicted probability",
+    "reliability.png": "Reliability: accuracy by predicted probability, with numbers of answers",
 }
 """Titles of the pictures by their file names."""
 
@@ -49,19 +50,23 @@ def report_page(
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
     figures.append((f"{speed:,.0f}", "training images per second"))
     figures.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
-    run = manifest["metrics"]["run"]
     lines = [
         data["notice"],
         f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number.",
-        f"To score: mnistsum score --model {run} --input PAIRS --output SCORED",
     ]
+    run = shlex.quote(manifest["metrics"]["run"])
+    command = f"mnistsum score --model {run} --input PAIRS --output SCORED"
     weights = {key: description[key] for key in ("parameters", "sha256")}
-    tables = [_reasons("Rows left out", data["bad_rows"]), _settings(manifest, weights)]
+    tables = [
+        _by_digit(manifest["error_analysis"]["confusion"]),
+        _reasons("Rows left out", data["bad_rows"]),
+        _settings(manifest, weights),
+    ]
     title = f"{manifest['config']['name']}: {accuracies(test)}"
-    return _render(title, lines, figures, pictures, tables)
+    return _render(title, lines, figures, pictures, tables, command)
 
 
-def scored_page(manifest: dict[str, Any]) -> str:
+def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """Render the HTML page of a scored output: counts, what cannot be used, configuration."""
     totals, counts = manifest["totals"], manifest["counts"]
     figures = [
@@ -78,6 +83,7 @@ def scored_page(manifest: dict[str, Any]) -> str:
     if len(failures) < totals["failed_files"]:
         failures.append((f"all {totals['failed_files']:,}", "are in files.parquet"))
     digits, confusion = enumerate(counts.get("predicted_digits", [])), counts.get("confusion", [])
+    places = [(m["file"], f"{m['row']:,}", m["digit"], m["number"]) for m in manifest["mistakes"]]
     tenths = []
     for tenth in range(10 if "predicted_digits" in counts else 0):
         of_heads = [f"{counts[f'{head.name}_probabilities'][tenth]:,}" for head in HEADS]
@@ -87,6 +93,8 @@ def scored_page(manifest: dict[str, Any]) -> str:
         _reasons("Rejected rows", manifest["bad_rows"]),
         ("Predicted digits", ("digit", "rows"), [(digit, f"{rows:,}") for digit, rows in digits]),
         ("Probabilities", ("probability", *(f"{head.name}, rows" for head in HEADS)), tenths),
+        (PICTURES["mistakes.png"], ("file", "row", "true digit", "number"), places),
+        _by_digit(confusion),
         (
             "Digits: true (down) and predicted (across)",
             ("", *range(len(confusion))),
@@ -96,7 +104,17 @@ def scored_page(manifest: dict[str, Any]) -> str:
     ]
     title = f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored"
     where = f"{totals['output']}, from {totals['files']:,} files"
-    return _render(title, [where, manifest["notice"]], figures, {}, tables)
+    return _render(title, [where, manifest["notice"]], figures, pictures, tables)
+
+
+def _by_digit(confusion: list[list[int]]) -> Table:
+    """Accuracy by true digit; `confusion`: rows by true and predicted digit."""
+    rows = []
+    for digit, predicted in enumerate(confusion):
+        of_digit = sum(predicted)
+        correct = percent(predicted[digit] / of_digit) if of_digit else ""
+        rows.append((digit, f"{of_digit:,}", correct))
+    return "Accuracy by digit", ("true digit", "rows", "correct"), rows
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:
@@ -132,6 +150,7 @@ def _render(
     figures: list[tuple[str, str]],
     pictures: dict[str, bytes],
     tables: list[Table],
+    command: str = "",
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."), autoescape=True
@@ -142,7 +161,21 @@ def _render(
         figures=figures,
         pictures=[(PICTURES[name], b64encode(png).decode()) for name, png in pictures.items()],
         tables=tables,
+        command=command,
     )
+
+
+def draw(numbers_of: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:
+    """Draw pictures of these names; what cannot be drawn never costs the run."""
+    pictures = {}
+    for name, numbers in numbers_of.items():
+        try:
+            from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
+
+            pictures[name] = plots.png(name, *numbers)
+        except Exception as error:  # such as of a font that a user's settings name
+            say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
+    return pictures
 
 
 def write_report(
@@ -153,22 +186,15 @@ def write_report(
     mistake_images: Pixels,
     say: Callable[[str], None],
 ) -> None:
-    """Write the pictures and report.html of a run; what cannot be drawn never costs the run."""
+    """Write the pictures and report.html of a run."""
     analysis = manifest["error_analysis"]
     numbers_of: dict[str, tuple[Any, ...]] = {
-        "history.png": (history,),
+        "history.png": (history, manifest["config"]["learning_rate"]),
         "confusion.png": (analysis["confusion"],),
         "mistakes.png": (analysis["mistakes"], mistake_images),
         "reliability.png": (analysis["probabilities"],),
     }
-    pictures = {}
-    for name, numbers in numbers_of.items():
-        try:
-            from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
-
-            pictures[name] = plots.png(name, *numbers)
-        except Exception as error:  # such as of a font that a user's settings name
-            say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
+    pictures = draw(numbers_of, say)
     for name, picture in pictures.items():
         (folder / name).write(picture)
     (folder / REPORT).write(report_page(manifest, description, pictures).encode())

@@ -7,7 +7,7 @@ OUTPUT/manifest.json                 written last: while it exists, the output i
 """
 
 import secrets
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
+from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
 from mnistsum_ray.errors import (
     ConflictError,
     MissingFileError,
@@ -29,7 +30,7 @@ from mnistsum_ray.errors import (
 )
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, accuracies
-from mnistsum_ray.reporting.report import REPORT, scored_page, versions
+from mnistsum_ray.reporting.report import REPORT, draw, scored_page, versions
 from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
 from mnistsum_ray.scoring.parts import (
     NOT_OURS,
@@ -177,13 +178,18 @@ def publish(
         "counts": counts,
         "notice": "; ".join(notices),
         "bad_rows": vars(bad),
+        "mistakes": there.mistakes,
         "failures": dict(islice(failures.items(), 100)),  # files.parquet has all
         "config": request.config.model_dump(mode="json"),
         "model": {key: request.description[key] for key in ("sha256", "epoch", "parameters")},
         "versions": versions(),
     }
     (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
-    (output / REPORT).write(scored_page(manifest).encode())
+    numbers_of: dict[str, tuple[Any, ...]] = {}
+    if there.mistakes:
+        numbers_of["mistakes.png"] = (there.mistakes, _read_images(request, there.mistakes))
+    pictures = draw(numbers_of, console.say)
+    (output / REPORT).write(scored_page(manifest, pictures).encode())
     of = f"{counted(totals['input_rows'], 'row')} in {counted(totals['files'], 'file')}"
     console.say(f"scored {totals['scored_rows']:,} of {of}, each exactly once")
     if bad.total:
@@ -207,6 +213,17 @@ def publish(
     else:
         (output / MANIFEST).write(manifest)
     return ScoreResult(**totals)
+
+
+def _read_images(request: ScoreRequest, mistakes: Sequence[Mapping[str, Any]]) -> Iterator[Pixels]:
+    """The images of these rows, read from the input again."""
+    entries = {file.name: file.entry for file in request.files}
+    for mistake in mistakes:
+        name, row = mistake["file"], mistake["row"]
+        with open_parquet(request.root / name, entries[name]) as parquet:
+            (table,) = read_rows(parquet, [range(row, row + 1)])
+        images, _ = decode_images(one_chunk(table[request.config.image_column]))
+        yield images[0]
 
 
 def _rows_of_files(

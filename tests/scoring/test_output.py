@@ -84,6 +84,11 @@ def test_counts_of_a_fresh_run_and_of_a_resumed_one_are_those_of_its_rows(exampl
     labelled = good[good["label"].between(0, 9)]
     right_sums = labelled["label"] + labelled["number"] == labelled["pred_sum"]
     assert fresh["bad_rows"]["reasons"] == rows["reason"].value_counts().to_dict()
+    wrong = labelled[(labelled["label"] != labelled["pred_digit"]) | ~right_sums]
+    mistakes = fresh["mistakes"]
+    assert sorted(one["digit"] for one in mistakes) == sorted(wrong["label"])
+    assert all(one["row"] == one["digit"] for one in mistakes if one["file"] == "a.parquet")
+    assert 'src="data:image/png' in (example.output / "report.html").read_text()
     counts, digits = fresh["counts"], good["pred_digit"].astype(int)
     assert counts["rows"] == len(rows)
     assert counts["consistent_rows"] == (good["pred_sum"] == digits + good["number"]).sum()
