@@ -56,6 +56,11 @@ holds), 128 + N stopped by signal N, 1 anything else.
 """
 """What `--help` says of every command."""
 
+_GROUPS = {"data": "data", "input": "data", "init_from": "model", "model": "model"}
+_GROUPS |= {"recipe": "optimization", "num_workers": "cluster"}
+_GROUPS |= {"storage_path": "run", "output": "run"}
+"""The groups of flags in --help, by the field at which each begins."""
+
 Config = TypeVar("Config", bound=JobConfig)
 
 Result = dict[str, Any]
@@ -193,8 +198,8 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     parser.add_argument("--json", action="store_true", help="print the result on a terminal too")
     group: Any = parser
     for name, field in kind.model_fields.items():
-        if name in kind.groups:
-            group = parser.add_argument_group(kind.groups[name])
+        if name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[name])
         _add_flag(group, name, field)
     given, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -5,7 +5,7 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -27,9 +27,6 @@ class JobConfig(BaseModel):
         use_attribute_docstrings=True,
         hide_input_in_errors=True,  # messages would quote the values, and so keys
     )
-
-    groups: ClassVar[dict[str, str]] = {}
-    """The group of --help that begins at a field, by the name of that field."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -91,8 +88,6 @@ def _recipe(field: str, text: str, **limits: Any) -> Any:
 class LabelledDataConfig(JobConfig):
     """Where images with their digits are from."""
 
-    groups: ClassVar = {"data": "data"}
-
     data: Place = "auto"
     """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist
     (never the sample), or a folder or URI of MNIST's files or Parquet"""
@@ -104,13 +99,6 @@ class LabelledDataConfig(JobConfig):
 
 class TrainConfig(LabelledDataConfig):
     """Config of a training run. Unset fields follow from the data and the cluster."""
-
-    groups: ClassVar = LabelledDataConfig.groups | {
-        "init_from": "model",
-        "recipe": "optimization",
-        "num_workers": "cluster",
-        "storage_path": "run",
-    }
 
     skip_bad_rows: bool = False
     """train without the rows that cannot be used, and count them in manifest and report"""
@@ -186,13 +174,6 @@ class Hyperparameters:
 class ScoreConfig(JobConfig):
     """Config of a scoring run. Unset fields follow from the cluster."""
 
-    groups: ClassVar = {
-        "input": "data",
-        "model": "model",
-        "output": "run",
-        "num_workers": "cluster",
-    }
-
     input: Places = Field(min_length=1)
     """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
     number_column: str = Field(default="number", min_length=1)
@@ -248,8 +229,6 @@ class ScoreConfig(JobConfig):
 
 class ExportPairsConfig(LabelledDataConfig):
     """Config of an export of pairs."""
-
-    groups: ClassVar = LabelledDataConfig.groups | {"output": "output"}
 
     split: Literal["train", "validation", "test"] = "test"
     """split whose rows are exported, in their order"""

@@ -44,9 +44,10 @@ class _AboveTheBar(logging.Handler):
 
 
 LOG: Final = logging.getLogger("mnistsum_ray")
-LOG.setLevel(logging.INFO)
-LOG.propagate = False  # a program that has set up logging would get each line twice
-LOG.addHandler(_AboveTheBar())
+LOG.setLevel(LOG.level or logging.INFO)
+if not LOG.handlers:  # of a program
+    LOG.addHandler(_AboveTheBar())
+    LOG.propagate = False  # else a program that has set up logging gets each line twice
 
 
 class Progress:

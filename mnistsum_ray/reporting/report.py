@@ -50,20 +50,23 @@ def report_page(
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
     figures.append((f"{speed:,.0f}", "training images per second"))
     figures.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
-    lines = [
-        data["notice"],
-        f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number.",
-    ]
+    tested = f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number."
     run = shlex.quote(manifest["metrics"]["run"])
     command = f"mnistsum score --model {run} --input PAIRS --output SCORED"
     weights = {key: description[key] for key in ("parameters", "sha256")}
     tables = [
-        _by_digit(manifest["error_analysis"]["confusion"]),
+        _digits(manifest["error_analysis"]["confusion"]),
         _reasons("Rows left out", data["bad_rows"]),
         _settings(manifest, weights),
     ]
-    title = f"{manifest['config']['name']}: {accuracies(test)}"
-    return _render(title, lines, figures, pictures, tables, command)
+    return _render(
+        pictures,
+        title=f"{manifest['config']['name']}: {accuracies(test)}",
+        lines=[data["notice"], tested],
+        figures=figures,
+        tables=tables,
+        command=command,
+    )
 
 
 def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
@@ -82,7 +85,7 @@ def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
     failures = list(manifest["failures"].items())
     if len(failures) < totals["failed_files"]:
         failures.append((f"all {totals['failed_files']:,}", "are in files.parquet"))
-    digits, confusion = enumerate(counts.get("predicted_digits", [])), counts.get("confusion", [])
+    digits = enumerate(counts.get("predicted_digits", []))
     places = [(m["file"], f"{m['row']:,}", m["digit"], m["number"]) for m in manifest["mistakes"]]
     tenths = []
     for tenth in range(10 if "predicted_digits" in counts else 0):
@@ -94,27 +97,26 @@ def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
         ("Predicted digits", ("digit", "rows"), [(digit, f"{rows:,}") for digit, rows in digits]),
         ("Probabilities", ("probability", *(f"{head.name}, rows" for head in HEADS)), tenths),
         (PICTURES["mistakes.png"], ("file", "row", "true digit", "number"), places),
-        _by_digit(confusion),
-        (
-            "Digits: true (down) and predicted (across)",
-            ("", *range(len(confusion))),
-            [(true, *predicted) for true, predicted in enumerate(confusion)],
-        ),
+        _digits(counts.get("confusion", [])),
         _settings(manifest, manifest["model"]),
     ]
-    title = f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored"
-    where = f"{totals['output']}, from {totals['files']:,} files"
-    return _render(title, [where, manifest["notice"]], figures, pictures, tables)
+    return _render(
+        pictures,
+        title=f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored",
+        lines=[f"{totals['output']}, from {totals['files']:,} files", manifest["notice"]],
+        figures=figures,
+        tables=tables,
+    )
 
 
-def _by_digit(confusion: list[list[int]]) -> Table:
-    """Accuracy by true digit; `confusion`: rows by true and predicted digit."""
+def _digits(confusion: list[list[int]]) -> Table:
+    """Rows by true digit (down) and predicted digit (across), and how many of them are correct."""
     rows = []
     for digit, predicted in enumerate(confusion):
-        of_digit = sum(predicted)
-        correct = percent(predicted[digit] / of_digit) if of_digit else ""
-        rows.append((digit, f"{of_digit:,}", correct))
-    return "Accuracy by digit", ("true digit", "rows", "correct"), rows
+        correct = percent(predicted[digit] / sum(predicted)) if any(predicted) else ""
+        rows.append((digit, *predicted, correct))
+    columns = ("", *range(len(confusion)), "correct")
+    return "Digits: true (down) and predicted (across)", columns, rows
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:
@@ -128,41 +130,25 @@ def _reasons(title: str, counts: dict[str, Any]) -> Table:
 
 
 def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
-    settings = dict(manifest["config"])
+    keys = ("started", "finished", "workers", "precision", "data", "hardware", "versions")
     # The manifest knows what the config has left open, as its precision.
-    for key in ("started", "finished", "workers", "precision", "data", "hardware", "versions"):
-        settings[key] = manifest.get(key, settings.get(key))
-    settings["weights"] = model
+    settings = manifest["config"] | {key: manifest[key] for key in keys if key in manifest}
     rows = []
-    for key, value in settings.items():
+    for key, value in (settings | {"weights": model}).items():
         if isinstance(value, dict):
-            entries = {name: entry for name, entry in value.items() if entry is not None}
-            entries.pop("bad_rows", None)  # which have a table of their own
-            rows.append((key, ", ".join(f"{name} {entry}" for name, entry in entries.items())))
-        elif value is not None:
+            entries = {**value, "bad_rows": None}  # which have a table of their own
+            known = [f"{name} {entry}" for name, entry in entries.items() if entry is not None]
+            value = ", ".join(known)
+        if value is not None:
             rows.append((key.replace("_", "-"), value))
     return "Configuration", (), rows
 
 
-def _render(
-    title: str,
-    lines: list[str | None],
-    figures: list[tuple[str, str]],
-    pictures: dict[str, bytes],
-    tables: list[Table],
-    command: str = "",
-) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."), autoescape=True
-    )
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        lines=[line for line in lines if line],
-        figures=figures,
-        pictures=[(PICTURES[name], b64encode(png).decode()) for name, png in pictures.items()],
-        tables=tables,
-        command=command,
-    )
+def _render(pictures: dict[str, bytes], **values: Any) -> str:
+    loader = jinja2.PackageLoader("mnistsum_ray.reporting", ".")
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
+    shown = [(PICTURES[name], b64encode(png).decode()) for name, png in pictures.items()]
+    return template.render(pictures=shown, **values)
 
 
 def draw(numbers_of: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:

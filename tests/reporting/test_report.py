@@ -50,7 +50,7 @@ def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(
     assert (
         "mnistsum score --model &#39;/runs/my run&#39; --input PAIRS --output SCORED</pre>" in page
     )
-    assert "<td>9</td><td>50</td><td>100.00 %</td>" in page
+    assert "<tr><td>0</td><td>50</td>" + "<td>0</td>" * 9 + "<td>100.00 %</td></tr>" in page
     assert not re.search(r'(src|href)="(?!data:|#)|url\(|@import', page)
 
 

@@ -114,7 +114,7 @@ def test_the_report_has_the_failed_files_the_digits_and_the_confusion(example: E
     for row in (
         ("broken.parquet", BROKEN),
         *enumerate(digits),
-        (3, *true_threes),
+        (3, *true_threes, ""),
         ("0.1 to 0.2", counts["digit_probabilities"][1], counts["sum_probabilities"][1]),
     ):
         assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in page
