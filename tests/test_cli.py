@@ -283,8 +283,7 @@ def test_all_that_is_wrong_is_said_in_one_short_line_by_flag_or_key(
 
 def test_in_python_a_path_may_be_a_path_and_help_says_what_a_field_means() -> None:
     """mypy knows the fields, or it would call the `ignore` unused."""
-    paths = {"input": [Path("a"), "b"], "model": Path("m"), "output": "o"}
-    config = ScoreConfig(**paths)
+    config = ScoreConfig(input=[Path("a"), "b"], model=Path("m"), output="o")
     assert (config.input, config.model) == (("a", "b"), "m")
     assert "keep_gone: leave the output of files" in str(ScoreConfig.__doc__)
     with pytest.raises(ValueError, match="epohs"):
