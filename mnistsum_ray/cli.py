@@ -107,8 +107,8 @@ def export_pairs(config: ExportPairsConfig) -> Result:
     output, source = pairs.export_pairs(config, print)
     rows, files = counted(config.rows, "row"), counted(config.files, "file")
     print(f"{rows} of {source.name} in {files}: {output.display}")
-    written = {"output": output.display, "data": source.name}
-    return written | {"split": config.split, "rows": config.rows, "files": config.files}
+    made = config.model_dump(include={"split", "rows", "files"})
+    return {"output": output.display, "data": source.name, **made}
 
 
 def predict(config: PredictConfig) -> Result:

@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Final, Self, TextIO
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Final, TextIO
 
 from tqdm.auto import tqdm
 
@@ -70,7 +70,7 @@ class Progress:
             self._show(what=self._what, done=self._done, total=self._total)
 
 
-class Console:
+class Console(AbstractContextManager["Console"]):
     """Writes lines, and below them on a terminal or in a notebook one progress bar.
 
     A context, at whose end the bar goes away. Standard output is reserved for the result.
@@ -85,9 +85,6 @@ class Console:
         self._bar: Any = None
         self._last_line = self._last_sign = time.monotonic()
         """Of the last line, and of the last line or progress."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._close_bar()
