@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:
-    from mnistsum_ray.api import PicturePrediction as PicturePrediction
     from mnistsum_ray.api import fit as fit
     from mnistsum_ray.api import load_model as load_model
     from mnistsum_ray.api import predict as predict
@@ -29,21 +28,31 @@ if TYPE_CHECKING:
     from mnistsum_ray.config import TrainConfig as TrainConfig
     from mnistsum_ray.data.images import prepare_picture as prepare_picture
     from mnistsum_ray.errors import RequestError as RequestError
+    from mnistsum_ray.errors import RowCountError as RowCountError
     from mnistsum_ray.errors import RunError as RunError
+    from mnistsum_ray.errors import RunInterrupted as RunInterrupted
     from mnistsum_ray.errors import TryAgainError as TryAgainError
+    from mnistsum_ray.model.network import TwoHeadCNN as TwoHeadCNN
+    from mnistsum_ray.model.network import prepare_images as prepare_images
+    from mnistsum_ray.reporting.results import PicturePrediction as PicturePrediction
     from mnistsum_ray.reporting.results import ScoreResult as ScoreResult
     from mnistsum_ray.reporting.results import TrainResult as TrainResult
 
 _NAMES: Final = {
-    "api": "PicturePrediction fit load_model predict predict_rows save_model score",
+    "api": "fit load_model predict predict_rows save_model score",
     "config": "ScoreConfig TrainConfig",
     "data.images": "prepare_picture",
-    "errors": "RequestError RunError TryAgainError",
-    "reporting.results": "ScoreResult TrainResult",
+    "errors": "RequestError RowCountError RunError RunInterrupted TryAgainError",
+    "model.network": "TwoHeadCNN prepare_images",
+    "reporting.results": "PicturePrediction ScoreResult TrainResult",
 }
 """By module."""
 
 __all__ = " ".join(_NAMES.values()).split()
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
 
 
 def __getattr__(name: str) -> Any:

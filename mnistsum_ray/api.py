@@ -5,11 +5,10 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +27,13 @@ from mnistsum_ray.data.images import (
 )
 from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError, one_line, shortened
-from mnistsum_ray.model.heads import added_column
+from mnistsum_ray.model.heads import HEADS, added_column
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.results import ScoreResult, TrainResult
+from mnistsum_ray.reporting.results import PicturePrediction, ScoreResult, TrainResult
 from mnistsum_ray.storage.uri import as_request_error, empty_output, locate_existing
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import
+    from ray.data import Dataset
     from ray.train import UserCallback
 
     from mnistsum_ray.model.network import TwoHeadCNN
@@ -144,21 +144,6 @@ def save_model(model: "TwoHeadCNN", folder: str | Path) -> None:
         write_model(output, weights, describe_model(weights, epoch=0, metrics={}))
 
 
-@dataclass(frozen=True)
-class PicturePrediction:
-    """The answers for one picture and a number."""
-
-    number: int
-    digit: int
-    digit_prob: float
-    sum: int
-    sum_prob: float
-    consistent: bool
-    """Whether sum = digit + number."""
-    unsure: bool
-    """Whether the digit's probability is below 0.9."""
-
-
 def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
     """Predict the digit of a picture, and digit + number, in this process.
 
@@ -176,18 +161,32 @@ def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
     from mnistsum_ray.model.inference import predict_pairs
 
     found = predict_pairs(network, pixels[None], np.array([number]), batch_size=1)
-    answer = {name: values[0].item() for name, values in found.items()}
-    return PicturePrediction(
-        number=int(number),
-        digit=answer["pred_digit"],
-        digit_prob=answer["digit_prob"],
-        sum=answer["pred_sum"],
-        sum_prob=answer["sum_prob"],
-        consistent=answer["pred_sum"] == answer["pred_digit"] + number,
-        unsure=answer["digit_prob"] < 0.9,
-    )
+    answers: dict[str, Any] = {"number": int(number)}
+    for head in HEADS:
+        answers[head.name] = found[f"pred_{head.name}"][0].item()
+        answers[f"{head.name}_prob"] = found[f"{head.name}_prob"][0].item()
+    answers["consistent"] = answers["sum"] == answers["digit"] + number
+    return PicturePrediction(**answers, unsure=answers["digit_prob"] < 0.9)
 
 
+@overload
+def predict_rows(
+    model: Model,
+    rows: "Dataset",
+    image_column: str = ...,
+    number_column: str = ...,
+    *,
+    probabilities: bool = ...,
+) -> "Dataset": ...
+@overload
+def predict_rows(  # type: ignore[overload-cannot-match]  # mypy here knows no Ray
+    model: Model,
+    rows: Any,
+    image_column: str = ...,
+    number_column: str = ...,
+    *,
+    probabilities: bool = ...,
+) -> pa.Table: ...
 def predict_rows(
     model: Model,
     rows: Any,

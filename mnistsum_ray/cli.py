@@ -18,7 +18,7 @@ from contextlib import redirect_stdout, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Final, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -49,13 +49,17 @@ from mnistsum_ray.storage.uri import as_request_error, hide_keys, locate
 
 _HELP: Final = """
 The value of an unset flag is in brackets below; a bare flag that takes true or
-false says true. Standard output gets one JSON object, the result; a terminal
-gets it with --json only. Exit codes: 0 done, 2 the request is invalid, 75 try
-again later (no resources in time, no cluster or a lost one, storage that does
-not answer, a folder that another run holds), 128 + N stopped by signal N,
-1 anything else.
+false says true. Standard output gets one JSON object, the result. Exit codes:
+0 done, 2 the request is invalid, 75 try again later (no resources in time, no
+cluster or a lost one, storage that does not answer, a folder that another run
+holds), 128 + N stopped by signal N, 1 anything else.
 """
 """What `--help` says of every command."""
+
+_GROUPS = {"data": "data", "input": "data", "init_from": "model", "model": "model"}
+_GROUPS |= {"recipe": "optimization", "num_workers": "cluster"}
+_GROUPS |= {"storage_path": "run", "output": "run"}
+"""The groups of flags in --help, by the field at which each begins."""
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -103,8 +107,8 @@ def export_pairs(config: ExportPairsConfig) -> Result:
     output, source = pairs.export_pairs(config, print)
     rows, files = counted(config.rows, "row"), counted(config.files, "file")
     print(f"{rows} of {source.name} in {files}: {output.display}")
-    written = {"output": output.display, "data": source.name}
-    return written | {"split": config.split, "rows": config.rows, "files": config.files}
+    made = config.model_dump(include={"split", "rows", "files"})
+    return {"output": output.display, "data": source.name, **made}
 
 
 def predict(config: PredictConfig) -> Result:
@@ -117,13 +121,17 @@ def predict(config: PredictConfig) -> Result:
     is unsure. No Ray is started.
     """
     from mnistsum_ray.api import predict as predict_picture
+    from mnistsum_ray.model.heads import HEADS, SUM
 
-    found = predict_picture(config.model, config.picture, config.number)
-    digit, total = percent(found.digit_prob), percent(found.sum_prob)
-    print(f"digit: {found.digit} ({digit}), digit + {found.number}: {found.sum} ({total})")
-    if found.unsure:
+    found = predict_picture(config.model, config.picture, config.number).line()
+    texts = []
+    for head in HEADS:
+        question = f"digit + {config.number}" if head is SUM else head.name
+        texts.append(f"{question}: {found[head.name]} ({percent(found[f'{head.name}_prob'])})")
+    print(", ".join(texts))
+    if found["unsure"]:
         print("unsure: the digit's probability is below 90 %")
-    return {"picture": config.picture} | vars(found)
+    return {"picture": config.picture} | found
 
 
 COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
@@ -150,9 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         Path.cwd()
         name = parser.parse_args(words[:1]).command
         job, kind, _ = COMMANDS[name]
-        flags = [word for word in words[1:] if word != "--json"]
         description = f"{inspect.getdoc(job)}\n{_HELP}"
-        config = parse(kind, flags, description, shell_command(name))
+        config = parse(kind, words[1:], description, shell_command(name))
     except FileNotFoundError:
         return _explain(RequestError("the working folder is gone; change to another"), None)
     except RequestError as error:
@@ -185,17 +192,22 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
         SystemExit: `--help` is printed: the description, then the flags of the command.
     """
     parser = Parser(command, description)
-    for name, field in kind.model_fields.items():
-        _add_flag(parser, name, field)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of these settings; flags win"
     )
+    parser.add_argument("--json", action="store_true", help="print the result on a terminal too")
+    group: Any = parser
+    for name, field in kind.model_fields.items():
+        if name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[name])
+        _add_flag(group, name, field)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = shortened(hide_keys(unknown[0]).partition("=")[0])
-        hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config"])
+        hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config", "--json"])
         raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
     flags = vars(given)
+    flags.pop("json", None)  # see `main`
     file = flags.pop("config", None)
     settings = _read_yaml(file) if file else {}
     try:
@@ -205,7 +217,7 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
         raise RequestError(_message(error, in_file, kind.model_fields)) from None
 
 
-def _add_flag(parser: Parser, name: str, field: FieldInfo) -> None:
+def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
     """Add the flag of a field. Its value stays text, which pydantic converts and checks."""
     text = " ".join((field.description or "").split())
     if field.is_required():
@@ -213,14 +225,18 @@ def _add_flag(parser: Parser, name: str, field: FieldInfo) -> None:
     elif field.default is not None:  # the text says what None means
         text += f" [{spelled(field.default)}]"
     kind = field.annotation
+    literals = [one for one in (kind, *get_args(kind)) if get_origin(one) is Literal]
+    choices = "|".join(word for literal in literals for word in get_args(literal))
     options: dict[str, Any] = {"help": text}
     if name == "picture":  # the one value that needs no flag
         options |= {"nargs": "?", "metavar": "PICTURE"}
     elif kind is bool or bool in get_args(kind):
-        options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+        options |= {"nargs": "?", "const": "true", "metavar": choices or "true|false"}
+    elif choices:
+        options["metavar"] = choices
     elif get_origin(kind) is tuple:  # several words, as a shell expands `*.parquet`
         options |= {"nargs": "+", "action": "extend"}  # the flag may be given again too
-    parser.add_argument(name if name == "picture" else _flag(name), **options)
+    group.add_argument(name if name == "picture" else _flag(name), **options)
 
 
 def _flag(field: str) -> str:

@@ -4,11 +4,18 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
+
+if TYPE_CHECKING:  # a program may give a Path, and a list of them; the field then has texts
+    Place: TypeAlias = str | Any
+    Places: TypeAlias = tuple[str, ...] | Any
+else:
+    Place, Places = str, tuple[str, ...]
 
 
 class JobConfig(BaseModel):
@@ -21,13 +28,21 @@ class JobConfig(BaseModel):
         hide_input_in_errors=True,  # messages would quote the values, and so keys
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Let `help(TrainConfig)` say what each field means."""
+        fields = [f"{name}: {field.description}" for name, field in cls.model_fields.items()]
+        cls.__doc__ = "\n\n".join([cls.__doc__ or "", *fields])
+
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_keys(cls, value: Any) -> Any:
-        texts = value if isinstance(value, list | tuple) else [value]
+    def _check_texts(cls, value: Any) -> Any:
+        """Make texts of paths, and refuse those that hold keys."""
+        values = value if isinstance(value, list | tuple) else [value]
+        texts = [str(one) if isinstance(one, Path) else one for one in values]
         if any(isinstance(text, str) and may_hold_keys(text) for text in texts):
             raise ValueError(KEYS_REFUSED)
-        return value
+        return texts[0] if values is not value else texts
 
 
 RecipeName = Literal["quick", "short", "long"]
@@ -73,7 +88,7 @@ def _recipe(field: str, text: str, **limits: Any) -> Any:
 class LabelledDataConfig(JobConfig):
     """Where images with their digits are from."""
 
-    data: str = "auto"
+    data: Place = "auto"
     """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist
     (never the sample), or a folder or URI of MNIST's files or Parquet"""
     image_column: str = Field(default="image", min_length=1)
@@ -87,8 +102,13 @@ class TrainConfig(LabelledDataConfig):
 
     skip_bad_rows: bool = False
     """train without the rows that cannot be used, and count them in manifest and report"""
-    init_from: str | None = None
+    max_rows: int | None = Field(default=None, ge=1)
+    """most training rows, for a first try with large data; other splits shrink alike [all]"""
+    init_from: Place | None = None
     """run or model folder (or URI) whose weights the training begins with [new weights]"""
+    dropout: float | None = _recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)
+    precision: Literal["bf16", "fp32"] | None = None
+    """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
     recipe: RecipeName = "short"
     """quick: the original's accuracy in less time; long: the highest, in more epochs"""
     epochs: int | None = _recipe("epochs", "passes over the training rows", ge=1, le=1000)
@@ -99,22 +119,19 @@ class TrainConfig(LabelledDataConfig):
     """decoupled weight decay"""
     distortion: float | None = _recipe("distortion", "strength of random distortions", ge=0, le=4)
     label_smoothing: float | None = _recipe("label_smoothing", "share of other labels", ge=0, lt=1)
-    dropout: float | None = _recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of initial weights, order, numbers, augmentation and dropout"""
     num_workers: int | tuple[int, int] | None = None
     """workers: N, or MIN,MAX if elastic [one per GPU with 256 rows a batch; without GPUs, one]"""
     use_gpu: bool | None = None
     """train on GPUs [true if the cluster has GPUs]"""
-    precision: Literal["bf16", "fp32"] | None = None
-    """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPUs and threads of a worker, which decide the last bits [all CPUs of a node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
     """failures to recover from in the whole run; nodes that announce their end do not count"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
-    storage_path: str = "runs"
+    storage_path: Place = "runs"
     """folder or URI (s3://...) that holds the runs; all nodes must reach it"""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """name of the run and of its folder [a new unique name]"""
@@ -157,20 +174,28 @@ class Hyperparameters:
 class ScoreConfig(JobConfig):
     """Config of a scoring run. Unset fields follow from the cluster."""
 
-    model: str
-    """folder or URI of a training run, or of its model folder"""
-    input: tuple[str, ...] = Field(min_length=1)
+    input: Places = Field(min_length=1)
     """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
-    output: str
-    """folder or URI for the predictions; the same command continues after a kill"""
     number_column: str = Field(default="number", min_length=1)
     """column of the numbers, integers from 0"""
     label_column: str | None = Field(default=None, min_length=1)
     """column of the true digits, to measure accuracy; any other value counts as unknown [none]"""
     image_column: str = Field(default="image", min_length=1, validate_default=True)
     """column of the images"""
+    max_rows: int | None = Field(default=None, ge=1)
+    """stop after the output files that hold the first so many rows, for a first try [all]"""
+    model: Place
+    """folder or URI of a training run, or of its model folder"""
+    precision: Literal["bf16", "fp32"] | None = None
+    """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
+    # conv2 computes 50,176 values a row: GPU kernels with indices of 32 bits take at most 42,799
+    # rows, and this is well below.
+    batch_size: int | None = Field(default=None, ge=1, le=16_384)
+    """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
     probabilities: bool = False
     """add the probabilities of all digits and sums: lists digit_probs and sum_probs"""
+    output: Place
+    """folder or URI for the predictions; the same command continues after a kill"""
     strict: bool = False
     """write no manifest, and exit with 1, if any file or row cannot be scored"""
     overwrite: bool = False
@@ -182,12 +207,6 @@ class ScoreConfig(JobConfig):
     # Of 784 bytes each, Arrow's limit is 2.7 million.
     max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
     """most rows of an output file, and what a kill costs [a quarter of the input, 8192 to 32768]"""
-    precision: Literal["bf16", "fp32"] | None = None
-    """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
-    # conv2 computes 50,176 values a row: GPU kernels with indices of 32 bits take at most 42,799
-    # rows, and this is well below.
-    batch_size: int | None = Field(default=None, ge=1, le=16_384)
-    """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
     num_workers: int | None = Field(default=None, ge=1)
     """scoring workers [four per GPU; without GPUs, one per CPU]"""
     use_gpu: bool | None = None
@@ -198,7 +217,7 @@ class ScoreConfig(JobConfig):
     @field_validator("input", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return (value,) if isinstance(value, str | Path) else value
 
     @field_validator("image_column")
     @classmethod
@@ -212,8 +231,8 @@ class ExportPairsConfig(LabelledDataConfig):
     """Config of an export of pairs."""
 
     split: Literal["train", "validation", "test"] = "test"
-    """split whose rows are exported, in their order: train, validation or test"""
-    output: str
+    """split whose rows are exported, in their order"""
+    output: Place
     """folder or URI for the files; it must be empty or not exist"""
     rows: int = Field(default=10_000, ge=1)
     """total rows; beyond the end of the split it repeats with other numbers"""
@@ -226,9 +245,9 @@ class ExportPairsConfig(LabelledDataConfig):
 class PredictConfig(JobConfig):
     """Config of a prediction for one picture."""
 
-    picture: str
+    picture: Place
     """file or URI of a picture of one digit, of any size, darker or lighter than its background"""
     number: int
     """number that is added to the digit, from 0"""
-    model: str
+    model: Place
     """folder or URI of a training run, or of its model folder"""

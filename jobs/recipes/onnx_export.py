@@ -11,8 +11,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray import load_model
-from mnistsum_ray.model.network import prepare_images
+from mnistsum_ray import load_model, prepare_images
 
 
 class FromPixels(nn.Module):

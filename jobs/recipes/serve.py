@@ -10,8 +10,7 @@ from typing import Annotated, Any
 from fastapi import Body, FastAPI, HTTPException, Query
 from ray import serve
 
-from mnistsum_ray import RequestError, load_model, predict
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray import RequestError, TwoHeadCNN, load_model, predict
 
 app = FastAPI()
 

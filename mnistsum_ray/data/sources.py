@@ -81,6 +81,21 @@ class Source:
     """Message for the console about the choice of source."""
     skipped: list[str] = field(default_factory=list)
     """As of `Inputs`."""
+    max_rows: int | None = None
+    """Most training rows; None: all."""
+
+    def limited(self, max_rows: int | None) -> "Source":
+        """The same with so many training rows at most, and no more files than these need."""
+        if max_rows is None:
+            return self
+        files: dict[str, list[LabelledFile]] = {}
+        for split, of_split in self.files.items():
+            rows = 0
+            for file in of_split:
+                if rows < 1.25 * max_rows:  # a fifth may be held out
+                    files.setdefault(split, []).append(file)
+                rows += file.rows
+        return replace(self, files=files, max_rows=max_rows)
 
     def rows_of(self, split: str) -> int:
         """Rows in memory, or in files, that are named for this split."""
@@ -97,7 +112,8 @@ class Source:
     def train_rows(self) -> int:
         """Training rows that are left when the other splits have theirs."""
         rows = self.rows_of("train")
-        return rows - len(self.held_out) * held_out_rows(rows)
+        rows -= len(self.held_out) * held_out_rows(rows)
+        return min(rows, self.max_rows or rows)
 
 
 def held_out_rows(train_rows: int) -> int:

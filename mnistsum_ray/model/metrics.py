@@ -237,6 +237,8 @@ def finish_model(
     weights, last = copy_weights(model), history[-1]
     metrics = {split: last[split] for split in ("validation", "test")}
     description = describe_model(weights, epoch=last["epoch"], metrics=metrics)
+    of_heads = analysis["probabilities"].items()
+    description["calibration_error"] = {name: head["ece"] for name, head in of_heads}
     description["trained_sha256"] = trained_sha256
     description["temperatures_in_weights"] = temperatures
     used = hardware(next(trained.parameters()).device)

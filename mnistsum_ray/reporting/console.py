@@ -1,13 +1,18 @@
-"""Console output of a running job, on standard error: lines, and below them a progress bar."""
+"""Console output of a running job, on standard error: lines, and below them a progress bar.
+
+The lines go through the logger "mnistsum_ray", so that a program may redirect them, by other
+handlers, or silence them and the bar: `logging.getLogger("mnistsum_ray").setLevel("WARNING")`.
+"""
 
 import builtins
 import io
+import logging
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Final, Self, TextIO
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Final, TextIO
 
 from tqdm.auto import tqdm
 
@@ -23,6 +28,26 @@ SILENCE_SECONDS: Final = 60.0
 """Time without a line or progress after which a line says so."""
 
 _LINE: Final = "{desc}: {n:,} of {total:,}{postfix}, {rate_fmt}, {remaining} left"
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes a line above any progress bar, with the time of day and the run where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        run, stream = getattr(record, "run", ""), getattr(record, "stream", sys.stderr)
+        if run:
+            text = f"{time.strftime('%H:%M:%S')} {run}  {text}"
+        with suppress(OSError):  # its reader has closed it; the job goes on
+            tqdm.write(text, file=stream)
+            stream.flush()
+
+
+LOG: Final = logging.getLogger("mnistsum_ray")
+LOG.setLevel(LOG.level or logging.INFO)
+if not LOG.handlers:  # of a program
+    LOG.addHandler(_AboveTheBar())
+    LOG.propagate = False  # else a program that has set up logging gets each line twice
 
 
 class Progress:
@@ -45,7 +70,7 @@ class Progress:
             self._show(what=self._what, done=self._done, total=self._total)
 
 
-class Console:
+class Console(AbstractContextManager["Console"]):
     """Writes lines, and below them on a terminal or in a notebook one progress bar.
 
     A context, at whose end the bar goes away. Standard output is reserved for the result.
@@ -55,13 +80,11 @@ class Console:
         self.run = ""
         """Once it is set, each line begins with the time of day and this name."""
         self._stream = stream or sys.stderr
-        self._has_bars = self._stream.isatty() or hasattr(builtins, "__IPYTHON__")
+        is_shown = self._stream.isatty() or hasattr(builtins, "__IPYTHON__")
+        self._has_bars = is_shown and LOG.isEnabledFor(logging.INFO)
         self._bar: Any = None
         self._last_line = self._last_sign = time.monotonic()
         """Of the last line, and of the last line or progress."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._close_bar()
@@ -98,11 +121,8 @@ class Console:
             self.say(line)
 
     def _write(self, text: str) -> None:
-        if self.run:
-            text = f"{time.strftime('%H:%M:%S')} {self.run}  {text}"
-        with suppress(OSError):  # its reader has closed it; the job goes on
-            tqdm.write(printable(hide_keys(text)), file=self._stream)
-            self._stream.flush()
+        extra = {"run": self.run, "stream": self._stream}
+        LOG.info("%s", printable(hide_keys(text)), extra=extra)
         self._last_line = time.monotonic()
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
@@ -121,6 +141,8 @@ class Console:
                 self._bar = tqdm(leave=False, dynamic_ncols=True, disable=False, **options)
         else:
             bar.n = done
+            # Else tqdm says `2.00s/` of what takes two seconds each.
+            bar.unit = "item" if done - bar.initial < time.time() - bar.start_t else ""
             with suppress(OSError):
                 bar.set_postfix_str(note, refresh=self._has_bars)
             is_due = time.monotonic() - self._last_line >= LINE_SECONDS

@@ -4,7 +4,7 @@ Blue is the digit, orange the sum: they differ with any kind of colour blindness
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.model.optimizer import one_cycle
 
 _STYLE: Final[dict[Any, Any]] = {
     "axes.grid": True,
@@ -26,10 +27,15 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 
 
-def draw_history(history: list[dict[str, Any]]) -> Figure:
-    """Loss and error (100 % less the accuracy) of each head by epoch."""
+def draw_history(history: list[dict[str, Any]], learning_rate: float) -> Figure:
+    """Loss, learning rate, whose peak is given, and error (100 % less the accuracy) by epoch."""
     figure = Figure(figsize=(9, 4))
     losses, errors = figure.subplots(1, 2)
+    rates = losses.twinx()
+    of_hundredths = [one_cycle(step, 101, learning_rate) for step in range(101)]
+    rates.plot(np.linspace(0, len(history), 101), of_hundredths, "--", color="C4")
+    rates.set_ylabel("learning rate (dashed)", color="C4")
+    rates.grid(visible=False)
     epochs = [entry["epoch"] for entry in history]
     times, step_losses = [], []
     for entry in history:
@@ -74,12 +80,12 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
     return figure
 
 
-def draw_mistakes(mistakes: list[dict[str, Any]], images: Pixels) -> Figure:
-    """Each mistake of the manifest's error analysis with its image, uint8[n, 28, 28]."""
+def draw_mistakes(mistakes: list[dict[str, Any]], images: Iterable[Pixels]) -> Figure:
+    """Each mistake as the manifest has it with its image, uint8[28, 28]."""
     across = 6
     down = max(1, -(-len(mistakes) // across))
     figure = Figure(figsize=(9, 0.6 + 2.1 * down))
-    figure.suptitle(f"the {len(mistakes)} most confident mistakes on test images")
+    figure.suptitle(f"the {len(mistakes)} most confident mistakes")
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes in panels:
         axes.axis("off")
@@ -109,9 +115,12 @@ def draw_reliability(heads: dict[str, Any]) -> Figure:
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect calibration")
         means = (probability[used] / rows[used], right[used] / rows[used])
         axes.plot(*means, "o", color=f"C{index}", label="accuracy")
+        for count, *place in zip(rows[used], *means, strict=True):
+            options = {"textcoords": "offset points", "xytext": (-4, 4), "ha": "right"}
+            axes.annotate(f"{count:,.0f}", place, fontsize=7, **options)
         axes.set_title(f"{name}: expected calibration error {head['ece']:.4f}")
         axes.set(xlabel="predicted probability", ylabel="accuracy")
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")
     return figure
 
 

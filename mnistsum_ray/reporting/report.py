@@ -5,6 +5,7 @@ lines of history.jsonl, and `pictures` are PNG files by their names.
 """
 
 import platform
+import shlex
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +27,7 @@ PICTURES: Final = {
     "history.png": "Loss and error by epoch",
     "confusion.png": "Digits: confusion matrix",
     "mistakes.png": "The most confident mistakes",
-    "reliability.png": "Reliability: accuracy by predicted probability",
+    "reliability.png": "Reliability: accuracy by predicted probability, with numbers of answers",
 }
 """Titles of the pictures by their file names."""
 
@@ -49,19 +50,26 @@ def report_page(
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
     figures.append((f"{speed:,.0f}", "training images per second"))
     figures.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
-    run = manifest["metrics"]["run"]
-    lines = [
-        data["notice"],
-        f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number.",
-        f"To score: mnistsum score --model {run} --input PAIRS --output SCORED",
-    ]
+    tested = f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number."
+    run = shlex.quote(manifest["metrics"]["run"])
+    command = f"mnistsum score --model {run} --input PAIRS --output SCORED"
     weights = {key: description[key] for key in ("parameters", "sha256")}
-    tables = [_reasons("Rows left out", data["bad_rows"]), _settings(manifest, weights)]
-    title = f"{manifest['config']['name']}: {accuracies(test)}"
-    return _render(title, lines, figures, pictures, tables)
+    tables = [
+        _digits(manifest["error_analysis"]["confusion"]),
+        _reasons("Rows left out", data["bad_rows"]),
+        _settings(manifest, weights),
+    ]
+    return _render(
+        pictures,
+        title=f"{manifest['config']['name']}: {accuracies(test)}",
+        lines=[data["notice"], tested],
+        figures=figures,
+        tables=tables,
+        command=command,
+    )
 
 
-def scored_page(manifest: dict[str, Any]) -> str:
+def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """Render the HTML page of a scored output: counts, what cannot be used, configuration."""
     totals, counts = manifest["totals"], manifest["counts"]
     figures = [
@@ -77,7 +85,8 @@ def scored_page(manifest: dict[str, Any]) -> str:
     failures = list(manifest["failures"].items())
     if len(failures) < totals["failed_files"]:
         failures.append((f"all {totals['failed_files']:,}", "are in files.parquet"))
-    digits, confusion = enumerate(counts.get("predicted_digits", [])), counts.get("confusion", [])
+    digits = enumerate(counts.get("predicted_digits", []))
+    places = [(m["file"], f"{m['row']:,}", m["digit"], m["number"]) for m in manifest["mistakes"]]
     tenths = []
     for tenth in range(10 if "predicted_digits" in counts else 0):
         of_heads = [f"{counts[f'{head.name}_probabilities'][tenth]:,}" for head in HEADS]
@@ -87,16 +96,27 @@ def scored_page(manifest: dict[str, Any]) -> str:
         _reasons("Rejected rows", manifest["bad_rows"]),
         ("Predicted digits", ("digit", "rows"), [(digit, f"{rows:,}") for digit, rows in digits]),
         ("Probabilities", ("probability", *(f"{head.name}, rows" for head in HEADS)), tenths),
-        (
-            "Digits: true (down) and predicted (across)",
-            ("", *range(len(confusion))),
-            [(true, *predicted) for true, predicted in enumerate(confusion)],
-        ),
+        (PICTURES["mistakes.png"], ("file", "row", "true digit", "number"), places),
+        _digits(counts.get("confusion", [])),
         _settings(manifest, manifest["model"]),
     ]
-    title = f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored"
-    where = f"{totals['output']}, from {totals['files']:,} files"
-    return _render(title, [where, manifest["notice"]], figures, {}, tables)
+    return _render(
+        pictures,
+        title=f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored",
+        lines=[f"{totals['output']}, from {totals['files']:,} files", manifest["notice"]],
+        figures=figures,
+        tables=tables,
+    )
+
+
+def _digits(confusion: list[list[int]]) -> Table:
+    """Rows by true digit (down) and predicted digit (across), and how many of them are correct."""
+    rows = []
+    for digit, predicted in enumerate(confusion):
+        correct = percent(predicted[digit] / sum(predicted)) if any(predicted) else ""
+        rows.append((digit, *predicted, correct))
+    columns = ("", *range(len(confusion)), "correct")
+    return "Digits: true (down) and predicted (across)", columns, rows
 
 
 def _reasons(title: str, counts: dict[str, Any]) -> Table:
@@ -110,39 +130,38 @@ def _reasons(title: str, counts: dict[str, Any]) -> Table:
 
 
 def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
-    settings = dict(manifest["config"])
+    keys = ("started", "finished", "workers", "precision", "data", "hardware", "versions")
     # The manifest knows what the config has left open, as its precision.
-    for key in ("started", "finished", "workers", "precision", "data", "hardware", "versions"):
-        settings[key] = manifest.get(key, settings.get(key))
-    settings["weights"] = model
+    settings = manifest["config"] | {key: manifest[key] for key in keys if key in manifest}
     rows = []
-    for key, value in settings.items():
+    for key, value in (settings | {"weights": model}).items():
         if isinstance(value, dict):
-            entries = {name: entry for name, entry in value.items() if entry is not None}
-            entries.pop("bad_rows", None)  # which have a table of their own
-            rows.append((key, ", ".join(f"{name} {entry}" for name, entry in entries.items())))
-        elif value is not None:
+            entries = {**value, "bad_rows": None}  # which have a table of their own
+            known = [f"{name} {entry}" for name, entry in entries.items() if entry is not None]
+            value = ", ".join(known)
+        if value is not None:
             rows.append((key.replace("_", "-"), value))
     return "Configuration", (), rows
 
 
-def _render(
-    title: str,
-    lines: list[str | None],
-    figures: list[tuple[str, str]],
-    pictures: dict[str, bytes],
-    tables: list[Table],
-) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mnistsum_ray.reporting", "."), autoescape=True
-    )
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        lines=[line for line in lines if line],
-        figures=figures,
-        pictures=[(PICTURES[name], b64encode(png).decode()) for name, png in pictures.items()],
-        tables=tables,
-    )
+def _render(pictures: dict[str, bytes], **values: Any) -> str:
+    loader = jinja2.PackageLoader("mnistsum_ray.reporting", ".")
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
+    shown = [(PICTURES[name], b64encode(png).decode()) for name, png in pictures.items()]
+    return template.render(pictures=shown, **values)
+
+
+def draw(numbers_of: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:
+    """Draw pictures of these names; what cannot be drawn never costs the run."""
+    pictures = {}
+    for name, numbers in numbers_of.items():
+        try:
+            from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
+
+            pictures[name] = plots.png(name, *numbers)
+        except Exception as error:  # such as of a font that a user's settings name
+            say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
+    return pictures
 
 
 def write_report(
@@ -153,22 +172,15 @@ def write_report(
     mistake_images: Pixels,
     say: Callable[[str], None],
 ) -> None:
-    """Write the pictures and report.html of a run; what cannot be drawn never costs the run."""
+    """Write the pictures and report.html of a run."""
     analysis = manifest["error_analysis"]
     numbers_of: dict[str, tuple[Any, ...]] = {
-        "history.png": (history,),
+        "history.png": (history, manifest["config"]["learning_rate"]),
         "confusion.png": (analysis["confusion"],),
         "mistakes.png": (analysis["mistakes"], mistake_images),
         "reliability.png": (analysis["probabilities"],),
     }
-    pictures = {}
-    for name, numbers in numbers_of.items():
-        try:
-            from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
-
-            pictures[name] = plots.png(name, *numbers)
-        except Exception as error:  # such as of a font that a user's settings name
-            say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
+    pictures = draw(numbers_of, say)
     for name, picture in pictures.items():
         (folder / name).write(picture)
     (folder / REPORT).write(report_page(manifest, description, pictures).encode())

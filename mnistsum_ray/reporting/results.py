@@ -38,6 +38,22 @@ class HeldOutMetrics(Result):
     sum_accuracy: float
 
 
+class PicturePrediction(Result):
+    """The answers for one picture and a number; of another head of the network too."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    number: int
+    digit: int
+    digit_prob: float
+    sum: int
+    sum_prob: float
+    consistent: bool
+    """Whether sum = digit + number."""
+    unsure: bool
+    """Whether the digit's probability is below 0.9."""
+
+
 class TrainResult(Result):
     """Result of a finished training: folders or URIs, counts and metrics."""
 

@@ -26,6 +26,7 @@ from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
 from mnistsum_ray.errors import ConflictError, UnusableFileError, one_line
 from mnistsum_ray.model.heads import HEADS, SUM
 from mnistsum_ray.model.inference import Predictions, Predictor, append_predictions
+from mnistsum_ray.model.metrics import MAX_MISTAKES
 from mnistsum_ray.scoring.parts import PART_KEY, PREDICTIONS, Part
 from mnistsum_ray.scoring.request import ScoreRequest
 from mnistsum_ray.storage.store import Entry
@@ -142,12 +143,14 @@ def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Predictio
     rejected = ReasonCounts()
     examples = [(part.input, part.first_row + row, why) for row, why in decoded.reasons.items()]
     rejected.add(Counter(decoded.reasons.values()), examples)
-    footer = {
+    footer: dict[str, Any] = {
         "run": request.run_id,
         "part": part._asdict(),
         "counts": count_rows(decoded, predictions, request.config.label_column),
         **vars(rejected),
     }
+    if request.config.label_column:
+        footer["mistakes"] = surest_mistakes(decoded, predictions, request.config.label_column)
     # Without the input's own metadata: they may name the input's columns, and Spark sees no others.
     table = table.replace_schema_metadata({PART_KEY: json.dumps(footer)})
     with suppress(ConflictError):  # a process that died, or a second run, has put it
@@ -185,3 +188,25 @@ def count_rows(
         pairs = DIGITS * labels + predictions["pred_digit"][is_scored]
         counts["confusion"] = np.bincount(pairs, minlength=DIGITS**2).reshape(DIGITS, -1).tolist()
     return counts
+
+
+def surest_mistakes(
+    decoded: DecodedPart, predictions: Predictions, label_column: str
+) -> list[dict[str, Any]]:
+    """Of the rows whose digit is known those with the surest wrong answers, the surest first."""
+    labels, unknown = decode_numbers(one_chunk(decoded.table[label_column]), DIGITS)
+    confidence = np.zeros(len(labels))
+    for head in HEADS:
+        is_wrong = predictions[f"pred_{head.name}"] != head.target(labels, decoded.numbers)
+        confidence = np.maximum(confidence, predictions[f"{head.name}_prob"] * is_wrong)
+    confidence[[*unknown, *decoded.reasons]] = 0
+    mistakes = []
+    for row in np.argsort(-confidence, kind="stable")[:MAX_MISTAKES].tolist():
+        if confidence[row]:
+            mistake = {"row": decoded.part.first_row + row, "confidence": confidence[row]}
+            mistake |= {"digit": int(labels[row]), "number": int(decoded.numbers[row])}
+            for head in HEADS:
+                for name in (f"pred_{head.name}", f"{head.name}_prob"):
+                    mistake[name] = predictions[name][row].item()
+            mistakes.append(mistake)
+    return mistakes

@@ -44,6 +44,7 @@ from mnistsum_ray.scoring.parts import (
     PREDICTIONS,
     Part,
     PartsThere,
+    first_parts,
     make_tasks,
     read_parts,
     split_into_parts,
@@ -164,7 +165,8 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
 
     before = there = read_parts(request, planned, console)
     folder.check_may_go_on(request, before)
-    todo = [part for name, part in planned.items() if name not in before.done]
+    asked = first_parts(planned, request.config.max_rows)
+    todo = [part for name, part in asked.items() if name not in before.done]
     scoring_seconds = 0.0
     if todo or before.stale:
         (request.output / MANIFEST).delete()
@@ -180,7 +182,7 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
                 }
                 predictions.delete_files(useless)
         there = _read_again(request, planned, console)
-    folder.check_complete(request, planned, before, there)
+    folder.check_complete(request, asked.keys() & planned.keys(), before, there)
 
     resumed_rows = sum(part.rows for name, part in planned.items() if name in before.done)
     new_rows = there.counts.get("rows", 0) - resumed_rows

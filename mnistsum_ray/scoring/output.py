@@ -7,7 +7,7 @@ OUTPUT/manifest.json                 written last: while it exists, the output i
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.parquet import to_parquet
+from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
+from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
 from mnistsum_ray.errors import (
     ConflictError,
     MissingFileError,
@@ -29,13 +30,12 @@ from mnistsum_ray.errors import (
 )
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, accuracies
-from mnistsum_ray.reporting.report import REPORT, scored_page, versions
+from mnistsum_ray.reporting.report import REPORT, draw, scored_page, versions
 from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
 from mnistsum_ray.scoring.parts import (
     NOT_OURS,
     PREDICTIONS,
     START_OVER,
-    Part,
     PartsThere,
     list_files,
     read_footers,
@@ -119,7 +119,7 @@ def check_may_go_on(request: ScoreRequest, there: PartsThere) -> None:
 
 
 def check_complete(
-    request: ScoreRequest, planned: Mapping[str, Part], before: PartsThere, there: PartsThere
+    request: ScoreRequest, asked: Set[str], before: PartsThere, there: PartsThere
 ) -> None:
     """Check at the end that the folder is of this run still, and holds its parts and no others.
 
@@ -127,7 +127,7 @@ def check_complete(
 
     TryAgainError: it is not so; another run may be at work there.
     """
-    missing = sorted(planned.keys() - there.done)
+    missing = sorted(asked - there.done)
     strange = [*there.stale, *(there.gone.keys() - before.gone.keys())]
     if read_run(request.output).get("id") != request.run_id:
         problem = f"{RUN_FILE} is of another run now"
@@ -159,28 +159,37 @@ def publish(
     output, bad = request.output, there.bad
     counts = {name: np.array(count).tolist() for name, count in there.counts.items()}
     files = _rows_of_files(request, failures, there)
-    notice = ""
+    notices = []
     scored_rows = counts.get("rows", 0) - counts.get("rejected_rows", 0)
     if counts.get("light_rows", 0) > scored_rows / 2:
         light = percent(counts["light_rows"] / scored_rows)
-        notice = f"{light} of the images are light at their edges; "
-        notice += "the model was trained on white on black"
+        trained = "the model was trained on white on black"
+        notices.append(f"{light} of the images are light at their edges; {trained}")
     totals = _totals(files, counts) | {"output": output.display} | figures
+    left = sum(file.rows or 0 for file in request.files) - totals["input_rows"]
+    if left:
+        rest = f"{counted(left, 'row')} of the input are left, and no {MANIFEST} is written"
+        notices.append(f"--max-rows: {rest}; without it the same command goes on")
     manifest = {
         "format": RUN_FORMAT,
         "status": "finished",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "totals": totals,
         "counts": counts,
-        "notice": notice,
+        "notice": "; ".join(notices),
         "bad_rows": vars(bad),
+        "mistakes": there.mistakes,
         "failures": dict(islice(failures.items(), 100)),  # files.parquet has all
         "config": request.config.model_dump(mode="json"),
         "model": {key: request.description[key] for key in ("sha256", "epoch", "parameters")},
         "versions": versions(),
     }
     (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
-    (output / REPORT).write(scored_page(manifest).encode())
+    numbers_of: dict[str, tuple[Any, ...]] = {}
+    if there.mistakes:
+        numbers_of["mistakes.png"] = (there.mistakes, _read_images(request, there.mistakes))
+    pictures = draw(numbers_of, console.say)
+    (output / REPORT).write(scored_page(manifest, pictures).encode())
     of = f"{counted(totals['input_rows'], 'row')} in {counted(totals['files'], 'file')}"
     console.say(f"scored {totals['scored_rows']:,} of {of}, each exactly once")
     if bad.total:
@@ -188,7 +197,7 @@ def publish(
     if counts.get("labelled_rows"):
         labelled = counted(counts["labelled_rows"], "labelled row")
         console.say(f"right: {accuracies(totals)} ({labelled})")
-    if notice:
+    for notice in notices:
         console.say(notice)
     console.say(f"predictions: {output.display}/{PREDICTIONS}; report: {output.display}/{REPORT}")
     if bad.total or failures:
@@ -199,8 +208,22 @@ def publish(
             (output / MANIFEST).delete()  # one of a run without --strict
             failed = "--strict" if totals["scored_rows"] else "nothing was scored"
             raise RunError(f"{failed}: {why}; no {MANIFEST} is written")
-    (output / MANIFEST).write(manifest)
+    if left:
+        (output / MANIFEST).delete()  # one of fewer input files
+    else:
+        (output / MANIFEST).write(manifest)
     return ScoreResult(**totals)
+
+
+def _read_images(request: ScoreRequest, mistakes: Sequence[Mapping[str, Any]]) -> Iterator[Pixels]:
+    """The images of these rows, read from the input again."""
+    entries = {file.name: file.entry for file in request.files}
+    for mistake in mistakes:
+        name, row = mistake["file"], mistake["row"]
+        with open_parquet(request.root / name, entries[name]) as parquet:
+            (table,) = read_rows(parquet, [range(row, row + 1)])
+        images, _ = decode_images(one_chunk(table[request.config.image_column]))
+        yield images[0]
 
 
 def _rows_of_files(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
+from operator import itemgetter
 from pathlib import PurePosixPath
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 from mnistsum_ray.data.images import ReasonCounts
 from mnistsum_ray.data.parquet import read_footer
 from mnistsum_ray.errors import RequestError, UnusableFileError
+from mnistsum_ray.model.metrics import MAX_MISTAKES
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.request import InputFile, ScoreRequest
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
@@ -85,6 +87,17 @@ def _parts_of(file: InputFile, max_rows_per_file: int | None) -> Iterator[Part]:
         yield Part(output, file.name, file.entry.size, file.entry.e_tag, start, end - start)
 
 
+def first_parts(planned: Mapping[str, Part], max_rows: int | None) -> Mapping[str, Part]:
+    """The first parts, up to the one that brings them to so many rows; None: all."""
+    rows = 0
+    names = []
+    for name, part in planned.items():
+        if max_rows is None or rows < max_rows:
+            names.append(name)
+        rows += part.rows
+    return {name: planned[name] for name in names}
+
+
 def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[Part]]:
     """Group consecutive parts: each worker gets several tasks of about `max_rows` or fewer."""
     total = sum(part.rows + _FILE_ROWS for part in parts)
@@ -113,6 +126,8 @@ class PartsThere:
     counts: defaultdict[str, Any] = field(default_factory=lambda: defaultdict(int))
     bad: ReasonCounts = field(default_factory=ReasonCounts)
     """Of their rows: sums of `count_rows`, which are numbers and arrays, and rejected ones."""
+    mistakes: list[dict[str, Any]] = field(default_factory=list)
+    """The surest of them: `file`, `row` and what `surest_mistakes` says."""
     stale: dict[str, str] = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
     """Other parts and their input files, which have changed since, or are not there now."""
@@ -139,6 +154,10 @@ def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Cons
                 there.counts[what] += np.array(count)
             examples = [tuple(example) for example in footer["examples"]]
             there.bad.add(footer["reasons"], examples)
+            mistakes = [{"file": part.input, **mistake} for mistake in footer.get("mistakes", [])]
+            mistakes += there.mistakes
+            mistakes.sort(key=itemgetter("confidence"), reverse=True)
+            there.mistakes = mistakes[:MAX_MISTAKES]
         elif part.input in inputs:
             there.stale[name] = part.input
             continue

@@ -107,12 +107,15 @@ def _train(config: LoopConfig) -> FinishedModel | None:
     state, tensors = latest_state(config.start.checkpoint)
     state.precision = state.precision or parameters.precision or _best_precision(device)
     trainer = Trainer(parameters, config.totals["train"], device, state.precision, events)
+    begins = "beginning"
     if tensors is not None:
         restore(tensors, trainer.model, trainer.optimizer)
-        workers = counted(trainer.world_size, "worker")
-        events.note(f"going on after epoch {state.epochs_done}, on {workers}")
+        begins = f"going on after epoch {state.epochs_done}"
     elif config.start.weights is not None:
         trainer.model.load_state_dict(config.start.weights)
+    workers = counted(trainer.world_size, "worker")
+    threads = counted(torch.get_num_threads(), "thread")
+    events.note(f"{begins}, on {workers} of {threads}, in {state.precision}")
     held_out = {
         split: HeldOutRows(split, config.totals[split], device, events)
         for split in ("validation", "test")

@@ -11,7 +11,8 @@ may hold all CPUs. PyTorch is not imported here, since the processes that read w
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -231,6 +232,12 @@ class _Selection:
         chosen = rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
         return chosen.select(kept)
 
+    def part(self, share: float, facts: dict[str, pa.Table]) -> "_Selection":
+        """This share of the rows: those with the smallest keys, so of all digits."""
+        keys = np.sort(split_keys(self(facts[self.split_of_files])["row_id"].to_numpy()))
+        last = int(keys[ceil(share * len(keys)) - 1]) if len(keys) else 0
+        return replace(self, last_key=last)
+
 
 def _choose(source: Source, facts: dict[str, pa.Table]) -> dict[str, _Selection]:
     """Which rows each split has: those of its own files, or some that are held out of `train`."""
@@ -246,7 +253,11 @@ def _choose(source: Source, facts: dict[str, pa.Table]) -> dict[str, _Selection]
         chosen[split] = _Selection("train", first, after - 1)
         first = after
     chosen["train"] = _Selection("train", first)
-    return chosen
+    train_rows = len(keys) - len(source.held_out) * count
+    if source.max_rows is None or source.max_rows >= train_rows:
+        return chosen
+    share = source.max_rows / train_rows
+    return {split: which.part(share, facts) for split, which in chosen.items()}
 
 
 def _dataset(decoded: Decoded, chosen: _Selection, rows_of_block: int) -> Dataset:

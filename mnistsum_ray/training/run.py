@@ -42,6 +42,7 @@ _HYPERPARAMETERS: Final = [parameter.name for parameter in fields(Hyperparameter
 _FIXED_BY_RUN: Final = (
     "recipe",
     "skip_bad_rows",
+    "max_rows",
     "init_from",
     "image_column",
     "label_column",
@@ -93,7 +94,7 @@ def check_request(config: TrainConfig, progress: CountFooters | None = None) -> 
             config = _resumed(config, begun_with)
         else:
             _check_free(folder, name, begun)
-    source = open_source(config, progress)
+    source = open_source(config, progress).limited(config.max_rows)
     recipe = recipe_defaults(config.recipe, small=source.train_rows < SMALL_ROWS)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # Absolute paths, so that --resume from another folder finds the same data.

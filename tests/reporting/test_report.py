@@ -23,9 +23,9 @@ MISTAKE |= {"pred_digit": 5, "digit_prob": 0.9, "pred_sum": 9, "sum_prob": 0.8}
 IMAGES = np.zeros((8, 28, 28), np.uint8)
 BINS = {"rows": [0] * 14 + [9_000], "probability": [0.0] * 14 + [8_900.0], "right": [0] * 14 + [1]}
 MANIFEST: dict[str, Any] = {
-    "config": {"name": "a <b> & c"},
+    "config": {"name": "a <b> & c", "learning_rate": 0.02},
     "data": {"notice": "NOT the full MNIST", "bad_rows": {"reasons": {}, "examples": []}},
-    "metrics": {"run": "/runs/mine", "images_per_second": 1234.5},
+    "metrics": {"run": "/runs/my run", "images_per_second": 1234.5},
     "training_seconds": 4321.0,
     "error_analysis": {
         "confusion": (np.eye(10, dtype=int) * 50).tolist(),
@@ -47,11 +47,15 @@ def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(
     assert page.count("data:image/png;base64,") == len([*tmp_path.glob("*.png")]) == 3
     assert "a &lt;b&gt; &amp; c" in page
     assert "NOT the full MNIST" in page
+    assert (
+        "mnistsum score --model &#39;/runs/my run&#39; --input PAIRS --output SCORED</pre>" in page
+    )
+    assert "<tr><td>0</td><td>50</td>" + "<td>0</td>" * 9 + "<td>100.00 %</td></tr>" in page
     assert not re.search(r'(src|href)="(?!data:|#)|url\(|@import', page)
 
 
 EXTREMES: dict[str, tuple[Any, ...]] = {
-    "history.png": ([EPOCH | {"test": NO_ERROR, "validation": NO_ERROR}],),
+    "history.png": ([EPOCH | {"test": NO_ERROR, "validation": NO_ERROR}], 0.02),
     "mistakes.png": ([], IMAGES[:0]),
 }
 

@@ -84,6 +84,11 @@ def test_counts_of_a_fresh_run_and_of_a_resumed_one_are_those_of_its_rows(exampl
     labelled = good[good["label"].between(0, 9)]
     right_sums = labelled["label"] + labelled["number"] == labelled["pred_sum"]
     assert fresh["bad_rows"]["reasons"] == rows["reason"].value_counts().to_dict()
+    wrong = labelled[(labelled["label"] != labelled["pred_digit"]) | ~right_sums]
+    mistakes = fresh["mistakes"]
+    assert sorted(one["digit"] for one in mistakes) == sorted(wrong["label"])
+    assert all(one["row"] == one["digit"] for one in mistakes if one["file"] == "a.parquet")
+    assert 'src="data:image/png' in (example.output / "report.html").read_text()
     counts, digits = fresh["counts"], good["pred_digit"].astype(int)
     assert counts["rows"] == len(rows)
     assert counts["consistent_rows"] == (good["pred_sum"] == digits + good["number"]).sum()
@@ -109,7 +114,7 @@ def test_the_report_has_the_failed_files_the_digits_and_the_confusion(example: E
     for row in (
         ("broken.parquet", BROKEN),
         *enumerate(digits),
-        (3, *true_threes),
+        (3, *true_threes, ""),
         ("0.1 to 0.2", counts["digit_probabilities"][1], counts["sum_probabilities"][1]),
     ):
         assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in page
@@ -406,3 +411,16 @@ def test_two_runs_of_one_request_at_once_give_the_files_of_one(
         assert [run.scored_rows for run in runs] == [11, 11]
         assert len(both.files()) == len(undisturbed) + 2, "manifest and report"
         assert {name: (both / name).read_bytes() for name in undisturbed} == undisturbed
+
+
+def test_a_first_try_with_some_rows_is_not_taken_for_the_whole(example: Example) -> None:
+    some = example.score(max_rows=5)
+    assert (some.input_rows, some.scored_rows, some.rejected_rows) == (8, 6, 2)
+    assert example.files(*TIMED).keys() == {*OF_A[:2], "run.json", "files.parquet"}
+    assert "5 rows of the input are left" in (example.output / "report.html").read_text()
+    assert not (example.output / "manifest.json").exists()
+    whole = example.score()
+    assert (whole.input_rows, whole.resumed_rows) == (13, 8)
+    for max_rows in (1, 99):
+        assert example.score(max_rows=max_rows).input_rows == 13, "all are there"
+        assert (example.output / "manifest.json").exists()

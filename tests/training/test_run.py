@@ -16,6 +16,7 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training import job
+from mnistsum_ray.training.rows import rows_in_memory
 from mnistsum_ray.training.run import TrainRequest, check_request
 
 SETTINGS: dict[str, Any] = {
@@ -59,6 +60,7 @@ def test_a_resumed_run_keeps_what_is_not_given_or_null_and_the_model_that_it_beg
 FIXED = [
     ({"learning_rate": 0.02}, "--learning-rate 0.02: the run mine has 0.5"),
     ({"precision": "bf16"}, "--precision bf16: the run mine has null"),
+    ({"max_rows": 9}, "--max-rows 9: the run mine has null"),
     ({"skip_bad_rows": False}, "--skip-bad-rows false: the run mine has true"),
     ({"init_from": "/other"}, "--init-from /other: the run mine has .*/base"),
 ]
@@ -69,6 +71,23 @@ FIXED = [
 def test_what_the_numbers_depend_on_cannot_be_changed(given: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=f"{said}, and its numbers depend on it; leave the flag"):
         asked(resume=True, **given)
+
+
+def test_a_first_try_has_some_rows_of_each_split_and_of_all_digits(
+    tmp_path: Path, sample: pa.Table
+) -> None:
+    request = asked(max_rows=400, storage_path=tmp_path)
+    rows = rows_in_memory(request.source)
+    assert {split: len(rows[split]) for split in rows} == {
+        "train": 400,
+        "test": 50,
+        "validation": 50,
+    }
+    assert set(rows["train"]["digit"].to_pylist()) == set(range(10)), "they are sorted by digit"
+    for index in range(8):  # of 100 rows each
+        pq.write_table(sample[index::50], tmp_path / f"{index}.parquet")
+    source = asked(max_rows=300, data=tmp_path).source
+    assert ([file.rows for file in source.files["train"]], source.train_rows) == ([100] * 4, 300)
 
 
 @pytest.mark.usefixtures("stored")
