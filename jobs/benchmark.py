@@ -42,6 +42,7 @@ from mnistsum_ray.pairs import export_pairs
 
 EPOCHS = 3
 BATCH = 256
+SCORED_BATCH = 2048  # rows of a call of the predictor: those of one pass on a GPU
 CORES = os.cpu_count() or 1
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -63,6 +64,8 @@ def timed(epochs: Iterable[Iterable[Any]], step: Callable[..., object]) -> float
     rows, started = 0, 0.0
     for epoch, batches in enumerate(epochs):
         if epoch == 1:
+            if CUDA:
+                torch.cuda.synchronize()
             rows, started = 0, time.perf_counter()
         for batch in batches:
             step(*batch)
@@ -120,7 +123,8 @@ def original(what: str, folder: str, rows: int) -> float:
 
 
 def bare(what: str, folder: str, rows: int) -> float:
-    images, digits = (torch.split(column.to(DEVICE), BATCH) for column in random_rows(rows))
+    size = BATCH if what == "train" else SCORED_BATCH
+    images, digits = (torch.split(column.to(DEVICE), size) for column in random_rows(rows))
     batches = list(zip(images, digits, strict=True))
     if what == "train":
         return timed([batches] * EPOCHS, project_step())
@@ -152,7 +156,7 @@ def guide(what: str, folder: str, rows: int) -> float | None:
         return train_by_guide(folder, dataset)
     pool = ray.data.ActorPoolStrategy(size=1 if CUDA else CORES)
     options = {"fn_constructor_args": [folder], "compute": pool, "num_gpus": int(CUDA)}
-    scored = dataset.map_batches(Scorer, batch_size=1024, **options)
+    scored = dataset.map_batches(Scorer, batch_size=SCORED_BATCH, **options)
     scored.write_parquet(f"{folder}/guide")
     return None
 

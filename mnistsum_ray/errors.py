@@ -29,7 +29,7 @@ class RowCountError(RunError):
 
 
 class StorageError(OSError):
-    """The storage does not answer, refuses, or a file is gone: another attempt may succeed."""
+    """The storage does not answer, refuses, or a file is gone."""
 
 
 class NoAnswerError(StorageError):

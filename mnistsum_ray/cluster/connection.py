@@ -62,7 +62,7 @@ def connect() -> str:
     # The dashboard takes seconds to start.
     _init("local", "Ray cannot be started here", include_dashboard=False)
     _started = ray.get_runtime_context().gcs_address
-    # Worth a line: with a file of `ray start` that is out of date each training ends 10 s later.
+    # While the address of a `ray start` that is gone is kept, each training ends 10 s later.
     why = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it" if address else ""
     return f"started Ray on this machine, for this job alone{why}"
 
@@ -113,7 +113,8 @@ def ended_without_head(say: Callable[[str], None], advice: str) -> Iterator[None
 
     Ten seconds later Ray's core would end it, with exit code 1.
     """
-    rays = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s") or 60)  # noqa: SIM112
+    given = os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s")  # noqa: SIM112
+    reconnect_seconds = float(given or 60)
     done = threading.Event()
 
     def watch() -> None:
@@ -125,7 +126,7 @@ def ended_without_head(say: Callable[[str], None], advice: str) -> Iterator[None
                 return
             if is_there:
                 answered = time.monotonic()
-            elif time.monotonic() - answered > rays - 10:
+            elif time.monotonic() - answered > reconnect_seconds - 10:
                 say(f"error: the head of the Ray cluster does not answer; {advice}")
                 os._exit(os.EX_TEMPFAIL)
 

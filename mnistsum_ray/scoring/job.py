@@ -120,10 +120,10 @@ def score_on_ray(
         ),
         num_cpus=plan.per_worker.get("CPU", 0),
         num_gpus=plan.per_worker.get("GPU", 0),
-        # By itself Ray Data starts an actor again without a limit. Retries of a task have none:
-        # until Ray knows that a node is gone, it uses them up within a second. With a limit Ray
-        # says on a line that an actor's arguments may be lost: Ray Data's are in the object store,
-        # large or not, and this process owns them as long as the run lasts.
+        # By itself Ray Data starts an actor again without a limit. Retries of a task stay without
+        # one: Ray would use up any number in the second before it knows that a node is gone. With a
+        # limit of new starts Ray prints a line that an actor's arguments may be lost. They are in
+        # the object store, and this process owns them as long as the run lasts.
         max_restarts=10,
         max_task_retries=-1,
     )
@@ -141,7 +141,7 @@ def score_on_ray(
                     yield Answer(**row)
             return
         except ray.exceptions.GetTimeoutError:
-            pass  # the actor that still waits goes with this error's traceback, in which Ray has it
+            pass  # Ray keeps the actor that waits through this error's traceback: drop both
     gc.collect()
     raise TryAgainError(resources.shortage(plan.needed, options.wait_for_min_actors_s))
 

@@ -151,11 +151,11 @@ class Location:
         return file
 
     def listing(self, enter: Callable[[str], bool] = lambda folder: True) -> list[Entry]:
-        """What is below a folder, sorted by path. Without an e_tag is what is no file.
+        """What is below a folder, sorted by path. What is no file has an empty e_tag.
 
-        That is, on a disk, a pipe or device, a link that leads nowhere or to a folder, and a folder
-        for which `enter` is false. Neither of these two is read. In a store it is an object with an
-        odd key, such as `a//b`, or one with a control character.
+        On a disk that is a pipe or device, a link that leads nowhere or to a folder, and a folder
+        for which `enter` is false, which is not read. In a store it is an object with an odd key,
+        such as `a//b`, or one with a control character.
         """
         with self.storage_errors("listed"):
             if self.is_local:
@@ -194,7 +194,7 @@ class Location:
     def create(self, data: Data) -> None:
         """Write the whole file, but only if there is none; else raise ConflictError.
 
-        It may be this process that has written it: where an answer is lost, it is asked again.
+        A request whose answer is lost is sent again, so it may be this process that has written it.
         """
         self._put(data, "create")
 

@@ -59,6 +59,11 @@ from mnistsum_ray.training.run import RunRecord, TrainRequest
 _LEAST_WAIT_SECONDS: Final = 10.0
 """Least wait for workers: Ray needs a moment for them also where all is free."""
 
+_FAILED_START: Final = "failed to initialize"
+_START_TIMED_OUT: Final = "startup timed out"
+"""What Ray Train 2.60 says of two errors whose types are private; test_faults.py and test_train.py
+would see other words."""
+
 Callbacks = Sequence[ray.train.UserCallback]
 
 
@@ -85,14 +90,15 @@ def make_trainer(
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # see CHECKPOINTS
             storage_path=arrow_uri(request.folder / CHECKPOINTS),
             callbacks=[*callbacks, FailureLines(loop.queue)],
-            # Ray would say as many as CPUs, and threads that only feed the steps then start others,
-            # which spin: a fifth of the rows a second. The loop sets those of the steps.
+            # Ray would set it to the CPUs of the worker. Then the threads that feed the steps would
+            # have pools of their own, which spin and cost a fifth of the speed. The loop sets the
+            # threads of the steps.
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
             failure_config=ray.train.FailureConfig(
                 max_failures=request.config.max_failures,
                 max_preemption_failures=-1,
-                # Starts that time out: one such timeout is the whole wait, but an elastic run looks
-                # again how many workers there may be.
+                # Starts that may time out. One timeout is the whole wait; an elastic run tries
+                # again, with as many workers as there may be then.
                 controller_failure_limit=-1 if is_elastic else 0,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
@@ -201,7 +207,7 @@ def fit(
                     return finished
             except ray.train.TrainingFailedError as error:
                 # Ray Train does not count a worker that dies while its group starts as a failure.
-                is_failed_start = "failed to initialize" in str(error)
+                is_failed_start = _FAILED_START in str(error)
                 failed_starts += is_failed_start
                 if not is_failed_start or failed_starts > request.config.max_failures:
                     raise _explained(error, request, plan, wait_seconds, console) from error
@@ -238,9 +244,9 @@ def _check_same_data(request: TrainRequest) -> None:
 
 @contextmanager
 def _ctrl_c_as_before() -> Iterator[None]:
-    """Give back the handler of SIGINT, which Ray Train takes for good, in the main thread only.
+    """Restore the handler of SIGINT when Ray Train has replaced it, in the main thread.
 
-    Its own ends the workers, and then the process, with exit code 0: here that is an interrupt.
+    Ray's ends the workers and then the process, with exit code 0: that becomes an interrupt.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -293,7 +299,7 @@ def _explained(
     cause = getattr(error, "controller_failure", error)
     if isinstance(cause, RepeatingError):
         return RunError(str(cause))
-    if "startup timed out" in str(cause):  # the type is private
+    if _START_TIMED_OUT in str(cause):
         return TryAgainError(f"{shortage(plan.needed, wait_seconds)}; {resume}")
     console.say_lines(str(error))
     return RunError(f"{type(cause).__name__}: {root_cause(cause)}; {resume}")

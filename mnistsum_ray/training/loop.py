@@ -92,7 +92,7 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | None
     """
     try:
         return _train(config["loop"])
-    except CheckpointError:  # met by one rank alone
+    except CheckpointError:  # of one rank alone, so that Ray Train shall try again
         raise
     except (RequestError, RunError) as error:
         raise RepeatingError(str(error)) from None

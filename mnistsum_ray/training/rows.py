@@ -58,8 +58,8 @@ _MOST_BLOCK_ROWS: Final = 8192
 shards differ by the rows of one; each block costs a worker about a millisecond an epoch."""
 
 _FILES_OF_ACTOR: Final = 1000
-"""Footers that an actor of Ray Data reads. Ray starts 32 of them, processes, for whatever read: on
-two cores they take seven seconds, for one file."""
+"""Footers that an actor of Ray Data reads. Ray would start 32 such actors, each a process, also for
+one file: on two cores that takes seven seconds."""
 
 _NAMED_ROWS: Final = 5
 """Rows that cannot be used and are named."""
@@ -98,26 +98,26 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
         for split, files in source.files.items():
             if source.rows_of(split):
                 decoded[split] = _read_files(files)
-        facts = {split: _facts(rows) for split, rows in decoded.items()}
+        indexes = {split: _index(rows) for split, rows in decoded.items()}
     except (ray.exceptions.RayTaskError, OSError, ValueError) as error:
         if not isinstance(getattr(error, "cause", error), OSError | ValueError):
             raise  # no fault of the data, such as want of memory
         _refuse_damaged_file(source)
         raise RequestError(f"--data {source.location}: {root_cause(error)}") from error
-    _check_counts(source, facts)
-    bad = _bad_rows(source, facts)
+    _check_counts(source, indexes)
+    bad = _bad_rows(source, indexes)
     if bad.total and not skip_bad_rows:
-        all_rows = counted(sum(rows.num_rows for rows in facts.values()), "row")
+        all_rows = counted(sum(rows.num_rows for rows in indexes.values()), "row")
         unusable = f"{bad.total:,} of {all_rows} cannot be used: {bad.describe()}"
         advice = "a new run with --skip-bad-rows trains without them"
         raise RequestError(f"--data {source.location}: {unusable}; {advice}")
     rows = Rows({}, {}, bad)
-    for split, chosen in _choose(source, facts).items():
-        ids = chosen(facts[chosen.split_of_files])["row_id"].to_numpy()
+    for split, key_range in _key_ranges(source, indexes).items():
+        ids = key_range.select(indexes[key_range.source_split])["row_id"].to_numpy()
         rows.totals[split] = RowTotals.of(ids)
         if len(ids):
-            of_files = decoded[chosen.split_of_files]
-            rows.datasets[split] = _dataset(of_files, chosen, rows_of_block)
+            of_files = decoded[key_range.source_split]
+            rows.datasets[split] = _dataset(of_files, key_range, rows_of_block)
     _check_splits(source, rows)
     # Files may be sorted by digit: then neither a rank nor the buffer in which it shuffles gets one
     # digit alone.
@@ -126,9 +126,9 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
     return rows
 
 
-def _check_counts(source: Source, facts: dict[str, pa.Table]) -> None:
+def _check_counts(source: Source, indexes: dict[str, pa.Table]) -> None:
     """Check that Ray Data has read each row of the footers, and none twice."""
-    for split, rows in facts.items():
+    for split, rows in indexes.items():
         planned, ids = source.rows_of(split), rows["row_id"].to_numpy()
         if len(ids) != planned or len(np.unique(ids)) != planned:
             read = f"read {len(ids):,} rows of files that hold {planned:,}"
@@ -150,8 +150,10 @@ def _check_splits(source: Source, rows: Rows) -> None:
 def rows_in_memory(source: Source) -> dict[str, pa.Table]:
     """The rows of a source that is in memory, by split, without Ray."""
     decoded = {split: decode(rows) for split, rows in source.tables.items()}
-    chosen = _choose(source, decoded)
-    return {split: which(decoded[which.split_of_files]) for split, which in chosen.items()}
+    selected = {}
+    for split, key_range in _key_ranges(source, decoded).items():
+        selected[split] = key_range.select(decoded[key_range.source_split])
+    return selected
 
 
 def _read_files(files: list[LabelledFile]) -> Dataset:
@@ -208,8 +210,8 @@ def decode(rows: pa.Table, image: str = "image", label: str = "digit") -> pa.Tab
     )
 
 
-def _facts(decoded: Decoded) -> pa.Table:
-    """What the driver knows of each row: its id, its file, and why it cannot be used. 20 bytes."""
+def _index(decoded: Decoded) -> pa.Table:
+    """What the driver knows of a row, in 20 bytes: its id, its file, why it cannot be used."""
     names = ["row_id", "reason", "path"]
     if isinstance(decoded, pa.Table):
         return decoded.select(names)
@@ -218,62 +220,64 @@ def _facts(decoded: Decoded) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class _Selection:
+class _KeyRange:
     """The good rows in the files of a split whose `split_keys` are first_key..last_key."""
 
-    split_of_files: str
+    source_split: str
     first_key: int = 0
     last_key: int = 2**64 - 1
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
+    def select(self, rows: pa.Table) -> pa.Table:
+        """The rows of this range, of those in the files of its split."""
         keys = split_keys(rows["row_id"].to_numpy())
         is_between = (np.uint64(self.first_key) <= keys) & (keys <= np.uint64(self.last_key))
         kept = [name for name in rows.column_names if name not in ("reason", "path")]
-        chosen = rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
-        return chosen.select(kept)
+        selected = rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
+        return selected.select(kept)
 
-    def part(self, share: float, facts: dict[str, pa.Table]) -> "_Selection":
+    def part(self, share: float, indexes: dict[str, pa.Table]) -> "_KeyRange":
         """This share of the rows: those with the smallest keys, so of all digits."""
-        keys = np.sort(split_keys(self(facts[self.split_of_files])["row_id"].to_numpy()))
+        selected = self.select(indexes[self.source_split])
+        keys = np.sort(split_keys(selected["row_id"].to_numpy()))
         last = int(keys[ceil(share * len(keys)) - 1]) if len(keys) else 0
         return replace(self, last_key=last)
 
 
-def _choose(source: Source, facts: dict[str, pa.Table]) -> dict[str, _Selection]:
+def _key_ranges(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyRange]:
     """Which rows each split has: those of its own files, or some that are held out of `train`."""
-    chosen = {split: _Selection(split) for split in facts}
-    if "train" not in facts:
-        return chosen
-    good = chosen["train"](facts["train"])
+    ranges = {split: _KeyRange(split) for split in indexes}
+    if "train" not in indexes:
+        return ranges
+    good = ranges["train"].select(indexes["train"])
     keys = np.sort(split_keys(good["row_id"].to_numpy()))
     count = held_out_rows(len(keys))
     first = 0  # the rows with the smallest keys are the first split's, the next ones the second's
     for index, split in enumerate(source.held_out if count else []):
         after = int(keys[(index + 1) * count])
-        chosen[split] = _Selection("train", first, after - 1)
+        ranges[split] = _KeyRange("train", first, after - 1)
         first = after
-    chosen["train"] = _Selection("train", first)
+    ranges["train"] = _KeyRange("train", first)
     train_rows = len(keys) - len(source.held_out) * count
     if source.max_rows is None or source.max_rows >= train_rows:
-        return chosen
+        return ranges
     share = source.max_rows / train_rows
-    return {split: which.part(share, facts) for split, which in chosen.items()}
+    return {split: of_split.part(share, indexes) for split, of_split in ranges.items()}
 
 
-def _dataset(decoded: Decoded, chosen: _Selection, rows_of_block: int) -> Dataset:
-    """The chosen rows as a Dataset in the object store, in blocks of so many rows."""
+def _dataset(decoded: Decoded, key_range: _KeyRange, rows_of_block: int) -> Dataset:
+    """The rows of a range as a Dataset in the object store, in blocks of so many rows."""
     if isinstance(decoded, pa.Table):
-        rows = chosen(decoded)
+        rows = key_range.select(decoded)
         starts = range(0, rows.num_rows, rows_of_block)
         return ray.data.from_blocks([rows.slice(start, rows_of_block) for start in starts])
-    of_split = decoded.map_batches(chosen, batch_format="pyarrow")
+    of_split = decoded.map_batches(key_range.select, batch_format="pyarrow")
     return of_split.repartition(target_num_rows_per_block=rows_of_block).materialize()
 
 
-def _bad_rows(source: Source, facts: dict[str, pa.Table]) -> ReasonCounts:
+def _bad_rows(source: Source, indexes: dict[str, pa.Table]) -> ReasonCounts:
     """Count the rows that cannot be used by reason, and name the first of them."""
     counts = ReasonCounts()
-    for split, rows in facts.items():
+    for split, rows in indexes.items():
         is_bad = rows["reason"].is_valid().to_numpy()
         if not is_bad.any():
             continue
@@ -300,9 +304,9 @@ def _refuse_damaged_file(source: Source) -> None:
 
 
 class WholeShards(DataConfig):
-    """Deals whole blocks to the ranks: every row, which Ray's default does not promise.
+    """Deals whole blocks to the ranks, so that no row is dropped.
 
-    That makes all shards equal, and drops up to a row a worker.
+    Ray's default makes all shards equal, and for that drops up to a row a worker.
     """
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
