@@ -1,5 +1,6 @@
-"""Tests of the project. PyTorch's threads wait without spinning, for the work beside them."""
+"""Tests of the project: their processes share a few cores, and so wait without spinning."""
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when PyTorch is imported
+os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its workers wait for other tests

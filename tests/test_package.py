@@ -42,20 +42,10 @@ def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     run(tmp_path, "pip", "install", "--no-deps", "--target", "installed", wheel)
     where = str(tmp_path / "installed")
-    flags = [
-        "export-pairs",
-        "--data",
-        "sample",
-        "--rows",
-        "20",
-        "--files",
-        "2",
-        "--output",
-        "pairs",
-    ]
-    program = f"""
+    program = """
 import mnistsum_ray.cli, mnistsum_ray.reporting.report
-print(mnistsum_ray.reporting.report.__file__, mnistsum_ray.cli.main({flags}))
+words = "export-pairs --data sample --rows 20 --files 2 --output pairs"
+print(mnistsum_ray.reporting.report.__file__, mnistsum_ray.cli.main(words.split()))
 """
     (tmp_path / "program.py").write_text(program)
     assert f"{where}/mnistsum_ray/reporting/report.py 0" in run(tmp_path, "program", path=where)

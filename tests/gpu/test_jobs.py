@@ -13,14 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-pytest.importorskip("ray", reason="the jobs need Ray")
-
 from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.pairs import export_pairs
 from tests.jobs import Done, Job, kill_worker, run_job, scoring, training, wait_for_files
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-pytestmark = [pytest.mark.gpu, no_gpu, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 
 SAMPLE = Path("sample")
 SCORED_ROWS = 400_000

@@ -21,8 +21,7 @@ __all__ = ["one_thread"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROWS = 64
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-pytestmark = [pytest.mark.gpu, no_gpu]
+pytestmark = pytest.mark.gpu
 
 
 def make_model(device: torch.device) -> TwoHeadCNN:

@@ -25,20 +25,26 @@ from tests.storage.conftest import ask, serving
 
 
 @pytest.fixture(scope="module")
-def cluster(s3_server: "S3Server") -> str:
+def cluster(s3_server: "S3Server") -> Iterator[str]:
     """The address of a Ray cluster of two CPUs, to which this process is connected.
 
     It runs until a test needs another one and calls `ray.shutdown`: a start costs six seconds. Its
-    processes know the S3 server.
+    processes know the S3 server. Trainings do without two processes of Ray Train that they have on
+    other people's clusters; test_faults.py and test_connect.py have them.
     """
-    return start_cluster(num_cpus=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        yield start_cluster(num_cpus=2)
 
 
 def start_cluster(**resources: int) -> str:
     """Start a cluster unless this process is connected to one; return its address."""
     if not ray.is_initialized():
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        ray.init(address="local", include_dashboard=False, **quiet, **resources)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        # Tests wait for metrics; Ray's default is ten seconds.
+        options["_system_config"] = {"metrics_report_interval_ms": 2000}
+        ray.init(address="local", include_dashboard=False, **options, **resources)
     found = ray.cluster_resources()["CPU"]
     assert found == resources["num_cpus"], "the test before has left another cluster"
     return str(ray.get_runtime_context().gcs_address)

@@ -67,9 +67,7 @@ def home() -> Iterator[Path]:
         try:
             patch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{dashboard}")
             patch.setenv("RAY_AUTH_MODE", "token")
-            # The dashboard lists jobs before the agent that starts them is ready.
-            probe: Any = [RAY, "job", "submit", "--no-wait", "--", "true"]
-            wait_until(lambda: subprocess.run(probe, **SILENT).returncode == 0, 120)
+            wait_until(Path(folder, "ray", "ray_current_cluster").exists)
             yield Path(folder)
         finally:
             kill_everything(head.pid)
@@ -97,6 +95,7 @@ def test_a_head_with_a_token_is_joined_or_refuses_in_one_line(
     assert joined.stdout.count("on the Ray cluster at ") == 2, joined.stderr
 
 
+@pytest.mark.nightly
 def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> None:
     """It runs in a copy of its working folder, and its relative paths begin at home."""
     project, run = home / "project", home / "runs" / "stopped"
@@ -111,6 +110,9 @@ def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> 
     def ray_job(*words: str) -> str:
         return subprocess.check_output([str(RAY), "job", *words], text=True, timeout=240)
 
+    # The dashboard lists jobs before the agent that starts them is ready.
+    probe: Any = [RAY, "job", "submit", "--no-wait", "--", "true"]
+    wait_until(lambda: subprocess.run(probe, **SILENT).returncode == 0, 120)
     ray_job(*submit, "--", *train, "--name", "stopped")
     wait_until((run / "history.jsonl").exists, 180)
     ray_job("stop", "train")

@@ -210,6 +210,7 @@ def test_a_training_gives_the_model_of_an_undisturbed_one(
     assert (site.place / "mine/manifest.json").read_json()["status"] == "finished"
 
 
+@pytest.mark.nightly  # test_train.py stops and resumes one at each landing
 def test_a_training_of_which_all_processes_were_killed_is_resumed(
     four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 from mnistsum_ray.cli import COMMANDS, parse
+from mnistsum_ray.config import TrainConfig
 from tests.conftest import write_sample
 from tests.jobs import ROOT, run_job
 
@@ -39,7 +40,7 @@ def run_command(name: str, *flags: str) -> str:
     """Run a command of `mnistsum` on the cluster of this process; what it says."""
     function, kind, _ = COMMANDS[name]
     with redirect_stderr(io.StringIO()) as said, redirect_stdout(said):
-        function(parse(kind, list(flags), ""))
+        function(parse(kind, list(flags)))
     return said.getvalue()
 
 
@@ -55,7 +56,7 @@ def said(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         patch.chdir(folder)
         train, *others = commands_of(FIRST)
         done = run_job(*train, cwd=folder)  # as written: on a cluster of its own
-        assert done.line
+        assert done.out == json.dumps(done.line) + "\n", "the result alone"
         yield done.err + "".join(run_command(*command) for command in others)
 
 
@@ -70,7 +71,9 @@ def form_of(line: str) -> str:
 def test_the_output_that_is_shown_has_the_form_of_what_is_said(said: str) -> None:
     shown = [line for line in blocks(FIRST, "text").splitlines() if re.match(r"\d\d:|digit", line)]
     assert len(shown) > 10
-    assert {*map(form_of, shown)} <= {*map(form_of, said.splitlines())}
+    lines = [line for line in said.splitlines() if "(raylet)" not in line]  # of a busy machine
+    assert {*map(form_of, shown)} <= {*map(form_of, lines)}
+    assert not [line for line in lines if re.search(r"INFO|WARNING|\(pid=|dataset_", line)]
     tree = re.findall(r"^  ([\w./]+)  ", blocks(FIRST, "text"), re.MULTILINE)
     assert len(tree) == 6
     assert all(Path("runs/mine", name).exists() for name in tree)
@@ -83,13 +86,10 @@ def test_the_commands_of_train_and_score() -> None:
     assert min(learned["digit_accuracy"], learned["sum_accuracy"]) >= 0.97
     assert Path("scored/report.html").exists()
     for name, *flags in commands_of("Train") + commands_of("Score"):
-        if flags == ["--help"]:
-            continue
-        if "--config" in flags:  # it would train as long as the run whose config it is
-            flags += ["--epochs", "1"]
-        run_command(name, *flags)
-    runs = [json.loads(path.read_text()) for path in Path("runs").glob("*/manifest.json")]
-    assert [each["status"] for each in runs] == ["finished", "finished"]
+        if "--config" in flags:
+            parse(TrainConfig, flags)  # test_train.py trains so
+        elif flags != ["--help"]:
+            run_command(name, *flags)
     for output, resumed in (("scored", 2_000), ("strict-scored", 0)):
         totals = json.loads(Path(output, "manifest.json").read_text())["totals"]
         assert (totals["scored_rows"], totals["resumed_rows"]) == (2_500, resumed)
@@ -97,14 +97,11 @@ def test_the_commands_of_train_and_score() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("said")
-def test_the_example_in_python(tmp_path: Path) -> None:
-    rows = write_sample(tmp_path / "rows.parquet", 500)
-    written = 'data="sample", epochs=2)'
-    smaller = f'data="{rows}", epochs=1)'
-    code = blocks("From Python", "python")
+def test_the_example_in_python() -> None:
+    code, written = blocks("From Python", "python"), 'data="sample", epochs=2)'
     assert written in code
     names: dict[str, Any] = {}
-    exec(code.replace(written, smaller), names)
+    exec(code.replace(written, 'name="mine", resume=True)'), names)  # which trains no more
     assert names["table"].num_rows == 250
     assert Path("scored-again/manifest.json").exists()
 

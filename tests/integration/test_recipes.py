@@ -125,9 +125,8 @@ def test_tensorboard_has_each_epoch(cluster: str, folder: Path) -> None:
 
 @pytest.mark.nightly
 def test_tune_reports_each_epoch_of_trials_by_name(cluster: str, folder: Path) -> None:
-    out = run_recipe(
-        folder, "tune", "--data", folder / "rows.parquet", "--epochs", 2, address=cluster
-    )
+    flags = ["--data", folder / "rows.parquet", "--epochs", 2]
+    out = run_recipe(folder, "tune", *flags, address=cluster)
     assert "'learning_rate': 0.0" in out.splitlines()[-1]
     trials = sorted(path.name for path in (folder / "tuned").iterdir())
     assert len(trials) == 2
@@ -136,6 +135,7 @@ def test_tune_reports_each_epoch_of_trials_by_name(cluster: str, folder: Path) -
     assert [line["epoch"] for line in lines] == [1, 2]
 
 
+@pytest.mark.nightly
 def test_serve_answers_for_a_picture_and_says_what_is_wrong(folder: Path) -> None:
     port, picture = free_port(), (folder / "seven.png").read_bytes()
     server = Job("recipes/serve", "runs/mine", port, cwd=folder)
@@ -159,9 +159,8 @@ def test_serve_answers_for_a_picture_and_says_what_is_wrong(folder: Path) -> Non
     wrong = [("?number=10", picture), ("?number=x", picture), ("", picture), ("?number=5", b"none")]
     answers = [ask(*request) for request in wrong]
     assert [status for status, _ in answers] == [422] * 4
-    assert answers[-1][1]["detail"].endswith(
-        "cannot be read as a picture (UnidentifiedImageError); save it as PNG"
-    )
+    said = "cannot be read as a picture (UnidentifiedImageError); save it as PNG"
+    assert answers[-1][1]["detail"].endswith(said)
     server.kill()
 
 

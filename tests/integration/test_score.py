@@ -164,7 +164,7 @@ def test_a_ray_dataset_comes_back_with_predictions(model: Path, sample: pa.Table
 
 
 def test_prometheus_sees_the_rows(scored: Result) -> None:
-    """A process reports every ten seconds."""
+    """A process reports every two seconds: see start_cluster."""
     output = scored.line["output"]
     wait_until(lambda: metrics_of(output).get("ray_mnistsum_rows_total") == FILES * ROWS, 30)
     assert metrics_of(output)["ray_mnistsum_rejected_rows_total"] == FILES * BAD

@@ -1,4 +1,7 @@
-"""Training as a person runs it: what it prints, what it leaves, and how it begins from another."""
+"""Trainings: what they say, what they leave, how they end, and how one begins from another.
+
+That a command prints its result alone on standard output: test_readme.py.
+"""
 
 import asyncio
 import json
@@ -29,10 +32,12 @@ from mnistsum_ray.model.device import broadcast_state
 from mnistsum_ray.model.folder import copy_weights
 from mnistsum_ray.model.network import TwoHeadCNN, make_network, prepare_images
 from mnistsum_ray.storage.uri import folder_lock, locate
+from mnistsum_ray.training import job
 from mnistsum_ray.training.loop import HeldOutRows
 from mnistsum_ray.training.rows import WholeShards, decode, read_rows
 from mnistsum_ray.training.trainer import Batch, Trainer
 from tests.integration.conftest import (
+    Result,
     joined,
     metrics_of,
     nodes,
@@ -40,20 +45,19 @@ from tests.integration.conftest import (
     start_cluster,
     train_here,
 )
-from tests.jobs import Done, Job, history_of, run_job, training, wait_until
+from tests.jobs import Job, history_of, wait_until
 from tests.training import CPU, SILENT, as_worker, hyperparameters
 
 
 @pytest.fixture(scope="module")
-def done(cluster: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """A run with all that a run draws: numbers, order, distortions, dropout."""
-    flags: list[Any] = ["--recipe", "long", "--epochs", 2]
-    flags += ["--precision", "fp32"]  # as plain PyTorch below
-    return run_job(*training(data, tmp_path_factory.mktemp("runs"), *flags), address=cluster)
+def done(cluster: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run with all that a run draws (numbers, order, distortions, dropout), in float32."""
+    settings: dict[str, Any] = {"recipe": "long", "epochs": 2, "precision": "fp32"}
+    return train_here(data=data, storage_path=tmp_path_factory.mktemp("runs"), **settings)
 
 
 @pytest.fixture(scope="module")
-def run(done: Done) -> Path:
+def run(done: Result) -> Path:
     return Path(done.line["run"])
 
 
@@ -72,26 +76,22 @@ def test_rows(cluster: str, data: Path) -> Any:
     return pa.concat_tables(rows.iter_batches(batch_format="pyarrow")).combine_chunks()
 
 
-def test_standard_output_has_the_result_and_standard_error_the_figures(done: Done) -> None:
-    (out,) = done.out.splitlines()
-    line = json.loads(out)
-    test = line.pop("test")
-    assert line.keys() == {"run", "model", "parameters", "data", "images_per_second", "seconds"}
+def test_the_result_has_these_fields_and_the_console_shows_its_figures(done: Result) -> None:
+    line, test = done.line, done.line["test"]
+    fields = {"run", "model", "parameters", "data", "test", "images_per_second", "seconds"}
+    assert line.keys() == fields
     assert (line["model"], line["parameters"]) == (f"{line['run']}/model", 220_125)
     rows = {"train_rows": 800, "validation_rows": 100, "test_rows": 100}
     assert line["data"] == {"source": "parquet", **rows}
     assert test.keys() == {"rows", "pairs", "loss", "digit_accuracy", "sum_accuracy"}
     assert (test["rows"], test["pairs"]) == (100, 1000)
     digit, total = (f"{100 * test[f'{head}_accuracy']:.2f} %" for head in ("digit", "sum"))
-    assert f"test: digit {digit}, sum {total} (100 rows, all 10 numbers)\n" in done.err
-    assert re.findall(r"epoch (\d): loss ", done.err) == ["1", "2"]
-    # Lines of a raylet tell of the machine: how many processes it started while all tests ran.
-    lines = [line for line in done.err.splitlines() if "(raylet)" not in line]
-    assert not [line for line in lines if re.search(r"INFO|WARNING|\(pid=|dataset_", line)]
+    assert f"test: digit {digit}, sum {total} (100 rows, all 10 numbers)\n" in done.said
+    assert re.findall(r"epoch (\d): loss ", done.said) == ["1", "2"]
 
 
 def test_the_run_folder_holds_history_report_pictures_and_no_pickle(
-    done: Done, run: Path, card: dict[str, Any], test_rows: pa.Table
+    done: Result, run: Path, card: dict[str, Any], test_rows: pa.Table
 ) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     history = history_of(run)
@@ -113,13 +113,13 @@ def test_the_run_folder_holds_history_report_pictures_and_no_pickle(
     assert card["temperatures_in_weights"].keys() == {"digit", "sum"}
 
 
-def test_prometheus_sees_the_rows_of_a_job_that_has_ended(done: Done) -> None:
+def test_prometheus_sees_the_rows_of_all_epochs(done: Result) -> None:
     rows, run = 2 * done.line["data"]["train_rows"], done.line["run"]
     wait_until(lambda: metrics_of(run).get("ray_mnistsum_rows_total") == rows, 30)
 
 
 def test_the_model_scores_in_plain_pytorch_what_the_run_says(
-    done: Done, test_rows: pa.Table
+    done: Result, test_rows: pa.Table
 ) -> None:
     images = prepare_images(torch.tensor(test_rows["image"].chunk(0).to_numpy_ndarray()))
     digits = torch.tensor(test_rows["digit"].to_numpy())
@@ -241,25 +241,23 @@ def one_cpu_is_held() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_a_run_that_gets_no_cpu_ends_with_75_and_says_what_is_missing(
-    cluster: str, data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a CPU for what reads the rows, nor those for its workers."""
+    """Neither those for its workers, nor one for what reads the rows."""
+    monkeypatch.setattr(job, "_LEAST_WAIT_SECONDS", 1.0)
     free = r"but after \d+ s only {} CPUs? and 0 GPUs are free \(2 CPUs and 0 GPUs on 1 node\): "
-    settings: dict[str, Any] = {"data": "sample", "storage_path": tmp_path, "name": "mine"}
-    settings |= {"num_workers": 2, "wait_seconds": 3}
-    said = "^needs 2 times 1 CPU, " + free.format(1) + ".*; checkpoints are kept, .* --resume$"
+    settings: dict[str, Any] = {"storage_path": tmp_path, "wait_seconds": 1}
     with one_cpu_is_held():
+        said = "^needs 2 times 1 CPU, " + free.format(1) + ".*; checkpoints are kept, .* --resume$"
         with pytest.raises(TryAgainError, match=said):
-            train_here(**settings)
-        assert json.loads((tmp_path / "mine/manifest.json").read_text())["status"] == "failed"
-        with one_cpu_is_held():
-            flags = ["--wait-seconds", 1]
-            job = run_job(*training(data, tmp_path / "runs", *flags), address=cluster)
-    assert (job.code, job.out) == (os.EX_TEMPFAIL, "")
-    said = "\nerror: needs 1 CPU, for the tasks that read rows, " + free.format(0)
-    assert re.search(said, job.err), job.err
-    assert not [*tmp_path.glob("runs/mine/manifest.json")]
+            train_here(data="sample", name="begun", num_workers=2, **settings)
+        assert json.loads((tmp_path / "begun/manifest.json").read_text())["status"] == "failed"
+        said = "^needs 1 CPU, for the tasks that read rows, " + free.format(0)
+        with one_cpu_is_held(), pytest.raises(TryAgainError, match=said):
+            train_here(data=data, name="not-begun", **settings)
+    assert not (tmp_path / "not-begun/manifest.json").exists()
     wait_until(lambda: ray.available_resources().get("CPU") == 2)
 
 
@@ -342,38 +340,37 @@ def test_three_workers_of_unequal_shards_train_as_one_that_has_their_batches(
 
 @pytest.mark.slow
 def test_the_config_of_a_run_trains_the_same_model_also_after_a_signal(
-    done: Done, run: Path, tmp_path: Path
+    done: Result, run: Path, tmp_path: Path
 ) -> None:
     """On a node with more CPUs, all of which a new run would take: other bits than of two.
 
     This test and the next one stand last, since they leave the cluster of the others.
     """
     file, again = run / "config.yaml", tmp_path / "again"
-    here: dict[str, Any] = {"storage_path": tmp_path, "name": "again"}
+    flags: list[Any] = ["--storage-path", tmp_path, "--name", "again"]
     with nodes(3) as larger, joined(larger):
-        flags: list[Any] = ["--storage-path", tmp_path, "--name", "again"]
-        job = Job("train", "--config", file, *flags, address=larger.address)
-        job.wait_until(lambda: [*again.glob("checkpoints/*/epoch_00001/*.sha256")])
-        job.process.send_signal(signal.SIGINT)
-        stopped = job.wait()
+        begun = Job("train", "--config", file, *flags, address=larger.address)
+        begun.wait_until(lambda: [*again.glob("checkpoints/*/epoch_00001/*.sha256")])
+        begun.process.send_signal(signal.SIGINT)
+        stopped = begun.wait()
         assert stopped.code == 128 + signal.SIGINT, stopped.err
         assert f"--storage-path {tmp_path} --name again --resume\n" in stopped.err
         assert "Traceback" not in stopped.err
         assert json.loads((again / "manifest.json").read_text())["status"] == "stopped"
-        resumed = train_here(resume=True, **here)
+        resumed = train_here(storage_path=tmp_path, name="again", resume=True)
     assert re.search("going on after epoch [12], on 1 worker", resumed.said)
     assert resumed.line["test"] == done.line["test"]
-    assert resumed.weights() == (run / "model" / "model.safetensors").read_bytes()
-    configs = [parse(TrainConfig, ["--config", str(path / file.name)], "") for path in (run, again)]
+    assert resumed.weights() == done.weights()
+    configs = [parse(TrainConfig, ["--config", str(path / file.name)]) for path in (run, again)]
     assert configs[0] == configs[1]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has CUDA here")
 @pytest.mark.slow
 def test_without_cuda_a_job_runs_on_cpus_and_says_so(
-    model: Path, data: Path, tmp_path: Path
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray counts a GPU on a Mac, and where PyTorch is a CPU build."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")  # a card that no machine has
     ray.shutdown()
     start_cluster(num_cpus=2, num_gpus=1)
     said = r"^--use-gpu true: Ray counts GPUs on node .*, but PyTorch has no CUDA there; install"
