@@ -56,9 +56,16 @@ holds), 128 + N stopped by signal N, 1 anything else.
 """
 """What `--help` says of every command."""
 
-_GROUPS = {"data": "data", "input": "data", "init_from": "model", "model": "model"}
-_GROUPS |= {"recipe": "optimization", "num_workers": "cluster"}
-_GROUPS |= {"storage_path": "run", "output": "run"}
+_GROUPS: Final = {
+    "data": "data",
+    "input": "data",
+    "init_from": "model",
+    "model": "model",
+    "recipe": "optimization",
+    "num_workers": "cluster",
+    "storage_path": "run",
+    "output": "run",
+}
 """The groups of flags in --help, by the field at which each begins."""
 
 Config = TypeVar("Config", bound=JobConfig)
@@ -144,7 +151,7 @@ COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command, given by name and flags, or as this process was; return its exit code."""
+    """Run the command of `argv`, else that of this process; return its exit code."""
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # the shell has closed it: `>&-`

@@ -29,18 +29,22 @@ class RowCountError(RunError):
 
 
 class StorageError(OSError):
-    """The storage does not answer, refuses, or a file is gone."""
+    """The storage refuses, and would give the same answer again."""
 
 
-class NoAnswerError(StorageError):
+class PassingStorageError(StorageError):
+    """Another attempt may succeed."""
+
+
+class NoAnswerError(PassingStorageError):
     """The storage does not answer, or is not able to now, although it was asked again."""
 
 
-class MissingFileError(StorageError):
+class MissingFileError(PassingStorageError):
     """There is no such file."""
 
 
-class ConflictError(StorageError):
+class ConflictError(PassingStorageError):
     """There is a file already where none should be, or another version than the one expected."""
 
 

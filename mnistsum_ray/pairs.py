@@ -45,7 +45,8 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
             end = config.rows * (index + 1) // config.files
             rows = end - config.rows * index // config.files
             while table.num_rows < rows:
-                table = pa.concat_tables([table, next(pairs)])
+                with as_request_error("--data"):
+                    table = pa.concat_tables([table, next(pairs)])
             with as_request_error("--output"):
                 data = to_parquet(table[:rows], row_group_size=_ROW_GROUP)
                 (output / f"part-{index:05d}.parquet").write(data)
@@ -53,7 +54,7 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
             say(f"rows written: {end:,} of {config.rows:,}")
     except KeyboardInterrupt:
         begins = "empty the folder, then the same command starts again"
-        raise RunInterrupted(f"some files are written; {begins}") from None
+        raise RunInterrupted(f"files may be written already; {begins}") from None
     return output, source
 
 

@@ -36,8 +36,8 @@ tuner = tune.Tuner(
     tune_config=tune.TuneConfig(
         metric="validation/sum_accuracy",
         mode="max",
-        # Later than the last epoch: a trial that Tune ends holds its CPUs until Ray's dashboard has
-        # told another process so, and without a dashboard for ever. Most end by themselves.
+        # One more than the last epoch, so that most trials end by themselves. One that Tune ends
+        # holds its CPUs until Ray's dashboard is asked, and without a dashboard for ever.
         scheduler=ASHAScheduler(time_attr="epoch", max_t=args.epochs + 1),
         max_concurrent_trials=args.at_once,
     ),

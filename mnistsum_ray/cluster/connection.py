@@ -49,7 +49,9 @@ def connect() -> str:
         return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
     asked = os.environ.get("RAY_ADDRESS", "")
     is_auto = asked in ("", "auto")
-    address = last_cluster_address() if is_auto else asked.removeprefix("local")
+    address = last_cluster_address() if is_auto else asked
+    if asked == "local":  # a cluster of its own
+        address = None
     # `ray.init` would try for minutes to reach a cluster that is gone.
     if address and _answers(address):
         # Asked for "auto" Ray sends the token of this machine, which HOST:PORT does not.

@@ -1,4 +1,4 @@
-"""Logical resources: what a training asks for, what is free, and who holds the rest."""
+"""Logical resources: what a job asks for, what is free, and who holds the rest."""
 
 import math
 import time
@@ -82,15 +82,15 @@ def inspect_cluster() -> ClusterResources:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """Workers of a training, and what each of them reserves and uses."""
+    """Workers of a job, and what each of them reserves and uses."""
 
     least: int
     most: int
-    """They differ in an elastic training."""
+    """They differ in an elastic training, and in scoring, which begins with one."""
     per_worker: Resources
     """`CPU` or, without a CPU beside it as in Ray Train, `GPU`."""
     threads: int | None
-    """Threads of PyTorch on CPUs, which decide the last bits of the weights; None on GPUs."""
+    """Threads of PyTorch in a worker, which on CPUs decide the last bits; None: not set."""
 
     @property
     def use_gpu(self) -> bool:
@@ -104,7 +104,7 @@ class WorkerPlan:
 
     @property
     def needed(self) -> str:
-        """What must be free for the training to start."""
+        """What must be free for the job to start."""
         return ("" if self.least == 1 else f"{self.least} times ") + _format(self.per_worker)
 
 
@@ -166,7 +166,8 @@ def wait_for_cpu(seconds: float, say: Say) -> None:
     # Not of the placement group of a trial of Ray Tune, if this is one.
     strategy = PlacementGroupSchedulingStrategy(None)
     look = ray.remote(num_cpus=1, scheduling_strategy=strategy)(lambda _: None)
-    argument = ray.put(bytes(2**20))  # a node that has just come may not find this process yet
+    # 1 MiB, which the task must fetch: a node that has just come may not reach this process yet.
+    argument = ray.put(bytes(2**20))
     started = time.monotonic()
     task = look.remote(argument)
     while True:

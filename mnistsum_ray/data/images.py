@@ -19,7 +19,13 @@ import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.errors import RequestError, StorageError, shortened
+from mnistsum_ray.errors import (
+    NoAnswerError,
+    RequestError,
+    StorageError,
+    TryAgainError,
+    shortened,
+)
 from mnistsum_ray.storage.uri import locate_existing
 
 SIDE: Final = 28
@@ -33,7 +39,7 @@ _PICTURE_STARTS: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 _LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 _BYTES: Final = (pa.binary(), pa.large_binary(), pa.binary_view())
-_TEXTS: Final = (pa.string(), pa.large_string())
+_TEXTS: Final = (pa.string(), pa.large_string(), pa.string_view())
 
 Pixels = npt.NDArray[np.uint8]
 """uint8[n, 28, 28] or, for one image, uint8[28, 28]."""
@@ -83,6 +89,8 @@ def number_type_error(kind: pa.DataType) -> str | None:
 
     pandas writes floats where a number is missing; labels may be text.
     """
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     is_known = is_number or kind in (pa.null(), *_TEXTS)
     return None if is_known else f"has type {kind}, which holds no whole numbers"
@@ -96,6 +104,10 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Rea
     Returns:
         int64[n]; and a reason for each value that is none of 0..count - 1, in whose place is 0.
     """
+    if pa.types.is_dictionary(column.type):  # categories
+        column = column.dictionary_decode()
+    if column.type == pa.string_view():
+        column = column.cast(pa.string())  # Arrow has few functions for views
     is_known = number_type_error(column.type) is None
     values = column if is_known else pa.nulls(len(column))
     if column.type in _TEXTS:
@@ -248,6 +260,7 @@ def prepare_picture(picture: Picture) -> Pixels:
 
     Raises:
         RequestError: there is no such file, it is no picture, or nothing is drawn on it.
+        TryAgainError: the storage does not answer.
     """
     name, grey = _read_grey(picture)
     edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
@@ -282,8 +295,12 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
         image = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (RequestError, StorageError) as error:
+    except NoAnswerError as error:
+        raise TryAgainError(str(error)) from None
+    except StorageError as error:
         raise RequestError(str(error)) from None
+    except (RequestError, TryAgainError):
+        raise
     except Exception as error:  # Pillow's decoders raise many types
         why = f"cannot be read as a picture ({type(error).__name__})"
         raise RequestError(f"{name}: {why}; save it as PNG") from None

@@ -72,6 +72,7 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
     seen = set()
     links = {path for path in found if root.is_local and Path(path).is_symlink()}
     odd = {path for path in found if _ODD.search(path)}
+    # Files first, then links, then odd names: what comes later gives way.
     for path in sorted(found.keys() - links - odd) + sorted(links - odd) + sorted(odd):
         file = found[path]
         name = path.removeprefix(root.path).lstrip("/")
@@ -130,7 +131,8 @@ def _list(top: Location, glob: list[str], flag: str) -> dict[str, Entry | None]:
             raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
         if not file.e_tag and not top.is_local:  # its key is odd
             found[file.path] = None
-        elif not file.e_tag and Path(file.path).is_dir():  # a link to a folder, or one not entered
+        elif not file.e_tag and Path(file.path).is_dir():
+            # Not entered: a link, a hidden folder, or one in which nothing can match.
             if _may_hold(glob, below) or _matches(below, glob):
                 found[file.path] = None
         elif _matches(below, glob):

@@ -29,7 +29,7 @@ RELIABILITY_BINS: Final = 15
 """Bins of equal width over the probability 0..1, as in Guo et al. (2017)."""
 
 MAX_MISTAKES: Final = 24
-"""Most confident mistakes that are kept for the report, one an image."""
+"""Number of mistakes that are kept for the report: the surest, one an image."""
 
 LabelledRows = dict[str, Tensor]
 """`image` uint8[n, 28, 28], `digit` and `row_id` int64[n]."""
@@ -108,7 +108,7 @@ def fit_temperature(scores: Tensor, classes: Tensor) -> float:
 
     def cost(log_temperature: float) -> float:
         nll = F.cross_entropy(scores * math.exp(-log_temperature), classes, reduction="sum").item()
-        # A prior of deviation 0.5: without it, it falls without end if no row is wrong.
+        # A prior of standard deviation 0.5: without it, it falls without end if no row is wrong.
         return nll + (log_temperature / 0.5) ** 2 / 2
 
     # Golden-section search: the cost has a single minimum.
@@ -147,6 +147,7 @@ def analyse_errors(
             probability, answer = probabilities.max(2)
             is_right = answer == truth
             bin_of = (probability * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
+            # Three histograms over the same bins: rows, their probability, those that are right.
             for counts, weights in zip(bins[head.name], (None, probability, is_right), strict=True):
                 flat = None if weights is None else weights.flatten()
                 counts += np.bincount(bin_of.flatten(), flat, RELIABILITY_BINS)

@@ -53,7 +53,7 @@ if not LOG.handlers:  # of a program
 class Progress:
     """Counts finished items, and shows how far the work is at most every UPDATE_SECONDS.
 
-    `show` is `Console.progress`, and `what` names the items.
+    `show` takes `what`, `done` and `total`, as `Console.progress` and `Events.count` do.
     """
 
     def __init__(self, show: Callable[..., None], what: str, total: int) -> None:
@@ -141,7 +141,7 @@ class Console(AbstractContextManager["Console"]):
                 self._bar = tqdm(leave=False, dynamic_ncols=True, disable=False, **options)
         else:
             bar.n = done
-            # Else tqdm says `2.00s/` of what takes two seconds each.
+            # With a unit a rate below one a second reads `2.00s/item`, and not `2.00s/`.
             bar.unit = "item" if done - bar.initial < time.time() - bar.start_t else ""
             with suppress(OSError):
                 bar.set_postfix_str(note, refresh=self._has_bars)

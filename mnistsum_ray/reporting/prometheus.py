@@ -30,7 +30,7 @@ class JobMetrics:
     """
 
     def __init__(self, kind: str, run: str, rows: int = 0) -> None:
-        """Args: rows that an earlier job has done, which do not count here."""
+        """`rows` are those of an earlier job, which do not count here."""
         tags = {"kind": kind, "run": quote(run, safe="/:")}
         self._metrics: dict[str, Any] = {}
         for metric, texts in ((Counter, COUNTERS), (Gauge, GAUGES)):

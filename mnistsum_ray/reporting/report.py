@@ -1,4 +1,4 @@
-"""The page report.html of a run.
+"""The page report.html of a run and of a scored output, and its pictures.
 
 `manifest` is the content of manifest.json, `description` that of model.json, `history` are the
 lines of history.jsonl, and `pictures` are PNG files by their names.
@@ -16,7 +16,7 @@ import jinja2
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.errors import one_line, percent
+from mnistsum_ray.errors import counted, one_line, percent
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.storage.store import Location
@@ -103,7 +103,10 @@ def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
     return _render(
         pictures,
         title=f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored",
-        lines=[f"{totals['output']}, from {totals['files']:,} files", manifest["notice"]],
+        lines=[
+            f"{totals['output']}, from {counted(totals['files'], 'file')}",
+            manifest["notice"],
+        ],
         figures=figures,
         tables=tables,
     )

@@ -129,7 +129,7 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
             # A file on a disk may be rewritten while it is read. Each request for an object names
             # the ETag, so the store itself sees to that.
             if file.is_local and file.status() != listed:
-                raise ConflictError
+                raise ConflictError  # of which open_parquet says that the file has changed
             images, bad_images = decode_images(one_chunk(table[config.image_column]))
             numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
             yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
@@ -179,14 +179,15 @@ def count_rows(
         counts[f"{head.name}_probabilities"] = np.bincount(tenths, minlength=10).tolist()
     if label_column:
         labels, unknown = decode_numbers(one_chunk(decoded.table[label_column]), DIGITS)
-        is_scored[list(unknown)] = False  # from here on: and its digit is known
-        labels, numbers = labels[is_scored], decoded.numbers[is_scored]
+        is_known = is_scored.copy()
+        is_known[list(unknown)] = False
+        labels, numbers = labels[is_known], decoded.numbers[is_known]
         counts["labelled_rows"] = len(labels)
         for head in HEADS:
-            is_right = predictions[f"pred_{head.name}"][is_scored] == head.target(labels, numbers)
+            is_right = predictions[f"pred_{head.name}"][is_known] == head.target(labels, numbers)
             counts[f"{head.name}_right"] = int(is_right.sum())
-        pairs = DIGITS * labels + predictions["pred_digit"][is_scored]
-        counts["confusion"] = np.bincount(pairs, minlength=DIGITS**2).reshape(DIGITS, -1).tolist()
+        cells = DIGITS * labels + predictions["pred_digit"][is_known]
+        counts["confusion"] = np.bincount(cells, minlength=DIGITS**2).reshape(DIGITS, -1).tolist()
     return counts
 
 

@@ -23,9 +23,7 @@ from mnistsum_ray.cluster.connection import ended_without_head
 from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
-    ConflictError,
-    MissingFileError,
-    NoAnswerError,
+    PassingStorageError,
     RequestError,
     RunError,
     RunInterrupted,
@@ -76,9 +74,9 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
     except (OSError, ray.exceptions.RayError) as error:
         cause = getattr(error, "cause", error)  # what an actor raised, with Ray's advice below it
         first = str(cause).partition("\n")[0]
-        if isinstance(cause, NoAnswerError | MissingFileError | ConflictError):
+        if isinstance(cause, PassingStorageError):
             raise TryAgainError(f"{first}; {_KEPT}") from error
-        if isinstance(cause, StorageError):  # it will give the same answer again
+        if isinstance(cause, StorageError):
             raise RunError(f"{first}; {_KEPT}") from error
         if isinstance(cause, RunError):
             raise RunError(first) from error

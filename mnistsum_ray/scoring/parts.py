@@ -90,12 +90,13 @@ def _parts_of(file: InputFile, max_rows_per_file: int | None) -> Iterator[Part]:
 def first_parts(planned: Mapping[str, Part], max_rows: int | None) -> Mapping[str, Part]:
     """The first parts, up to the one that brings them to so many rows; None: all."""
     rows = 0
-    names = []
+    first: dict[str, Part] = {}
     for name, part in planned.items():
-        if max_rows is None or rows < max_rows:
-            names.append(name)
+        if max_rows is not None and rows >= max_rows:
+            break
+        first[name] = part
         rows += part.rows
-    return {name: planned[name] for name in names}
+    return first
 
 
 def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[Part]]:
@@ -124,16 +125,19 @@ class PartsThere:
     done: set[str] = field(default_factory=set)
     """Names of the planned parts that are there, whole and of this run."""
     counts: defaultdict[str, Any] = field(default_factory=lambda: defaultdict(int))
+    """Sums of `count_rows` over them: numbers and arrays."""
     bad: ReasonCounts = field(default_factory=ReasonCounts)
-    """Of their rows: sums of `count_rows`, which are numbers and arrays, and rejected ones."""
+    """Their rejected rows."""
     mistakes: list[dict[str, Any]] = field(default_factory=list)
-    """The surest of them: `file`, `row` and what `surest_mistakes` says."""
+    """The surest of their mistakes: `file`, `row` and what `surest_mistakes` says."""
     stale: dict[str, str] = field(default_factory=dict)
+    """Parts whose input file has changed since, and that file."""
     gone: dict[str, str] = field(default_factory=dict)
-    """Other parts and their input files, which have changed since, or are not there now."""
+    """Parts whose input file is not there now, and that file."""
     rows: Counter[str] = field(default_factory=Counter)
+    """Rows by input file, also of files that are gone."""
     rejected: Counter[str] = field(default_factory=Counter)
-    """Rows, and rejected ones, by input file, also of those that are gone."""
+    """Those of them that are rejected."""
 
 
 def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> PartsThere:

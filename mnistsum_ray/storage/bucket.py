@@ -67,8 +67,11 @@ def _is_endpoint(url: str) -> bool:
 
 
 def ask_again(request: Callable[[], Any]) -> None:
-    """Send a request until it is answered. obstore itself does so but for a connection that is
-    reset while an object is created, or while objects of S3 are deleted."""
+    """Send a request until it is answered.
+
+    obstore does so by itself, but for a connection that is reset while an object is created, or
+    while objects of S3 are deleted.
+    """
     until = time.monotonic() + _RETRIES["retry_timeout"].total_seconds()
     while True:
         try:

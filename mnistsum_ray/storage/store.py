@@ -162,8 +162,8 @@ class Location:
                 paths = _walk(self.path, enter) if Path(self.path).is_dir() else ()
                 return sorted(self.at(path).status() or Entry(path, 0, "") for path in paths)
             entries = self._objects()
-            # Consoles mark a folder by an empty object of its name.
             folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
+            # An empty object with the name of a folder only marks it: consoles make those.
             return sorted(entry for entry in entries if entry.size or entry.path not in folders)
 
     def _objects(self) -> list[Entry]:

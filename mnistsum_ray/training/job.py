@@ -32,6 +32,7 @@ from mnistsum_ray.cluster.workarounds import default_environment
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.sources import check_unchanged
 from mnistsum_ray.errors import (
+    PassingStorageError,
     RepeatingError,
     RequestError,
     RowCountError,
@@ -141,7 +142,7 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             record.begin(rows, start.init_from, versions())
             how_to_go_on = request.how_to_resume
             try:
-                finished = fit(request, plan, rows, start, record, console, callbacks)
+                finished = run_trainer(request, plan, rows, start, record, console, callbacks)
                 return record.publish(finished, time.monotonic() - started, console.say)
             except KeyboardInterrupt:
                 record.write_status("stopped")
@@ -152,8 +153,10 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     except ray.exceptions.RayError as error:  # some are OSErrors too
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
-    except StorageError as error:
+    except PassingStorageError as error:
         raise TryAgainError(f"{error}; {how_to_go_on}") from error
+    except StorageError as error:
+        raise RunError(f"{error}; {how_to_go_on}") from error
 
 
 def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
@@ -179,7 +182,7 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
     return rows
 
 
-def fit(
+def run_trainer(
     request: TrainRequest,
     plan: WorkerPlan,
     rows: Rows,
@@ -289,10 +292,12 @@ def _explained(
     """Why Ray Train has given up, in one line."""
     resume = request.how_to_resume
     manifest = request.folder / MANIFEST
-    try:  # keys that have expired are failures of workers to Ray Train, and "HTTP status 400"
+    try:  # keys that have expired look to Ray Train like workers that fail: a write of ours tells
         manifest.write(manifest.read_bytes())
-    except StorageError as of_storage:
+    except PassingStorageError as of_storage:
         return TryAgainError(f"{of_storage}; {resume}")
+    except StorageError as of_storage:
+        return RunError(f"{of_storage}; {resume}")
     if isinstance(error, ray.train.WorkerGroupError):
         failures = counted(request.config.max_failures + 1, "failure")
         return RunError(f"gave up after {failures} of workers, see above; {resume}")

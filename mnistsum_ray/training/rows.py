@@ -109,7 +109,7 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
     if bad.total and not skip_bad_rows:
         all_rows = counted(sum(rows.num_rows for rows in indexes.values()), "row")
         unusable = f"{bad.total:,} of {all_rows} cannot be used: {bad.describe()}"
-        advice = "a new run with --skip-bad-rows trains without them"
+        advice = "correct them, or train with --skip-bad-rows, which leaves them out"
         raise RequestError(f"--data {source.location}: {unusable}; {advice}")
     rows = Rows({}, {}, bad)
     for split, key_range in _key_ranges(source, indexes).items():
@@ -221,7 +221,7 @@ def _index(decoded: Decoded) -> pa.Table:
 
 @dataclass(frozen=True)
 class _KeyRange:
-    """The good rows in the files of a split whose `split_keys` are first_key..last_key."""
+    """The good rows in the files of `source_split` with first_key <= their key <= last_key."""
 
     source_split: str
     first_key: int = 0

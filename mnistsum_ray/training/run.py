@@ -23,7 +23,6 @@ from mnistsum_ray.errors import (
     MissingFileError,
     RequestError,
     RunError,
-    StorageError,
     counted,
     shell_command,
     spelled,
@@ -146,8 +145,6 @@ def _read_run(folder: Location) -> tuple[dict[str, Any], TrainConfig]:
     except MissingFileError:
         problem = f"there is no run in {folder.display} (no {MANIFEST}); start it without --resume"
         raise RequestError(f"--resume: {problem}") from None
-    except StorageError as error:
-        raise RequestError(f"--resume: {error}") from None
     except (ValueError, KeyError, TypeError):
         problem = "is damaged, or of another version; start another run"
         raise RequestError(f"--resume: {path.display} {problem}") from None

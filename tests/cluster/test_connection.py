@@ -18,6 +18,7 @@ def not_connected() -> None:
     ("address", "kind", "said"),
     [
         ("127.0.0.1:9", TryAgainError, "no cluster answers at 127.0.0.1:9; correct it, or"),
+        ("localhost:9", TryAgainError, "no cluster answers at localhost:9"),
         ("nowhere.invalid:6379", TryAgainError, "no cluster answers at nowhere.invalid:6379"),
         # `ray.init` would try for minutes.
         ("auto", TryAgainError, "no cluster answers at 127.0.0.1:10; correct it, or `ray stop`"),

@@ -222,8 +222,8 @@ def test_bad_rows_are_counted_by_reason_and_named_by_file_and_row(
         f"c.parquet: row 190: {wrong.format(10)}",
     ]
     if not skip_bad_rows:
-        said = f"--data {tmp_path}: 5 of 400 rows cannot be used: {' | '.join(examples)}; a new run"
-        with pytest.raises(RequestError, match=f"^{re.escape(said)} with --skip-bad-rows trains"):
+        said = f"--data {tmp_path}: 5 of 400 rows cannot be used: {' | '.join(examples)}; correct"
+        with pytest.raises(RequestError, match=f"^{re.escape(said)} them, or train with --skip"):
             read(tmp_path)
         return
     rows = read(tmp_path, skip_bad_rows=True)

@@ -11,7 +11,7 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RequestError, StorageError, TryAgainError
+from mnistsum_ray.errors import NoAnswerError, RequestError, TryAgainError
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
@@ -116,7 +116,7 @@ def test_a_run_that_cannot_begin_is_to_be_tried_again_and_not_resumed(
     """Its folder is held by another one, or the storage does not answer."""
 
     def fail(*_: Any) -> None:
-        raise StorageError("--storage-path no answer")
+        raise NoAnswerError("--storage-path no answer")
 
     request = asked(storage_path=str(tmp_path))
     with (
