@@ -3,6 +3,7 @@
 The text below a field is its help; brackets in it hold the value of an unset field.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
@@ -39,6 +40,8 @@ class JobConfig(BaseModel):
     def _check_texts(cls, value: Any) -> Any:
         """Make texts of paths, and refuse those that hold keys."""
         values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, Path) and re.match(r"\w+:/", str(one)) for one in values):
+            raise ValueError("a Path holds no URI; give a text")
         texts = [str(one) if isinstance(one, Path) else one for one in values]
         if any(isinstance(text, str) and may_hold_keys(text) for text in texts):
             raise ValueError(KEYS_REFUSED)
@@ -103,7 +106,7 @@ class TrainConfig(LabelledDataConfig):
     skip_bad_rows: bool = False
     """train without the rows that cannot be used, and count them in manifest and report"""
     max_rows: int | None = Field(default=None, ge=1)
-    """most training rows, for a first try with large data; other splits shrink alike [all]"""
+    """most rows of each split, for a first try with large data; of the first files [all]"""
     init_from: Place | None = None
     """run or model folder (or URI) whose weights the training begins with [new weights]"""
     dropout: float | None = _recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)

@@ -82,17 +82,17 @@ class Source:
     skipped: list[str] = field(default_factory=list)
     """As of `Inputs`."""
     max_rows: int | None = None
-    """Most training rows; None: all."""
+    """Most rows of each split; None: all."""
 
     def limited(self, max_rows: int | None) -> "Source":
-        """The same with so many training rows at most, and no more files than these need."""
+        """The same with so many rows a split at most, and no more files than these need."""
         if max_rows is None:
             return self
         files: dict[str, list[LabelledFile]] = {}
         for split, of_split in self.files.items():
             rows = 0
             for file in of_split:
-                if rows < 1.25 * max_rows:  # a fifth may be held out
+                if 4 * rows < 5 * max_rows:  # a fifth may be held out
                     files.setdefault(split, []).append(file)
                 rows += file.rows
         return replace(self, files=files, max_rows=max_rows)

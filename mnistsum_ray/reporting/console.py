@@ -35,12 +35,14 @@ class _AboveTheBar(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        run, stream = getattr(record, "run", ""), getattr(record, "stream", sys.stderr)
+        run = getattr(record, "mnistsum_run", "")
+        stream = getattr(record, "mnistsum_stream", None) or sys.stderr
         if run:
             text = f"{time.strftime('%H:%M:%S')} {run}  {text}"
-        with suppress(OSError):  # its reader has closed it; the job goes on
-            tqdm.write(text, file=stream)
-            stream.flush()
+        with suppress(OSError, ValueError):  # it, or its reader, is closed; the job goes on
+            if stream is not None:
+                tqdm.write(text, file=stream)
+                stream.flush()
 
 
 LOG: Final = logging.getLogger("mnistsum_ray")
@@ -80,7 +82,8 @@ class Console(AbstractContextManager["Console"]):
         self.run = ""
         """Once it is set, each line begins with the time of day and this name."""
         self._stream = stream or sys.stderr
-        is_shown = self._stream.isatty() or hasattr(builtins, "__IPYTHON__")
+        is_terminal = self._stream is not None and self._stream.isatty()
+        is_shown = is_terminal or hasattr(builtins, "__IPYTHON__")
         self._has_bars = is_shown and LOG.isEnabledFor(logging.INFO)
         self._bar: Any = None
         self._last_line = self._last_sign = time.monotonic()
@@ -121,7 +124,9 @@ class Console(AbstractContextManager["Console"]):
             self.say(line)
 
     def _write(self, text: str) -> None:
-        extra = {"run": self.run, "stream": self._stream}
+        extra: dict[str, Any] = {"mnistsum_run": self.run}
+        if self._stream is not sys.stderr:  # no stream in a record can be sent to other processes
+            extra["mnistsum_stream"] = self._stream
         LOG.info("%s", printable(hide_keys(text)), extra=extra)
         self._last_line = time.monotonic()
 

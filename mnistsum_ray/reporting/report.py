@@ -72,6 +72,7 @@ def report_page(
 def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """Render the HTML page of a scored output: counts, what cannot be used, configuration."""
     totals, counts = manifest["totals"], manifest["counts"]
+    all_rows = totals["input_rows"] + totals.get("left_rows", 0)
     figures = [
         (f"{totals['rejected_rows']:,}", "rows rejected"),
         (f"{totals['failed_files']:,}", f"files not usable, with {totals['failed_rows']:,} rows"),
@@ -102,7 +103,7 @@ def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
     ]
     return _render(
         pictures,
-        title=f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored",
+        title=f"{totals['scored_rows']:,} of {all_rows:,} rows scored",
         lines=[
             f"{totals['output']}, from {counted(totals['files'], 'file')}",
             manifest["notice"],

@@ -80,6 +80,8 @@ class ScoreResult(Result):
     """Rows of files that could not be used, where a footer says how many."""
     resumed_rows: int
     """Rows of those that an earlier run had scored."""
+    left_rows: int = 0
+    """Rows beside input_rows that `--max-rows` has left to a later run."""
     files: int
     failed_files: int
     rows_per_second: float

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
-from typing import Final
+from typing import Any, Final
 
 import ray.data
 import ray.exceptions
@@ -184,11 +184,14 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
 
     resumed_rows = sum(part.rows for name, part in planned.items() if name in before.done)
     new_rows = there.counts.get("rows", 0) - resumed_rows
-    figures = {
+    figures: dict[str, Any] = {
         "resumed_rows": resumed_rows,
         "rows_per_second": round(new_rows / scoring_seconds, 1) if scoring_seconds else 0.0,
         "seconds": round(time.monotonic() - started, 1),
     }
+    left_rows = sum(part.rows for name, part in planned.items() if name not in there.done)
+    if left_rows:
+        figures["left_rows"] = left_rows
     return folder.publish(request, failures, there, figures, console)
 
 

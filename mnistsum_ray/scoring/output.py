@@ -7,7 +7,7 @@ OUTPUT/manifest.json                 written last: while it exists, the output i
 """
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
@@ -17,13 +17,15 @@ import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
+from mnistsum_ray.data.images import SIDE, Pixels, decode_images, one_chunk
 from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
 from mnistsum_ray.errors import (
     ConflictError,
     MissingFileError,
     RunError,
+    StorageError,
     TryAgainError,
+    UnusableFileError,
     counted,
     percent,
     spelled,
@@ -55,7 +57,8 @@ FILES_TABLE_SCHEMA: Final = pa.schema(
     {"file": pa.string()} | _ROWS | {"status": pa.string(), "reason": pa.string()}
 )
 """One row an input file. rows == scored + rejected + failed; null where no footer says them. Status
-is `scored`, `failed` with a reason, or `gone`: scored, and not in --input now."""
+is `scored`, `failed` with a reason, `gone` (scored, and not in --input now) or, where --max-rows
+has stopped, `partial`."""
 
 
 def read_run(output: Location) -> dict[str, Any]:
@@ -166,7 +169,7 @@ def publish(
         trained = "the model was trained on white on black"
         notices.append(f"{light} of the images are light at their edges; {trained}")
     totals = _totals(files, counts) | {"output": output.display} | figures
-    left = sum(file.rows or 0 for file in request.files) - totals["input_rows"]
+    left = figures.get("left_rows", 0)
     if left:
         rest = f"{counted(left, 'row')} of the input are left, and no {MANIFEST} is written"
         notices.append(f"--max-rows: {rest}; without it the same command goes on")
@@ -187,10 +190,11 @@ def publish(
     (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
     numbers_of: dict[str, tuple[Any, ...]] = {}
     if there.mistakes:
-        numbers_of["mistakes.png"] = (there.mistakes, _read_images(request, there.mistakes))
+        images = _read_images(request, there.mistakes, console)
+        numbers_of["mistakes.png"] = (there.mistakes, images)
     pictures = draw(numbers_of, console.say)
     (output / REPORT).write(scored_page(manifest, pictures).encode())
-    of = f"{counted(totals['input_rows'], 'row')} in {counted(totals['files'], 'file')}"
+    of = f"{counted(totals['input_rows'] + left, 'row')} in {counted(totals['files'], 'file')}"
     console.say(f"scored {totals['scored_rows']:,} of {of}, each exactly once")
     if bad.total:
         console.say(f"rejected, null in the output: {bad.describe()}")
@@ -215,15 +219,26 @@ def publish(
     return ScoreResult(**totals)
 
 
-def _read_images(request: ScoreRequest, mistakes: Sequence[Mapping[str, Any]]) -> Iterator[Pixels]:
-    """The images of these rows, read from the input again."""
+def _read_images(
+    request: ScoreRequest, mistakes: Sequence[Mapping[str, Any]], console: Console
+) -> list[Pixels]:
+    """The images of these rows, read from the input again; of a file that has changed, none."""
     entries = {file.name: file.entry for file in request.files}
+    rows_of_files: dict[str, list[int]] = {}
     for mistake in mistakes:
-        name, row = mistake["file"], mistake["row"]
-        with open_parquet(request.root / name, entries[name]) as parquet:
-            (table,) = read_rows(parquet, [range(row, row + 1)])
-        images, _ = decode_images(one_chunk(table[request.config.image_column]))
-        yield images[0]
+        rows_of_files.setdefault(mistake["file"], []).append(mistake["row"])
+    found: dict[tuple[str, int], Pixels] = {}
+    for name, rows in rows_of_files.items():
+        ranges = [range(row, row + 1) for row in sorted(rows)]
+        try:
+            with open_parquet(request.root / name, entries[name]) as parquet:
+                for row, table in zip(sorted(rows), read_rows(parquet, ranges), strict=True):
+                    images, _ = decode_images(one_chunk(table[request.config.image_column]))
+                    found[name, row] = images[0]
+        except (UnusableFileError, StorageError) as error:
+            console.say(f"the report shows no images of {name}: {error}")
+    blank = np.zeros((SIDE, SIDE), np.uint8)
+    return [found.get((mistake["file"], mistake["row"]), blank) for mistake in mistakes]
 
 
 def _rows_of_files(
@@ -236,8 +251,10 @@ def _rows_of_files(
         if reason:
             rows.append((file.name, file.rows, 0, 0, file.rows, "failed", reason))
     gone = set(there.gone.values())
+    rows_of_input = {file.name: file.rows for file in request.files}
     for name, count in there.rows.items():
-        status = "gone" if name in gone else "scored"
+        is_whole = count == rows_of_input.get(name, count)
+        status = "gone" if name in gone else "scored" if is_whole else "partial"
         rejected = there.rejected[name]
         rows.append((name, count, count - rejected, rejected, 0, status, None))
     return [dict(zip(FILES_TABLE_SCHEMA.names, row, strict=True)) for row in sorted(rows)]

@@ -92,9 +92,8 @@ def first_parts(planned: Mapping[str, Part], max_rows: int | None) -> Mapping[st
     rows = 0
     first: dict[str, Part] = {}
     for name, part in planned.items():
-        if max_rows is not None and rows >= max_rows:
-            break
-        first[name] = part
+        if max_rows is None or rows < max_rows or not part.rows:  # an empty file costs nothing
+            first[name] = part
         rows += part.rows
     return first
 

@@ -10,7 +10,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import column_error, read_footer
-from mnistsum_ray.errors import MissingFileError, RequestError, UnusableFileError
+from mnistsum_ray.errors import MissingFileError, RequestError, UnusableFileError, counted
 from mnistsum_ray.model.heads import added_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
@@ -92,7 +92,11 @@ def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> lis
     """
     progress = Progress(console.progress, "footers read", len(inputs.files))
     inspect = partial(_inspect_file, inputs, config)
-    files = list(in_threads(inputs.root, inspect, list(inputs.files), progress))
+    inspected = list(in_threads(inputs.root, inspect, list(inputs.files), progress))
+    files = [file for file in inspected if file]
+    if len(files) < len(inspected):
+        missing = len(inspected) - len(files)
+        console.say(f"left out: {counted(missing, 'file')} gone since the input was listed")
     readable = [file for file in files if file.rows is not None]
     if readable and all(file.error for file in readable):
         example = f"{readable[0].name} {readable[0].error}"
@@ -104,7 +108,8 @@ def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> lis
     return files
 
 
-def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
+def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile | None:
+    """What the footer says of a file; None: it is gone since the input was listed."""
     entry = inputs.files[name]
     try:
         # A part's number is 15 bytes, and file systems take names of 255.
@@ -115,7 +120,7 @@ def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile:
             raise UnusableFileError(f"would get a name that {skipped}; rename it")
         footer = read_footer(inputs.root / name, entry)
     except MissingFileError:  # a file that expires in this moment must not cost all others
-        return InputFile(name, entry, error="is gone since the input was listed")
+        return None
     except UnusableFileError as error:
         return InputFile(name, entry, error=str(error))
     columns = map(footer.schema.column, range(len(footer.schema)))

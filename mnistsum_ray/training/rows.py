@@ -12,7 +12,6 @@ may hold all CPUs. PyTorch is not imported here, since the processes that read w
 import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -235,19 +234,26 @@ class _KeyRange:
         selected = rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
         return selected.select(kept)
 
-    def part(self, share: float, indexes: dict[str, pa.Table]) -> "_KeyRange":
-        """This share of the rows: those with the smallest keys, so of all digits."""
+    def first(self, count: int, indexes: dict[str, pa.Table]) -> "_KeyRange":
+        """The same with so many rows at most: those with the smallest keys."""
         selected = self.select(indexes[self.source_split])
         keys = np.sort(split_keys(selected["row_id"].to_numpy()))
-        last = int(keys[ceil(share * len(keys)) - 1]) if len(keys) else 0
-        return replace(self, last_key=last)
+        return replace(self, last_key=int(keys[count - 1])) if len(keys) > count else self
 
 
 def _key_ranges(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyRange]:
     """Which rows each split has: those of its own files, or some that are held out of `train`."""
     ranges = {split: _KeyRange(split) for split in indexes}
-    if "train" not in indexes:
+    if "train" in indexes:
+        ranges |= _hold_out(source, indexes)
+    if source.max_rows is None:
         return ranges
+    return {split: of_split.first(source.max_rows, indexes) for split, of_split in ranges.items()}
+
+
+def _hold_out(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyRange]:
+    """The rows of `train` and of the splits whose rows are held out of it."""
+    ranges = {"train": _KeyRange("train")}
     good = ranges["train"].select(indexes["train"])
     keys = np.sort(split_keys(good["row_id"].to_numpy()))
     count = held_out_rows(len(keys))
@@ -257,11 +263,7 @@ def _key_ranges(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyR
         ranges[split] = _KeyRange("train", first, after - 1)
         first = after
     ranges["train"] = _KeyRange("train", first)
-    train_rows = len(keys) - len(source.held_out) * count
-    if source.max_rows is None or source.max_rows >= train_rows:
-        return ranges
-    share = source.max_rows / train_rows
-    return {split: of_split.part(share, indexes) for split, of_split in ranges.items()}
+    return ranges
 
 
 def _dataset(decoded: Decoded, key_range: _KeyRange, rows_of_block: int) -> Dataset:

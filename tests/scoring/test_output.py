@@ -376,14 +376,13 @@ def test_a_file_that_appears_while_a_run_scores_is_left_for_the_next_one(example
     assert (again.input_rows, again.resumed_rows) == (14, 13)
 
 
-def test_a_file_that_expires_after_the_listing_fails_alone(example: Example) -> None:
+def test_a_file_that_expires_after_the_listing_is_left_out(example: Example) -> None:
     write_rows(example.input / "old.parquet", [13])
     inputs = list_inputs([str(example.input)])
     (example.input / "old.parquet").unlink()
     config = ScoreConfig(model="m", input=(str(example.input),), output="o")
-    *_, old = _inspect_files(inputs, config, CONSOLE)
-    assert (old.name, old.rows) == ("old.parquet", None)
-    assert old.error == "is gone since the input was listed"
+    names = [file.name for file in _inspect_files(inputs, config, CONSOLE)]
+    assert sorted([*names, "old.parquet"]) == list(inputs.files)
 
 
 def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example) -> None:
@@ -415,8 +414,10 @@ def test_two_runs_of_one_request_at_once_give_the_files_of_one(
 
 def test_a_first_try_with_some_rows_is_not_taken_for_the_whole(example: Example) -> None:
     some = example.score(max_rows=5)
-    assert (some.input_rows, some.scored_rows, some.rejected_rows) == (8, 6, 2)
-    assert example.files(*TIMED).keys() == {*OF_A[:2], "run.json", "files.parquet"}
+    assert (some.input_rows, some.scored_rows, some.rejected_rows, some.left_rows) == (8, 6, 2, 5)
+    done = {*OF_A[:2], "predictions/none.parquet"}  # which has no rows
+    assert example.files(*TIMED).keys() == {*done, "run.json", "files.parquet"}
+    assert [row[-2] for row in listed(example)] == ["partial", "failed", "scored"]
     assert "5 rows of the input are left" in (example.output / "report.html").read_text()
     assert not (example.output / "manifest.json").exists()
     whole = example.score()

@@ -78,11 +78,7 @@ def test_a_first_try_has_some_rows_of_each_split_and_of_all_digits(
 ) -> None:
     request = asked(max_rows=400, storage_path=tmp_path)
     rows = rows_in_memory(request.source)
-    assert {split: len(rows[split]) for split in rows} == {
-        "train": 400,
-        "test": 50,
-        "validation": 50,
-    }
+    assert [rows[split].num_rows for split in ("train", "validation", "test")] == [400] * 3
     assert set(rows["train"]["digit"].to_pylist()) == set(range(10)), "they are sorted by digit"
     for index in range(8):  # of 100 rows each
         pq.write_table(sample[index::50], tmp_path / f"{index}.parquet")
