@@ -4,20 +4,23 @@
 lines of history.jsonl, and `pictures` are PNG files by their names.
 """
 
+import io
 import platform
 import shlex
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
 import jinja2
+from markupsafe import Markup
+from PIL import Image
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.errors import counted, one_line, percent
-from mnistsum_ray.model.heads import HEADS
+from mnistsum_ray.model.heads import HEADS, Head
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.storage.store import Location
 
@@ -69,8 +72,11 @@ def report_page(
     )
 
 
-def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    """Render the HTML page of a scored output: counts, what cannot be used, configuration."""
+def scored_page(manifest: dict[str, Any], mistake_images: Sequence[Pixels]) -> str:
+    """Render the HTML page of a scored output: counts, what cannot be used, configuration.
+
+    `mistake_images` are those of the manifest's mistakes.
+    """
     totals, counts = manifest["totals"], manifest["counts"]
     all_rows = totals["input_rows"] + totals.get("left_rows", 0)
     figures = [
@@ -87,7 +93,10 @@ def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
     if len(failures) < totals["failed_files"]:
         failures.append((f"all {totals['failed_files']:,}", "are in files.parquet"))
     digits = enumerate(counts.get("predicted_digits", []))
-    places = [(m["file"], f"{m['row']:,}", m["digit"], m["number"]) for m in manifest["mistakes"]]
+    mistakes = []
+    for mistake, image in zip(manifest["mistakes"], mistake_images, strict=True):
+        answers = [_answer(mistake, head) for head in HEADS]
+        mistakes.append((_picture(image), *answers, mistake["file"], f"{mistake['row']:,}"))
     tenths = []
     for tenth in range(10 if "predicted_digits" in counts else 0):
         of_heads = [f"{counts[f'{head.name}_probabilities'][tenth]:,}" for head in HEADS]
@@ -97,12 +106,12 @@ def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
         _reasons("Rejected rows", manifest["bad_rows"]),
         ("Predicted digits", ("digit", "rows"), [(digit, f"{rows:,}") for digit, rows in digits]),
         ("Probabilities", ("probability", *(f"{head.name}, rows" for head in HEADS)), tenths),
-        (PICTURES["mistakes.png"], ("file", "row", "true digit", "number"), places),
+        (PICTURES["mistakes.png"], ("", *(head.name for head in HEADS), "file", "row"), mistakes),
         _digits(counts.get("confusion", [])),
         _settings(manifest, manifest["model"]),
     ]
     return _render(
-        pictures,
+        {},
         title=f"{totals['scored_rows']:,} of {all_rows:,} rows scored",
         lines=[
             f"{totals['output']}, from {counted(totals['files'], 'file')}",
@@ -111,6 +120,22 @@ def scored_page(manifest: dict[str, Any], pictures: dict[str, bytes]) -> str:
         figures=figures,
         tables=tables,
     )
+
+
+def _answer(mistake: dict[str, Any], head: Head) -> str:
+    """What a head has answered, how sure it was, and what is true."""
+    predicted = mistake[f"pred_{head.name}"]
+    true = head.target(mistake["digit"], mistake["number"])
+    wrong = "" if predicted == true else f", not {true}"
+    return f"{predicted} ({percent(mistake[f'{head.name}_prob'])}){wrong}"
+
+
+def _picture(image: Pixels) -> Markup:
+    """An image in a cell. With matplotlib it would cost each scoring a second."""
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    source = f"data:image/png;base64,{b64encode(png.getvalue()).decode()}"
+    return Markup('<img alt="" width="56" src="{}">').format(source)
 
 
 def _digits(confusion: list[list[int]]) -> Table:
@@ -155,19 +180,6 @@ def _render(pictures: dict[str, bytes], **values: Any) -> str:
     return template.render(pictures=shown, **values)
 
 
-def draw(numbers_of: dict[str, tuple[Any, ...]], say: Callable[[str], None]) -> dict[str, bytes]:
-    """Draw pictures of these names; what cannot be drawn never costs the run."""
-    pictures = {}
-    for name, numbers in numbers_of.items():
-        try:
-            from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
-
-            pictures[name] = plots.png(name, *numbers)
-        except Exception as error:  # such as of a font that a user's settings name
-            say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
-    return pictures
-
-
 def write_report(
     folder: Location,
     manifest: dict[str, Any],
@@ -176,7 +188,7 @@ def write_report(
     mistake_images: Pixels,
     say: Callable[[str], None],
 ) -> None:
-    """Write the pictures and report.html of a run."""
+    """Write the pictures and report.html of a run; what cannot be drawn never costs the run."""
     analysis = manifest["error_analysis"]
     numbers_of: dict[str, tuple[Any, ...]] = {
         "history.png": (history, manifest["config"]["learning_rate"]),
@@ -184,7 +196,14 @@ def write_report(
         "mistakes.png": (analysis["mistakes"], mistake_images),
         "reliability.png": (analysis["probabilities"],),
     }
-    pictures = draw(numbers_of, say)
+    pictures = {}
+    for name, numbers in numbers_of.items():
+        try:
+            from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
+
+            pictures[name] = plots.png(name, *numbers)
+        except Exception as error:  # such as of a font that a user's settings name
+            say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
     for name, picture in pictures.items():
         (folder / name).write(picture)
     (folder / REPORT).write(report_page(manifest, description, pictures).encode())

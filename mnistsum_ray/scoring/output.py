@@ -32,7 +32,7 @@ from mnistsum_ray.errors import (
 )
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.reporting.console import Console, accuracies
-from mnistsum_ray.reporting.report import REPORT, draw, scored_page, versions
+from mnistsum_ray.reporting.report import REPORT, scored_page, versions
 from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
 from mnistsum_ray.scoring.parts import (
     NOT_OURS,
@@ -188,12 +188,8 @@ def publish(
         "versions": versions(),
     }
     (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
-    numbers_of: dict[str, tuple[Any, ...]] = {}
-    if there.mistakes:
-        images = _read_images(request, there.mistakes, console)
-        numbers_of["mistakes.png"] = (there.mistakes, images)
-    pictures = draw(numbers_of, console.say)
-    (output / REPORT).write(scored_page(manifest, pictures).encode())
+    images = _read_images(request, there.mistakes, console)
+    (output / REPORT).write(scored_page(manifest, images).encode())
     of = f"{counted(totals['input_rows'] + left, 'row')} in {counted(totals['files'], 'file')}"
     console.say(f"scored {totals['scored_rows']:,} of {of}, each exactly once")
     if bad.total:
