@@ -42,9 +42,9 @@ from mnistsum_ray.pairs import export_pairs
 
 EPOCHS = 3
 BATCH = 256
-SCORED_BATCH = 2048  # rows of a call of the predictor: those of one pass on a GPU
 CORES = os.cpu_count() or 1
 CUDA = torch.cuda.is_available()
+SCORED_BATCH = 2048 if CUDA else 1024  # Ray Data's default; on a GPU the rows of one pass
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
