@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -93,6 +95,19 @@ def test_the_commands_of_train_and_score() -> None:
     for output, resumed in (("scored", 2_000), ("strict-scored", 0)):
         totals = json.loads(Path(output, "manifest.json").read_text())["totals"]
         assert (totals["scored_rows"], totals["resumed_rows"]) == (2_500, resumed)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("said")
+def test_a_training_that_is_killed_by_these_commands_has_the_same_bits() -> None:
+    Path("jobs").symlink_to(ROOT / "jobs")
+    done = subprocess.run(
+        ["bash", "-c", blocks("Kill it", "bash")],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.endswith("the same bits\n"), done.stderr
 
 
 @pytest.mark.slow
