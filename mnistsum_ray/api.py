@@ -53,7 +53,8 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
 
     Raises:
         RequestError: the request is invalid; the message names the field and says what to do.
-        RunError: the run has begun and failed.
+        RunError: the run has begun and failed; as TryAgainError, the same call may work later.
+        RunInterrupted: a KeyboardInterrupt, whose message says how to go on.
     """
     from mnistsum_ray.training.run import check_request
 
@@ -116,6 +117,7 @@ def load_model(model: str | Path) -> "TwoHeadCNN":
 
     Raises:
         RequestError: there is no such model, it is damaged, or it is of another network.
+        TryAgainError: the storage does not answer.
     """
     from mnistsum_ray.model.folder import load_model as load_folder
 
@@ -128,6 +130,7 @@ def save_model(model: "TwoHeadCNN", folder: str | Path) -> None:
     Raises:
         RequestError: the folder cannot be written, or is not empty; or the model is of another
             network, and could not be loaded again.
+        TryAgainError: the storage does not answer.
     """
     from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
     from mnistsum_ray.model.network import make_network
@@ -152,6 +155,8 @@ def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
     Raises:
         RequestError: no such picture or model, nothing is drawn on the picture, or the number is
             out of range.
+        TryAgainError: the storage does not answer.
+        RunError: the model's scores are not finite.
     """
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
@@ -208,6 +213,8 @@ def predict_rows(
         TypeError: `rows` is something else.
         KeyError: a column is not there, or twice.
         ValueError: a column cannot be read, or has the name of one that is added.
+        RequestError, TryAgainError: of `load_model`, where the model is named.
+        RunError: the model's scores are not finite.
     """
     network = _loaded(model)
     if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):

@@ -1,4 +1,4 @@
-"""The line of Ray's errors that a user is told."""
+"""Which line of a long error of Ray's a user is told."""
 
 from ray.exceptions import OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError

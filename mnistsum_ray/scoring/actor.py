@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -143,23 +144,22 @@ def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Predictio
     rejected = ReasonCounts()
     examples = [(part.input, part.first_row + row, why) for row, why in decoded.reasons.items()]
     rejected.add(Counter(decoded.reasons.values()), examples)
-    footer: dict[str, Any] = {
-        "run": request.run_id,
-        "part": part._asdict(),
-        "counts": count_rows(decoded, predictions, request.config.label_column),
-        **vars(rejected),
-    }
-    if request.config.label_column:
-        footer["mistakes"] = surest_mistakes(decoded, predictions, request.config.label_column)
+    footer: dict[str, Any] = {"run": request.run_id, "part": part._asdict(), **vars(rejected)}
+    footer["counts"] = count_rows(decoded, predictions)
+    label_column = request.config.label_column
+    if label_column:
+        labels, unknown = decode_numbers(one_chunk(decoded.table[label_column]), DIGITS)
+        is_known = np.ones(len(labels), bool)
+        is_known[[*unknown, *decoded.reasons]] = False
+        footer["counts"] |= count_right(decoded, predictions, labels, is_known)
+        footer["mistakes"] = surest_mistakes(decoded, predictions, labels, is_known)
     # Without the input's own metadata: they may name the input's columns, and Spark sees no others.
     table = table.replace_schema_metadata({PART_KEY: json.dumps(footer)})
     with suppress(ConflictError):  # a process that died, or a second run, has put it
         (request.output / PREDICTIONS / part.output).create(to_parquet(table))
 
 
-def count_rows(
-    decoded: DecodedPart, predictions: Predictions, label_column: str | None
-) -> dict[str, Any]:
+def count_rows(decoded: DecodedPart, predictions: Predictions) -> dict[str, Any]:
     """Counts of a part's rows: numbers, and lists of them by digit or by tenth of probability."""
     is_scored = np.ones(len(decoded.images), bool)
     is_scored[list(decoded.reasons)] = False
@@ -177,30 +177,32 @@ def count_rows(
     for head in HEADS:
         tenths = (10 * scored[f"{head.name}_prob"]).astype(np.int64).clip(max=9)
         counts[f"{head.name}_probabilities"] = np.bincount(tenths, minlength=10).tolist()
-    if label_column:
-        labels, unknown = decode_numbers(one_chunk(decoded.table[label_column]), DIGITS)
-        is_known = is_scored.copy()
-        is_known[list(unknown)] = False
-        labels, numbers = labels[is_known], decoded.numbers[is_known]
-        counts["labelled_rows"] = len(labels)
-        for head in HEADS:
-            is_right = predictions[f"pred_{head.name}"][is_known] == head.target(labels, numbers)
-            counts[f"{head.name}_right"] = int(is_right.sum())
-        cells = DIGITS * labels + predictions["pred_digit"][is_known]
-        counts["confusion"] = np.bincount(cells, minlength=DIGITS**2).reshape(DIGITS, -1).tolist()
+    return counts
+
+
+def count_right(
+    decoded: DecodedPart, predictions: Predictions, labels: Numbers, is_known: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Counts of a part's scored rows whose true digit is known: of these, how many are right."""
+    labels, numbers = labels[is_known], decoded.numbers[is_known]
+    counts: dict[str, Any] = {"labelled_rows": len(labels)}
+    for head in HEADS:
+        is_right = predictions[f"pred_{head.name}"][is_known] == head.target(labels, numbers)
+        counts[f"{head.name}_right"] = int(is_right.sum())
+    cells = DIGITS * labels + predictions["pred_digit"][is_known]
+    counts["confusion"] = np.bincount(cells, minlength=DIGITS**2).reshape(DIGITS, -1).tolist()
     return counts
 
 
 def surest_mistakes(
-    decoded: DecodedPart, predictions: Predictions, label_column: str
+    decoded: DecodedPart, predictions: Predictions, labels: Numbers, is_known: npt.NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
     """Of the rows whose digit is known those with the surest wrong answers, the surest first."""
-    labels, unknown = decode_numbers(one_chunk(decoded.table[label_column]), DIGITS)
     confidence = np.zeros(len(labels))
     for head in HEADS:
         is_wrong = predictions[f"pred_{head.name}"] != head.target(labels, decoded.numbers)
         confidence = np.maximum(confidence, predictions[f"{head.name}_prob"] * is_wrong)
-    confidence[[*unknown, *decoded.reasons]] = 0
+    confidence[~is_known] = 0
     mistakes = []
     for row in np.argsort(-confidence, kind="stable")[:MAX_MISTAKES].tolist():
         if confidence[row]:

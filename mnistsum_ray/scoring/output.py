@@ -249,8 +249,11 @@ def _rows_of_files(
     gone = set(there.gone.values())
     rows_of_input = {file.name: file.rows for file in request.files}
     for name, count in there.rows.items():
-        is_whole = count == rows_of_input.get(name, count)
-        status = "gone" if name in gone else "scored" if is_whole else "partial"
+        status = "scored"
+        if name in gone:
+            status = "gone"
+        elif count < (rows_of_input[name] or 0):
+            status = "partial"
         rejected = there.rejected[name]
         rows.append((name, count, count - rejected, rejected, 0, status, None))
     return [dict(zip(FILES_TABLE_SCHEMA.names, row, strict=True)) for row in sorted(rows)]

@@ -109,9 +109,8 @@ def folder_lock(folder: Location, flag: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
         try:
-            fcntl.flock(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # until the file is closed, also by a kill
+            # Until the file is closed, also by a kill.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             running = f"another run ({path.read_text()}) is writing there"
             advice = "wait for it, or choose another"
