@@ -97,4 +97,4 @@ def test_dashboard_and_alerts_know_the_metrics_that_are_exported() -> None:
     assert {*re.findall(r"ray_mnistsum_\w+", alerts)} <= exported
     assert f'cronjob="{CRONJOB["metadata"]["name"]}"' in alerts
     (group,) = yaml.safe_load(alerts)["groups"]
-    assert len(group["rules"]) == 2
+    assert len(group["rules"]) == 3
