@@ -79,10 +79,10 @@ def project_step() -> Callable[[Tensor, Tensor], None]:
     """A step as in `fit`, on images uint8[n, 28, 28] and digits int64[n] on the device."""
     tune_malloc()
     matrices = torch.from_numpy(distortions(0, 0, np.arange(BATCH), 0.5)).to(DEVICE)
-    dtype = torch.bfloat16 if faster_with_bf16(DEVICE) else torch.float32
+    bf16 = faster_with_bf16(DEVICE)
     model = network.make_network().to(DEVICE)
-    objective = network.Objective(model, 0.0, dtype)
-    optimizer = MuonAdamW(model, 0.01, dtype)
+    objective = network.Objective(model, 0.0, bf16=bf16)
+    optimizer = MuonAdamW(model, 0.01, bf16=bf16)
     optimizer.set_learning_rate(0.01)
 
     def step(pixels: Tensor, digits: Tensor) -> None:
@@ -107,12 +107,12 @@ def original(what: str, folder: str, rows: int) -> float:
 
     def step(*batch: Tensor) -> None:
         images, numbers, digits = (values.to(DEVICE) for values in batch)
-        digit_scores, sum_scores = model(images, numbers)
+        digit_logits, sum_logits = model(images, numbers)
         if not is_training:
-            digit_scores.argmax(1).cpu(), sum_scores.argmax(1).cpu()
+            digit_logits.argmax(1).cpu(), sum_logits.argmax(1).cpu()
             return
         optimizer.zero_grad()
-        loss = F.cross_entropy(digit_scores, digits) + F.cross_entropy(sum_scores, digits + numbers)
+        loss = F.cross_entropy(digit_logits, digits) + F.cross_entropy(sum_logits, digits + numbers)
         torch.autograd.backward(loss / 2)
         optimizer.step()
 

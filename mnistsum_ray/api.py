@@ -112,7 +112,7 @@ def load_model(model: str | Path) -> "TwoHeadCNN":
     """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI).
 
     The network is in evaluation mode, on the CPU. It takes float32[n, 1, 28, 28] of
-    `model.network.prepare_images` and numbers int64[n], and returns the scores (logits) of the
+    `model.network.prepare_images` and numbers int64[n], and returns the logits of the
     digits [n, 10] and of the sums [n, 19].
 
     Raises:

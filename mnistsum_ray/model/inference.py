@@ -13,7 +13,7 @@ from mnistsum_ray.data.images import SIDE, Numbers, Pixels
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
 from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
-from mnistsum_ray.model.network import Scores, TwoHeadCNN, make_network, score_digits
+from mnistsum_ray.model.network import Logits, TwoHeadCNN, compute_digit_logits, make_network
 
 CPU_BATCH: Final = 256
 """Rows of a forward pass on CPUs: 3 to 7 % faster than 64 on two cores, and as fast as more."""
@@ -93,7 +93,7 @@ def predict_pairs(
     the same bits whatever rows are scored with it.
     """
     device = next(model.parameters()).device
-    scores: list[Scores] = []
+    logits_of_batches: list[Logits] = []
     for start in range(0, max(1, len(images)), batch_size):  # torch.cat needs at least one batch
         rows = slice(start, start + batch_size)
         batch = [array_to_device(values[rows], device) for values in (images, numbers)]
@@ -101,12 +101,12 @@ def predict_pairs(
         if missing:
             zeros = [values.new_zeros(missing, *values.shape[1:]) for values in batch]
             batch = [torch.cat(parts) for parts in zip(batch, zeros, strict=True)]
-        digit_scores = score_digits(model, batch[0], bf16=bf16)
+        digit_logits = compute_digit_logits(model, batch[0], bf16=bf16)
         # The other heads, a thousandth of the work, run in float32, as in the evaluation.
-        scores.append(model.scores(digit_scores.float(), batch[1]))
+        logits_of_batches.append(model.logits(digit_logits.float(), batch[1]))
     found: Predictions = {}
     for index, head in enumerate(HEADS):
-        logits = torch.cat([batch_scores[index] for batch_scores in scores])[: len(images)]
+        logits = torch.cat([of_batch[index] for of_batch in logits_of_batches])[: len(images)]
         probabilities = logits.softmax(1)
         probability, answer = probabilities.max(1)
         found[f"{head.name}_prob"] = probability.cpu().numpy()

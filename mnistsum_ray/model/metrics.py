@@ -4,7 +4,7 @@ Each image is paired with every number, and not with a random one: the sum accur
 in it. The convolutions, nearly all of the work, run once an image.
 
 Temperatures calibrate the heads (Guo et al., "On Calibration of Modern Neural Networks", 2017): the
-scores (logits) of a head are divided by its temperature before softmax.
+logits of a head are divided by its temperature before softmax.
 """
 
 import math
@@ -23,7 +23,7 @@ from mnistsum_ray.data.randomness import NUMBERS, RowTotals, mix_ids
 from mnistsum_ray.model.device import all_reduce_sum, hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.network import Scores, TwoHeadCNN, make_network
+from mnistsum_ray.model.network import Logits, TwoHeadCNN, make_network
 
 RELIABILITY_BINS: Final = 15
 """Bins of equal width over the probability 0..1, as in Guo et al. (2017)."""
@@ -34,24 +34,24 @@ MAX_MISTAKES: Final = 24
 LabelledRows = dict[str, Tensor]
 """`image` uint8[n, 28, 28], `digit` and `row_id` int64[n]."""
 
-ScoredDigits = list[tuple[LabelledRows, Tensor]]
-"""Batches of rows, with their digit scores [n, 10]."""
+RowsWithDigitLogits = list[tuple[LabelledRows, Tensor]]
+"""Batches of rows, with their digit logits [n, 10]."""
 
-ScoredRows = Iterable[tuple[LabelledRows, Scores]]
-"""Batches of rows, with their `scores_of_all_numbers`."""
+RowsWithLogits = Iterable[tuple[LabelledRows, Logits]]
+"""Batches of rows, with their `logits_of_all_numbers`."""
 
 Metrics = dict[str, float]
 """`rows`, `pairs`, `loss` (mean cross-entropy of the pairs and the heads, in nats), and
 `<head>_accuracy`."""
 
 
-def true_classes(digits: Tensor, scores: Scores) -> list[Tensor]:
-    """True classes by head, int64[n, NUMBERS] or of the digit int64[n, 1], beside their scores."""
+def true_classes(digits: Tensor, logits: Logits) -> list[Tensor]:
+    """True classes by head, int64[n, NUMBERS] or of the digit int64[n, 1], beside their logits."""
     numbers = torch.arange(NUMBERS, device=digits.device)
     classes = []
-    for head, logits in zip(HEADS, scores, strict=True):
+    for index, head in enumerate(HEADS):
         target: Tensor = head.target(digits[:, None], numbers)
-        classes.append(target.broadcast_to(logits.shape[:2]))
+        classes.append(target.broadcast_to(logits[index].shape[:2]))
     return classes
 
 
@@ -63,16 +63,16 @@ class AnswerCounts:
         self._counts = torch.zeros(2 + len(HEADS), dtype=torch.int64, device=device)
         self._losses = torch.zeros(len(HEADS), dtype=torch.float64, device=device)
 
-    def add(self, batch: LabelledRows, scores: Scores) -> None:
-        """Count one batch with its `scores_of_all_numbers`."""
+    def add(self, batch: LabelledRows, logits: Logits) -> None:
+        """Count one batch with its `logits_of_all_numbers`."""
         counts = [torch.ones_like(batch["row_id"]).sum(), mix_ids(batch["row_id"]).sum()]
-        truths = true_classes(batch["digit"], scores)
-        for index, (logits, truth) in enumerate(zip(scores, truths, strict=True)):
-            # The digit is one answer for all NUMBERS pairs of its image.
-            counts.append((logits.argmax(2) == truth).expand(-1, NUMBERS).sum())
-            loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="sum")
-            pairs_of_row = truth.size(1)  # NUMBERS, or 1 of digits
-            self._losses[index] += loss / pairs_of_row
+        for index, truth in enumerate(true_classes(batch["digit"], logits)):
+            is_right = logits[index].argmax(2) == truth
+            counts.append(is_right.expand(-1, NUMBERS).sum())  # a digit's answer is for all pairs
+            answers = logits[index].flatten(0, 1)
+            loss = F.cross_entropy(answers, truth.flatten(), reduction="sum")
+            answers_of_row = truth.size(1)  # NUMBERS, or 1 of the digit
+            self._losses[index] += loss / answers_of_row
         self._counts += torch.stack(counts)
 
     def all_reduce(self) -> None:
@@ -91,23 +91,23 @@ class AnswerCounts:
         return metrics
 
 
-def fit_temperatures(scored: ScoredRows) -> dict[str, float]:
+def fit_temperatures(rows: RowsWithLogits) -> dict[str, float]:
     """Fit the temperature of each head, by its name, on rows that the model was not trained on."""
-    batches = [(scores, true_classes(batch["digit"], scores)) for batch, scores in scored]
+    batches = [(logits, true_classes(batch["digit"], logits)) for batch, logits in rows]
     temperatures = {}
     for index, head in enumerate(HEADS):
-        logits = torch.cat([scores[index].flatten(0, 1) for scores, _ in batches])
+        of_head = torch.cat([logits[index].flatten(0, 1) for logits, _ in batches])
         truth = torch.cat([classes[index].flatten() for _, classes in batches])
-        temperatures[head.name] = fit_temperature(logits, truth)
+        temperatures[head.name] = fit_temperature(of_head, truth)
     return temperatures
 
 
-def fit_temperature(scores: Tensor, classes: Tensor) -> float:
+def fit_temperature(logits: Tensor, classes: Tensor) -> float:
     """Fit one temperature by maximum a posteriori; rounded, so that machines mostly agree."""
-    scores = scores.double()
+    logits = logits.double()
 
     def cost(log_temperature: float) -> float:
-        nll = F.cross_entropy(scores * math.exp(-log_temperature), classes, reduction="sum").item()
+        nll = F.cross_entropy(logits * math.exp(-log_temperature), classes, reduction="sum").item()
         # A prior of standard deviation 0.5: without it, it falls without end if no row is wrong.
         return nll + (log_temperature / 0.5) ** 2 / 2
 
@@ -123,9 +123,9 @@ def fit_temperature(scores: Tensor, classes: Tensor) -> float:
 
 
 def analyse_errors(
-    scored: ScoredRows, temperatures: Mapping[str, float]
+    rows: RowsWithLogits, temperatures: Mapping[str, float]
 ) -> tuple[dict[str, Any], Pixels]:
-    """The entry `error_analysis` of manifest.json, of scores before they are calibrated.
+    """The entry `error_analysis` of manifest.json, of logits before they are calibrated.
 
     `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
     `probabilities`: by head the expected calibration error `ece`, the mean distance of probability
@@ -138,19 +138,20 @@ def analyse_errors(
     confusion = np.zeros((DIGITS, DIGITS), np.int64)
     bins = {head.name: np.zeros((3, RELIABILITY_BINS)) for head in HEADS}
     mistakes: list[dict[str, Any]] = []
-    for batch, scores in scored:
+    for batch, logits in rows:
         answers = {}
         confidence = torch.zeros(len(batch["digit"]), NUMBERS)
-        truths = true_classes(batch["digit"], scores)
-        for head, logits, truth in zip(HEADS, scores, truths, strict=True):
-            probabilities = (logits / temperatures[head.name]).softmax(2)
+        truths = true_classes(batch["digit"], logits)
+        for index, head in enumerate(HEADS):
+            probabilities = (logits[index] / temperatures[head.name]).softmax(2)
             probability, answer = probabilities.max(2)
-            is_right = answer == truth
+            is_right = answer == truths[index]
             bin_of = (probability * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
-            # Three histograms over the same bins: rows, their probability, those that are right.
-            for counts, weights in zip(bins[head.name], (None, probability, is_right), strict=True):
-                flat = None if weights is None else weights.flatten()
-                counts += np.bincount(bin_of.flatten(), flat, RELIABILITY_BINS)
+            bin_of = bin_of.flatten()
+            count, probability_sum, right = bins[head.name]  # views of its three histograms
+            count += np.bincount(bin_of, minlength=RELIABILITY_BINS)
+            probability_sum += np.bincount(bin_of, probability.flatten(), RELIABILITY_BINS)
+            right += np.bincount(bin_of, is_right.flatten(), RELIABILITY_BINS)
             answers[f"pred_{head.name}"] = answer.expand(-1, NUMBERS)
             answers[f"{head.name}_prob"] = probability.expand(-1, NUMBERS)
             confidence = torch.maximum(confidence, probability * ~is_right)
@@ -159,11 +160,11 @@ def analyse_errors(
     mistakes = sorted(mistakes, key=itemgetter("confidence"), reverse=True)[:MAX_MISTAKES]
     images = [mistake.pop("image") for mistake in mistakes]
     described = {}
-    for name, (rows, probability_sum, right) in bins.items():
+    for name, (count, probability_sum, right) in bins.items():
         described[name] = {
-            "ece": float(np.abs(probability_sum - right).sum() / rows.sum()),
+            "ece": float(np.abs(probability_sum - right).sum() / count.sum()),
             "reliability": {
-                "rows": rows.astype(int).tolist(),
+                "rows": count.astype(int).tolist(),
                 "probability": probability_sum.tolist(),
                 "right": right.astype(int).tolist(),
             },
@@ -216,8 +217,8 @@ class FinishedModel:
 
 def finish_model(
     trained: TwoHeadCNN,
-    validation: ScoredDigits,
-    test: ScoredDigits,
+    validation: RowsWithDigitLogits,
+    test: RowsWithDigitLogits,
     history: list[dict[str, Any]],
     precision: str,
 ) -> FinishedModel:
@@ -230,9 +231,9 @@ def finish_model(
     model.load_state_dict(trained.state_dict())
     # Before calibration: by this two runs are compared, bit for bit.
     trained_sha256 = checksum(copy_weights(model))
-    of_validation = [(batch, model.scores_of_all_numbers(scores)) for batch, scores in validation]
+    of_validation = [(batch, model.logits_of_all_numbers(logits)) for batch, logits in validation]
     temperatures = fit_temperatures(of_validation)
-    of_test = ((batch, model.scores_of_all_numbers(scores)) for batch, scores in test)
+    of_test = ((batch, model.logits_of_all_numbers(logits)) for batch, logits in test)
     analysis, mistake_images = analyse_errors(of_test, temperatures)
     model.fold_temperatures(temperatures)
     weights, last = copy_weights(model), history[-1]

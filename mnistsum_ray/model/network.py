@@ -2,8 +2,8 @@
 
 conv1 1->32  conv2 32->64  max-pool      28 -> 14     3x3, padding 1
 conv3 64->64 conv4 64->64  max-pool      14 -> 7      3x3, padding 1
-conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit scores
-fc1 20->128  fc2 128->19                              on [digit scores, one-hot number]: sum scores
+conv5 64->64 conv6 64->128 conv7 128->10  7 -> 1      3x3, no padding: ten digit logits
+fc1 20->128  fc2 128->19                              on [digit logits, one-hot number]: sum logits
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM
 
-Scores = tuple[Tensor, ...]
-"""Logits by head, in the order of HEADS: [n, classes] each."""
+Logits = tuple[Tensor, ...]
+"""By head, in the order of HEADS: [n, classes] each."""
 
 # Of MNIST's 60,000 training images on the scale 0..1: the usual values.
 PIXEL_MEAN: Final = 0.1307
@@ -68,7 +68,7 @@ class TwoHeadCNN(nn.Module):
     muon_layers: Final = ("conv2", "conv3", "conv4", "conv5", "conv6", "fc1")
     """Layers between the first and the last ones, whose weights Muon trains."""
     sum_layers: Final = ("fc1", "fc2")
-    """Layers of the sum head, which reads the digit scores."""
+    """Layers of the sum head, which reads the digit logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,21 +83,22 @@ class TwoHeadCNN(nn.Module):
         self.fc2 = nn.Linear(128, SUM.classes)
         # He et al. 2015 before a ReLU, Glorot and Bengio 2010 elsewhere. With PyTorch's smaller
         # weights the sum head is at 34 % after three epochs on the sample, and not at 47.
-        for weight in (*(convolution.weight for convolution in self.convolutions), self.fc1.weight):
-            nn.init.kaiming_normal_(weight, nonlinearity="relu")
-        for weight in (self.conv7.weight, self.fc2.weight):
-            nn.init.xavier_normal_(weight)
+        before_relu: list[nn.Conv2d | nn.Linear] = [*self.convolutions, self.fc1]
+        for layer in before_relu:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        for layer in (self.conv7, self.fc2):
+            nn.init.xavier_normal_(layer.weight)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     @property
     def convolutions(self) -> list[nn.Conv2d]:
-        """All but the one that computes the digit scores, in order."""
+        """All but the one that computes the digit logits, in order."""
         return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.conv6]
 
-    def digit_scores(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """Digit scores (logits) [n, 10] of prepared images and `dropout_factors`."""
+    def digit_logits(self, images: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """Digit logits [n, 10] of prepared images and `dropout_factors`."""
         features = images
         for index, convolution in enumerate(self.convolutions):
             features = convolution(features)
@@ -107,38 +108,38 @@ class TwoHeadCNN(nn.Module):
             features = torch.relu_(features)
         if dropout is not None:
             features = features * dropout.to(features.dtype)
-        scores: Tensor = self.conv7(features).flatten(1)
-        return scores
+        logits: Tensor = self.conv7(features).flatten(1)
+        return logits
 
-    def scores(self, digit_scores: Tensor, numbers: Tensor) -> Scores:
-        """Scores of both heads with numbers int64[n]; the first are the digit scores as given."""
+    def logits(self, digit_logits: Tensor, numbers: Tensor) -> Logits:
+        """Logits of both heads with numbers int64[n]; the first are the digit logits as given."""
         # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
         one_hot = numbers[:, None] == torch.arange(NUMBERS, device=numbers.device)
-        hidden = self.fc1(torch.cat([digit_scores, one_hot.to(digit_scores.dtype)], dim=1))
-        return digit_scores, self.fc2(F.relu(hidden))
+        hidden = self.fc1(torch.cat([digit_logits, one_hot.to(digit_logits.dtype)], dim=1))
+        return digit_logits, self.fc2(F.relu(hidden))
 
-    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Scores:
-        return self.scores(self.digit_scores(images, dropout), numbers)
+    def forward(self, images: Tensor, numbers: Tensor, dropout: Tensor | None = None) -> Logits:
+        return self.logits(self.digit_logits(images, dropout), numbers)
 
     @torch.no_grad()
-    def scores_of_all_numbers(self, digit_scores: Tensor) -> Scores:
-        """Scores of both heads with every number, of digit scores [n, 10] in any dtype.
+    def logits_of_all_numbers(self, digit_logits: Tensor) -> Logits:
+        """Logits of both heads with every number, of digit logits [n, 10] in any dtype.
 
         float32[n, NUMBERS, classes]; of the digit, which does not depend on it, [n, 1, 10].
         """
-        digit_scores = digit_scores.float()  # the sum head is a thousandth of the work
-        rows = len(digit_scores)
-        numbers = torch.arange(NUMBERS, device=digit_scores.device).repeat(rows)
-        _, sums = self.scores(digit_scores.repeat_interleave(NUMBERS, dim=0), numbers)
-        return digit_scores[:, None], sums.view(rows, NUMBERS, -1)
+        digit_logits = digit_logits.float()  # the sum head is a thousandth of the work
+        rows = len(digit_logits)
+        numbers = torch.arange(NUMBERS, device=digit_logits.device).repeat(rows)
+        _, sums = self.logits(digit_logits.repeat_interleave(NUMBERS, dim=0), numbers)
+        return digit_logits[:, None], sums.view(rows, NUMBERS, -1)
 
     @torch.no_grad()
     def fold_temperatures(self, temperatures: Mapping[str, float]) -> None:
-        """Divide each head's scores by its temperature."""
+        """Divide each head's logits by its temperature."""
         for head, layer in ((DIGIT, self.conv7), (SUM, self.fc2)):
             for parameter in layer.parameters():
                 parameter.div_(temperatures[head.name])
-        # The sum head must see the undivided digit scores.
+        # The sum head must see the undivided digit logits.
         self.fc1.weight[:, : DIGIT.classes] *= temperatures["digit"]
 
 
@@ -159,20 +160,20 @@ def dropout_factors(rows: int, probability: float, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def score_digits(model: TwoHeadCNN, images: Tensor, *, bf16: bool) -> Tensor:
-    """Digit scores [n, 10] of images uint8[n, 28, 28], in bfloat16 or float32."""
+def compute_digit_logits(model: TwoHeadCNN, images: Tensor, *, bf16: bool) -> Tensor:
+    """Digit logits [n, 10] of images uint8[n, 28, 28], in bfloat16 or float32."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        return model.digit_scores(prepare_images(images))
+        return model.digit_logits(prepare_images(images))
 
 
 class Objective(nn.Module):
-    """The network, computed in `dtype` by autocast, and its loss: what DDP wraps."""
+    """The network, with `bf16` computed in bfloat16 by autocast, and its loss: what DDP wraps."""
 
-    def __init__(self, model: TwoHeadCNN, label_smoothing: float, dtype: torch.dtype) -> None:
+    def __init__(self, model: TwoHeadCNN, label_smoothing: float, *, bf16: bool) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
-        self.bf16 = dtype == torch.bfloat16
+        self.bf16 = bf16
 
     def forward(
         self, images: Tensor, numbers: Tensor, digits: Tensor, dropout: Tensor | None
@@ -180,14 +181,14 @@ class Objective(nn.Module):
         """Mean of the heads' cross-entropies, summed over rows: with and without label smoothing.
 
         The latter has no gradient. Label smoothing (Szegedy et al., "Rethinking the Inception
-        Architecture", 2016) is that of all heads, because the sum head reads the digit scores: with
+        Architecture", 2016) is that of all heads, because the sum head reads the digit logits: with
         unsmoothed sums its loss would push them up without bound.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            scores = self.model(images, numbers, dropout)
+            logits = self.model(images, numbers, dropout)
         exact, smooth = [], []
-        for head, logits in zip(HEADS, scores, strict=True):
-            logarithms = F.log_softmax(logits.float(), dim=1)
+        for index, head in enumerate(HEADS):
+            logarithms = F.log_softmax(logits[index].float(), dim=1)
             exact.append(F.nll_loss(logarithms, head.target(digits, numbers), reduction="sum"))
             smooth.append(logarithms.sum() / -head.classes)
         loss = torch.stack(exact).mean()

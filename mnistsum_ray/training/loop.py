@@ -8,13 +8,12 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Final
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.util.queue import Queue
 
 from mnistsum_ray.config import Hyperparameters
@@ -34,18 +33,18 @@ from mnistsum_ray.model.metrics import (
     FinishedModel,
     LabelledRows,
     Metrics,
-    ScoredDigits,
+    RowsWithDigitLogits,
     finish_model,
 )
-from mnistsum_ray.model.network import TwoHeadCNN, score_digits
+from mnistsum_ray.model.network import TwoHeadCNN, compute_digit_logits
 from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.checkpoint import CheckpointError, latest_state, report_epoch, restore
 from mnistsum_ray.training.progress import Events
-from mnistsum_ray.training.trainer import Trainer
+from mnistsum_ray.training.trainer import ToTensors, Trainer
 
 _BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
-"""Held-out rows that are scored together."""
+"""Held-out rows that are evaluated together."""
 
 _KEPT_ROWS: Final = 200_000
 """Held-out rows of a split that a worker keeps on its device, 0.8 KB each; of more it reads them
@@ -134,14 +133,14 @@ def _train(config: LoopConfig) -> FinishedModel | None:
         state.history.append(line)
         events.send("epoch", **line)
         report_epoch(state, trainer.model, trainer.optimizer, trainer.rank)
-    scored = {}
+    analysed = {}
     for split, rows in held_out.items():
-        scored[split] = rows.gather_scored(trainer.model, bf16=trainer.bf16)
+        analysed[split] = rows.gather_analysed(trainer.model, bf16=trainer.bf16)
     if trainer.rank > 0:
         return None
     events.note("analysing the model's answers on the test rows")
     return finish_model(
-        trainer.model, scored["validation"], scored["test"], state.history, state.precision
+        trainer.model, analysed["validation"], analysed["test"], state.history, state.precision
     )
 
 
@@ -173,7 +172,7 @@ class HeldOutRows:
         self._world_size = ray.train.get_context().get_world_size()
         self._shard = ray.train.get_dataset_shard(split)
         self._kept = list(self._read()) if totals.rows <= _KEPT_ROWS else None
-        self._scored: ScoredDigits | None = None
+        self._analysed: RowsWithDigitLogits | None = None
 
     def _read(self) -> Iterator[LabelledRows]:
         """The rows in batches on the device."""
@@ -191,38 +190,29 @@ class HeldOutRows:
         Raises:
             RowCountError: a row was lost or repeated.
         """
-        self._scored = []
+        self._analysed = []
         progress = Progress(self._events.count, f"{self._split} rows", self._totals.rows)
-        every = -(-self._totals.rows // _ANALYSED_ROWS[self._split])
+        every = ceil(self._totals.rows / _ANALYSED_ROWS[self._split])
         counts = AnswerCounts(self._device)
         for index, batch in enumerate(self._read() if self._kept is None else self._kept):
-            digit_scores = score_digits(model, batch["image"], bf16=bf16)
-            counts.add(batch, model.scores_of_all_numbers(digit_scores))
+            digit_logits = compute_digit_logits(model, batch["image"], bf16=bf16)
+            counts.add(batch, model.logits_of_all_numbers(digit_logits))
             # Evenly spaced, since the first rows of sorted files all show one digit.
             if index % every == 0:
-                self._scored.append((batch, digit_scores))
-            progress(len(digit_scores) * self._world_size)  # the others are about as far
-        if self._world_size > 1:
-            counts.all_reduce()
+                self._analysed.append((batch, digit_logits))
+            progress(len(digit_logits) * self._world_size)  # the others are about as far
+        counts.all_reduce()
         return counts.metrics(self._totals)
 
-    def gather_scored(self, model: TwoHeadCNN, *, bf16: bool) -> ScoredDigits:
-        """Rows of all ranks, with the digit scores of the last evaluation, on the CPU."""
-        if self._scored is None:  # a run that was lost after its last epoch
+    def gather_analysed(self, model: TwoHeadCNN, *, bf16: bool) -> RowsWithDigitLogits:
+        """Rows of all ranks, with the digit logits of the last evaluation, on the CPU."""
+        if self._analysed is None:  # a run that was lost after its last epoch
             self.evaluate(model, bf16=bf16)
         own = []
-        for batch, scores in self._scored or []:
-            own.append(({name: values.cpu() for name, values in batch.items()}, scores.cpu()))
+        for batch, digit_logits in self._analysed or []:
+            own.append(({name: values.cpu() for name, values in batch.items()}, digit_logits.cpu()))
         of_ranks: list[Any] = [own]
         if self._world_size > 1:
             of_ranks = [None] * self._world_size
             torch.distributed.all_gather_object(of_ranks, own)
         return list(itertools.chain(*of_ranks))
-
-
-class ToTensors(NumpyBatchCollateFn):
-    """Collates a batch of Ray Data: images, digits and row ids as tensors."""
-
-    def __call__(self, rows: dict[str, np.ndarray]) -> LabelledRows:
-        names = ("image", "digit", "row_id")
-        return {name: torch.from_numpy(rows[name].copy()) for name in names}

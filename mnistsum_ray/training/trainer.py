@@ -1,9 +1,9 @@
 """A worker's part in an epoch: its rows in batches, the steps, and the count of all rows."""
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil, isfinite
 from typing import Any, Final
 
 import numpy as np
@@ -77,7 +77,7 @@ class EpochSteps:
     @property
     def count(self) -> int:
         """Number of steps, until the last rank is done."""
-        return max(-(-rows // self.share(rank)) for rank, rows in enumerate(self.shards))
+        return max(ceil(rows / self.share(rank)) for rank, rows in enumerate(self.shards))
 
     def batch_rows(self, step: int) -> int:
         """Rows of the global batch at a step of an epoch."""
@@ -88,7 +88,16 @@ class EpochSteps:
         return rows
 
 
-class PairWithNumbers(NumpyBatchCollateFn):
+class ToTensors(NumpyBatchCollateFn):
+    """Collates a batch of Ray Data: images, digits and row ids as tensors."""
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
+        # Copied by NumPy: in this thread of Ray Data's, PyTorch would start threads of its own,
+        # which spin on the cores that the steps need.
+        return {name: torch.from_numpy(rows[name].copy()) for name in ("image", "digit", "row_id")}
+
+
+class PairWithNumbers(ToTensors):
     """Collates a batch of Ray Data: pairs each row with its number and distortion of an epoch.
 
     They follow from seed, epoch and row id, so that it does not matter which worker has the row.
@@ -98,10 +107,7 @@ class PairWithNumbers(NumpyBatchCollateFn):
         self._seed, self._epoch, self._distortion = seed, epoch, distortion
 
     def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        ids = rows["row_id"]
-        # Copied by NumPy: in this thread of Ray Data's, PyTorch would start threads of its own,
-        # which spin on the cores that the steps need.
-        batch = {name: torch.from_numpy(rows[name].copy()) for name in ("image", "digit", "row_id")}
+        batch, ids = super().__call__(rows), rows["row_id"]
         numbers = random_numbers(self._seed, self._epoch, ids)
         batch["number"] = torch.from_numpy(numbers.astype(np.int64))
         if self._distortion:  # the images are distorted on the device
@@ -134,10 +140,9 @@ class Trainer:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         torch.manual_seed(parameters.seed)
         self.model = make_network().to(device)
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        self.optimizer = MuonAdamW(self.model, parameters.weight_decay, dtype)
+        self.optimizer = MuonAdamW(self.model, parameters.weight_decay, bf16=self.bf16)
         self._objective = ray.train.torch.prepare_model(
-            Objective(self.model, parameters.label_smoothing, dtype),
+            Objective(self.model, parameters.label_smoothing, bf16=self.bf16),
             parallel_strategy_kwargs={"gradient_as_bucket_view": True},
         )
         if self.world_size > 1:
@@ -211,7 +216,7 @@ class Trainer:
         for _ in batches:  # ends its threads; a row that came here was not trained, nor counted
             pass
         counter.check(self._totals, f"training epoch {epoch + 1}")
-        every = -(-len(curve) // _CURVE_POINTS)
+        every = ceil(len(curve) / _CURVE_POINTS)
         first = (len(curve) - 1) % every  # so that the last loss is kept
         return {
             "train_loss": counter.loss / counter.rows,
@@ -253,7 +258,7 @@ class Trainer:
 
     def check_finite(self, loss: float, where: str) -> None:
         """Raise RunError unless the loss is finite."""
-        if not math.isfinite(loss):
+        if not isfinite(loss):
             rate = f"now {self.parameters.learning_rate:g}"
             raise RunError(f"{where} {loss}; lower --learning-rate ({rate})")
 
@@ -277,11 +282,11 @@ class EpochCounter:
 
     def all_reduce(self) -> float:
         """Sum over all workers; return the mean loss a row since the last time, on each of them."""
-        rows, loss = self.rows, self.loss
+        rows_before, loss_before = self.rows, self.loss
         own = torch.stack([torch.full_like(self._own_loss, self._own_rows), self._own_loss])
-        all_rows, self.loss = all_reduce_sum(own).tolist()
-        self.rows = int(all_rows)
-        return (self.loss - loss) / max(1, self.rows - rows)
+        rows, self.loss = all_reduce_sum(own).tolist()
+        self.rows = int(rows)
+        return (self.loss - loss_before) / max(1, self.rows - rows_before)
 
     def check(self, totals: RowTotals, where: str) -> None:
         """Raise RowCountError on all workers unless each row was seen once."""

@@ -14,7 +14,7 @@ from mnistsum_ray.model.metrics import (
     RELIABILITY_BINS,
     AnswerCounts,
     Metrics,
-    ScoredRows,
+    RowsWithLogits,
     analyse_errors,
     fit_temperature,
     fit_temperatures,
@@ -30,27 +30,27 @@ IMAGES, DIGITS, _ = random_rows(ROWS)
 
 
 @cache
-def digit_scores() -> torch.Tensor:
+def digit_logits() -> torch.Tensor:
     with torch.no_grad():
-        return new_model().digit_scores(prepare_images(IMAGES))
+        return new_model().digit_logits(prepare_images(IMAGES))
 
 
 @cache
-def scored() -> ScoredRows:
+def scored() -> RowsWithLogits:
     """The rows in three batches."""
     ids = torch.arange(FIRST, FIRST + ROWS)
-    columns = [torch.split(values, 128) for values in (IMAGES, DIGITS, ids, digit_scores())]
+    columns = [torch.split(values, 128) for values in (IMAGES, DIGITS, ids, digit_logits())]
     batches = []
-    for images, digits, ids, scores in zip(*columns, strict=True):
+    for images, digits, ids, logits in zip(*columns, strict=True):
         batch = {"image": images, "digit": digits, "row_id": ids}
-        batches.append((batch, new_model().scores_of_all_numbers(scores)))
+        batches.append((batch, new_model().logits_of_all_numbers(logits)))
     return batches
 
 
-def count(rows: ScoredRows, ids: np.ndarray) -> Metrics:
+def count(rows: RowsWithLogits, ids: np.ndarray) -> Metrics:
     counts = AnswerCounts(torch.device("cpu"))
-    for batch, scores in rows:
-        counts.add(batch, scores)
+    for batch, logits in rows:
+        counts.add(batch, logits)
     return counts.metrics(RowTotals.of(ids))
 
 
@@ -64,15 +64,15 @@ def test_metrics_equal_a_plain_computation_over_all_pairs() -> None:
     right, losses = 0, 0.0
     for number in range(10):
         numbers = torch.full((ROWS,), number)
-        _, sum_scores, *_ = scores = new_model().scores(digit_scores(), numbers)
-        right += int((sum_scores.argmax(1) == DIGITS + number).sum())
-        for logits, head in zip(scores, HEADS, strict=True):
-            losses += F.cross_entropy(logits, head.target(DIGITS, number)).item()
+        _, sum_logits, *_ = logits = new_model().logits(digit_logits(), numbers)
+        right += int((sum_logits.argmax(1) == DIGITS + number).sum())
+        for of_head, head in zip(logits, HEADS, strict=True):
+            losses += F.cross_entropy(of_head, head.target(DIGITS, number)).item()
     expected = {
         "rows": ROWS,
         "pairs": 10 * ROWS,
         "loss": losses / 10 / len(HEADS),
-        "digit_accuracy": (digit_scores().argmax(1) == DIGITS).double().mean().item(),
+        "digit_accuracy": (digit_logits().argmax(1) == DIGITS).double().mean().item(),
         "sum_accuracy": right / (10 * ROWS),
     }
     # Another order of sums may change an answer.
@@ -89,7 +89,7 @@ def test_the_error_analysis_agrees_with_the_metrics() -> None:
         assert sum(counts["rows"]) == pairs
         assert sum(counts["right"]) / pairs == pytest.approx(metrics()[f"{name}_accuracy"])
 
-    probability, answer = (values.numpy() for values in digit_scores().softmax(1).max(1))
+    probability, answer = (values.numpy() for values in digit_logits().softmax(1).max(1))
     right = answer == DIGITS.numpy()
     bins = (probability * RELIABILITY_BINS).astype(int)
     gaps = [abs((probability - right)[bins == index].sum()) for index in range(RELIABILITY_BINS)]
@@ -111,12 +111,12 @@ def test_the_fit_recovers_the_temperature_of_the_labels_and_minimizes_the_loss(
     temperature: float,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = 3 * torch.randn(20_000, 10, generator=generator)
-    drawn = (scores / temperature).softmax(1).multinomial(1, generator=generator)
+    logits = 3 * torch.randn(20_000, 10, generator=generator)
+    drawn = (logits / temperature).softmax(1).multinomial(1, generator=generator)
     labels = drawn.squeeze(1)
-    fitted = fit_temperature(scores, labels)
+    fitted = fit_temperature(logits, labels)
     assert fitted == pytest.approx(temperature, rel=0.03)
-    exact = scores.double()
+    exact = logits.double()
     losses = [F.cross_entropy(exact / (fitted * by), labels).item() for by in (1, 1.02, 0.98)]
     assert losses[0] == min(losses)
 
@@ -129,5 +129,5 @@ def test_folded_temperatures_divide_the_scores() -> None:
     model.fold_temperatures(temperatures)
     assert all(abs(temperature - 1) > 0.01 for temperature in temperatures.values())
     after = model(prepare_images(images), numbers)
-    for head, scores, folded in zip(HEADS, before, after, strict=True):
-        torch.testing.assert_close(folded, scores / temperatures[head.name], rtol=1e-5, atol=1e-5)
+    for head, logits, folded in zip(HEADS, before, after, strict=True):
+        torch.testing.assert_close(folded, logits / temperatures[head.name], rtol=1e-5, atol=1e-5)

@@ -44,7 +44,7 @@ def test_the_network_is_the_original_with_one_number_and_with_all() -> None:
     x = prepare_images(images)
     for ours, theirs in zip(model(x, numbers), reference(model, x, numbers), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    digit, total = model.scores_of_all_numbers(model.digit_scores(x))
+    digit, total = model.logits_of_all_numbers(model.digit_logits(x))
     for number in range(10):
         alone = model(x, torch.full((ROWS,), number))
         torch.testing.assert_close(digit[:, 0], alone[0])
@@ -70,8 +70,8 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
     torch.testing.assert_close(drawn[drawn != 0], torch.full_like(drawn[drawn != 0], 1 / 0.75))
     model, images = new_model(), prepare_images(random_rows(ROWS)[0])
     assert model.conv7.bias is not None
-    scores = model.digit_scores(images, torch.zeros(ROWS, 128, 3, 3))  # before the last convolution
-    torch.testing.assert_close(scores, model.conv7.bias.expand(ROWS, 10))
+    logits = model.digit_logits(images, torch.zeros(ROWS, 128, 3, 3))  # before the last convolution
+    torch.testing.assert_close(logits, model.conv7.bias.expand(ROWS, 10))
 
 
 def test_the_loss_is_the_mean_of_the_heads_and_reported_without_smoothing() -> None:
@@ -80,19 +80,19 @@ def test_the_loss_is_the_mean_of_the_heads_and_reported_without_smoothing() -> N
 
     def by_definition(smoothing: float) -> float:
         loss = 0.0
-        for scores, head in zip(model(images, numbers), HEADS, strict=True):
+        for logits, head in zip(model(images, numbers), HEADS, strict=True):
             one_hot = F.one_hot(head.target(digits, numbers), head.classes)
             targets = (1 - smoothing) * one_hot + smoothing / head.classes
-            loss -= (targets * scores.log_softmax(1)).sum().item() / len(HEADS)
+            loss -= (targets * logits.log_softmax(1)).sum().item() / len(HEADS)
         return loss
 
     for smoothing in (0.0, 0.1):
-        loss, reported = Objective(model, smoothing, torch.float32)(images, numbers, digits, None)
+        loss, reported = Objective(model, smoothing, bf16=False)(images, numbers, digits, None)
         assert loss.item() == pytest.approx(by_definition(smoothing), rel=1e-5)
         assert reported.item() == pytest.approx(by_definition(0.0), rel=1e-5)
 
     # bfloat16 is autocast, and gradients are float32.
-    rounded, _ = Objective(model, 0.1, torch.bfloat16)(images, numbers, digits, None)
+    rounded, _ = Objective(model, 0.1, bf16=True)(images, numbers, digits, None)
     assert rounded.item() != loss.item()
     assert rounded.item() == pytest.approx(loss.item(), rel=0.01)
     gradients = torch.autograd.grad(rounded, list(model.parameters()))
@@ -100,10 +100,10 @@ def test_the_loss_is_the_mean_of_the_heads_and_reported_without_smoothing() -> N
         assert (gradient.dtype, gradient.stride()) == (torch.float32, parameter.stride())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_worker_without_rows_has_gradients_of_zero(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_worker_without_rows_has_gradients_of_zero(bf16: bool) -> None:
     model, (images, digits, numbers) = new_model(), random_rows(0)
-    loss, _ = Objective(model, 0.05, dtype)(prepare_images(images), numbers, digits, None)
+    loss, _ = Objective(model, 0.05, bf16=bf16)(prepare_images(images), numbers, digits, None)
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

@@ -29,14 +29,14 @@ def test_the_rate_is_highest_after_a_fifth_of_the_steps() -> None:
 
 def compute_gradients(model: TwoHeadCNN) -> None:
     images, digits, numbers = random_rows(16)
-    objective = Objective(model, 0.0, torch.float32)
+    objective = Objective(model, 0.0, bf16=False)
     loss, _ = objective(prepare_images(images), numbers, digits, None)
     torch.autograd.backward(loss / 16)
 
 
 def test_muon_is_that_of_pytorch() -> None:
     model = new_model()
-    optimizer = MuonAdamW(model, 0.3, torch.bfloat16)
+    optimizer = MuonAdamW(model, 0.3, bf16=True)
     optimizer.set_learning_rate(0.1)
     weights = [getattr(model, layer).weight for layer in model.muon_layers]
     matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
@@ -61,7 +61,7 @@ def test_a_step_moves_every_parameter() -> None:
     """Adam's first step moves the median element of a layer of the heads by 0.75 learning rates."""
     model = new_model()
     before = copy.deepcopy(model.state_dict())
-    optimizer = MuonAdamW(model, 0.0, torch.float32)
+    optimizer = MuonAdamW(model, 0.0, bf16=False)
     compute_gradients(model)
     optimizer.set_learning_rate(0.02)
     optimizer.step()

@@ -28,7 +28,7 @@ STATE = TrainerState(
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     model = new_model(0)
-    optimizer = MuonAdamW(model, 0.01, torch.float32)
+    optimizer = MuonAdamW(model, 0.01, bf16=False)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_bits_come_back(tmp_path: Path, whole: Path) -> None:
     state, tensors = saved.read_checkpoint(Location(str(whole)))
     model = new_model(1)
-    optimizer = MuonAdamW(model, 0.01, torch.float32)
+    optimizer = MuonAdamW(model, 0.01, bf16=False)
     saved.restore(tensors, model, optimizer)
     saved.save_checkpoint(tmp_path, state, model, optimizer)
     assert (tmp_path / STATE_FILE).read_bytes() == (whole / STATE_FILE).read_bytes()

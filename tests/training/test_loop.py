@@ -106,7 +106,7 @@ def test_held_out_digits_change_nothing_that_is_trained(
     other_validation = Training(images, reversed_rows, parameters)
     assert other_validation.weights == plain.weights
     assert other_validation.temperatures != plain.temperatures
-    # Folded into the weights, they divide the digit scores.
+    # Folded into the weights, they divide the digit logits.
     undivided = []
     for training in (plain, other_validation):
         weight = training.finished.weights["conv7.weight"]
@@ -186,7 +186,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
     with torch.no_grad():
         true = torch.from_numpy(digits["train"].copy())
         pixels = prepare_images(torch.tensor(images["train"]))
-        exact = Objective(model, 0.0, torch.float32)(pixels, numbers, true, None)[1]
+        exact = Objective(model, 0.0, bf16=False)(pixels, numbers, true, None)[1]
     (line,) = training.finished.history
     assert line["train_loss"] == pytest.approx(exact.item() / 96, rel=1e-4)
     last_step, _ = line["step_losses"][-1]
