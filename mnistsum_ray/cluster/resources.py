@@ -96,8 +96,17 @@ class WorkerPlan:
     def use_gpu(self) -> bool:
         return "GPU" in self.per_worker
 
+    @property
+    def is_elastic(self) -> bool:
+        return self.least < self.most
+
+    @property
+    def num_workers(self) -> int | tuple[int, int]:
+        """N, or MIN and MAX: as the flag, config.yaml and Ray Train have it."""
+        return (self.least, self.most) if self.is_elastic else self.most
+
     def __str__(self) -> str:
-        number = "" if self.least == self.most else f"{self.least} to "
+        number = f"{self.least} to " if self.is_elastic else ""
         kind = "GPU worker" if self.use_gpu else "CPU worker"
         threads = f" of {counted(self.threads, 'thread')}" if self.threads else ""
         return f"{number}{counted(self.most, kind)}{threads}"

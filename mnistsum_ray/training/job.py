@@ -32,7 +32,6 @@ from mnistsum_ray.cluster.workarounds import default_environment
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.sources import check_unchanged
 from mnistsum_ray.errors import (
-    PassingStorageError,
     RepeatingError,
     RequestError,
     RowCountError,
@@ -41,13 +40,13 @@ from mnistsum_ray.errors import (
     StorageError,
     TryAgainError,
     counted,
+    ended_by_storage,
     root_cause,
 )
 from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.model.metrics import FinishedModel
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
-from mnistsum_ray.reporting.report import versions
 from mnistsum_ray.reporting.results import MANIFEST, TrainResult
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
@@ -72,14 +71,13 @@ def make_trainer(
     request: TrainRequest, plan: WorkerPlan, rows: Rows, loop: LoopConfig, callbacks: Callbacks
 ) -> TorchTrainer:
     """What Ray Train runs: the loop of each worker, the Datasets and how ranks share them."""
-    is_elastic = plan.least < plan.most
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"loop": loop},
         datasets=rows.datasets,
         dataset_config=WholeShards(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=(plan.least, plan.most) if is_elastic else plan.least,
+            num_workers=plan.num_workers,
             use_gpu=plan.use_gpu,
             resources_per_worker=plan.per_worker,
             # GPUs exchange gradients fastest within a node; CPU workers use all cores of theirs.
@@ -100,7 +98,7 @@ def make_trainer(
                 max_preemption_failures=-1,
                 # Starts that may time out. One timeout is the whole wait; an elastic run tries
                 # again, with as many workers as there may be then.
-                controller_failure_limit=-1 if is_elastic else 0,
+                controller_failure_limit=-1 if plan.is_elastic else 0,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
@@ -120,9 +118,9 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     """
     started = time.monotonic()
     config, parameters = request.config, request.hyperparameters
-    how_to_go_on = "nothing was begun; the same command tries again"
-    try:
-        with folder_lock(request.folder, "--name"):
+    not_begun = "nothing was begun; the same command tries again"
+    with folder_lock(request.folder, "--name"):
+        with _errors_in_one_line(console, not_begun):
             stored = request.stored
             if stored:
                 _check_same_data(request)
@@ -130,33 +128,39 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
                 console.say("the run is finished")
                 return TrainResult(**stored["metrics"])
             start = find_start(request, console)
-            if request.source.files or not usable_nodes():  # tasks read; a plan needs a node
+            # The tasks that read files need a CPU, and a plan needs to see a node.
+            if request.source.files or not usable_nodes():
                 wait_for_cpu(config.wait_seconds, console.say)
             plan = plan_training(config, parameters.batch_size, console.say)
-            had = stored.get("threads")
-            if had not in (None, plan.threads):
-                other = f"the run had {had} threads a worker, and goes on with {plan.threads}"
-                console.say(f"{other}: its last bits are others; --threads {had} keeps them")
+            threads = stored.get("threads")
+            if threads and threads != plan.threads:
+                other = f"the run had {threads} threads a worker, and goes on with {plan.threads}"
+                console.say(f"{other}: its last bits are others; --threads {threads} keeps them")
             rows = read(request, plan, console)
             record = RunRecord(request, plan, start.history)
-            record.begin(rows, start.init_from, versions())
-            how_to_go_on = request.how_to_resume
+            record.begin(rows, start.init_from)
+        with _errors_in_one_line(console, request.how_to_resume):
             try:
                 finished = run_trainer(request, plan, rows, start, record, console, callbacks)
                 return record.publish(finished, time.monotonic() - started, console.say)
             except KeyboardInterrupt:
                 record.write_status("stopped")
-                raise RunInterrupted(how_to_go_on) from None
+                raise RunInterrupted(request.how_to_resume) from None
             except BaseException:
                 record.write_status("failed")
                 raise
+
+
+@contextmanager
+def _errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
+    """Raise errors of Ray and of the storage in the block as a RunError that says how to go on."""
+    try:
+        yield
     except ray.exceptions.RayError as error:  # some are OSErrors too
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
-    except PassingStorageError as error:
-        raise TryAgainError(f"{error}; {how_to_go_on}") from error
     except StorageError as error:
-        raise RunError(f"{error}; {how_to_go_on}") from error
+        raise ended_by_storage(error, how_to_go_on) from error
 
 
 def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
@@ -194,14 +198,14 @@ def run_trainer(
     """Train the epochs that are left with Ray Train, which starts workers again that fail."""
     done_rows = len(start.history) * rows.totals["train"].rows
     metrics = JobMetrics("train", request.folder.display, done_rows)
-    events = EventFollower(console, metrics, record.add_epoch)
+    follower = EventFollower(console, metrics, record.add_epoch)
     wait_seconds = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     console.say(f"training with {plan}")
     failed_starts = 0
-    with events.following(), default_environment(_environment(plan, wait_seconds)):
+    with follower.following(), default_environment(_environment(plan, wait_seconds)):
         while True:
             loop = LoopConfig(
-                request.hyperparameters, plan.threads, rows.totals, events.queue, start
+                request.hyperparameters, plan.threads, rows.totals, follower.queue, start
             )
             trainer = make_trainer(request, plan, rows, loop, callbacks)
             try:
@@ -210,10 +214,9 @@ def run_trainer(
                     return finished
             except ray.train.TrainingFailedError as error:
                 # Ray Train does not count a worker that dies while its group starts as a failure.
-                is_failed_start = _FAILED_START in str(error)
-                failed_starts += is_failed_start
-                if not is_failed_start or failed_starts > request.config.max_failures:
+                if _FAILED_START not in str(error) or failed_starts == request.config.max_failures:
                     raise _explained(error, request, plan, wait_seconds, console) from error
+                failed_starts += 1
                 console.say(f"a worker died at its start: {root_cause(error)}")
                 start = find_start(request, console)
 
@@ -265,9 +268,8 @@ def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
     """Options that Ray Train reads only from environment variables."""
     joined = "0" if started_cluster() else "1"
     # An elastic run looks after the timeout what there is now, and goes on with fewer workers.
-    is_elastic = plan.least < plan.most
     return {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(30 if is_elastic else wait_seconds),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(30 if plan.is_elastic else wait_seconds),
         # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s
         # more of each run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -294,10 +296,8 @@ def _explained(
     manifest = request.folder / MANIFEST
     try:  # keys that have expired look to Ray Train like workers that fail: a write of ours tells
         manifest.write(manifest.read_bytes())
-    except PassingStorageError as of_storage:
-        return TryAgainError(f"{of_storage}; {resume}")
     except StorageError as of_storage:
-        return RunError(f"{of_storage}; {resume}")
+        return ended_by_storage(of_storage, resume)
     if isinstance(error, ray.train.WorkerGroupError):
         failures = counted(request.config.max_failures + 1, "failure")
         return RunError(f"gave up after {failures} of workers, see above; {resume}")

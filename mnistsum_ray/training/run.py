@@ -86,18 +86,17 @@ def check_request(config: TrainConfig, progress: CountFooters | None = None) -> 
     with as_request_error("--storage-path"):
         # A run that was killed before it wrote its manifest has done nothing: its name is free.
         begun = (folder / MANIFEST).exists()
-        if config.resume == "auto":
-            config = config.model_copy(update={"resume": begun})
-        if config.resume:
-            stored, begun_with = _read_run(folder)
-            config = _resumed(config, begun_with)
+        resume = begun if config.resume == "auto" else config.resume
+        if resume:
+            stored, stored_config = _read_run(folder)
+            config = _resumed(config, stored_config)
         else:
             _check_free(folder, name, begun)
     source = open_source(config, progress).limited(config.max_rows)
     recipe = recipe_defaults(config.recipe, small=source.train_rows < SMALL_ROWS)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # Absolute paths, so that --resume from another folder finds the same data.
-    chosen |= {"name": name, "storage_path": storage.display}
+    chosen |= {"name": name, "storage_path": storage.display, "resume": resume}
     chosen["data"] = "sample" if source.name == "sample" else source.location
     config = config.model_copy(update=chosen)
     hyperparameters = Hyperparameters(**{key: getattr(config, key) for key in _HYPERPARAMETERS})
@@ -106,13 +105,15 @@ def check_request(config: TrainConfig, progress: CountFooters | None = None) -> 
 
 def _check_free(folder: Location, name: str, begun: bool) -> None:
     """Check that a new run may take this folder."""
+    taken = f"--name {name}: {folder.display}"
+    if begun:
+        raise RequestError(f"{taken} exists; go on with --resume, or choose another name")
     names = [file.path.removeprefix(folder.path).lstrip("/") for file in folder.files()]
     if folder.status() is not None or not all(map(is_hidden, names)):
-        there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
-        raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
+        raise RequestError(f"{taken} holds other files, and no run; choose another name")
 
 
-def _resumed(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
+def _resumed(config: TrainConfig, stored_config: TrainConfig) -> TrainConfig:
     """The config of the run that is resumed, with the fields that are given now.
 
     RequestError: a field would change its numbers.
@@ -121,14 +122,14 @@ def _resumed(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
     asked = {key: getattr(config, key) for key in config.model_fields_set}
     given = {key: value for key, value in asked.items() if value is not None}
     for key in _FIXED_BY_RUN:
-        has = getattr(stored, key)
+        has = getattr(stored_config, key)
         if key in given and given[key] != has:
             flag = f"--{key.replace('_', '-')} {spelled(given[key])}"
             raise RequestError(
                 f"{flag}: the run {config.name} has {spelled(has)}, and its "
                 "numbers depend on it; leave the flag out, or start another run"
             )
-    return stored.model_copy(update=given)
+    return stored_config.model_copy(update=given)
 
 
 def _read_run(folder: Location) -> tuple[dict[str, Any], TrainConfig]:
@@ -162,15 +163,17 @@ class RunRecord:
     manifest: dict[str, Any] = field(default_factory=dict)
     """What the file has since `begin`."""
 
-    def begin(self, rows: "Rows", init_from: dict[str, str] | None, versions: Any) -> None:
+    def begin(self, rows: "Rows", init_from: dict[str, str] | None) -> None:
         """Write the manifest of a run that begins or goes on."""
+        from mnistsum_ray.reporting.report import versions
+
         request, plan, source = self.request, self.plan, self.request.source
         # Results of a run that is resumed stay until there are new ones.
         self.manifest = request.stored | {
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": request.config.model_dump(mode="json", exclude={"resume"}),
-            "versions": versions,
+            "versions": versions(),
             "workers": str(plan),
             "num_workers": [plan.least, plan.most],
             "threads": plan.threads,
@@ -216,7 +219,7 @@ class RunRecord:
         """Write config.yaml: the config of the run, with what it has chosen, for another run."""
         plan = self.plan
         chosen = {
-            "num_workers": plan.least if plan.least == plan.most else (plan.least, plan.most),
+            "num_workers": plan.num_workers,
             "use_gpu": plan.use_gpu,
             "threads": plan.threads,
             "precision": precision,
