@@ -104,7 +104,7 @@ class Source:
         return sum(file.rows for file in self.files.get(split, []))
 
     @property
-    def held_out(self) -> list[str]:
+    def held_out_splits(self) -> list[str]:
         """Splits that no file is named for: `held_out_rows` of the training rows are theirs."""
         return [split for split in ("test", "validation") if not self.rows_of(split)]
 
@@ -112,7 +112,7 @@ class Source:
     def train_rows(self) -> int:
         """Training rows that are left when the other splits have theirs."""
         rows = self.rows_of("train")
-        rows -= len(self.held_out) * held_out_rows(rows)
+        rows -= len(self.held_out_splits) * held_out_rows(rows)
         return min(rows, self.max_rows or rows)
 
 

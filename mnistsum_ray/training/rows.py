@@ -35,19 +35,8 @@ from mnistsum_ray.data.images import (
 from mnistsum_ray.data.inputs import SUFFIXES
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.data.randomness import RowTotals, split_keys
-from mnistsum_ray.data.sources import (
-    SPLITS,
-    LabelledFile,
-    Source,
-    held_out_rows,
-)
-from mnistsum_ray.errors import (
-    RequestError,
-    RowCountError,
-    UnusableFileError,
-    counted,
-    root_cause,
-)
+from mnistsum_ray.data.sources import SPLITS, LabelledFile, Source, held_out_rows
+from mnistsum_ray.errors import RequestError, RowCountError, UnusableFileError, counted, root_cause
 from mnistsum_ray.storage.bucket import arrow_place
 
 _BLOCKS_OF_RANK: Final = 64
@@ -106,17 +95,17 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
     _check_counts(source, indexes)
     bad = _bad_rows(source, indexes)
     if bad.total and not skip_bad_rows:
-        all_rows = counted(sum(rows.num_rows for rows in indexes.values()), "row")
+        all_rows = counted(sum(index.num_rows for index in indexes.values()), "row")
         unusable = f"{bad.total:,} of {all_rows} cannot be used: {bad.describe()}"
         advice = "correct them, or train with --skip-bad-rows, which leaves them out"
         raise RequestError(f"--data {source.location}: {unusable}; {advice}")
     rows = Rows({}, {}, bad)
     for split, key_range in _key_ranges(source, indexes).items():
-        ids = key_range.select(indexes[key_range.source_split])["row_id"].to_numpy()
+        read_from = key_range.source_split
+        ids = key_range.select(indexes[read_from])["row_id"].to_numpy()
         rows.totals[split] = RowTotals.of(ids)
         if len(ids):
-            of_files = decoded[key_range.source_split]
-            rows.datasets[split] = _dataset(of_files, key_range, rows_of_block)
+            rows.datasets[split] = _dataset(decoded[read_from], key_range, rows_of_block)
     _check_splits(source, rows)
     # Files may be sorted by digit: then neither a rank nor the buffer in which it shuffles gets one
     # digit alone.
@@ -127,8 +116,8 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
 
 def _check_counts(source: Source, indexes: dict[str, pa.Table]) -> None:
     """Check that Ray Data has read each row of the footers, and none twice."""
-    for split, rows in indexes.items():
-        planned, ids = source.rows_of(split), rows["row_id"].to_numpy()
+    for split, index in indexes.items():
+        planned, ids = source.rows_of(split), index["row_id"].to_numpy()
         if len(ids) != planned or len(np.unique(ids)) != planned:
             read = f"read {len(ids):,} rows of files that hold {planned:,}"
             raise RowCountError(f"--data {source.location}: {read}, or some twice")
@@ -181,8 +170,7 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
         names = {"image": image, "label": label}
         rows = rows.select_columns([*names.values(), "path", "row_hash"])
         datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=names))
-    first, *rest = datasets
-    decoded = first.union(*rest) if rest else first
+    decoded = datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
     decoded.set_name("read-rows")
     return decoded.materialize()
 
@@ -234,7 +222,7 @@ class _KeyRange:
         selected = rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
         return selected.select(kept)
 
-    def first(self, count: int, indexes: dict[str, pa.Table]) -> "_KeyRange":
+    def at_most(self, count: int, indexes: dict[str, pa.Table]) -> "_KeyRange":
         """The same with so many rows at most: those with the smallest keys."""
         selected = self.select(indexes[self.source_split])
         keys = np.sort(split_keys(selected["row_id"].to_numpy()))
@@ -248,22 +236,22 @@ def _key_ranges(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyR
         ranges |= _hold_out(source, indexes)
     if source.max_rows is None:
         return ranges
-    return {split: of_split.first(source.max_rows, indexes) for split, of_split in ranges.items()}
+    most = source.max_rows
+    return {split: key_range.at_most(most, indexes) for split, key_range in ranges.items()}
 
 
 def _hold_out(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyRange]:
     """The rows of `train` and of the splits whose rows are held out of it."""
-    ranges = {"train": _KeyRange("train")}
-    good = ranges["train"].select(indexes["train"])
+    good = _KeyRange("train").select(indexes["train"])
     keys = np.sort(split_keys(good["row_id"].to_numpy()))
     count = held_out_rows(len(keys))
-    first = 0  # the rows with the smallest keys are the first split's, the next ones the second's
-    for index, split in enumerate(source.held_out if count else []):
-        after = int(keys[(index + 1) * count])
-        ranges[split] = _KeyRange("train", first, after - 1)
-        first = after
-    ranges["train"] = _KeyRange("train", first)
-    return ranges
+    ranges = {}
+    next_key = 0  # the smallest keys are those of the first split, the next ones of the second
+    for number, split in enumerate(source.held_out_splits if count else [], 1):
+        first_of_next = int(keys[number * count])
+        ranges[split] = _KeyRange("train", next_key, first_of_next - 1)
+        next_key = first_of_next
+    return ranges | {"train": _KeyRange("train", next_key)}
 
 
 def _dataset(decoded: Decoded, key_range: _KeyRange, rows_of_block: int) -> Dataset:
@@ -279,18 +267,18 @@ def _dataset(decoded: Decoded, key_range: _KeyRange, rows_of_block: int) -> Data
 def _bad_rows(source: Source, indexes: dict[str, pa.Table]) -> ReasonCounts:
     """Count the rows that cannot be used by reason, and name the first of them."""
     counts = ReasonCounts()
-    for split, rows in indexes.items():
-        is_bad = rows["reason"].is_valid().to_numpy()
+    for split, index in indexes.items():
+        is_bad = index["reason"].is_valid().to_numpy()
         if not is_bad.any():
             continue
         names = {arrow_place(file.path)[1]: file.name for file in source.files.get(split, [])}
         examples: list[BadRow] = []
-        for index in np.flatnonzero(is_bad)[:_NAMED_ROWS].tolist():
-            path, reason = rows["path"][index].as_py(), rows["reason"][index].as_py()
+        for place in np.flatnonzero(is_bad)[:_NAMED_ROWS].tolist():
+            path, reason = index["path"][place].as_py(), index["reason"][place].as_py()
             # The rows of a file come in their order.
-            row = pc.sum(pc.equal(rows["path"][:index], path)).as_py() or 0
+            row = pc.sum(pc.equal(index["path"][:place], path)).as_py() or 0
             examples.append((names.get(path, path), row, reason))
-        counts.add(Counter(rows["reason"].filter(is_bad).to_pylist()), examples)
+        counts.add(Counter(index["reason"].filter(is_bad).to_pylist()), examples)
     return counts
 
 

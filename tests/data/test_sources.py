@@ -75,7 +75,7 @@ def test_sample_and_mnist(idx: Path, sample: pa.Table, monkeypatch: pytest.Monke
     """`auto` and `mnist` take ./data/MNIST/raw, here a small stand-in in the same layout."""
     source = opened("sample")
     assert check(source, sample) == [5000, 0, 0]
-    assert (source.held_out, source.train_rows) == (["test", "validation"], 4000)
+    assert (source.held_out_splits, source.train_rows) == (["test", "validation"], 4000)
     (idx / "data").symlink_to(idx)
     monkeypatch.chdir(idx)
     for name in (str(idx), "MNIST", "MNIST/raw", "auto", "mnist"):
@@ -144,7 +144,7 @@ def test_names_of_files_and_folders_tell_the_split(
         pq.write_table(sample[:rows].rename_columns({"digit": "label"}), tmp_path / name)
     source = opened(tmp_path)
     assert [source.rows_of(split) for split in SPLITS] == [20, 21, 22]
-    assert (source.held_out, source.train_rows) == ([], 20)
+    assert (source.held_out_splits, source.train_rows) == ([], 20)
     assert [held_out_rows(rows) for rows in (9, 1009, 60_000)] == [0, 100, 5_000]
 
 
