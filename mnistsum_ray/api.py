@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -27,13 +27,12 @@ from mnistsum_ray.data.images import (
 )
 from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError, one_line, shortened
-from mnistsum_ray.model.heads import HEADS, added_column
+from mnistsum_ray.model.heads import HEADS, clashing_column
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.results import PicturePrediction, ScoreResult, TrainResult
+from mnistsum_ray.reporting.results import SURE, PicturePrediction, ScoreResult, TrainResult
 from mnistsum_ray.storage.uri import as_request_error, empty_output, locate_existing
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import
-    from ray.data import Dataset
     from ray.train import UserCallback
 
     from mnistsum_ray.model.network import TwoHeadCNN
@@ -74,11 +73,11 @@ def score(config: ScoreConfig) -> ScoreResult:
     from mnistsum_ray.scoring.request import check_request
 
     with Console() as console:
-        run = check_request(config, console)
-        with _on_cluster(console, Path(run.output.path).name):
+        request = check_request(config, console)
+        with _on_cluster(console, Path(request.output.path).name):
             from mnistsum_ray.scoring import job
 
-            return job.score(run, console)
+            return job.score(request, console)
 
 
 @contextmanager
@@ -171,27 +170,9 @@ def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
         answers[head.name] = found[f"pred_{head.name}"][0].item()
         answers[f"{head.name}_prob"] = found[f"{head.name}_prob"][0].item()
     answers["consistent"] = answers["sum"] == answers["digit"] + number
-    return PicturePrediction(**answers, unsure=answers["digit_prob"] < 0.9)
+    return PicturePrediction(**answers, unsure=answers["digit_prob"] < SURE)
 
 
-@overload
-def predict_rows(
-    model: Model,
-    rows: "Dataset",
-    image_column: str = ...,
-    number_column: str = ...,
-    *,
-    probabilities: bool = ...,
-) -> "Dataset": ...
-@overload
-def predict_rows(  # type: ignore[overload-cannot-match]  # mypy here knows no Ray
-    model: Model,
-    rows: Any,
-    image_column: str = ...,
-    number_column: str = ...,
-    *,
-    probabilities: bool = ...,
-) -> pa.Table: ...
 def predict_rows(
     model: Model,
     rows: Any,
@@ -229,16 +210,17 @@ def predict_rows(
     from mnistsum_ray.model.inference import append_predictions, predict_pairs
 
     table = pa.table(rows)  # a TypeError says what it takes
-    taken = added_column(table.column_names, probabilities)
-    if taken:
-        raise ValueError(f"column {taken!r} would be added; rename it")
+    clashing = clashing_column(table.column_names, probabilities)
+    if clashing:
+        raise ValueError(f"column {clashing!r} would be added; rename it")
     for name, type_error in ((image_column, image_type_error), (number_column, number_type_error)):
         error = type_error(table[name].type)
         if error:
             raise ValueError(f"column {name!r} {error}")
     images, bad_images = decode_images(one_chunk(table[image_column]))
     numbers, bad_numbers = decode_numbers(one_chunk(table[number_column]))
-    predictions = predict_pairs(network, images, numbers, 64, probabilities)
+    batch_size = 64  # a small table is filled up to it: up to 256 it would take four times as long
+    predictions = predict_pairs(network, images, numbers, batch_size, probabilities)
     reasons = join_reasons(bad_images, bad_numbers)
     return append_predictions(table, predictions, numbers, reasons)
 

@@ -70,14 +70,14 @@ _GROUPS: Final = {
 
 Config = TypeVar("Config", bound=JobConfig)
 
-Result = dict[str, Any]
+Line = dict[str, Any]
 """The fields of the last line."""
 
 # The docstring of a command is its --help. Each imports what it needs: for --help or a wrong flag
 # neither NumPy, torch nor Ray. What is printed goes to standard error: see `run`.
 
 
-def train(config: TrainConfig) -> Result:
+def train(config: TrainConfig) -> Line:
     """Train the two-head MNIST network: the digit of an image, and digit + number.
 
     mnistsum train --data sample                takes a minute on a laptop
@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> Result:
     return fit(config).line()
 
 
-def score(config: ScoreConfig) -> Result:
+def score(config: ScoreConfig) -> Line:
     """Score Parquet files with a trained model, and account for every row.
 
     mnistsum score --model runs/mine --input pairs/ --output scored/
@@ -104,7 +104,7 @@ def score(config: ScoreConfig) -> Result:
     return api.score(config).line()
 
 
-def export_pairs(config: ExportPairsConfig) -> Result:
+def export_pairs(config: ExportPairsConfig) -> Line:
     """Write example input for scoring: images of MNIST, with numbers and digits.
 
     mnistsum export-pairs --output pairs/
@@ -118,7 +118,7 @@ def export_pairs(config: ExportPairsConfig) -> Result:
     return {"output": output.display, "data": source.name, **made}
 
 
-def predict(config: PredictConfig) -> Result:
+def predict(config: PredictConfig) -> Line:
     """Look at a picture of a digit: which is it, and what is digit + number?
 
     mnistsum predict seven.png --number 5 --model runs/mine
@@ -129,6 +129,7 @@ def predict(config: PredictConfig) -> Result:
     """
     from mnistsum_ray.api import predict as predict_picture
     from mnistsum_ray.model.heads import HEADS, SUM
+    from mnistsum_ray.reporting.results import SURE
 
     found = predict_picture(config.model, config.picture, config.number).line()
     texts = []
@@ -137,11 +138,11 @@ def predict(config: PredictConfig) -> Result:
         texts.append(f"{question}: {found[head.name]} ({percent(found[f'{head.name}_prob'])})")
     print(", ".join(texts))
     if found["unsure"]:
-        print("unsure: the digit's probability is below 90 %")
+        print(f"unsure: the digit's probability is below {100 * SURE:.0f} %")
     return {"picture": config.picture} | found
 
 
-COMMANDS: Final[dict[str, tuple[Callable[[Any], Result], Any, str]]] = {
+COMMANDS: Final[dict[str, tuple[Callable[[Any], Line], Any, str]]] = {
     "train": (train, TrainConfig, "train the network"),
     "score": (score, ScoreConfig, "score Parquet files with a trained model"),
     "export-pairs": (export_pairs, ExportPairsConfig, "write example input for scoring"),
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}")
     show_json = "--json" in words or not sys.stdout.isatty()
     try:
-        Path.cwd()
+        Path.cwd()  # FileNotFoundError: somebody has deleted it
         name = parser.parse_args(words[:1]).command
         job, kind, _ = COMMANDS[name]
         description = f"{inspect.getdoc(job)}\n{_HELP}"
@@ -291,7 +292,7 @@ def _message(error: ValidationError, in_file: Container[str], known: Iterable[st
     return "; ".join(f"{name}: {', or '.join(texts)}" for name, texts in problems.items())
 
 
-def run(job: Callable[[], Result], show_json: bool) -> int:
+def run(job: Callable[[], Line], show_json: bool) -> int:
     """Run a job, whose result is the last line on standard output; return its exit code.
 
     SIGTERM and SIGHUP do what Ctrl-C does: a line says how to go on, and the code is 128 + signal.
@@ -312,6 +313,7 @@ def run(job: Callable[[], Result], show_json: bool) -> int:
         except (RequestError, RunError, KeyboardInterrupt) as error:
             stop.handle_by(signal.SIG_IGN)
             code = _explain(error, stop.received)
+        # All is said: from here on a signal only ends the process sooner, with the same code.
         stop.handle_by(lambda *_: os._exit(code))
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a cluster of this process ends with its processes

@@ -39,13 +39,14 @@ class JobConfig(BaseModel):
     @classmethod
     def _check_texts(cls, value: Any) -> Any:
         """Make texts of paths, and refuse those that hold keys."""
-        values = value if isinstance(value, list | tuple) else [value]
+        is_list = isinstance(value, list | tuple)
+        values = value if is_list else [value]
         if any(isinstance(one, Path) and re.match(r"\w+:/", str(one)) for one in values):
             raise ValueError("a Path holds no URI; give a text")
         texts = [str(one) if isinstance(one, Path) else one for one in values]
         if any(isinstance(text, str) and may_hold_keys(text) for text in texts):
             raise ValueError(KEYS_REFUSED)
-        return texts[0] if values is not value else texts
+        return texts if is_list else texts[0]
 
 
 RecipeName = Literal["quick", "short", "long"]
@@ -144,7 +145,8 @@ class TrainConfig(LabelledDataConfig):
     @field_validator("num_workers", mode="wrap")
     @classmethod
     def _parse_range(cls, value: Any, convert: Any) -> Any:
-        workers = convert(value.split(",") if isinstance(value, str) and "," in value else value)
+        is_range = isinstance(value, str) and "," in value
+        workers = convert(value.split(",") if is_range else value)
         low, high = workers if isinstance(workers, tuple) else (workers, workers)
         if workers is not None and not 1 <= low <= high:
             raise ValueError("must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX")
@@ -180,7 +182,7 @@ class ScoreConfig(JobConfig):
     input: Places = Field(min_length=1)
     """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
     number_column: str = Field(default="number", min_length=1)
-    """column of the numbers, integers from 0"""
+    """column of the numbers, integers in 0..9"""
     label_column: str | None = Field(default=None, min_length=1)
     """column of the true digits, to measure accuracy; any other value counts as unknown [none]"""
     image_column: str = Field(default="image", min_length=1, validate_default=True)
@@ -251,6 +253,6 @@ class PredictConfig(JobConfig):
     picture: Place
     """file or URI of a picture of one digit, of any size, darker or lighter than its background"""
     number: int
-    """number that is added to the digit, from 0"""
+    """number that is added to the digit, in 0..9"""
     model: Place
     """folder or URI of a training run, or of its model folder"""

@@ -64,7 +64,7 @@ def test_rows_come_back_with_predictions(
     assert reasons[5] == "the number is null; fill it in or drop the row"
     good = [row for row in range(ROWS) if row not in BAD]
     numbers = np.array(table["number"].take(good).to_pylist())
-    expected = predict_pairs(network, pixels[good], numbers, len(good), probs=True)
+    expected = predict_pairs(network, pixels[good], numbers, len(good), probabilities=True)
     for name in predicted:
         values = done[name].to_pylist()
         assert [row for row, value in enumerate(values) if value is None] == BAD, name

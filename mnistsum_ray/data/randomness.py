@@ -23,7 +23,10 @@ NUMBERS: Final = 10
 
 
 class RandomStream(IntEnum):
-    """Purpose of a draw, as a part of its key: draws for two purposes are not correlated."""
+    """Purpose of a draw, as a part of its key: draws for two purposes are not correlated.
+
+    The values are part of each run's numbers: never renumber them.
+    """
 
     NUMBER = 1
     SPLIT = 3

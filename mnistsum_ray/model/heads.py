@@ -46,7 +46,7 @@ PROBABILITY_FIELDS: Final = pa.schema({f"{head.name}_probs": _PROBABILITIES for 
 """Columns after these, where the probabilities of all classes are asked for."""
 
 
-def added_column(names: Sequence[str], probabilities: bool) -> str | None:
+def clashing_column(names: Sequence[str], probabilities: bool) -> str | None:
     """The first of a table's columns that has the name of one which is added; None: there is none.
 
     Upper and lower case are one: DuckDB and Spark do not tell them apart.

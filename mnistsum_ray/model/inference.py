@@ -73,9 +73,10 @@ class Predictor:
         images = np.zeros((self._batch_size, SIDE, SIDE), np.uint8)
         self.predict(images, np.zeros(self._batch_size, np.int64))
 
-    def predict(self, images: Pixels, numbers: Numbers, probs: bool = False) -> Predictions:
+    def predict(self, images: Pixels, numbers: Numbers, probabilities: bool = False) -> Predictions:
         """As `predict_pairs`."""
-        return predict_pairs(self._model, images, numbers, self._batch_size, probs, self._bf16)
+        size, bf16 = self._batch_size, self._bf16
+        return predict_pairs(self._model, images, numbers, size, probabilities, bf16)
 
 
 @torch.inference_mode()
@@ -84,10 +85,10 @@ def predict_pairs(
     images: Pixels,
     numbers: Numbers,
     batch_size: int,
-    probs: bool = False,
+    probabilities: bool = False,
     bf16: bool = False,
 ) -> Predictions:
-    """Predict uint8[n, 28, 28] with numbers int64[n]; with `probs` all probabilities too.
+    """Predict uint8[n, 28, 28] with numbers int64[n]; with `probabilities` all probabilities too.
 
     The last batch is filled up with zeros: kernels are chosen by the size of a batch, and a row has
     the same bits whatever rows are scored with it.
@@ -107,12 +108,12 @@ def predict_pairs(
     found: Predictions = {}
     for index, head in enumerate(HEADS):
         logits = torch.cat([of_batch[index] for of_batch in logits_of_batches])[: len(images)]
-        probabilities = logits.softmax(1)
-        probability, answer = probabilities.max(1)
+        of_classes = logits.softmax(1)
+        probability, answer = of_classes.max(1)
         found[f"{head.name}_prob"] = probability.cpu().numpy()
         found[f"pred_{head.name}"] = answer.cpu().numpy().astype(np.int8)
-        if probs:
-            found[f"{head.name}_probs"] = probabilities.cpu().numpy()
+        if probabilities:
+            found[f"{head.name}_probs"] = of_classes.cpu().numpy()
         if not np.isfinite(found[f"{head.name}_prob"]).all():
             raise RunError("the model's scores are infinite or NaN for some image; train again")
     return found

@@ -134,16 +134,12 @@ class Console(AbstractContextManager["Console"]):
         """Show how far some work is: by a bar of its own, or in a log by a line now and then."""
         self._last_sign = time.monotonic()
         bar = self._bar
+        is_new = bar is None or (bar.desc, bar.total) != (what, total) or done < bar.n
         if done >= total:  # some totals are estimates
             self._close_bar()
-        elif bar is None or (bar.desc, bar.total) != (what, total) or bar.n > done:
+        elif is_new:
             self._close_bar()
-            # In a log tqdm only counts, and says what a line then has.
-            file, bar_format = (self._stream, None) if self._has_bars else (io.StringIO(), _LINE)
-            options: dict[str, Any] = {"desc": what, "total": total, "initial": done, "unit": ""}
-            options |= {"file": file, "bar_format": bar_format, "postfix": note}
-            with suppress(OSError):
-                self._bar = tqdm(leave=False, dynamic_ncols=True, disable=False, **options)
+            self._open_bar(what, done, total, note)
         else:
             bar.n = done
             # With a unit a rate below one a second reads `2.00s/item`, and not `2.00s/`.
@@ -153,6 +149,14 @@ class Console(AbstractContextManager["Console"]):
             is_due = time.monotonic() - self._last_line >= LINE_SECONDS
             if is_due and not self._has_bars and done > bar.initial:  # else the rate is unknown
                 self.say(str(bar))
+
+    def _open_bar(self, what: str, done: int, total: int, note: str) -> None:
+        # In a log tqdm only counts, and says what a line then has.
+        file, bar_format = (self._stream, None) if self._has_bars else (io.StringIO(), _LINE)
+        options: dict[str, Any] = {"desc": what, "total": total, "initial": done, "unit": ""}
+        options |= {"file": file, "bar_format": bar_format, "postfix": note}
+        with suppress(OSError):
+            self._bar = tqdm(leave=False, dynamic_ncols=True, disable=False, **options)
 
     def _close_bar(self) -> None:
         with suppress(OSError):

@@ -5,6 +5,7 @@ Blue is the digit, orange the sum: they differ with any kind of colour blindness
 
 import io
 from collections.abc import Callable, Iterable
+from math import ceil
 from typing import Any, Final
 
 import numpy as np
@@ -83,7 +84,7 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
 def draw_mistakes(mistakes: list[dict[str, Any]], images: Iterable[Pixels]) -> Figure:
     """Each mistake as the manifest has it with its image, uint8[28, 28]."""
     across = 6
-    down = max(1, -(-len(mistakes) // across))
+    down = max(1, ceil(len(mistakes) / across))
     figure = Figure(figsize=(9, 0.6 + 2.1 * down))
     figure.suptitle(f"the {len(mistakes)} most confident mistakes")
     panels = figure.subplots(down, across, squeeze=False).ravel()
@@ -107,17 +108,16 @@ def draw_reliability(heads: dict[str, Any]) -> Figure:
     panels = figure.subplots(1, len(heads), squeeze=False).ravel()
     for index, (name, head) in enumerate(heads.items()):
         counts = head["reliability"]
-        rows, probability, right = np.array(
-            [counts["rows"], counts["probability"], counts["right"]]
-        )
+        names = ("rows", "probability", "right")
+        rows, probability, right = (np.array(counts[name]) for name in names)
         used = rows > 0
         axes = panels[index]
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect calibration")
-        means = (probability[used] / rows[used], right[used] / rows[used])
-        axes.plot(*means, "o", color=f"C{index}", label="accuracy")
-        for count, *place in zip(rows[used], *means, strict=True):
+        probabilities, accuracies = probability[used] / rows[used], right[used] / rows[used]
+        axes.plot(probabilities, accuracies, "o", color=f"C{index}", label="accuracy")
+        for count, x, y in zip(rows[used], probabilities, accuracies, strict=True):
             options = {"textcoords": "offset points", "xytext": (-4, 4), "ha": "right"}
-            axes.annotate(f"{count:,.0f}", place, fontsize=7, **options)
+            axes.annotate(f"{count:,.0f}", (x, y), fontsize=7, **options)
         axes.set_title(f"{name}: expected calibration error {head['ece']:.4f}")
         axes.set(xlabel="predicted probability", ylabel="accuracy")
         axes.legend(loc="best")

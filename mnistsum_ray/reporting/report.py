@@ -49,10 +49,10 @@ def report_page(
 ) -> str:
     """Render the HTML page of a finished training: accuracies, pictures, configuration."""
     data, test = manifest["data"], description["test"]
-    figures = [(percent(test[f"{head.name}_accuracy"]), f"{head.name} correct") for head in HEADS]
+    cards = [(percent(test[f"{head.name}_accuracy"]), f"{head.name} correct") for head in HEADS]
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
-    figures.append((f"{speed:,.0f}", "training images per second"))
-    figures.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
+    cards.append((f"{speed:,.0f}", "training images per second"))
+    cards.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
     tested = f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number."
     run = shlex.quote(manifest["metrics"]["run"])
     command = f"mnistsum score --model {run} --input PAIRS --output SCORED"
@@ -66,7 +66,7 @@ def report_page(
         pictures,
         title=f"{manifest['config']['name']}: {accuracies(test)}",
         lines=[data["notice"], tested],
-        figures=figures,
+        cards=cards,
         tables=tables,
         command=command,
     )
@@ -79,16 +79,15 @@ def scored_page(manifest: dict[str, Any], mistake_images: Sequence[Pixels]) -> s
     """
     totals, counts = manifest["totals"], manifest["counts"]
     all_rows = totals["input_rows"] + totals.get("left_rows", 0)
-    figures = [
+    cards = [
         (f"{totals['rejected_rows']:,}", "rows rejected"),
         (f"{totals['failed_files']:,}", f"files not usable, with {totals['failed_rows']:,} rows"),
     ]
     if counts.get("labelled_rows"):
-        of = f"correct, of {counts['labelled_rows']:,} labelled rows"
-        figures += [
-            (percent(totals[f"{head.name}_accuracy"]), f"{head.name} {of}") for head in HEADS
-        ]
-    figures.append((f"{totals['rows_per_second']:,.0f}", "rows per second"))
+        for head in HEADS:
+            correct = f"{head.name} correct, of {counts['labelled_rows']:,} labelled rows"
+            cards.append((percent(totals[f"{head.name}_accuracy"]), correct))
+    cards.append((f"{totals['rows_per_second']:,.0f}", "rows per second"))
     failures = list(manifest["failures"].items())
     if len(failures) < totals["failed_files"]:
         failures.append((f"all {totals['failed_files']:,}", "are in files.parquet"))
@@ -98,9 +97,10 @@ def scored_page(manifest: dict[str, Any], mistake_images: Sequence[Pixels]) -> s
         answers = [_answer(mistake, head) for head in HEADS]
         mistakes.append((_picture(image), *answers, mistake["file"], f"{mistake['row']:,}"))
     tenths = []
-    for tenth in range(10 if "predicted_digits" in counts else 0):
-        of_heads = [f"{counts[f'{head.name}_probabilities'][tenth]:,}" for head in HEADS]
-        tenths.append((f"{tenth / 10} to {(tenth + 1) / 10}", *of_heads))
+    if "predicted_digits" in counts:  # not where nothing is scored
+        for tenth in range(10):
+            of_heads = [f"{counts[f'{head.name}_probabilities'][tenth]:,}" for head in HEADS]
+            tenths.append((f"{tenth / 10} to {(tenth + 1) / 10}", *of_heads))
     tables = [
         ("Files that cannot be used", ("file", "reason"), failures),
         _reasons("Rejected rows", manifest["bad_rows"]),
@@ -117,7 +117,7 @@ def scored_page(manifest: dict[str, Any], mistake_images: Sequence[Pixels]) -> s
             f"{totals['output']}, from {counted(totals['files'], 'file')}",
             manifest["notice"],
         ],
-        figures=figures,
+        cards=cards,
         tables=tables,
     )
 
@@ -159,15 +159,15 @@ def _reasons(title: str, counts: dict[str, Any]) -> Table:
 
 
 def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
+    """Settings and what the run has chosen, without what is unset or has a table of its own."""
     keys = ("started", "finished", "workers", "precision", "data", "hardware", "versions")
     # The manifest knows what the config has left open, as its precision.
     settings = manifest["config"] | {key: manifest[key] for key in keys if key in manifest}
     rows = []
     for key, value in (settings | {"weights": model}).items():
         if isinstance(value, dict):
-            entries = {**value, "bad_rows": None}  # which have a table of their own
-            known = [f"{name} {entry}" for name, entry in entries.items() if entry is not None]
-            value = ", ".join(known)
+            shown = [name for name in value if value[name] is not None and name != "bad_rows"]
+            value = ", ".join(f"{name} {value[name]}" for name in shown)
         if value is not None:
             rows.append((key.replace("_", "-"), value))
     return "Configuration", (), rows

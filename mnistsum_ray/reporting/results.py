@@ -7,9 +7,12 @@ from pydantic import BaseModel, ConfigDict
 MANIFEST: Final = "manifest.json"
 """Written last, in the folder of a run and in that of an output: then it is finished."""
 
+SURE: Final = 0.9
+"""Probability of a digit from which on an answer is sure."""
+
 
 class Result(BaseModel):
-    """Made of keywords; more of them than fields are no error."""
+    """Base of the results. Keywords that are no fields are dropped."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,9 +42,7 @@ class HeldOutMetrics(Result):
 
 
 class PicturePrediction(Result):
-    """The answers for one picture and a number; of another head of the network too."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
+    """The answers for one picture and a number."""
 
     number: int
     digit: int
@@ -51,7 +52,7 @@ class PicturePrediction(Result):
     consistent: bool
     """Whether sum = digit + number."""
     unsure: bool
-    """Whether the digit's probability is below 0.9."""
+    """Whether the digit's probability is below SURE."""
 
 
 class TrainResult(Result):

@@ -11,7 +11,7 @@ from mnistsum_ray.data.images import image_type_error, number_type_error
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import column_error, read_footer
 from mnistsum_ray.errors import MissingFileError, RequestError, UnusableFileError, counted
-from mnistsum_ray.model.heads import added_column
+from mnistsum_ray.model.heads import clashing_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
@@ -140,5 +140,5 @@ def _schema_error(schema: pa.Schema, config: ScoreConfig) -> str | None:
         problem = column and column_error(schema, column, flag, type_error)
         if problem:
             return problem
-    taken = added_column(schema.names, config.probabilities)
+    taken = clashing_column(schema.names, config.probabilities)
     return f"has a column {taken!r}, which scoring would add; rename it" if taken else None

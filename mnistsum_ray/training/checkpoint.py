@@ -50,14 +50,14 @@ class TrainerState:
 def save_checkpoint(
     folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW
 ) -> None:
-    """Write the state into a local folder: one file with tensors and figures, and its SHA-256."""
+    """Write the state into a local folder: one file of tensors with a header, and its SHA-256."""
     tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             copy = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             tensors[f"optimizer.{name}.{key}"] = copy
-    figures = {"format": STATE_FORMAT, "state": asdict(state)}
-    data = save_tensors(tensors, {"mnistsum_ray": json.dumps(figures)})
+    header = {"format": STATE_FORMAT, "state": asdict(state)}
+    data = save_tensors(tensors, {"mnistsum_ray": json.dumps(header)})
     (folder / STATE_FILE).write_bytes(data)
     (folder / STATE_DIGEST).write_text(hashlib.sha256(data).hexdigest())
 
@@ -79,11 +79,11 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
     if hashlib.sha256(data).hexdigest().encode() != expected:
         problem = "is incomplete or damaged (its SHA-256 differs)"
         raise CheckpointError(f"{unusable} {STATE_FILE} {problem}")
-    figures = json.loads(safetensors_header(data)["mnistsum_ray"])
-    if figures["format"] != STATE_FORMAT:
-        other = f"it is of another version ({figures['format']}, not {STATE_FORMAT})"
+    header = json.loads(safetensors_header(data)["mnistsum_ray"])
+    if header["format"] != STATE_FORMAT:
+        other = f"it is of another version ({header['format']}, not {STATE_FORMAT})"
         raise RequestError(f"--resume: {unusable} {other}; resume with that version")
-    return TrainerState(**figures["state"]), load_tensors(data)
+    return TrainerState(**header["state"]), load_tensors(data)
 
 
 def restore(tensors: Weights, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:

@@ -37,6 +37,7 @@ class Events:
         self._rank = rank
 
     def send(self, kind: str, **fields: Any) -> None:
+        """Send an event of this kind, as above."""
         if self._rank == 0:
             _send(self._queue, kind, **fields)
 

@@ -77,9 +77,9 @@ def test_a_worker_without_rows_has_gradients_of_zero(bf16: bool) -> None:
 def test_predictions_are_those_of_the_cpu(precision: str, tolerance: float) -> None:
     images, _, numbers = (values.numpy() for values in random_rows(1_000))
     weights = copy_weights(make_model(CPU))
-    exact = Predictor(weights, CPU, "fp32", 50).predict(images, numbers, probs=True)
+    exact = Predictor(weights, CPU, "fp32", 50).predict(images, numbers, probabilities=True)
     predictor = Predictor(weights, CUDA, precision, None)
-    ours = predictor.predict(images, numbers, probs=True)
+    ours = predictor.predict(images, numbers, probabilities=True)
     for name in ("pred_digit", "pred_sum"):
         different = np.mean(ours[name] != exact[name])
         assert different <= (0.05 if precision == "bf16" else 0)

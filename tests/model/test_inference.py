@@ -26,10 +26,10 @@ def equal(first: Predictions, second: Predictions) -> bool:
 def test_a_row_has_the_same_bits_in_any_batch_thread_and_memory(precision: str) -> None:
     images, _, numbers = (values.numpy() for values in random_rows(ROWS))
     ours = Predictor(copy_weights(new_model()), torch.device("cpu"), precision, 8)
-    whole = ours.predict(images, numbers, probs=True)
+    whole = ours.predict(images, numbers, probabilities=True)
     for size in (1, 8, 9):
         some = slice(1 + size, 1 + 2 * size)  # a row is at another place of its batch, too
-        found = ours.predict(images[some], numbers[some], probs=True)
+        found = ours.predict(images[some], numbers[some], probabilities=True)
         assert equal(found, {name: values[some] for name, values in whole.items()}), size
     for values in (images, numbers):
         values.flags.writeable = False

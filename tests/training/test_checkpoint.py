@@ -60,7 +60,7 @@ def test_a_bit_flipped_anywhere_or_an_end_cut_off_is_refused(tmp_path: Path, who
     said = f"^checkpoint {tmp_path} cannot be used: .* damaged"
     random = np.random.default_rng(0)
     for name, data in files.items():
-        # The length and the figures are in the first bytes, a small part of the file.
+        # The length and the header are in the first bytes, a small part of the file.
         ends = (min(len(data), 2000), len(data))
         for index in [*range(16), *random.integers(ends, size=(40, 2)).ravel()]:
             flipped = bytearray(data)
