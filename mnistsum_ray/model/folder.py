@@ -10,17 +10,11 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.errors import (
-    NoAnswerError,
-    RequestError,
-    StorageError,
-    TryAgainError,
-    one_line,
-    shortened,
-)
+from mnistsum_ray.errors import RequestError, one_line, shortened
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, make_network
 from mnistsum_ray.storage.store import Location
+from mnistsum_ray.storage.uri import as_request_error
 
 MODEL_FORMAT: Final = "mnistsum_ray/5"
 """A model of another format is refused: another network needs another number."""
@@ -77,15 +71,11 @@ def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     """
     # The place itself comes last: of a folder some stores say that it is there, and empty.
     candidates = (place / WEIGHTS_FILE, place / "model" / WEIGHTS_FILE, place)
-    try:
+    with as_request_error():
         file = next((file for file in candidates if file.status()), None)
         if file is None:
             raise RequestError(f"{place.display}: holds no model (no {WEIGHTS_FILE})")
         data = file.read_bytes()
-    except NoAnswerError as error:
-        raise TryAgainError(str(error)) from None
-    except StorageError as error:
-        raise RequestError(str(error)) from None
     try:
         weights = load_tensors(data)
         description = read_description(data)

@@ -169,11 +169,7 @@ def analyse_errors(
                 "right": right.astype(int).tolist(),
             },
         }
-    analysis = {
-        "confusion": confusion.tolist(),
-        "mistakes": mistakes,
-        "probabilities": described,
-    }
+    analysis = {"confusion": confusion.tolist(), "mistakes": mistakes, "probabilities": described}
     return analysis, np.array(images, np.uint8).reshape(-1, SIDE, SIDE)
 
 

@@ -113,10 +113,7 @@ def scored_page(manifest: dict[str, Any], mistake_images: Sequence[Pixels]) -> s
     return _render(
         {},
         title=f"{totals['scored_rows']:,} of {all_rows:,} rows scored",
-        lines=[
-            f"{totals['output']}, from {counted(totals['files'], 'file')}",
-            manifest["notice"],
-        ],
+        lines=[f"{totals['output']}, from {counted(totals['files'], 'file')}", manifest["notice"]],
         cards=cards,
         tables=tables,
     )

@@ -196,6 +196,7 @@ def run_trainer(
     callbacks: Callbacks,
 ) -> FinishedModel:
     """Train the epochs that are left with Ray Train, which starts workers again that fail."""
+    parameters, max_failures = request.hyperparameters, request.config.max_failures
     done_rows = len(start.history) * rows.totals["train"].rows
     metrics = JobMetrics("train", request.folder.display, done_rows)
     follower = EventFollower(console, metrics, record.add_epoch)
@@ -204,9 +205,7 @@ def run_trainer(
     failed_starts = 0
     with follower.following(), default_environment(_environment(plan, wait_seconds)):
         while True:
-            loop = LoopConfig(
-                request.hyperparameters, plan.threads, rows.totals, follower.queue, start
-            )
+            loop = LoopConfig(parameters, plan.threads, rows.totals, follower.queue, start)
             trainer = make_trainer(request, plan, rows, loop, callbacks)
             try:
                 with _ctrl_c_as_before():
@@ -214,7 +213,7 @@ def run_trainer(
                     return finished
             except ray.train.TrainingFailedError as error:
                 # Ray Train does not count a worker that dies while its group starts as a failure.
-                if _FAILED_START not in str(error) or failed_starts == request.config.max_failures:
+                if _FAILED_START not in str(error) or failed_starts == max_failures:
                     raise _explained(error, request, plan, wait_seconds, console) from error
                 failed_starts += 1
                 console.say(f"a worker died at its start: {root_cause(error)}")
@@ -285,11 +284,7 @@ def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
 
 
 def _explained(
-    error: Exception,
-    request: TrainRequest,
-    plan: WorkerPlan,
-    wait_seconds: float,
-    console: Console,
+    error: Exception, request: TrainRequest, plan: WorkerPlan, wait_seconds: float, console: Console
 ) -> RunError:
     """Why Ray Train has given up, in one line."""
     resume = request.how_to_resume

@@ -24,11 +24,6 @@ from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.prometheus import JobMetrics
 
 
-def _send(queue: Queue, kind: str, **fields: Any) -> None:
-    with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
-        queue.put({"kind": kind, **fields})
-
-
 class Events:
     """Sends the driver the events of a worker, if it is the one of rank 0."""
 
@@ -37,9 +32,10 @@ class Events:
         self._rank = rank
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Send an event of this kind, as above."""
+        """Send an event of a kind that is listed above."""
         if self._rank == 0:
-            _send(self._queue, kind, **fields)
+            with suppress(ray.exceptions.RayError):  # a lost console line must not end the training
+                self._queue.put({"kind": kind, **fields})
 
     def note(self, text: str) -> None:
         """Send a line for the console."""
@@ -54,7 +50,7 @@ class FailureLines(ray.train.UserCallback):
     """Says why workers have failed, before Ray Train starts them again."""
 
     def __init__(self, queue: Queue) -> None:
-        self._queue = queue
+        self._events = Events(queue, rank=0)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train in its controller, which ends the run if this raises."""
@@ -64,7 +60,7 @@ class FailureLines(ray.train.UserCallback):
         for rank, error in worker_exceptions.items():
             cause = root_cause(error).partition(". ")[0]  # Ray's advice follows
             text = f"worker {rank} failed: {cause} (full text in Ray's logs)"
-            _send(self._queue, "failure", text=text)
+            self._events.send("failure", text=text)
 
 
 class EventFollower:

@@ -185,11 +185,7 @@ class RunRecord:
                 "notice": source.notice or request.stored.get("data", {}).get("notice", ""),
                 "fingerprint": source.fingerprint,
                 **{f"{split}_rows": totals.rows for split, totals in rows.totals.items()},
-                "bad_rows": {
-                    "rows": rows.bad.total,
-                    "reasons": rows.bad.reasons,
-                    "examples": rows.bad.examples,
-                },
+                "bad_rows": {"rows": rows.bad.total, **vars(rows.bad)},
             },
         }
         if init_from:
