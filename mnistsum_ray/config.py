@@ -172,8 +172,7 @@ class Hyperparameters:
     label_smoothing: float
     dropout: float
     seed: int
-    precision: str | None
-    """None: bf16 if it is faster on all workers, else fp32."""
+    precision: str | None  # None: bf16 if it is faster on all workers, else fp32
 
 
 class ScoreConfig(JobConfig):

@@ -119,8 +119,7 @@ class RowTotals:
     """What all workers together must see of a split: the number of its rows, and which they are."""
 
     rows: int
-    id_sum: int
-    """Sum of the scrambled ids (`mix_ids`) of the rows."""
+    id_sum: int  # of their scrambled ids (`mix_ids`)
 
     @classmethod
     def of(cls, ids: RowIds) -> "RowTotals":

@@ -14,11 +14,9 @@ from mnistsum_ray.data.randomness import NUMBERS
 class Head:
     """One output of the network: a classification of an image and a number."""
 
-    name: str
-    """As in `pred_<name>`, `<name>_prob`, `<name>_accuracy`."""
+    name: str  # as in `pred_<name>`, `<name>_prob`, `<name>_accuracy`
     classes: int
-    target: Callable[[Any, Any], Any]
-    """True class, in 0..classes-1, of digits and numbers, which are arrays or tensors."""
+    target: Callable[[Any, Any], Any]  # from digits and numbers to true classes, arrays or tensors
 
 
 DIGIT: Final = Head("digit", DIGITS, lambda digits, numbers: digits)

@@ -197,18 +197,13 @@ class FinishedModel:
     Ray Train refuses tensors that a worker returns in a dict.
     """
 
-    history: list[dict[str, Any]]
-    """Lines of history.jsonl, one an epoch."""
-    weights: Weights
-    """With the temperatures folded in."""
-    description: dict[str, Any]
-    """See `describe_model`."""
-    error_analysis: dict[str, Any]
-    """See `analyse_errors`; of test rows."""
+    history: list[dict[str, Any]]  # lines of history.jsonl, one an epoch
+    weights: Weights  # with the temperatures folded in
+    description: dict[str, Any]  # of `describe_model`
+    error_analysis: dict[str, Any]  # of `analyse_errors`, on test rows
     mistake_images: Pixels
     hardware: dict[str, Any]
-    precision: str
-    """`bf16` or `fp32`, of the training."""
+    precision: str  # `bf16` or `fp32`, of the training
 
 
 def finish_model(

@@ -42,8 +42,7 @@ class TrainerState:
     """State of a run after an epoch; with the config it decides every bit of the rest."""
 
     epochs_done: int
-    history: list[dict[str, Any]]
-    """Lines of history.jsonl, one an epoch."""
+    history: list[dict[str, Any]]  # lines of history.jsonl, one an epoch
     precision: str
 
 

@@ -59,11 +59,9 @@ class Start:
     """What a run starts from: a checkpoint, which `--resume` has found, or weights, or neither."""
 
     checkpoint: Location | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of history.jsonl up to the checkpoint."""
+    history: list[dict[str, Any]] = field(default_factory=list)  # lines of history.jsonl up to it
     weights: Weights | None = None
-    init_from: dict[str, str] | None = None
-    """Where the weights are from: `model`, the value of `--init-from`, and its `sha256`."""
+    init_from: dict[str, str] | None = None  # `model`, the value of `--init-from`, and its `sha256`
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,8 @@ class LoopConfig:
 
     hyperparameters: Hyperparameters
     threads: int | None
-    totals: dict[str, RowTotals]
-    """By split: what the driver has counted."""
-    queue: Queue
-    """Of events for the driver."""
+    totals: dict[str, RowTotals]  # by split: what the driver has counted
+    queue: Queue  # of events for the driver
     start: Start
 
     def __repr__(self) -> str:  # Ray's dashboard shows it

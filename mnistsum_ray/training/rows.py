@@ -62,8 +62,7 @@ class Rows:
 
     datasets: dict[str, Dataset]
     totals: dict[str, RowTotals]
-    bad: ReasonCounts
-    """Rows that are in no split, since they cannot be used."""
+    bad: ReasonCounts  # of rows that are in no split, since they cannot be used
 
 
 def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 1) -> Rows:

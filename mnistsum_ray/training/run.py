@@ -57,10 +57,8 @@ class TrainRequest:
     config: TrainConfig
     hyperparameters: Hyperparameters
     source: Source
-    folder: Location
-    """Run folder `<storage_path>/<name>`."""
-    stored: dict[str, Any]
-    """Manifest of the run that is resumed, whose data must be the same; else empty."""
+    folder: Location  # the run folder `<storage_path>/<name>`
+    stored: dict[str, Any]  # manifest of the run that is resumed; else empty
 
     @property
     def how_to_resume(self) -> str:
@@ -158,10 +156,8 @@ class RunRecord:
 
     request: TrainRequest
     plan: "WorkerPlan"
-    history: list[dict[str, Any]]
-    """Lines of history.jsonl, one an epoch."""
-    manifest: dict[str, Any] = field(default_factory=dict)
-    """What the file has since `begin`."""
+    history: list[dict[str, Any]]  # lines of history.jsonl, one an epoch
+    manifest: dict[str, Any] = field(default_factory=dict)  # what the file has since `begin`
 
     def begin(self, rows: "Rows", init_from: dict[str, str] | None) -> None:
         """Write the manifest of a run that begins or goes on."""

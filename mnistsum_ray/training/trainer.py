@@ -64,10 +64,8 @@ class EpochSteps:
     block, so that the last batches of an epoch may be smaller.
     """
 
-    shards: tuple[int, ...]
-    """Rows of each rank."""
-    batch_size: int
-    """Rows of a step over all ranks."""
+    shards: tuple[int, ...]  # rows of each rank
+    batch_size: int  # rows of a step over all ranks
 
     def share(self, rank: int) -> int:
         """Rows of a full batch that one rank takes; shares differ by one row."""
