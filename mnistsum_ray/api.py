@@ -155,7 +155,7 @@ def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
         RequestError: no such picture or model, nothing is drawn on the picture, or the number is
             out of range.
         TryAgainError: the storage does not answer.
-        RunError: the model's scores are not finite.
+        RunError: the model's logits are not finite.
     """
     if number not in range(NUMBERS):
         raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
@@ -195,7 +195,7 @@ def predict_rows(
         KeyError: a column is not there, or twice.
         ValueError: a column cannot be read, or has the name of one that is added.
         RequestError, TryAgainError: of `load_model`, where the model is named.
-        RunError: the model's scores are not finite.
+        RunError: the model's logits are not finite.
     """
     network = _loaded(model)
     if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):

@@ -279,8 +279,8 @@ def evaluated(model: TwoHeadCNN, totals: RowTotals) -> tuple[dict[str, float], l
     """The metrics of the test rows of all ranks, and the ids of those that are analysed."""
     held_out = HeldOutRows("test", totals, CPU, SILENT)
     metrics = held_out.evaluate(model, bf16=False)
-    scored = held_out.gather_analysed(model, bf16=False)
-    return metrics, sorted(torch.cat([batch["row_id"] for batch, _ in scored]).tolist())
+    analysed = held_out.gather_analysed(model, bf16=False)
+    return metrics, sorted(torch.cat([batch["row_id"] for batch, _ in analysed]).tolist())
 
 
 def train_and_evaluate(config: dict[str, Any]) -> None:

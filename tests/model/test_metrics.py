@@ -36,7 +36,7 @@ def digit_logits() -> torch.Tensor:
 
 
 @cache
-def scored() -> RowsWithLogits:
+def rows_with_logits() -> RowsWithLogits:
     """The rows in three batches."""
     ids = torch.arange(FIRST, FIRST + ROWS)
     columns = [torch.split(values, 128) for values in (IMAGES, DIGITS, ids, digit_logits())]
@@ -56,7 +56,7 @@ def count(rows: RowsWithLogits, ids: np.ndarray) -> Metrics:
 
 @cache
 def metrics() -> Metrics:
-    return count(scored(), np.arange(FIRST, FIRST + ROWS))
+    return count(rows_with_logits(), np.arange(FIRST, FIRST + ROWS))
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def test_metrics_equal_a_plain_computation_over_all_pairs() -> None:
 
 
 def test_the_error_analysis_agrees_with_the_metrics() -> None:
-    analysis, images = analyse_errors(scored(), {"digit": 1.0, "sum": 2.0})
+    analysis, images = analyse_errors(rows_with_logits(), {"digit": 1.0, "sum": 2.0})
     confusion = np.array(analysis["confusion"])
     assert confusion.sum(1).tolist() == np.bincount(DIGITS, minlength=10).tolist()
     assert np.trace(confusion) / ROWS == pytest.approx(metrics()["digit_accuracy"])
@@ -122,10 +122,10 @@ def test_the_fit_recovers_the_temperature_of_the_labels_and_minimizes_the_loss(
 
 
 @torch.no_grad()
-def test_folded_temperatures_divide_the_scores() -> None:
+def test_folded_temperatures_divide_the_logits() -> None:
     model, (images, _, numbers) = new_model(), random_rows(100)
     before = model(prepare_images(images), numbers)
-    temperatures = fit_temperatures(scored())
+    temperatures = fit_temperatures(rows_with_logits())
     model.fold_temperatures(temperatures)
     assert all(abs(temperature - 1) > 0.01 for temperature in temperatures.values())
     after = model(prepare_images(images), numbers)
