@@ -17,7 +17,7 @@ class RunError(RuntimeError):
 
 
 class TryAgainError(RunError):
-    """The same command may work later: no resources in time, or another run holds the folder."""
+    """The same command may work later: no resources in time, no answer, or another run is there."""
 
 
 class RepeatingError(RunError):
@@ -54,6 +54,13 @@ class UnusableFileError(ValueError):
 
 class RunInterrupted(KeyboardInterrupt):
     """The run was interrupted; the message says what is kept and how to continue."""
+
+
+def ended_by_storage(error: StorageError, how_to_go_on: str) -> RunError:
+    """The end of a job by its storage, which may answer later or never."""
+    kind = TryAgainError if isinstance(error, PassingStorageError) else RunError
+    first_line = str(error).partition("\n")[0]  # below it of an actor's error is Ray's advice
+    return kind(f"{first_line}; {how_to_go_on}")
 
 
 def one_line(error: BaseException) -> str:

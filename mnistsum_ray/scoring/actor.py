@@ -23,7 +23,7 @@ from mnistsum_ray.data.images import (
     join_reasons,
     one_chunk,
 )
-from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
+from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import ConflictError, UnusableFileError, one_line
 from mnistsum_ray.model.heads import HEADS, SUM
 from mnistsum_ray.model.inference import Predictions, Predictor, append_predictions
@@ -126,10 +126,10 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
     listed = Entry(file.path, parts[0].size, parts[0].e_tag)
     ranges = [range(part.first_row, part.first_row + part.rows) for part in parts]
     with open_parquet(file, listed) as parquet:
-        for part, table in zip(parts, read_rows(parquet, ranges), strict=True):
+        for part, table in zip(parts, read_ranges(parquet, ranges), strict=True):
             # A file on a disk may be rewritten while it is read. Each request for an object names
             # the ETag, so the store itself sees to that.
-            if file.is_local and file.status() != listed:
+            if file.is_local and file.entry() != listed:
                 raise ConflictError  # of which open_parquet says that the file has changed
             images, bad_images = decode_images(one_chunk(table[config.image_column]))
             numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))

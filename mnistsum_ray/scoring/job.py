@@ -20,16 +20,16 @@ import torch
 
 from mnistsum_ray.cluster import resources
 from mnistsum_ray.cluster.connection import ended_without_head
-from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan
+from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
-    PassingStorageError,
     RequestError,
     RunError,
     RunInterrupted,
     StorageError,
     TryAgainError,
     counted,
+    ended_by_storage,
     root_cause,
 )
 from mnistsum_ray.model.device import faster_with_bf16
@@ -64,22 +64,19 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        gpu = resources.find_gpu(request.config.use_gpu, console.say)
-        plan = plan_workers(request.config, resources.inspect_cluster(), gpu)
-        precision = _choose_precision(request, plan, gpu)
+        of_gpu = resources.precision_of_gpu(request.config.use_gpu, console.say)
+        plan = plan_workers(request.config, resources.inspect_cluster(), has_gpu=bool(of_gpu))
+        precision = _choose_precision(request, plan, of_gpu)
         config = request.config.model_copy(update={"precision": precision})
         return _score(replace(request, config=config), plan, console)
     except KeyboardInterrupt:
         raise RunInterrupted(_KEPT) from None
     except (OSError, ray.exceptions.RayError) as error:
         cause = getattr(error, "cause", error)  # what an actor raised, with Ray's advice below it
-        first = str(cause).partition("\n")[0]
-        if isinstance(cause, PassingStorageError):
-            raise TryAgainError(f"{first}; {_KEPT}") from error
         if isinstance(cause, StorageError):
-            raise RunError(f"{first}; {_KEPT}") from error
+            raise ended_by_storage(cause, _KEPT) from error
         if isinstance(cause, RunError):
-            raise RunError(first) from error
+            raise RunError(str(cause).partition("\n")[0]) from error
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {_KEPT}") from error
 
@@ -255,13 +252,13 @@ def _score_parts(
     return unusable, seconds
 
 
-def plan_workers(config: ScoreConfig, cluster: ClusterResources, gpu: Gpu | None) -> WorkerPlan:
+def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, has_gpu: bool) -> WorkerPlan:
     """One worker a CPU, or four a GPU; as many as the cluster has now, or as were asked for.
 
     RequestError: more were asked for than fit on a cluster that cannot grow.
     """
     each = {"CPU": 1.0}
-    if gpu or config.use_gpu:
+    if has_gpu or config.use_gpu:
         # Four: while one decodes and writes, the others compute. If fewer were asked for, each gets
         # a larger share: else Ray packs them on the first GPUs. No CPU beside it: Ray Data warns
         # against both, and on a node with few CPUs the GPU would stay unused.
@@ -275,11 +272,11 @@ def plan_workers(config: ScoreConfig, cluster: ClusterResources, gpu: Gpu | None
     return plan
 
 
-def _choose_precision(request: ScoreRequest, plan: WorkerPlan, gpu: Gpu | None) -> str:
+def _choose_precision(request: ScoreRequest, plan: WorkerPlan, of_gpu: str | None) -> str:
     """The precision that is given, else that of the output's run, else the faster one."""
     begun = {} if request.config.overwrite else folder.read_run(request.output)
-    if plan.use_gpu:  # GPUs that are still to come may be too old for bfloat16
-        faster = "bf16" if gpu and gpu.bf16 else "fp32"
+    if plan.use_gpu:
+        faster = of_gpu or "fp32"  # GPUs that are still to come may be too old for bfloat16
     else:  # the CPU of this machine stands in for those of the nodes that score
         faster = "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
     return request.config.precision or begun.get("--precision") or faster

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.images import SIDE, Pixels, decode_images, one_chunk
-from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
+from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import (
     ConflictError,
     MissingFileError,
@@ -228,7 +228,7 @@ def _read_images(
         ranges = [range(row, row + 1) for row in sorted(rows)]
         try:
             with open_parquet(request.root / name, entries[name]) as parquet:
-                for row, table in zip(sorted(rows), read_rows(parquet, ranges), strict=True):
+                for row, table in zip(sorted(rows), read_ranges(parquet, ranges), strict=True):
                     images, _ = decode_images(one_chunk(table[request.config.image_column]))
                     found[name, row] = images[0]
         except (UnusableFileError, StorageError) as error:

@@ -107,7 +107,7 @@ def check_request(config: TrainConfig, progress: CountFooters | None = None) -> 
 def _check_free(folder: Location, name: str, begun: bool) -> None:
     """Check that a new run may take this folder."""
     names = [file.path.removeprefix(folder.path).lstrip("/") for file in folder.files()]
-    if folder.status() is not None or not all(map(is_hidden, names)):
+    if folder.entry() is not None or not all(map(is_hidden, names)):
         there = "exists; go on with --resume, or" if begun else "holds other files, and no run;"
         raise RequestError(f"--name {name}: {folder.display} {there} choose another name")
 

@@ -12,7 +12,7 @@ from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
 from mnistsum_ray.data import parquet
 from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
-from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
+from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.storage.uri import locate
 
@@ -20,7 +20,7 @@ from mnistsum_ray.storage.uri import locate
 def read(path: Path, *ranges: range) -> list[pa.Table]:
     """The rows of these ranges of a file, or all."""
     with open_parquet(locate(str(path), "--input")) as parquet:
-        return list(read_rows(parquet, ranges or [range(parquet.metadata.num_rows)]))
+        return list(read_ranges(parquet, ranges or [range(parquet.metadata.num_rows)]))
 
 
 def test_types_of_arrow_and_ray_are_read_as_plain_ones(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.data.parquet import read_rows
+from mnistsum_ray.data.parquet import read_ranges
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.scoring import actor
 from mnistsum_ray.scoring.output import RUN_FORMAT
@@ -285,12 +285,12 @@ def test_an_input_that_is_rewritten_in_place_while_it_is_read_costs_itself_alone
     """After the first part: no part may have rows of both contents."""
 
     def read_first(parquet: Any, ranges: Any) -> Any:
-        for number, table in enumerate(read_rows(parquet, ranges)):
+        for number, table in enumerate(read_ranges(parquet, ranges)):
             if number == 1:
                 example.file.write_bytes(example.file.read_bytes())
             yield table
 
-    monkeypatch.setattr(actor, "read_rows", read_first)
+    monkeypatch.setattr(actor, "read_ranges", read_first)
     assert example.score().failed_rows == 10
     assert not {*OF_A} & example.files().keys()
     assert listed(example)[0][6] == "has changed since the run began; run the command again"
