@@ -16,7 +16,6 @@ _ParquetFile: TypeAlias = pq.ParquetFile  # noqa: TID251
 _TAIL_BYTES: Final = 64 * 1024
 """Read from the end of a file in the first request: most footers are shorter."""
 
-
 _MOST_ROWS_OF_BYTE: Final = 1000
 """A page of equal values holds some 20,000 rows in 30 bytes. A damaged footer may claim 2^50."""
 

@@ -1,6 +1,7 @@
 """What `--data` names: MNIST, the bundled sample, or Parquet files; and the split of each row.
 
-MNIST and the sample are read at once, of Parquet files only the footers. No row is decoded here.
+MNIST and the sample are read at once, of Parquet files only the footers. Rows of files are read
+later, by Ray Data.
 """
 
 import hashlib
@@ -24,16 +25,10 @@ from mnistsum_ray.data.images import (
     decode_images,
     image_type_error,
     number_type_error,
-    one_chunk,
 )
 from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
 from mnistsum_ray.data.parquet import column_error, open_parquet, read_footer
-from mnistsum_ray.errors import (
-    RequestError,
-    UnusableFileError,
-    did_you_mean,
-    one_line,
-)
+from mnistsum_ray.errors import RequestError, UnusableFileError, did_you_mean, one_line
 from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing
 
@@ -150,7 +145,7 @@ def open_source(config: LabelledDataConfig, progress: CountFooters | None = None
 def _sample() -> Source:
     with open_parquet(locate(str(SAMPLE), "--data")) as parquet:
         table = parquet.read()
-    images, _ = decode_images(one_chunk(table["image"]))
+    images, _ = decode_images(table["image"])
     return _in_memory("sample", str(SAMPLE), {"train": (images, table["digit"].to_numpy())})
 
 
@@ -291,8 +286,9 @@ def _describe(
         footer = read_footer(file, entry)
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
-    # Ray Data makes a column of each folder `name=value`. No file gives this type.
     schema = footer.schema_arrow
+    # Ray Data makes a column of each folder `name=value`. Its type here is one that no file has
+    # (`_read_metadata`), so that files with such a folder and others are read apart.
     for folder in {*re.findall(r"([^/=]+)=[^/]*/", name)} - {*schema.names}:
         schema = schema.append(pa.field(folder, pa.large_string()))
     names = [config.label_column] if config.label_column else ["digit", "label"]

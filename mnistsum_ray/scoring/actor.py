@@ -21,7 +21,6 @@ from mnistsum_ray.data.images import (
     decode_images,
     decode_numbers,
     join_reasons,
-    one_chunk,
 )
 from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import ConflictError, UnusableFileError, one_line
@@ -41,7 +40,7 @@ class Answer(NamedTuple):
     """What an actor says of its task, as a row: that it begins, what is done, that it ends."""
 
     task: int
-    rows: int = 0  # of parts that are put now, and those among them that are rejected
+    rows: int = 0  # that are predicted now, and those that are put as rejected ones
     rejected_rows: int = 0
     file: str = ""  # an input file that cannot be used although its footer could be read, and why
     reason: str = ""
@@ -131,8 +130,8 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
             # the ETag, so the store itself sees to that.
             if file.is_local and file.entry() != listed:
                 raise ConflictError  # of which open_parquet says that the file has changed
-            images, bad_images = decode_images(one_chunk(table[config.image_column]))
-            numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
+            images, bad_images = decode_images(table[config.image_column])
+            numbers, bad_numbers = decode_numbers(table[config.number_column])
             yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
 
 
@@ -148,7 +147,7 @@ def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Predictio
     footer["counts"] = count_rows(decoded, predictions)
     label_column = request.config.label_column
     if label_column:
-        labels, unknown = decode_numbers(one_chunk(decoded.table[label_column]), DIGITS)
+        labels, unknown = decode_numbers(decoded.table[label_column], DIGITS)
         is_known = np.ones(len(labels), bool)
         is_known[[*unknown, *decoded.reasons]] = False
         footer["counts"] |= count_right(decoded, predictions, labels, is_known)
