@@ -23,7 +23,7 @@ from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.model.metrics import MAX_MISTAKES
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.request import InputFile, ScoreRequest
-from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
+from mnistsum_ray.storage.store import Location, in_threads
 
 PREDICTIONS: Final = "predictions"
 """Folder of the parts in the output."""
@@ -59,10 +59,10 @@ def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) 
     for file in files:
         if file.error is None:
             for part in _parts_of(file, max_rows_per_file):
-                other = parts.setdefault(part.output, part)
-                if other is not part:
-                    both = f"{other.input} and {part.input}"
+                if part.output in parts:
+                    both = f"{parts[part.output].input} and {part.input}"
                     raise RequestError(f"--input: {both} need one name in the output; rename one")
+                parts[part.output] = part
     for output, part in parts.items():
         folder = output.rpartition("/")[0]
         while folder:
@@ -163,11 +163,11 @@ def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Cons
             there.mistakes = mistakes[:MAX_MISTAKES]
         elif part.input in inputs:
             there.stale[name] = part.input
-            continue
         else:
             there.gone[name] = part.input
-        there.rows[part.input] += rows
-        there.rejected[part.input] += footer["counts"]["rejected_rows"]
+        if name not in there.stale:
+            there.rows[part.input] += rows
+            there.rejected[part.input] += footer["counts"]["rejected_rows"]
     return there
 
 
@@ -176,7 +176,7 @@ def read_footers(output: Location, console: Console) -> Iterator[tuple[str, int,
 
     RequestError: a file is no part.
     """
-    parts = list_files(output / PREDICTIONS)
+    parts = (output / PREDICTIONS).visible_files()
 
     def read(name: str) -> tuple[str, int, dict[str, Any]]:
         with suppress(UnusableFileError, KeyError, TypeError, ValueError):
@@ -186,12 +186,6 @@ def read_footers(output: Location, console: Console) -> Iterator[tuple[str, int,
 
     progress = Progress(console.progress, "output files read", len(parts))
     return in_threads(output, read, list(parts), progress)
-
-
-def list_files(folder: Location) -> dict[str, Entry]:
-    """The files below a folder by their names there; hidden ones do not count."""
-    found = {file.path.removeprefix(folder.path).lstrip("/"): file for file in folder.files()}
-    return {name: file for name, file in found.items() if not is_hidden(name)}
 
 
 def refusal(output: Location, problem: str) -> RequestError:

@@ -191,6 +191,11 @@ class Location:
         found = self.listing(lambda folder: os.access(folder, os.R_OK | os.X_OK))
         return [entry for entry in found if entry.is_file]
 
+    def visible_files(self) -> dict[str, Entry]:
+        """Those files, by their names below the folder, that are not hidden."""
+        found = {file.path.removeprefix(self.path).lstrip("/"): file for file in self.files()}
+        return {name: file for name, file in found.items() if not is_hidden(name)}
+
     def write(self, data: Data) -> None:
         """Write the whole file, in place of the one that is there."""
         self._put(data, "overwrite")
