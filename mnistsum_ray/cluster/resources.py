@@ -51,8 +51,7 @@ class ClusterResources:
     """Logical resources of the nodes that have CPUs or GPUs, and whether others may come."""
 
     nodes: tuple[Resources, ...]
-    can_grow: bool = False
-    """Taken to be so of every cluster that was joined: it may have an autoscaler."""
+    can_grow: bool = False  # taken to be so of every cluster that was joined: some have autoscalers
 
     def total(self, kind: str) -> float:
         return sum(node.get(kind, 0.0) for node in self.nodes)
@@ -78,12 +77,9 @@ class WorkerPlan:
     """Workers of a job, and what each of them reserves and uses."""
 
     least: int
-    most: int
-    """They differ in an elastic training, and in scoring, which begins with one."""
-    per_worker: Resources
-    """`CPU` or, without a CPU beside it as in Ray Train, `GPU`."""
-    threads: int | None
-    """Threads of PyTorch in a worker, which on CPUs decide the last bits; None: not set."""
+    most: int  # other than `least` in an elastic training, and in scoring, which begins with one
+    per_worker: Resources  # `CPU` or, without a CPU beside it as in Ray Train, `GPU`
+    threads: int | None  # of PyTorch in a worker; on CPUs they decide the last bits; None: not set
 
     @property
     def use_gpu(self) -> bool:

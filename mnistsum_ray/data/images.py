@@ -222,8 +222,8 @@ def join_reasons(bad_images: Reasons, bad_numbers: Reasons, what: str = "number"
 class ReasonCounts:
     """Counts of bad rows by reason, and the first of these rows."""
 
+    # Those of all reasons after the first twenty are one entry, so that the counts stay small.
     reasons: Counter[str] = field(default_factory=Counter)
-    """Those of all reasons after the first twenty are one entry, so that the counts stay small."""
     examples: list[BadRow] = field(default_factory=list)
 
     def add(self, reasons: Mapping[str, int], examples: Iterable[BadRow]) -> None:

@@ -27,12 +27,9 @@ _ODD: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 class Inputs(NamedTuple):
     """The files that some values name."""
 
-    root: Location
-    """The deepest folder that contains all files."""
-    files: dict[str, Entry]
-    """By name relative to `root`, in the order of the names, which are as of `printable`."""
-    skipped: list[str]
-    """Paths that are left out, as `report_skipped` says."""
+    root: Location  # the deepest folder that contains all files
+    files: dict[str, Entry]  # by name relative to `root`, as of `printable`, and in this order
+    skipped: list[str]  # paths that are left out, as `report_skipped` says
 
 
 def list_inputs(

@@ -46,14 +46,12 @@ class LabelledFile(NamedTuple):
     """A Parquet file with images and digits, as its footer describes it."""
 
     path: Location
-    name: str
-    """Relative to the folder that was listed."""
-    e_tag: str
-    """When its footer was read."""
+    name: str  # relative to the folder that was listed
+    e_tag: str  # when its footer was read
     rows: int
+    # Names of the columns of images and of labels, then their types: Ray Data reads files together
+    # where these are the same.
     columns: tuple[str, ...]
-    """Names of the columns of images and of labels, then their types: Ray Data reads files together
-    where these are the same."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +61,15 @@ class Source:
     Either the rows are in memory (`tables`), or they are in `files`.
     """
 
-    name: str
-    """sample, mnist or parquet."""
+    name: str  # sample, mnist or parquet
     location: str
-    fingerprint: str
-    """SHA-256 of the content or, for files, of their paths, sizes and ETags."""
+    fingerprint: str  # SHA-256 of the content or, for files, of their paths, sizes and ETags
+    # By split: `image` uint8[28, 28] and `digit`, with `path` and `row_hash` as of Ray Data.
     tables: dict[str, pa.Table] = field(default_factory=dict)
-    """By split: `image` uint8[28, 28] and `digit`, with `path` and `row_hash` as of Ray Data."""
-    files: dict[str, list[LabelledFile]] = field(default_factory=dict)
-    """By split."""
-    notice: str = ""
-    """Message for the console about the choice of source."""
-    skipped: list[str] = field(default_factory=list)
-    """As of `Inputs`."""
-    max_rows: int | None = None
-    """Most rows of each split; None: all."""
+    files: dict[str, list[LabelledFile]] = field(default_factory=dict)  # by split
+    notice: str = ""  # message for the console about the choice of source
+    skipped: list[str] = field(default_factory=list)  # as of `Inputs`
+    max_rows: int | None = None  # most rows of each split; None: all
 
     def limited(self, max_rows: int | None) -> "Source":
         """The same with so many rows a split at most, and no more files than these need."""

@@ -121,22 +121,16 @@ def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[
 class PartsThere:
     """What the output folder holds of a plan, by the footers of its parts."""
 
-    done: set[str] = field(default_factory=set)
-    """Names of the planned parts that are there, whole and of this run."""
+    done: set[str] = field(default_factory=set)  # planned parts that are whole and of this run
+    # Sums of `count_rows` over them: numbers and arrays.
     counts: defaultdict[str, Any] = field(default_factory=lambda: defaultdict(int))
-    """Sums of `count_rows` over them: numbers and arrays."""
-    bad: ReasonCounts = field(default_factory=ReasonCounts)
-    """Their rejected rows."""
+    bad: ReasonCounts = field(default_factory=ReasonCounts)  # their rejected rows
+    # The surest of their mistakes: `file`, `row` and what `surest_mistakes` says.
     mistakes: list[dict[str, Any]] = field(default_factory=list)
-    """The surest of their mistakes: `file`, `row` and what `surest_mistakes` says."""
-    stale: dict[str, str] = field(default_factory=dict)
-    """Parts whose input file has changed since, and that file."""
-    gone: dict[str, str] = field(default_factory=dict)
-    """Parts whose input file is not there now, and that file."""
-    rows: Counter[str] = field(default_factory=Counter)
-    """Rows by input file, also of files that are gone."""
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Those of them that are rejected."""
+    stale: dict[str, str] = field(default_factory=dict)  # by part its file, which has changed since
+    gone: dict[str, str] = field(default_factory=dict)  # by part its file, which is not there now
+    rows: Counter[str] = field(default_factory=Counter)  # by input file, also where that is gone
+    rejected: Counter[str] = field(default_factory=Counter)  # those of them that are rejected
 
 
 def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> PartsThere:

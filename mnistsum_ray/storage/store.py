@@ -35,10 +35,8 @@ class Entry(NamedTuple):
     """What is found at a path: a file or, with an empty `e_tag`, something that is none."""
 
     path: str
-    size: int
-    """Bytes."""
-    e_tag: str
-    """Differs where the content does: an object's ETag; on a disk inode, time and size."""
+    size: int  # bytes
+    e_tag: str  # differs where the content does: an object's ETag; on a disk inode, time and size
 
     @property
     def name(self) -> str:
@@ -56,12 +54,9 @@ class Location:
     All methods raise StorageError where the storage does not answer or refuses.
     """
 
-    path: str
-    """Absolute path on a disk, or the key in the bucket."""
-    bucket: str = ""
-    """URI of the bucket or container, such as `s3://bucket`; empty on a disk."""
-    query: str = ""
-    """Options of the URI, such as `region=eu-west-1`."""
+    path: str  # absolute path on a disk, or the key in the bucket
+    bucket: str = ""  # URI of the bucket or container, such as `s3://bucket`; empty on a disk
+    query: str = ""  # options of the URI, such as `region=eu-west-1`
 
     def __truediv__(self, name: str) -> "Location":
         path = f"{self.path.rstrip('/')}/{name}"
