@@ -296,6 +296,19 @@ def test_an_input_that_is_rewritten_in_place_while_it_is_read_costs_itself_alone
     assert listed(example)[0][6] == "has changed since the run began; run the command again"
 
 
+def test_parts_that_a_later_run_has_put_of_a_changed_file_stay(example: Example) -> None:
+    """They have the names of parts that the first run, which cannot use the file, would delete."""
+
+    def execute(*given: Any) -> Any:
+        write_rows(example.file, range(20, 30))
+        example.score()
+        return score_without_ray(*given)
+
+    with pytest.raises(TryAgainError, match=f"{OF_A[0]} is there, which this run has not written"):
+        example.score(execute)
+    assert example.score().resumed_rows == 13
+
+
 @pytest.mark.parametrize("rows", [None, 0, 3])
 def test_a_run_in_which_nothing_can_be_scored_fails_and_says_why(
     example: Example, rows: int | None
