@@ -289,7 +289,7 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
     name = "the picture"
     if isinstance(picture, str | Path):
         file = locate_existing(str(picture), "picture")
-        with as_request_error("picture"):
+        with as_request_error():
             name, picture = file.display, file.read_bytes()
     try:
         if isinstance(picture, bytes):

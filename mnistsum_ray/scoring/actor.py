@@ -40,7 +40,7 @@ class Answer(NamedTuple):
     """What an actor says of its task, as a row: that it begins, what is done, that it ends."""
 
     task: int
-    rows: int = 0  # that are predicted now, and those that are put as rejected ones
+    rows: int = 0  # that are predicted now; and those of them that are put as rejected ones
     rejected_rows: int = 0
     file: str = ""  # an input file that cannot be used although its footer could be read, and why
     reason: str = ""

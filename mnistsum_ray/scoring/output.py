@@ -111,12 +111,11 @@ def delete_output(output: Location, console: Console) -> None:
 def check_may_go_on(request: ScoreRequest, there: PartsThere) -> None:
     """RequestError: parts are of input that has changed or is gone, and no flag says what to do."""
     if there.stale and not request.config.rescore_changed:
-        parts, problem = there.stale, "has changed since; --rescore-changed scores such files again"
+        parts = there.stale
+        problem = "has changed since; --rescore-changed scores such files again"
     elif there.gone and not request.config.keep_gone:
-        parts, problem = (
-            there.gone,
-            "is not in --input now; --keep-gone leaves such output as it is",
-        )
+        parts = there.gone
+        problem = "is not in --input now; --keep-gone leaves such output as it is"
     else:
         return
     part, file = next(iter(parts.items()))

@@ -35,8 +35,8 @@ class Entry(NamedTuple):
     """What is found at a path: a file or, with an empty `e_tag`, something that is none."""
 
     path: str
-    size: int  # bytes
-    e_tag: str  # differs where the content does: an object's ETag; on a disk inode, time and size
+    size: int = 0  # bytes
+    e_tag: str = ""  # differs where the content does: of an object its ETag; else inode, time, size
 
     @property
     def name(self) -> str:
@@ -149,7 +149,7 @@ class Location:
             raise self._conflict()
         return file
 
-    def listing(self, enter: Callable[[str], bool] = lambda folder: True) -> list[Entry]:
+    def listing(self, enter: Callable[[str], bool]) -> list[Entry]:
         """What is below a folder, sorted by path. Some is no file.
 
         On a disk that is a pipe or device, a link that leads nowhere or to a folder, and a folder
@@ -159,7 +159,7 @@ class Location:
         with self.storage_errors("listed"):
             if self.is_local:
                 paths = _walk(self.path, enter) if Path(self.path).is_dir() else ()
-                return sorted(self.at(path).entry() or Entry(path, 0, "") for path in paths)
+                return sorted(self.at(path).entry() or Entry(path) for path in paths)
             entries = self._objects()
             folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
             # An empty object with the name of a folder only marks it: consoles make those.
@@ -173,8 +173,8 @@ class Location:
 
         def look(key: str) -> Entry:
             with suppress(ValueError):  # obstore takes no odd key
-                return self.at(key).entry() or Entry(key, 0, "")
-            return Entry(key, 0, "")
+                return self.at(key).entry() or Entry(key)
+            return Entry(key)
 
         return list(in_threads(self, look, keys))
 

@@ -79,14 +79,14 @@ def empty_output(text: str) -> Location:
 
 
 @contextmanager
-def as_request_error(flag: str) -> Iterator[None]:
+def as_request_error(flag: str = "") -> Iterator[None]:
     """Raise a StorageError of the block as RequestError, or as TryAgainError, that names a flag."""
     try:
         yield
     except NoAnswerError as error:
-        raise TryAgainError(f"{flag} {error}") from None
+        raise TryAgainError(f"{flag} {error}".lstrip()) from None
     except StorageError as error:
-        raise RequestError(f"{flag} {error}") from None
+        raise RequestError(f"{flag} {error}".lstrip()) from None
 
 
 @contextmanager
