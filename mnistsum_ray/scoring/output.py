@@ -210,6 +210,7 @@ def publish(
 def _say_result(
     manifest: Mapping[str, Any], bad: ReasonCounts, notices: Sequence[str], console: Console
 ) -> None:
+    """Say what was scored and how well, what was rejected, and where the output is."""
     totals, labelled_rows = manifest["totals"], manifest["counts"].get("labelled_rows", 0)
     rows = counted(totals["input_rows"] + totals.get("left_rows", 0), "row")
     files = counted(totals["files"], "file")
