@@ -17,8 +17,9 @@ from typing import Any, Final
 from mnistsum_ray.errors import RequestError, TryAgainError, one_line, root_cause, shortened
 
 _TIMEOUT_SECONDS: Final = 3.0
+"""Longest wait for a head to accept a connection."""
 
-_GONE: Final = "correct it, or `ray stop` if it has crashed; RAY_ADDRESS=local starts one here"
+_IF_GONE: Final = "correct it, or `ray stop` if it has crashed; RAY_ADDRESS=local starts one here"
 _TOKEN: Final = "RAY_AUTH_MODE=token sends the token of RAY_AUTH_TOKEN or ~/.ray/auth_token"
 _ADVICE: Final = {
     "Version mismatch": "install the versions of the cluster here",
@@ -49,8 +50,10 @@ def connect() -> str:
         return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
     asked = os.environ.get("RAY_ADDRESS", "")
     is_auto = asked in ("", "auto")
-    address = last_cluster_address() if is_auto else asked
-    if asked == "local":  # a cluster of its own
+    address: str | None = asked
+    if is_auto:
+        address = last_cluster_address()
+    elif asked == "local":  # a cluster of its own
         address = None
     # `ray.init` would try for minutes to reach a cluster that is gone.
     if address and _answers(address):
@@ -60,7 +63,7 @@ def connect() -> str:
         return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
     if asked not in ("", "local"):
         where = address or "this machine"
-        raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {where}; {_GONE}")
+        raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {where}; {_IF_GONE}")
     # The dashboard takes seconds to start.
     _init("local", "Ray cannot be started here", include_dashboard=False)
     _started = ray.get_runtime_context().gcs_address

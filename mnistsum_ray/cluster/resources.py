@@ -47,19 +47,11 @@ def usable_nodes() -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """A GPU that PyTorch can use; with `bf16` it is faster in bfloat16."""
-
-    bf16: bool
-
-
-@dataclass(frozen=True)
 class ClusterResources:
     """Logical resources of the nodes that have CPUs or GPUs, and whether others may come."""
 
     nodes: tuple[Resources, ...]
-    can_grow: bool = False
-    """Taken to be so of every cluster that was joined: it may have an autoscaler."""
+    can_grow: bool = False  # taken to be so of every cluster that was joined: some have autoscalers
 
     def total(self, kind: str) -> float:
         return sum(node.get(kind, 0.0) for node in self.nodes)
@@ -85,12 +77,9 @@ class WorkerPlan:
     """Workers of a job, and what each of them reserves and uses."""
 
     least: int
-    most: int
-    """They differ in an elastic training, and in scoring, which begins with one."""
-    per_worker: Resources
-    """`CPU` or, without a CPU beside it as in Ray Train, `GPU`."""
-    threads: int | None
-    """Threads of PyTorch in a worker, which on CPUs decide the last bits; None: not set."""
+    most: int  # other than `least` in an elastic training, and in scoring, which begins with one
+    per_worker: Resources  # `CPU` or, without a CPU beside it as in Ray Train, `GPU`
+    threads: int | None  # of PyTorch in a worker; on CPUs they decide the last bits; None: not set
 
     @property
     def use_gpu(self) -> bool:
@@ -125,15 +114,11 @@ def plan_training(config: TrainConfig, batch_size: int, say: Say) -> WorkerPlan:
             for `--use-gpu true`, or there are more workers than rows of a batch.
     """
     cluster = inspect_cluster()
-    gpu = find_gpu(config.use_gpu, say)
-    use_gpu = gpu is not None if config.use_gpu is None else config.use_gpu
-    asked = config.num_workers or 1
-    if use_gpu and config.num_workers is None:
-        present = int(cluster.total("GPU"))
-        asked = max(1, min(present, batch_size // _ROWS_PER_GPU))
-        if asked < present:
-            small = f"a batch of {batch_size} rows is too small for more"
-            say(f"using {asked} of {counted(present, 'GPU')}: {small}; give --batch-size")
+    has_gpu = precision_of_gpu(config.use_gpu, say) is not None
+    use_gpu = has_gpu if config.use_gpu is None else config.use_gpu
+    asked = config.num_workers
+    if asked is None:
+        asked = _gpus_of_use(cluster, batch_size, say) if use_gpu else 1
     least, most = asked if isinstance(asked, tuple) else (asked, asked)
     if most > batch_size:
         raise RequestError(f"--num-workers {most}: more than the rows of a batch ({batch_size})")
@@ -150,19 +135,28 @@ def plan_training(config: TrainConfig, batch_size: int, say: Say) -> WorkerPlan:
     return plan
 
 
+def _gpus_of_use(cluster: ClusterResources, batch_size: int, say: Say) -> int:
+    """GPUs that a batch has work for; a line if others stay unused."""
+    present = int(cluster.total("GPU"))
+    used = max(1, min(present, batch_size // _ROWS_PER_GPU))
+    if used < present:
+        small = f"a batch of {batch_size} rows is too small for more"
+        say(f"using {used} of {counted(present, 'GPU')}: {small}; give --batch-size")
+    return used
+
+
 def _cpus(workers: int) -> int:
     """CPUs of each of so many workers: all of a node, or a worker's share of those of a node."""
     found = [int(node["Resources"].get("CPU", 0)) for node in usable_nodes()]
     cpus_of_nodes = sorted((cpus for cpus in found if cpus), reverse=True)
     if not cpus_of_nodes:  # nodes will come, and nobody knows of which size
         return 1
-    used = cpus_of_nodes[:workers]
-    workers_of_node = math.ceil(workers / len(used))
-    share = min(used) // workers_of_node
-    if len(cpus_of_nodes) > 1 and len(used) == len(cpus_of_nodes):
-        # One stays free for the tasks that read again what was lost with a node.
-        share -= 1
-    return max(1, share)
+    nodes_used = cpus_of_nodes[:workers]  # the largest ones
+    workers_of_node = math.ceil(workers / len(nodes_used))
+    cpus = min(nodes_used) // workers_of_node
+    if len(cpus_of_nodes) > 1 and len(nodes_used) == len(cpus_of_nodes):
+        cpus -= 1  # stays free for the tasks that read again what was lost with a node
+    return max(1, cpus)
 
 
 def wait_for_cpu(seconds: float, say: Say) -> None:
@@ -235,8 +229,8 @@ def _format(resources: Resources) -> str:
     return " and ".join(amounts)
 
 
-def find_gpu(use_gpu: bool | None, say: Say) -> Gpu | None:
-    """The GPU of a node that counts some, if PyTorch can use it; else None, with a console line.
+def precision_of_gpu(use_gpu: bool | None, say: Say) -> str | None:
+    """The faster one, bf16 or fp32, of a GPU that PyTorch can use; None, with a line, without one.
 
     Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver alone.
 
@@ -252,29 +246,29 @@ def find_gpu(use_gpu: bool | None, say: Say) -> Gpu | None:
     if use_gpu is False or not nodes:
         return None
 
-    def ask() -> Gpu | None:
+    def ask() -> str | None:
         import torch
 
         from mnistsum_ray.model.device import faster_with_bf16
 
         if not torch.cuda.is_available():
             return None
-        return Gpu(faster_with_bf16(torch.device("cuda")))
+        return "bf16" if faster_with_bf16(torch.device("cuda")) else "fp32"
 
     node = nodes[0]
     # Its process ends with the task, and gives back the memory of the GPU.
     answer = ray.remote(max_calls=1)(ask).options(**on_node(node["NodeID"])).remote()
     address = node["NodeManagerAddress"]
     try:
-        gpu: Gpu | None = ray.get(answer, timeout=_CUDA_SECONDS)
+        precision: str | None = ray.get(answer, timeout=_CUDA_SECONDS)
     except ray.exceptions.RayTaskError as error:
         raise RequestError(f"PyTorch fails on the node {address}: {root_cause(error)}") from error
     except ray.exceptions.RayError as error:
         raise TryAgainError(f"the node {address}, which has a GPU, does not answer") from error
-    if gpu is None:
+    if precision is None:
         problem = f"Ray counts GPUs on node {address}, but PyTorch has no CUDA there"
         if use_gpu:
             advice = "install a CUDA build that fits its driver, or leave --use-gpu out"
             raise RequestError(f"--use-gpu true: {problem}; {advice}")
         say(f"running on CPUs: {problem}")
-    return gpu
+    return precision

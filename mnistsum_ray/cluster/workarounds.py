@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import ray
 
-_GONE: Final = (ImportError, AttributeError, TypeError)  # where Ray has renamed something
+_RENAMED: Final = (ImportError, AttributeError, TypeError)  # where Ray has renamed something
 
 
 def last_cluster_address() -> str | None:
@@ -19,14 +19,14 @@ def last_cluster_address() -> str | None:
 
     `ray.init` takes it from the same file, and tries for minutes where that cluster has crashed.
     """
-    with suppress(*_GONE):
+    with suppress(*_RENAMED):
         return ray._private.utils.read_ray_address() or None  # noqa: TID251
     return None
 
 
 def in_order(dataset: Any) -> Any:
     """A Dataset whose rows come in their order; by default it is that of the fastest task."""
-    with suppress(*_GONE):
+    with suppress(*_RENAMED):
         dataset = dataset.copy(dataset, _deep_copy=True)  # the given one keeps its options
     dataset.context.execution_options.preserve_order = True
     return dataset

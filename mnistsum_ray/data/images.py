@@ -8,6 +8,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -19,14 +20,8 @@ import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.errors import (
-    NoAnswerError,
-    RequestError,
-    StorageError,
-    TryAgainError,
-    shortened,
-)
-from mnistsum_ray.storage.uri import locate_existing
+from mnistsum_ray.errors import RequestError, shortened
+from mnistsum_ray.storage.uri import as_request_error, locate_existing
 
 SIDE: Final = 28
 PIXELS: Final = SIDE * SIDE
@@ -41,6 +36,7 @@ _LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 _BYTES: Final = (pa.binary(), pa.large_binary(), pa.binary_view())
 _TEXTS: Final = (pa.string(), pa.large_string(), pa.string_view())
 
+Column: TypeAlias = pa.Array | pa.ChunkedArray
 Pixels = npt.NDArray[np.uint8]
 """uint8[n, 28, 28] or, for one image, uint8[28, 28]."""
 Numbers = npt.NDArray[np.int64]
@@ -63,8 +59,10 @@ def pixels_view(column: pa.FixedSizeBinaryArray) -> Pixels:
     return flat[start : start + len(column) * PIXELS].reshape(len(column), SIDE, SIDE)
 
 
-def one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """A table's column as one array; `combine_chunks` alone would copy one chunk too."""
+def one_chunk(column: Column) -> pa.Array:
+    """A column as one array; `combine_chunks` alone would copy one chunk too."""
+    if isinstance(column, pa.Array):
+        return column
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
@@ -96,14 +94,15 @@ def number_type_error(kind: pa.DataType) -> str | None:
     return None if is_known else f"has type {kind}, which holds no whole numbers"
 
 
-def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Reasons]:
-    """Decode one Arrow array, of any type, of whole numbers below `count`.
+def decode_numbers(column: Column, count: int = NUMBERS) -> tuple[Numbers, Reasons]:
+    """Decode an Arrow column, of any type, of whole numbers below `count`.
 
     A whole number is an integer, a whole float, or the text of one, such as "7" or "7.0".
 
     Returns:
         int64[n]; and a reason for each value that is none of 0..count - 1, in whose place is 0.
     """
+    column = one_chunk(column)
     if pa.types.is_dictionary(column.type):  # categories
         column = column.dictionary_decode()
     if column.type == pa.string_view():
@@ -127,21 +126,25 @@ def decode_numbers(column: pa.Array, count: int = NUMBERS) -> tuple[Numbers, Rea
     return np.where(is_right, numbers, 0).astype(np.int64), reasons
 
 
-def decode_images(column: pa.Array) -> tuple[Pixels, Reasons]:
-    """Decode one Arrow array of images, whose type must pass `image_type_error`.
+def decode_images(column: Column) -> tuple[Pixels, Reasons]:
+    """Decode an Arrow column of images, whose type must pass `image_type_error`.
 
     Returns:
         uint8[n, 28, 28]; and a reason for each value that is no image, in whose place are zeros.
     """
+    column = one_chunk(column)
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "bytes")
     if pa.types.is_binary_view(column.type):
         column = column.cast(pa.binary())  # Arrow has few functions for views
-    pixels = _cast_to_pixels(column)
-    if pixels is not None:
-        return pixels, {}
+    if not column.null_count:
+        with suppress(pa.ArrowException):
+            is_list = isinstance(column.type, _LISTS)
+            pixels = _pixels_of_lists(column) if is_list else _pixels_of_bytes(column)
+            if pixels is not None:
+                return pixels, {}
     # The slow way, value by value: some are pictures, or no images.
     images = np.zeros((len(column), SIDE, SIDE), np.uint8)
     reasons: Reasons = {}
@@ -153,27 +156,25 @@ def decode_images(column: pa.Array) -> tuple[Pixels, Reasons]:
     return images, reasons
 
 
-def _cast_to_pixels(column: pa.Array) -> Pixels | None:
-    """The pixels of a column all of whose values are 784 pixels; else None."""
-    if column.null_count or not len(column):
+def _pixels_of_bytes(column: pa.Array) -> Pixels | None:
+    """The pixels of values of 784 bytes, else an ArrowException; None if some may be pictures."""
+    pixels = pixels_view(column.cast(IMAGE_TYPE))
+    rows = pixels.reshape(len(pixels), PIXELS)
+    for start in _PICTURE_STARTS:
+        if (rows[:, : len(start)] == np.frombuffer(start, np.uint8)).all(axis=1).any():
+            return None
+    return pixels
+
+
+def _pixels_of_lists(column: pa.Array) -> Pixels | None:
+    """The pixels of lists of 784 integers, else an ArrowException; None if one is null."""
+    lists_of_rows = pa.list_(pa.list_(pa.uint8(), SIDE), SIDE)
+    is_nested = isinstance(column.type.value_type, _LISTS)
+    lists = column.cast(lists_of_rows if is_nested else pa.list_(pa.uint8(), PIXELS))
+    values = lists.flatten(recursive=True)  # leaves null lists out
+    if values.null_count or len(values) != len(column) * PIXELS:
         return None
-    try:
-        if not isinstance(column.type, _LISTS):
-            raw = pixels_view(column.cast(IMAGE_TYPE))
-            rows = raw.reshape(len(raw), PIXELS)
-            for start in _PICTURE_STARTS:
-                if (rows[:, : len(start)] == np.frombuffer(start, np.uint8)).all(axis=1).any():
-                    return None
-            return raw
-        is_nested = isinstance(column.type.value_type, _LISTS)
-        nested = pa.list_(pa.list_(pa.uint8(), SIDE), SIDE)
-        flat = column.cast(nested if is_nested else pa.list_(pa.uint8(), PIXELS))
-    except pa.ArrowException:
-        return None
-    flat = flat.flatten(recursive=True)  # leaves null lists out
-    if flat.null_count or len(flat) != len(column) * PIXELS:
-        return None
-    pixels: Pixels = flat.to_numpy(zero_copy_only=False)
+    pixels: Pixels = values.to_numpy(zero_copy_only=False)
     return pixels.reshape(len(column), SIDE, SIDE)
 
 
@@ -221,8 +222,8 @@ def join_reasons(bad_images: Reasons, bad_numbers: Reasons, what: str = "number"
 class ReasonCounts:
     """Counts of bad rows by reason, and the first of these rows."""
 
+    # Those of all reasons after the first twenty are one entry, so that the counts stay small.
     reasons: Counter[str] = field(default_factory=Counter)
-    """Those of all reasons after the first twenty are one entry, so that the counts stay small."""
     examples: list[BadRow] = field(default_factory=list)
 
     def add(self, reasons: Mapping[str, int], examples: Iterable[BadRow]) -> None:
@@ -286,21 +287,16 @@ def prepare_picture(picture: Picture) -> Pixels:
 def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
     """The name of a picture in messages, and its brightness, float32[height, width] in 0..255."""
     name = "the picture"
-    try:
-        if isinstance(picture, str | Path):
-            file = locate_existing(str(picture), "picture")
+    if isinstance(picture, str | Path):
+        file = locate_existing(str(picture), "picture")
+        with as_request_error():
             name, picture = file.display, file.read_bytes()
+    try:
         if isinstance(picture, bytes):
             with warnings.catch_warnings():  # a few bytes may unfold to any number of pixels
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
         image = ImageOps.exif_transpose(picture).convert("RGBA")
-    except NoAnswerError as error:
-        raise TryAgainError(str(error)) from None
-    except StorageError as error:
-        raise RequestError(str(error)) from None
-    except (RequestError, TryAgainError):
-        raise
     except Exception as error:  # Pillow's decoders raise many types
         why = f"cannot be read as a picture ({type(error).__name__})"
         raise RequestError(f"{name}: {why}; save it as PNG") from None

@@ -27,12 +27,9 @@ _ODD: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 class Inputs(NamedTuple):
     """The files that some values name."""
 
-    root: Location
-    """The deepest folder that contains all files."""
-    files: dict[str, Entry]
-    """By name relative to `root`, in the order of the names, which are as of `printable`."""
-    skipped: list[str]
-    """Paths that are left out, as `report_skipped` says."""
+    root: Location  # the deepest folder that contains all files
+    files: dict[str, Entry]  # by name relative to `root`, as of `printable`, and in this order
+    skipped: list[str]  # paths that are left out, as `report_skipped` says
 
 
 def list_inputs(
@@ -56,7 +53,7 @@ def list_inputs(
         # Of a key at the top of a bucket it is empty, where pathlib's parent would be a dot.
         folders.append(place if glob else place.at(os.path.dirname(place.path)))  # noqa: PTH120
         with as_request_error(flag):
-            listed = _list(place, glob, flag) if glob else {place.path: place.status()}
+            listed = _list(place, glob, flag) if glob else {place.path: place.entry()}
         for path, file in listed.items():
             found[path] = found.get(path) or file  # what one leaves out another may name
     inputs = _sort_out(_common_root(folders, flag), found)
@@ -77,13 +74,13 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
         file = found[path]
         name = path.removeprefix(root.path).lstrip("/")
         name = printable(name) if path in odd else name
-        # The rows of a link to a file that is here would count twice. An odd name that is escaped
-        # may be that of another file.
-        if file is None or (path in links and file.e_tag in seen) or name in files:
+        # The rows of a link to a file that is here would count twice.
+        is_repeated = file is not None and path in links and file.e_tag in seen
+        if file is None or is_repeated or name in files:  # which an odd name, escaped, may be
             skipped.append(path)
-            continue
-        seen.add(file.e_tag or path)
-        files[name] = file
+        else:
+            seen.add(file.e_tag or path)
+            files[name] = file
     return Inputs(root, dict(sorted(files.items())), sorted(skipped))
 
 
@@ -97,19 +94,18 @@ def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:
 
 def _parse(text: str, flag: str) -> tuple[Location, list[str]]:
     """What a value of the flag names: a folder and the components of a glob in it, or a file."""
-    # In a URI a question mark begins options, and is no wildcard.
-    path, question, query = text.partition("?") if "://" in text else (text, "", "")
+    path = text.partition("?")[0] if "://" in text else text  # in a URI it begins options
     wild = re.search(r"[^/]*[*?\[].*", path, re.DOTALL)
     glob: list[str] = []
     folder = text
     if wild and not os.path.lexists(text):  # a file's name may contain wildcards
         glob = [name for name in wild[0].split("/") if name]
-        folder = (path[: wild.start()] or ".") + question + query
+        folder = (path[: wild.start()] or ".") + text[len(path) :]
     location = locate_existing(folder, flag)
     with as_request_error(flag):
         if location.is_folder():
             return location, glob or ["**"]
-        if not glob and location.status():
+        if not glob and location.entry():
             return location, []
     raise RequestError(f"{flag} {text}: there is no such file or folder ({location.display})")
 
@@ -129,9 +125,9 @@ def _list(top: Location, glob: list[str], flag: str) -> dict[str, Entry | None]:
         if _DELTA_LOG in below and _may_hold(glob, below[: below.index(_DELTA_LOG)]):
             advice = "its log says which files are part of it; jobs/recipes/dataset.py scores one"
             raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
-        if not file.e_tag and not top.is_local:  # its key is odd
+        if not file.is_file and not top.is_local:  # its key is odd
             found[file.path] = None
-        elif not file.e_tag and Path(file.path).is_dir():
+        elif not file.is_file and Path(file.path).is_dir():
             # Not entered: a link, a hidden folder, or one in which nothing can match.
             if _may_hold(glob, below) or _matches(below, glob):
                 found[file.path] = None

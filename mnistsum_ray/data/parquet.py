@@ -16,7 +16,6 @@ _ParquetFile: TypeAlias = pq.ParquetFile  # noqa: TID251
 _TAIL_BYTES: Final = 64 * 1024
 """Read from the end of a file in the first request: most footers are shorter."""
 
-
 _MOST_ROWS_OF_BYTE: Final = 1000
 """A page of equal values holds some 20,000 rows in 30 bytes. A damaged footer may claim 2^50."""
 
@@ -58,7 +57,7 @@ def read_footer(file: Location, listed: Entry) -> _ParquetFile:
     """The `metadata` and schemas of a file, which is closed again; errors as of `open_parquet`."""
     if file.path != listed.path:  # `list_inputs` has made it printable
         raise UnusableFileError("its name is not UTF-8, or has a control character; rename it")
-    if not listed.e_tag:
+    if not listed.is_file:
         raise UnusableFileError("is no file, or a link to none")
     with open_parquet(file, listed) as parquet:
         return parquet
@@ -96,7 +95,7 @@ def _read_metadata(stream: Any) -> pq.FileMetaData:
     return metadata
 
 
-def read_rows(parquet: _ParquetFile, ranges: Sequence[range]) -> Iterator[pa.Table]:
+def read_ranges(parquet: _ParquetFile, ranges: Sequence[range]) -> Iterator[pa.Table]:
     """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory."""
     schema = parquet.read_row_groups([]).schema
     batches = _read_batches(parquet, ranges)
@@ -105,11 +104,11 @@ def read_rows(parquet: _ParquetFile, ranges: Sequence[range]) -> Iterator[pa.Tab
         slices = []
         next_row = rows.start
         while next_row < rows.stop:
-            if next_row >= batch_start + batch.num_rows:
+            while batch_start + batch.num_rows <= next_row:  # also of rows between two ranges
                 batch_start, batch = next(batches)
-                continue
-            slices.append(batch[next_row - batch_start : rows.stop - batch_start])
-            next_row += slices[-1].num_rows
+            found = batch[next_row - batch_start : rows.stop - batch_start]
+            slices.append(found)
+            next_row += found.num_rows
         yield pa.Table.from_batches(slices, schema)
 
 

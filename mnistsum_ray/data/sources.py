@@ -1,6 +1,7 @@
 """What `--data` names: MNIST, the bundled sample, or Parquet files; and the split of each row.
 
-MNIST and the sample are read at once, of Parquet files only the footers. No row is decoded here.
+MNIST and the sample are read at once, of Parquet files only the footers. Rows of files are read
+later, by Ray Data.
 """
 
 import hashlib
@@ -24,16 +25,10 @@ from mnistsum_ray.data.images import (
     decode_images,
     image_type_error,
     number_type_error,
-    one_chunk,
 )
 from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
 from mnistsum_ray.data.parquet import column_error, open_parquet, read_footer
-from mnistsum_ray.errors import (
-    RequestError,
-    UnusableFileError,
-    did_you_mean,
-    one_line,
-)
+from mnistsum_ray.errors import RequestError, UnusableFileError, did_you_mean, one_line
 from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing
 
@@ -51,14 +46,12 @@ class LabelledFile(NamedTuple):
     """A Parquet file with images and digits, as its footer describes it."""
 
     path: Location
-    name: str
-    """Relative to the folder that was listed."""
-    e_tag: str
-    """When its footer was read."""
+    name: str  # relative to the folder that was listed
+    e_tag: str  # when its footer was read
     rows: int
+    # Names of the columns of images and of labels, then their types: Ray Data reads files together
+    # where these are the same.
     columns: tuple[str, ...]
-    """Names of the columns of images and of labels, then their types: Ray Data reads files together
-    where these are the same."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +61,15 @@ class Source:
     Either the rows are in memory (`tables`), or they are in `files`.
     """
 
-    name: str
-    """sample, mnist or parquet."""
+    name: str  # sample, mnist or parquet
     location: str
-    fingerprint: str
-    """SHA-256 of the content or, for files, of their paths, sizes and ETags."""
+    fingerprint: str  # SHA-256 of the content or, for files, of their paths, sizes and ETags
+    # By split: `image` uint8[28, 28] and `digit`, with `path` and `row_hash` as of Ray Data.
     tables: dict[str, pa.Table] = field(default_factory=dict)
-    """By split: `image` uint8[28, 28] and `digit`, with `path` and `row_hash` as of Ray Data."""
-    files: dict[str, list[LabelledFile]] = field(default_factory=dict)
-    """By split."""
-    notice: str = ""
-    """Message for the console about the choice of source."""
-    skipped: list[str] = field(default_factory=list)
-    """As of `Inputs`."""
-    max_rows: int | None = None
-    """Most rows of each split; None: all."""
+    files: dict[str, list[LabelledFile]] = field(default_factory=dict)  # by split
+    notice: str = ""  # message for the console about the choice of source
+    skipped: list[str] = field(default_factory=list)  # as of `Inputs`
+    max_rows: int | None = None  # most rows of each split; None: all
 
     def limited(self, max_rows: int | None) -> "Source":
         """The same with so many rows a split at most, and no more files than these need."""
@@ -150,7 +137,7 @@ def open_source(config: LabelledDataConfig, progress: CountFooters | None = None
 def _sample() -> Source:
     with open_parquet(locate(str(SAMPLE), "--data")) as parquet:
         table = parquet.read()
-    images, _ = decode_images(one_chunk(table["image"]))
+    images, _ = decode_images(table["image"])
     return _in_memory("sample", str(SAMPLE), {"train": (images, table["digit"].to_numpy())})
 
 
@@ -291,8 +278,9 @@ def _describe(
         footer = read_footer(file, entry)
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
-    # Ray Data makes a column of each folder `name=value`. No file gives this type.
     schema = footer.schema_arrow
+    # Ray Data makes a column of each folder `name=value`. Its type here is one that no file has
+    # (`_read_metadata`), so that files with such a folder and others are read apart.
     for folder in {*re.findall(r"([^/=]+)=[^/]*/", name)} - {*schema.names}:
         schema = schema.append(pa.field(folder, pa.large_string()))
     names = [config.label_column] if config.label_column else ["digit", "label"]

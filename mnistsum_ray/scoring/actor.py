@@ -21,9 +21,8 @@ from mnistsum_ray.data.images import (
     decode_images,
     decode_numbers,
     join_reasons,
-    one_chunk,
 )
-from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
+from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import ConflictError, UnusableFileError, one_line
 from mnistsum_ray.model.heads import HEADS, SUM
 from mnistsum_ray.model.inference import Predictions, Predictor, append_predictions
@@ -41,7 +40,7 @@ class Answer(NamedTuple):
     """What an actor says of its task, as a row: that it begins, what is done, that it ends."""
 
     task: int
-    rows: int = 0  # of parts that are put now, and those among them that are rejected
+    rows: int = 0  # that are predicted now; and those of them that are put as rejected ones
     rejected_rows: int = 0
     file: str = ""  # an input file that cannot be used although its footer could be read, and why
     reason: str = ""
@@ -126,13 +125,13 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
     listed = Entry(file.path, parts[0].size, parts[0].e_tag)
     ranges = [range(part.first_row, part.first_row + part.rows) for part in parts]
     with open_parquet(file, listed) as parquet:
-        for part, table in zip(parts, read_rows(parquet, ranges), strict=True):
+        for part, table in zip(parts, read_ranges(parquet, ranges), strict=True):
             # A file on a disk may be rewritten while it is read. Each request for an object names
             # the ETag, so the store itself sees to that.
-            if file.is_local and file.status() != listed:
+            if file.is_local and file.entry() != listed:
                 raise ConflictError  # of which open_parquet says that the file has changed
-            images, bad_images = decode_images(one_chunk(table[config.image_column]))
-            numbers, bad_numbers = decode_numbers(one_chunk(table[config.number_column]))
+            images, bad_images = decode_images(table[config.image_column])
+            numbers, bad_numbers = decode_numbers(table[config.number_column])
             yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
 
 
@@ -148,7 +147,7 @@ def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Predictio
     footer["counts"] = count_rows(decoded, predictions)
     label_column = request.config.label_column
     if label_column:
-        labels, unknown = decode_numbers(one_chunk(decoded.table[label_column]), DIGITS)
+        labels, unknown = decode_numbers(decoded.table[label_column], DIGITS)
         is_known = np.ones(len(labels), bool)
         is_known[[*unknown, *decoded.reasons]] = False
         footer["counts"] |= count_right(decoded, predictions, labels, is_known)

@@ -20,23 +20,23 @@ import torch
 
 from mnistsum_ray.cluster import resources
 from mnistsum_ray.cluster.connection import ended_without_head
-from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan
+from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
-    PassingStorageError,
     RequestError,
     RunError,
     RunInterrupted,
     StorageError,
     TryAgainError,
     counted,
+    ended_by_storage,
     root_cause,
 )
 from mnistsum_ray.model.device import faster_with_bf16
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
-from mnistsum_ray.scoring import output as folder
+from mnistsum_ray.scoring import output
 from mnistsum_ray.scoring.actor import Answer, ScoreParts
 from mnistsum_ray.scoring.parts import (
     PREDICTIONS,
@@ -51,6 +51,9 @@ from mnistsum_ray.scoring.request import ScoreRequest
 
 _KEPT: Final = "what is scored is kept, and the same command goes on"
 
+_LEAST_WAIT_SECONDS: Final = 30.0
+"""Least wait for a worker: some of it is the start of its process."""
+
 
 def score(request: ScoreRequest, console: Console) -> ScoreResult:
     """Score on the cluster that this process is connected to.
@@ -60,26 +63,23 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
             were asked for do not fit.
         TryAgainError: the cluster gives no worker in time, another run changes the output, or the
             storage does not answer.
-        RunError: workers died again and again, or as of `publish`.
+        RunError: workers died again and again, or as of `output.publish`.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
     try:
-        gpu = resources.find_gpu(request.config.use_gpu, console.say)
-        plan = plan_workers(request.config, resources.inspect_cluster(), gpu)
-        precision = _choose_precision(request, plan, gpu)
+        of_gpu = resources.precision_of_gpu(request.config.use_gpu, console.say)
+        plan = plan_workers(request.config, resources.inspect_cluster(), has_gpu=bool(of_gpu))
+        precision = _choose_precision(request, plan, of_gpu)
         config = request.config.model_copy(update={"precision": precision})
         return _score(replace(request, config=config), plan, console)
     except KeyboardInterrupt:
         raise RunInterrupted(_KEPT) from None
     except (OSError, ray.exceptions.RayError) as error:
         cause = getattr(error, "cause", error)  # what an actor raised, with Ray's advice below it
-        first = str(cause).partition("\n")[0]
-        if isinstance(cause, PassingStorageError):
-            raise TryAgainError(f"{first}; {_KEPT}") from error
         if isinstance(cause, StorageError):
-            raise RunError(f"{first}; {_KEPT}") from error
+            raise ended_by_storage(cause, _KEPT) from error
         if isinstance(cause, RunError):
-            raise RunError(first) from error
+            raise RunError(str(cause).partition("\n")[0]) from error
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {_KEPT}") from error
 
@@ -139,13 +139,9 @@ def score_on_ray(
                     yield Answer(**row)
             return
         except ray.exceptions.GetTimeoutError:
-            pass  # Ray keeps the actor that waits through this error's traceback: drop both
-    gc.collect()
+            pass
+    gc.collect()  # of the error's traceback, which holds the actor that waits
     raise TryAgainError(resources.shortage(plan.needed, options.wait_for_min_actors_s))
-
-
-_LEAST_WAIT_SECONDS: Final = 30.0
-"""Least wait for a worker: some of it is the start of its process."""
 
 
 def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreResult:
@@ -155,17 +151,17 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
     if request.config.overwrite:
         if not planned:
             raise RequestError("--overwrite: no file of --input can be used; nothing was deleted")
-        folder.delete_output(request.output, console)
-    request = replace(request, run_id=folder.begin(request))
+        output.delete_output(request.output, console)
+    request = replace(request, run_id=output.begin(request))
     failures = {file.name: file.error for file in request.files if file.error}
     for name, reason in failures.items():
         console.say(f"cannot be used: {name}: {reason}")
 
-    before = there = read_parts(request, planned, console)
-    folder.check_may_go_on(request, before)
+    before = read_parts(request, planned, console)
+    output.check_may_go_on(request, before)
     asked = first_parts(planned, request.config.max_rows)
     todo = [part for name, part in asked.items() if name not in before.done]
-    scoring_seconds = 0.0
+    there, scoring_seconds = before, 0.0
     if todo or before.stale:
         (request.output / MANIFEST).delete()
         predictions.delete_files(list(before.stale))
@@ -173,30 +169,31 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
             unusable, scoring_seconds = _score_parts(request, plan, todo, console)
             failures |= unusable
             if unusable:  # some parts of a file may be there, put before another one was read
-                there = _read_again(request, planned, console)
-                useless = [name for name in there.done if planned[name].input in unusable]
-                planned = {
-                    name: part for name, part in planned.items() if part.input not in unusable
-                }
-                predictions.delete_files(useless)
+                useless = {name for name, part in planned.items() if part.input in unusable}
+                # Of these only what is of this run: of a file that has changed, a later run may
+                # have put parts of the same names.
+                done = _read_again(request, planned, console).done
+                predictions.delete_files(list(useless & done))
+                for name in useless:
+                    del planned[name]
         there = _read_again(request, planned, console)
-    folder.check_complete(request, asked.keys() & planned.keys(), before, there)
+    output.check_complete(request, asked.keys() & planned.keys(), before, there)
 
     resumed_rows = sum(part.rows for name, part in planned.items() if name in before.done)
     new_rows = there.counts.get("rows", 0) - resumed_rows
-    figures: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "resumed_rows": resumed_rows,
         "rows_per_second": round(new_rows / scoring_seconds, 1) if scoring_seconds else 0.0,
         "seconds": round(time.monotonic() - started, 1),
     }
     left_rows = sum(part.rows for name, part in planned.items() if name not in there.done)
     if left_rows:
-        figures["left_rows"] = left_rows
-    return folder.publish(request, failures, there, figures, console)
+        fields["left_rows"] = left_rows
+    return output.publish(request, failures, there, fields, console)
 
 
 def _read_again(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> PartsThere:
-    """The parts at the end of a run. TryAgainError: they are no longer of this run alone."""
+    """The parts after the scoring. TryAgainError: they are no longer of this run alone."""
     try:
         return read_parts(request, planned, console)
     except RequestError as error:  # its advice, --overwrite, would delete what another run has put
@@ -255,13 +252,13 @@ def _score_parts(
     return unusable, seconds
 
 
-def plan_workers(config: ScoreConfig, cluster: ClusterResources, gpu: Gpu | None) -> WorkerPlan:
+def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, has_gpu: bool) -> WorkerPlan:
     """One worker a CPU, or four a GPU; as many as the cluster has now, or as were asked for.
 
     RequestError: more were asked for than fit on a cluster that cannot grow.
     """
     each = {"CPU": 1.0}
-    if gpu or config.use_gpu:
+    if has_gpu or config.use_gpu:
         # Four: while one decodes and writes, the others compute. If fewer were asked for, each gets
         # a larger share: else Ray packs them on the first GPUs. No CPU beside it: Ray Data warns
         # against both, and on a node with few CPUs the GPU would stay unused.
@@ -275,11 +272,11 @@ def plan_workers(config: ScoreConfig, cluster: ClusterResources, gpu: Gpu | None
     return plan
 
 
-def _choose_precision(request: ScoreRequest, plan: WorkerPlan, gpu: Gpu | None) -> str:
+def _choose_precision(request: ScoreRequest, plan: WorkerPlan, of_gpu: str | None) -> str:
     """The precision that is given, else that of the output's run, else the faster one."""
-    begun = {} if request.config.overwrite else folder.read_run(request.output)
-    if plan.use_gpu:  # GPUs that are still to come may be too old for bfloat16
-        faster = "bf16" if gpu and gpu.bf16 else "fp32"
+    begun = {} if request.config.overwrite else output.read_run(request.output)
+    if plan.use_gpu:
+        faster = of_gpu or "fp32"  # GPUs that are still to come may be too old for bfloat16
     else:  # the CPU of this machine stands in for those of the nodes that score
         faster = "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
     return request.config.precision or begun.get("--precision") or faster

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.images import SIDE, Pixels, decode_images, one_chunk
-from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
+from mnistsum_ray.data.images import SIDE, Pixels, ReasonCounts, decode_images
+from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import (
     ConflictError,
     MissingFileError,
@@ -39,7 +39,6 @@ from mnistsum_ray.scoring.parts import (
     PREDICTIONS,
     START_OVER,
     PartsThere,
-    list_files,
     read_footers,
     refusal,
 )
@@ -83,7 +82,7 @@ def begin(request: ScoreRequest) -> str:
     output = request.output
     wanted = {"format": RUN_FORMAT} | request.identity
     if not read_run(output):
-        others = list_files(output)
+        others = output.visible_files()
         if others and RUN_FILE not in others:  # which a second run may have begun meanwhile
             raise refusal(output, f"{next(iter(others))} {NOT_OURS}")
         with suppress(ConflictError):
@@ -111,14 +110,17 @@ def delete_output(output: Location, console: Console) -> None:
 
 def check_may_go_on(request: ScoreRequest, there: PartsThere) -> None:
     """RequestError: parts are of input that has changed or is gone, and no flag says what to do."""
-    changed = "has changed since; --rescore-changed scores such files again"
-    gone = "is not in --input now; --keep-gone leaves such output as it is"
-    stale_parts = {} if request.config.rescore_changed else there.stale
-    gone_parts = {} if request.config.keep_gone else there.gone
-    for parts, problem in ((stale_parts, changed), (gone_parts, gone)):
-        for part, file in parts.items():
-            rows = f"{PREDICTIONS}/{part} has rows of {file}, which"
-            raise refusal(request.output, f"{rows} {problem}, and {START_OVER}")
+    if there.stale and not request.config.rescore_changed:
+        parts = there.stale
+        problem = "has changed since; --rescore-changed scores such files again"
+    elif there.gone and not request.config.keep_gone:
+        parts = there.gone
+        problem = "is not in --input now; --keep-gone leaves such output as it is"
+    else:
+        return
+    part, file = next(iter(parts.items()))
+    rows = f"{PREDICTIONS}/{part} has rows of {file}"
+    raise refusal(request.output, f"{rows}, which {problem}, and {START_OVER}")
 
 
 def check_complete(
@@ -150,29 +152,28 @@ def publish(
     request: ScoreRequest,
     failures: Mapping[str, str],
     there: PartsThere,
-    figures: dict[str, Any],
+    fields: dict[str, Any],
     console: Console,
 ) -> ScoreResult:
     """Write the files about the run, and the manifest last, and say the result.
 
-    `failures` say why files cannot be used; `figures` are fields of the result.
+    `failures` say why files cannot be used; `fields` are some of the result.
 
     RunError, and no manifest: nothing was scored, or with `--strict` something cannot be used.
     """
     output, bad = request.output, there.bad
     counts = {name: np.array(count).tolist() for name, count in there.counts.items()}
     files = _rows_of_files(request, failures, there)
+    totals = _totals(files, counts) | {"output": output.display} | fields
     notices = []
     scored_rows = counts.get("rows", 0) - counts.get("rejected_rows", 0)
     if counts.get("light_rows", 0) > scored_rows / 2:
-        light = percent(counts["light_rows"] / scored_rows)
-        trained = "the model was trained on white on black"
-        notices.append(f"{light} of the images are light at their edges; {trained}")
-    totals = _totals(files, counts) | {"output": output.display} | figures
-    left = figures.get("left_rows", 0)
-    if left:
-        rest = f"{counted(left, 'row')} of the input are left, and no {MANIFEST} is written"
-        notices.append(f"--max-rows: {rest}; without it the same command goes on")
+        light = f"{percent(counts['light_rows'] / scored_rows)} of the images are light"
+        notices.append(f"{light} at their edges; the model was trained on white on black")
+    left_rows = fields.get("left_rows", 0)
+    if left_rows:
+        left = f"{counted(left_rows, 'row')} of the input are left, and no {MANIFEST} is written"
+        notices.append(f"--max-rows: {left}; without it the same command goes on")
     manifest = {
         "format": RUN_FORMAT,
         "status": "finished",
@@ -190,29 +191,38 @@ def publish(
     (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
     images = _read_images(request, there.mistakes, console)
     (output / REPORT).write(scored_page(manifest, images).encode())
-    of = f"{counted(totals['input_rows'] + left, 'row')} in {counted(totals['files'], 'file')}"
-    console.say(f"scored {totals['scored_rows']:,} of {of}, each exactly once")
-    if bad.total:
-        console.say(f"rejected, null in the output: {bad.describe()}")
-    if counts.get("labelled_rows"):
-        labelled = counted(counts["labelled_rows"], "labelled row")
-        console.say(f"right: {accuracies(totals)} ({labelled})")
-    for notice in notices:
-        console.say(notice)
-    console.say(f"predictions: {output.display}/{PREDICTIONS}; report: {output.display}/{REPORT}")
+    _say_result(manifest, bad, notices, console)
     if bad.total or failures:
-        left_out = f"{counted(bad.total, 'row')} and {counted(len(failures), 'file')}"
-        why = f"{left_out} cannot be used; {REPORT} and {FILES_TABLE} say why"
-        console.say(why)
+        unusable = f"{counted(bad.total, 'row')} and {counted(len(failures), 'file')}"
+        unusable += f" cannot be used; {REPORT} and {FILES_TABLE} say why"
+        console.say(unusable)
         if request.config.strict or not totals["scored_rows"]:
             (output / MANIFEST).delete()  # one of a run without --strict
             failed = "--strict" if totals["scored_rows"] else "nothing was scored"
-            raise RunError(f"{failed}: {why}; no {MANIFEST} is written")
-    if left:
+            raise RunError(f"{failed}: {unusable}; no {MANIFEST} is written")
+    if left_rows:
         (output / MANIFEST).delete()  # one of fewer input files
     else:
         (output / MANIFEST).write(manifest)
     return ScoreResult(**totals)
+
+
+def _say_result(
+    manifest: Mapping[str, Any], bad: ReasonCounts, notices: Sequence[str], console: Console
+) -> None:
+    """Say what was scored and how well, what was rejected, and where the output is."""
+    totals, labelled_rows = manifest["totals"], manifest["counts"].get("labelled_rows", 0)
+    rows = counted(totals["input_rows"] + totals.get("left_rows", 0), "row")
+    files = counted(totals["files"], "file")
+    console.say(f"scored {totals['scored_rows']:,} of {rows} in {files}, each exactly once")
+    if bad.total:
+        console.say(f"rejected, null in the output: {bad.describe()}")
+    if labelled_rows:
+        console.say(f"right: {accuracies(totals)} ({counted(labelled_rows, 'labelled row')})")
+    for notice in notices:
+        console.say(notice)
+    output = totals["output"]
+    console.say(f"predictions: {output}/{PREDICTIONS}; report: {output}/{REPORT}")
 
 
 def _read_images(
@@ -228,8 +238,8 @@ def _read_images(
         ranges = [range(row, row + 1) for row in sorted(rows)]
         try:
             with open_parquet(request.root / name, entries[name]) as parquet:
-                for row, table in zip(sorted(rows), read_rows(parquet, ranges), strict=True):
-                    images, _ = decode_images(one_chunk(table[request.config.image_column]))
+                for row, table in zip(sorted(rows), read_ranges(parquet, ranges), strict=True):
+                    images, _ = decode_images(table[request.config.image_column])
                     found[name, row] = images[0]
         except (UnusableFileError, StorageError) as error:
             console.say(f"the report shows no images of {name}: {error}")

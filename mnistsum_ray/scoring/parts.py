@@ -23,7 +23,7 @@ from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.model.metrics import MAX_MISTAKES
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.request import InputFile, ScoreRequest
-from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
+from mnistsum_ray.storage.store import Location, in_threads
 
 PREDICTIONS: Final = "predictions"
 """Folder of the parts in the output."""
@@ -59,10 +59,10 @@ def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) 
     for file in files:
         if file.error is None:
             for part in _parts_of(file, max_rows_per_file):
-                other = parts.setdefault(part.output, part)
-                if other is not part:
-                    both = f"{other.input} and {part.input}"
+                if part.output in parts:
+                    both = f"{parts[part.output].input} and {part.input}"
                     raise RequestError(f"--input: {both} need one name in the output; rename one")
+                parts[part.output] = part
     for output, part in parts.items():
         folder = output.rpartition("/")[0]
         while folder:
@@ -121,22 +121,16 @@ def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[
 class PartsThere:
     """What the output folder holds of a plan, by the footers of its parts."""
 
-    done: set[str] = field(default_factory=set)
-    """Names of the planned parts that are there, whole and of this run."""
+    done: set[str] = field(default_factory=set)  # planned parts that are whole and of this run
+    # Sums of `count_rows` over them: numbers and arrays.
     counts: defaultdict[str, Any] = field(default_factory=lambda: defaultdict(int))
-    """Sums of `count_rows` over them: numbers and arrays."""
-    bad: ReasonCounts = field(default_factory=ReasonCounts)
-    """Their rejected rows."""
+    bad: ReasonCounts = field(default_factory=ReasonCounts)  # their rejected rows
+    # The surest of their mistakes: `file`, `row` and what `surest_mistakes` says.
     mistakes: list[dict[str, Any]] = field(default_factory=list)
-    """The surest of their mistakes: `file`, `row` and what `surest_mistakes` says."""
-    stale: dict[str, str] = field(default_factory=dict)
-    """Parts whose input file has changed since, and that file."""
-    gone: dict[str, str] = field(default_factory=dict)
-    """Parts whose input file is not there now, and that file."""
-    rows: Counter[str] = field(default_factory=Counter)
-    """Rows by input file, also of files that are gone."""
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Those of them that are rejected."""
+    stale: dict[str, str] = field(default_factory=dict)  # by part its file, which has changed since
+    gone: dict[str, str] = field(default_factory=dict)  # by part its file, which is not there now
+    rows: Counter[str] = field(default_factory=Counter)  # by input file, also where that is gone
+    rejected: Counter[str] = field(default_factory=Counter)  # those of them that are rejected
 
 
 def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> PartsThere:
@@ -163,11 +157,11 @@ def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Cons
             there.mistakes = mistakes[:MAX_MISTAKES]
         elif part.input in inputs:
             there.stale[name] = part.input
-            continue
         else:
             there.gone[name] = part.input
-        there.rows[part.input] += rows
-        there.rejected[part.input] += footer["counts"]["rejected_rows"]
+        if name not in there.stale:
+            there.rows[part.input] += rows
+            there.rejected[part.input] += footer["counts"]["rejected_rows"]
     return there
 
 
@@ -176,7 +170,7 @@ def read_footers(output: Location, console: Console) -> Iterator[tuple[str, int,
 
     RequestError: a file is no part.
     """
-    parts = list_files(output / PREDICTIONS)
+    parts = (output / PREDICTIONS).visible_files()
 
     def read(name: str) -> tuple[str, int, dict[str, Any]]:
         with suppress(UnusableFileError, KeyError, TypeError, ValueError):
@@ -186,12 +180,6 @@ def read_footers(output: Location, console: Console) -> Iterator[tuple[str, int,
 
     progress = Progress(console.progress, "output files read", len(parts))
     return in_threads(output, read, list(parts), progress)
-
-
-def list_files(folder: Location) -> dict[str, Entry]:
-    """The files below a folder by their names there; hidden ones do not count."""
-    found = {file.path.removeprefix(folder.path).lstrip("/"): file for file in folder.files()}
-    return {name: file for name, file in found.items() if not is_hidden(name)}
 
 
 def refusal(output: Location, problem: str) -> RequestError:

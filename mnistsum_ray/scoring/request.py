@@ -66,7 +66,7 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     """
     output = locate(config.output, "--output", output_base_folder())
     with as_request_error("--output"):
-        if output.status():
+        if output.entry():
             raise RequestError(f"--output {output.display}: is a file; name a folder")
     inputs = list_inputs(config.input, output)
     report_skipped(inputs.skipped, console.say)
@@ -124,7 +124,7 @@ def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile |
     except UnusableFileError as error:
         return InputFile(name, entry, error=str(error))
     columns = map(footer.schema.column, range(len(footer.schema)))
-    int96 = tuple(of.path for of in columns if of.physical_type == "INT96")
+    int96 = tuple(column.path for column in columns if column.physical_type == "INT96")
     problem = _schema_error(footer.schema_arrow, config)
     return InputFile(name, entry, footer.metadata.num_rows, problem, int96)
 

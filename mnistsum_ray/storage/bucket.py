@@ -4,6 +4,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
@@ -36,20 +37,16 @@ def open_store(bucket: str, query: str) -> Any:
     """
     given = dict(parse_qsl(query))
     config: Any = {"region": given["region"]} if "region" in given else {}
-    endpoints: dict[str, str | None] = {}
     endpoint = given.get("endpoint_override")
     if endpoint:
         if "://" not in endpoint:
             endpoint = f"{given.get('scheme', 'https')}://{endpoint}"
+        _check_endpoint(bucket, "endpoint_override", endpoint)
         config["base_url" if bucket.startswith("gs:") else "endpoint"] = endpoint
-        endpoints["endpoint_override"] = endpoint
     elif bucket.startswith("s3:"):
         for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
-            endpoints[name] = os.environ.get(name)
-    for name, url in endpoints.items():
-        # On it obstore would panic. It may hold a key, so the message does not quote it.
-        if url is not None and not _is_endpoint(url):
-            raise StorageError(f"{bucket}: {name} must be HOST:PORT or a URL of http or https")
+            if name in os.environ:
+                _check_endpoint(bucket, name, os.environ[name])
     options: Any = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
     try:
         return from_url(bucket, config=config, **options)
@@ -57,13 +54,14 @@ def open_store(bucket: str, query: str) -> Any:
         raise StorageError(f"{bucket}: {first_line(error)}") from None
 
 
-def _is_endpoint(url: str) -> bool:
-    """Whether it is the address of a server."""
-    try:
-        urlsplit(url).port  # noqa: B018 - raises where it has more than 16 bits
-    except ValueError:  # or where brackets hold no address
-        return False
-    return bool(_ENDPOINT.fullmatch(url))
+def _check_endpoint(bucket: str, name: str, url: str) -> None:
+    """StorageError, which does not quote it, since it may hold a key: it is no server's address."""
+    with suppress(ValueError):  # of a port of more than 16 bits, or brackets without an address
+        urlsplit(url).port  # noqa: B018
+        if _ENDPOINT.fullmatch(url):
+            return
+    # On it obstore would panic.
+    raise StorageError(f"{bucket}: {name} must be HOST:PORT or a URL of http or https")
 
 
 def ask_again(request: Callable[[], Any]) -> None:

@@ -32,17 +32,19 @@ Answer = TypeVar("Answer")
 
 
 class Entry(NamedTuple):
-    """A file that exists."""
+    """What is found at a path: a file or, with an empty `e_tag`, something that is none."""
 
     path: str
-    size: int
-    """Bytes."""
-    e_tag: str
-    """Differs where the content does: an object's ETag; on a disk inode, time and size."""
+    size: int = 0  # bytes
+    e_tag: str = ""  # differs where the content does: of an object its ETag; else inode, time, size
 
     @property
     def name(self) -> str:
         return self.path.rpartition("/")[2]
+
+    @property
+    def is_file(self) -> bool:
+        return bool(self.e_tag)
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,9 @@ class Location:
     All methods raise StorageError where the storage does not answer or refuses.
     """
 
-    path: str
-    """Absolute path on a disk, or the key in the bucket."""
-    bucket: str = ""
-    """URI of the bucket or container, such as `s3://bucket`; empty on a disk."""
-    query: str = ""
-    """Options of the URI, such as `region=eu-west-1`."""
+    path: str  # absolute path on a disk, or the key in the bucket
+    bucket: str = ""  # URI of the bucket or container, such as `s3://bucket`; empty on a disk
+    query: str = ""  # options of the URI, such as `region=eu-west-1`
 
     def __truediv__(self, name: str) -> "Location":
         path = f"{self.path.rstrip('/')}/{name}"
@@ -93,7 +92,7 @@ class Location:
         here, above = Path(follow(self.path)), Path(follow(folder.path))
         return here.relative_to(above).parts if here.is_relative_to(above) else None
 
-    def status(self) -> Entry | None:
+    def entry(self) -> Entry | None:
         """The file here; None where there is none, or a folder."""
         with self.storage_errors("read"):
             try:
@@ -116,7 +115,7 @@ class Location:
 
     def exists(self) -> bool:
         """Whether there is a file or a folder here."""
-        return self.is_folder() or self.status() is not None
+        return self.is_folder() or self.entry() is not None
 
     def read_bytes(self) -> bytes:
         """The whole file."""
@@ -134,7 +133,7 @@ class Location:
 
         ConflictError, here or at a later read: it is not the one that was listed.
         """
-        listed = listed or self.status()
+        listed = listed or self.entry()
         if listed is None:
             raise self._missing()
         if not self.is_local:
@@ -150,8 +149,8 @@ class Location:
             raise self._conflict()
         return file
 
-    def listing(self, enter: Callable[[str], bool] = lambda folder: True) -> list[Entry]:
-        """What is below a folder, sorted by path. What is no file has an empty e_tag.
+    def listing(self, enter: Callable[[str], bool]) -> list[Entry]:
+        """What is below a folder, sorted by path. Some is no file.
 
         On a disk that is a pipe or device, a link that leads nowhere or to a folder, and a folder
         for which `enter` is false, which is not read. In a store it is an object with an odd key,
@@ -160,7 +159,7 @@ class Location:
         with self.storage_errors("listed"):
             if self.is_local:
                 paths = _walk(self.path, enter) if Path(self.path).is_dir() else ()
-                return sorted(self.at(path).status() or Entry(path, 0, "") for path in paths)
+                return sorted(self.at(path).entry() or Entry(path) for path in paths)
             entries = self._objects()
             folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
             # An empty object with the name of a folder only marks it: consoles make those.
@@ -174,8 +173,8 @@ class Location:
 
         def look(key: str) -> Entry:
             with suppress(ValueError):  # obstore takes no odd key
-                return self.at(key).status() or Entry(key, 0, "")
-            return Entry(key, 0, "")
+                return self.at(key).entry() or Entry(key)
+            return Entry(key)
 
         return list(in_threads(self, look, keys))
 
@@ -185,7 +184,12 @@ class Location:
         On a disk not those in folders that may not be read, such as `lost+found` of a volume.
         """
         found = self.listing(lambda folder: os.access(folder, os.R_OK | os.X_OK))
-        return [entry for entry in found if entry.e_tag]
+        return [entry for entry in found if entry.is_file]
+
+    def visible_files(self) -> dict[str, Entry]:
+        """Those files, by their names below the folder, that are not hidden."""
+        found = {file.path.removeprefix(self.path).lstrip("/"): file for file in self.files()}
+        return {name: file for name, file in found.items() if not is_hidden(name)}
 
     def write(self, data: Data) -> None:
         """Write the whole file, in place of the one that is there."""

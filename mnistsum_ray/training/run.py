@@ -107,7 +107,7 @@ def _check_free(folder: Location, name: str, begun: bool) -> None:
     if begun:
         raise RequestError(f"{taken} exists; go on with --resume, or choose another name")
     names = [file.path.removeprefix(folder.path).lstrip("/") for file in folder.files()]
-    if folder.status() is not None or not all(map(is_hidden, names)):
+    if folder.entry() is not None or not all(map(is_hidden, names)):
         raise RequestError(f"{taken} holds other files, and no run; choose another name")
 
 

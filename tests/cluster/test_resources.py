@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mnistsum_ray.cluster import resources
-from mnistsum_ray.cluster.resources import Gpu, WorkerPlan, plan_training
+from mnistsum_ray.cluster.resources import WorkerPlan, plan_training
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError
 
@@ -25,7 +25,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
         has_gpu = any("GPU" in node for node in nodes) and given.get("use_gpu") is not False
         monkeypatch.setattr(resources, "usable_nodes", lambda: alive)
         monkeypatch.setattr(resources, "started_cluster", lambda: not joined)
-        monkeypatch.setattr(resources, "find_gpu", lambda *_: Gpu(bf16=True) if has_gpu else None)
+        monkeypatch.setattr(resources, "precision_of_gpu", lambda *_: "bf16" if has_gpu else None)
         lines: list[str] = [] if said is None else said
         return plan_training(TrainConfig(**given), batch_size, lines.append)
 

@@ -11,8 +11,8 @@ import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
 from mnistsum_ray.data import parquet
-from mnistsum_ray.data.images import Pixels, decode_images, one_chunk
-from mnistsum_ray.data.parquet import open_parquet, read_rows, to_parquet
+from mnistsum_ray.data.images import Pixels, decode_images
+from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.storage.uri import locate
 
@@ -20,7 +20,7 @@ from mnistsum_ray.storage.uri import locate
 def read(path: Path, *ranges: range) -> list[pa.Table]:
     """The rows of these ranges of a file, or all."""
     with open_parquet(locate(str(path), "--input")) as parquet:
-        return list(read_rows(parquet, ranges or [range(parquet.metadata.num_rows)]))
+        return list(read_ranges(parquet, ranges or [range(parquet.metadata.num_rows)]))
 
 
 def test_types_of_arrow_and_ray_are_read_as_plain_ones(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_types_of_arrow_and_ray_are_read_as_plain_ones(tmp_path: Path) -> None:
     plain = [pa.binary(), pa.struct([("object", pa.binary())]), pa.list_(pa.string())]
     plain += [pa.string(), pa.timestamp("ns", "UTC")]
     assert table.schema.types[1:] == plain
-    found, bad = decode_images(one_chunk(table["image"]))
+    found, bad = decode_images(table["image"])
     assert not bad
     assert np.array_equal(found, images)
     again.write_bytes(to_parquet(table))
@@ -60,7 +60,7 @@ def test_a_null_in_a_list_of_fixed_size_is_a_reason_and_not_the_end_of_the_file(
     path = tmp_path / "in.parquet"
     lists = pa.array([[1] * 784, None, [2] * 784], pa.list_(pa.uint8(), 784))
     pq.write_table(pa.table({"image": lists}), path)
-    images, bad = decode_images(one_chunk(read(path)[0]["image"]))
+    images, bad = decode_images(read(path)[0]["image"])
     assert images[:, 0, 0].tolist() == [1, 0, 2]
     assert bad == {1: "the image is null; fill it in or drop the row"}
 

@@ -74,7 +74,7 @@ class Example:
         patch.setattr(
             job,
             "resources",
-            SimpleNamespace(find_gpu=lambda *_: None, inspect_cluster=lambda: two_cpus),
+            SimpleNamespace(precision_of_gpu=lambda *_: None, inspect_cluster=lambda: two_cpus),
         )
         self.input, self.output = folder / "in", folder / "out"
         self.file = self.input / "a.parquet"

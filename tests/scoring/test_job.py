@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mnistsum_ray.cluster.resources import ClusterResources, Gpu, WorkerPlan
+from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.scoring.job import plan_workers
@@ -34,8 +34,8 @@ PLANS: list[tuple[Any, dict[str, Any], int, dict[str, float]]] = [
 def plan(nodes: Any, grows: bool = False, **given: Any) -> WorkerPlan:
     config = ScoreConfig(model="m", input=("i",), output="o", **given)
     cluster = ClusterResources(nodes, grows)
-    has_gpu = cluster.total("GPU") and config.use_gpu is not False
-    return plan_workers(config, cluster, Gpu(bf16=True) if has_gpu else None)
+    has_gpu = cluster.total("GPU") > 0 and config.use_gpu is not False
+    return plan_workers(config, cluster, has_gpu=has_gpu)
 
 
 @pytest.mark.parametrize(("nodes", "given", "most", "per_worker"), PLANS)

@@ -15,7 +15,7 @@ import pytest
 
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.data.parquet import read_rows
+from mnistsum_ray.data.parquet import read_ranges
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.scoring import actor
 from mnistsum_ray.scoring.output import RUN_FORMAT
@@ -285,15 +285,28 @@ def test_an_input_that_is_rewritten_in_place_while_it_is_read_costs_itself_alone
     """After the first part: no part may have rows of both contents."""
 
     def read_first(parquet: Any, ranges: Any) -> Any:
-        for number, table in enumerate(read_rows(parquet, ranges)):
+        for number, table in enumerate(read_ranges(parquet, ranges)):
             if number == 1:
                 example.file.write_bytes(example.file.read_bytes())
             yield table
 
-    monkeypatch.setattr(actor, "read_rows", read_first)
+    monkeypatch.setattr(actor, "read_ranges", read_first)
     assert example.score().failed_rows == 10
     assert not {*OF_A} & example.files().keys()
     assert listed(example)[0][6] == "has changed since the run began; run the command again"
+
+
+def test_parts_that_a_later_run_has_put_of_a_changed_file_stay(example: Example) -> None:
+    """They have the names of parts that the first run, which cannot use the file, would delete."""
+
+    def execute(*given: Any) -> Any:
+        write_rows(example.file, range(20, 30))
+        example.score()
+        return score_without_ray(*given)
+
+    with pytest.raises(TryAgainError, match=f"{OF_A[0]} is there, which this run has not written"):
+        example.score(execute)
+    assert example.score().resumed_rows == 13
 
 
 @pytest.mark.parametrize("rows", [None, 0, 3])
