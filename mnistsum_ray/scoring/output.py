@@ -199,7 +199,9 @@ def publish(
         console.say(f"right: {accuracies(totals)} ({labelled})")
     for notice in notices:
         console.say(notice)
-    console.say(f"predictions: {output.display}/{PREDICTIONS}; report: {output.display}/{REPORT}")
+    console.say(
+        f"predictions: {(output / PREDICTIONS).display}; report: {(output / REPORT).display}"
+    )
     if bad.total or failures:
         left_out = f"{counted(bad.total, 'row')} and {counted(len(failures), 'file')}"
         why = f"{left_out} cannot be used; {REPORT} and {FILES_TABLE} say why"
