@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,6 @@ from mnistsum_ray.data.images import (
     image_type_error,
     join_reasons,
     number_type_error,
-    one_chunk,
     prepare_picture,
 )
 from mnistsum_ray.data.randomness import NUMBERS
@@ -33,6 +32,7 @@ from mnistsum_ray.reporting.results import SURE, PicturePrediction, ScoreResult,
 from mnistsum_ray.storage.uri import as_request_error, empty_output, locate_existing
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import
+    from ray.data import Dataset
     from ray.train import UserCallback
 
     from mnistsum_ray.model.network import TwoHeadCNN
@@ -173,6 +173,24 @@ def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
     return PicturePrediction(**answers, unsure=answers["digit_prob"] < SURE)
 
 
+@overload
+def predict_rows(
+    model: Model,
+    rows: "Dataset",
+    image_column: str = ...,
+    number_column: str = ...,
+    *,
+    probabilities: bool = ...,
+) -> "Dataset": ...
+@overload
+def predict_rows(  # type: ignore[overload-cannot-match]  # mypy here knows no Ray
+    model: Model,
+    rows: Any,
+    image_column: str = ...,
+    number_column: str = ...,
+    *,
+    probabilities: bool = ...,
+) -> pa.Table: ...
 def predict_rows(
     model: Model,
     rows: Any,
@@ -217,8 +235,8 @@ def predict_rows(
         error = type_error(table[name].type)
         if error:
             raise ValueError(f"column {name!r} {error}")
-    images, bad_images = decode_images(one_chunk(table[image_column]))
-    numbers, bad_numbers = decode_numbers(one_chunk(table[number_column]))
+    images, bad_images = decode_images(table[image_column])
+    numbers, bad_numbers = decode_numbers(table[number_column])
     batch_size = 64  # a small table is filled up to it: up to 256 it would take four times as long
     predictions = predict_pairs(network, images, numbers, batch_size, probabilities)
     reasons = join_reasons(bad_images, bad_numbers)

@@ -80,7 +80,7 @@ Line = dict[str, Any]
 def train(config: TrainConfig) -> Line:
     """Train the two-head MNIST network: the digit of an image, and digit + number.
 
-    mnistsum train --data sample                takes a minute on a laptop
+    mnistsum train --data sample                takes half a minute on two cores
     mnistsum train --name mine --resume auto    begins, or goes on after a kill
     mnistsum train --config runs/mine/config.yaml     trains the same again
     """

@@ -25,6 +25,7 @@ SCHEMA: Final = pa.schema(
 )
 
 _ROW_GROUP: Final = 8192
+_WAIT_SECONDS: Final = 600
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
@@ -39,7 +40,7 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         source = open_source(config)
         if source.notice:
             say(source.notice)
-        pairs = _pairs(source, config.split, config.seed)
+        pairs = _pairs(source, config.split, config.seed, say)
         table = SCHEMA.empty_table()
         for index in range(config.files):
             end = config.rows * (index + 1) // config.files
@@ -58,15 +59,17 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
     return output, source
 
 
-def _pairs(source: Source, split: str, seed: int) -> Iterator[pa.Table]:
+def _pairs(source: Source, split: str, seed: int, say: Callable[[str], None]) -> Iterator[pa.Table]:
     """The rows of a split, again and again; each round has other numbers."""
     from mnistsum_ray.cluster.connection import connect
+    from mnistsum_ray.cluster.resources import wait_for_cpu
     from mnistsum_ray.training.rows import read_rows, rows_in_memory
 
     if source.tables:
         batches = [rows_in_memory(source)[split]]
     else:
         connect()
+        wait_for_cpu(_WAIT_SECONDS, say)  # without one the tasks that read would wait for ever
         dataset = read_rows(source, seed=0, skip_bad_rows=False).datasets[split]
         batches = dataset.iterator().iter_batches(batch_size=_ROW_GROUP, batch_format="pyarrow")
     for rounds in count():

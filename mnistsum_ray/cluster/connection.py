@@ -11,7 +11,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 from mnistsum_ray.errors import RequestError, TryAgainError, one_line, root_cause, shortened
@@ -65,11 +67,36 @@ def connect() -> str:
         where = address or "this machine"
         raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {where}; {_IF_GONE}")
     # The dashboard takes seconds to start.
-    _init("local", "Ray cannot be started here", include_dashboard=False)
+    _in_thread_that_stays(
+        partial(_init, "local", "Ray cannot be started here", include_dashboard=False)
+    )
     _started = ray.get_runtime_context().gcs_address
     # While the address of a `ray start` that is gone is kept, each training ends 10 s later.
     why = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it" if address else ""
     return f"started Ray on this machine, for this job alone{why}"
+
+
+def _in_thread_that_stays(start: Callable[[], None]) -> None:
+    """Start Ray's processes, which Linux ends with the thread that has started them.
+
+    The next call in this process would wait for them for ever.
+    """
+    if threading.current_thread() is threading.main_thread():
+        start()
+        return
+    started: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            start()
+        except BaseException as error:
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+        threading.Event().wait()
+
+    threading.Thread(target=run, daemon=True).start()
+    started.result()
 
 
 def _init(address: str, problem: str, **options: Any) -> None:

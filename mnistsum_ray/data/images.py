@@ -119,11 +119,18 @@ def decode_numbers(column: Column, count: int = NUMBERS) -> tuple[Numbers, Reaso
         value = column[row]
         if value.is_valid:
             # A value of another type is not looked at: Ray has one of pickles, which would run.
-            shown = shortened(repr(value.as_py())) if is_known else f"of type {column.type}"
+            shown = _shown(value) if is_known else f"of type {column.type}"
             reasons[row] = f"is {shown}, not one of 0..{count - 1}; correct it or drop the row"
         else:
             reasons[row] = "is null; fill it in or drop the row"
     return np.where(is_right, numbers, 0).astype(np.int64), reasons
+
+
+def _shown(value: pa.Scalar) -> str:
+    try:
+        return shortened(repr(value.as_py()))
+    except UnicodeDecodeError:  # Arrow does not look at the bytes of a text
+        return "text that is not UTF-8"
 
 
 def decode_images(column: Column) -> tuple[Pixels, Reasons]:

@@ -12,16 +12,13 @@ from typing import Final, NamedTuple
 
 from mnistsum_ray.errors import RequestError, printable
 from mnistsum_ray.storage.store import Entry, Location, is_hidden
-from mnistsum_ray.storage.uri import as_request_error, locate_existing
+from mnistsum_ray.storage.uri import ODD_CHARACTERS, as_request_error, locate_existing
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
 
 _DELTA_LOG: Final = "_delta_log"
 """Folder in a table of Delta Lake with its log, which says which files are still part of it."""
-
-_ODD: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters, and what Python makes of bytes that are not UTF-8."""
 
 
 class Inputs(NamedTuple):
@@ -68,7 +65,7 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
     skipped = []
     seen = set()
     links = {path for path in found if root.is_local and Path(path).is_symlink()}
-    odd = {path for path in found if _ODD.search(path)}
+    odd = {path for path in found if ODD_CHARACTERS.search(path)}
     # Files first, then links, then odd names: what comes later gives way.
     for path in sorted(found.keys() - links - odd) + sorted(links - odd) + sorted(odd):
         file = found[path]

@@ -38,6 +38,7 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
                 metadata=_read_metadata(source),
                 page_checksum_verification=True,
                 coerce_int96_timestamp_unit="us",
+                arrow_extensions_enabled=False,  # UUID and JSON are bytes and text to all readers
                 pre_buffer=not file.is_local,  # one request for all columns of a row group
             )
     except ConflictError:

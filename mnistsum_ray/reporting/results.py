@@ -42,7 +42,9 @@ class HeldOutMetrics(Result):
 
 
 class PicturePrediction(Result):
-    """The answers for one picture and a number."""
+    """The answers for one picture and a number; of another head of the network too."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     number: int
     digit: int

@@ -15,6 +15,7 @@ from math import ceil
 from typing import Any, Final
 
 import ray.data
+import ray.data.exceptions
 import ray.exceptions
 import torch
 
@@ -48,8 +49,10 @@ from mnistsum_ray.scoring.parts import (
     split_into_parts,
 )
 from mnistsum_ray.scoring.request import ScoreRequest
+from mnistsum_ray.storage.uri import as_request_error
 
-_KEPT: Final = "what is scored is kept, and the same command goes on"
+_SILENT_SECONDS: Final = 7200.0
+"""Longest wait for an answer: two million rows, the most of a part, take a slow CPU an hour."""
 
 _LEAST_WAIT_SECONDS: Final = 30.0
 """Least wait for a worker: some of it is the start of its process."""
@@ -66,6 +69,7 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
         RunError: workers died again and again, or as of `output.publish`.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
+    kept = _kept(request.config)
     try:
         of_gpu = resources.precision_of_gpu(request.config.use_gpu, console.say)
         plan = plan_workers(request.config, resources.inspect_cluster(), has_gpu=bool(of_gpu))
@@ -73,15 +77,21 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
         config = request.config.model_copy(update={"precision": precision})
         return _score(replace(request, config=config), plan, console)
     except KeyboardInterrupt:
-        raise RunInterrupted(_KEPT) from None
+        raise RunInterrupted(kept) from None
     except (OSError, ray.exceptions.RayError) as error:
         cause = getattr(error, "cause", error)  # what an actor raised, with Ray's advice below it
         if isinstance(cause, StorageError):
-            raise ended_by_storage(cause, _KEPT) from error
+            raise ended_by_storage(cause, kept) from error
         if isinstance(cause, RunError):
             raise RunError(str(cause).partition("\n")[0]) from error
         console.say_lines(str(error))
-        raise RunError(f"{root_cause(error)}; {_KEPT}") from error
+        raise RunError(f"{root_cause(error)}; {kept}") from error
+
+
+def _kept(config: ScoreConfig) -> str:
+    """End of an error message: how to go on."""
+    again = "the same command without --overwrite" if config.overwrite else "the same command"
+    return f"what is scored is kept, and {again} goes on"
 
 
 def score_on_ray(
@@ -89,7 +99,7 @@ def score_on_ray(
 ) -> Iterator[Answer]:
     """Score tasks with actors of Ray Data; their answers come at once, in any order.
 
-    TryAgainError: the cluster does not give a worker within `--wait-seconds`.
+    TryAgainError: the cluster does not give a worker within `--wait-seconds`, or no worker answers.
     """
     free = ClusterResources((ray.available_resources(),)).workers_that_fit(plan.per_worker)
     rows = []
@@ -101,6 +111,7 @@ def score_on_ray(
     options.enable_progress_bars = options.print_on_execution_start = False
     options.raise_original_map_exception = True  # `score` looks at its type
     options.target_max_block_size = 1  # with small blocks each answer comes at once
+    options.execution_no_progress_timeout_s = _SILENT_SECONDS
     if not free:
         # For one worker. Ray waits for all that are to start at once: two jobs which begin
         # together, and get half of what they ask for, would wait for each other.
@@ -130,7 +141,7 @@ def score_on_ray(
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     silent = "they are being started or replaced, or wait for data"
     with (
-        ended_without_head(console.say, _KEPT),
+        ended_without_head(console.say, _kept(request.config)),
         console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"),
     ):
         try:
@@ -139,9 +150,11 @@ def score_on_ray(
                     yield Answer(**row)
             return
         except ray.exceptions.GetTimeoutError:
-            pass
+            waited = options.wait_for_min_actors_s
+        except ray.data.exceptions.ExecutionTimeoutError:
+            waited = _SILENT_SECONDS
     gc.collect()  # of the error's traceback, which holds the actor that waits
-    raise TryAgainError(resources.shortage(plan.needed, options.wait_for_min_actors_s))
+    raise TryAgainError(resources.shortage(plan.needed, waited))
 
 
 def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreResult:
@@ -152,7 +165,8 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
         if not planned:
             raise RequestError("--overwrite: no file of --input can be used; nothing was deleted")
         output.delete_output(request.output, console)
-    request = replace(request, run_id=output.begin(request))
+    with as_request_error("--output"):
+        request = replace(request, run_id=output.begin(request))
     failures = {file.name: file.error for file in request.files if file.error}
     for name, reason in failures.items():
         console.say(f"cannot be used: {name}: {reason}")
@@ -247,7 +261,8 @@ def _score_parts(
         raise RunError(
             f"workers died again and again ({root_cause(error)}); "
             f"in work were {', '.join(names[:10]) or 'no files yet'}; "
-            f"give the workers more memory, or take such a file out of --input; {_KEPT}"
+            "give the workers more memory, or take such a file out of --input; "
+            f"{_kept(request.config)}"
         ) from error
     return unusable, seconds
 

@@ -191,7 +191,7 @@ def publish(
     (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
     images = _read_images(request, there.mistakes, console)
     (output / REPORT).write(scored_page(manifest, images).encode())
-    _say_result(manifest, bad, notices, console)
+    _say_result(output, manifest, bad, notices, console)
     if bad.total or failures:
         unusable = f"{counted(bad.total, 'row')} and {counted(len(failures), 'file')}"
         unusable += f" cannot be used; {REPORT} and {FILES_TABLE} say why"
@@ -208,7 +208,11 @@ def publish(
 
 
 def _say_result(
-    manifest: Mapping[str, Any], bad: ReasonCounts, notices: Sequence[str], console: Console
+    output: Location,
+    manifest: Mapping[str, Any],
+    bad: ReasonCounts,
+    notices: Sequence[str],
+    console: Console,
 ) -> None:
     """Say what was scored and how well, what was rejected, and where the output is."""
     totals, labelled_rows = manifest["totals"], manifest["counts"].get("labelled_rows", 0)
@@ -221,8 +225,8 @@ def _say_result(
         console.say(f"right: {accuracies(totals)} ({counted(labelled_rows, 'labelled row')})")
     for notice in notices:
         console.say(notice)
-    output = totals["output"]
-    console.say(f"predictions: {output}/{PREDICTIONS}; report: {output}/{REPORT}")
+    predictions, report = output / PREDICTIONS, output / REPORT
+    console.say(f"predictions: {predictions.display}; report: {report.display}")
 
 
 def _read_images(

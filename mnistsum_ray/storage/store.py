@@ -4,6 +4,7 @@ Each write puts a whole file: a reader sees the old content or the new one, what
 writer or its machine. Object stores are reached through obstore, which retries.
 """
 
+import errno
 import io
 import json
 import os
@@ -250,7 +251,8 @@ class Location:
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
-        kind = NoAnswerError if _NO_ANSWER.search(str(error)) else StorageError
+        passes = getattr(error, "errno", None) in _PASSING or _NO_ANSWER.search(str(error))
+        kind = NoAnswerError if passes else StorageError
         return kind(f"{self.display}: cannot be {what}: {cause}")
 
     def _missing(self) -> MissingFileError:
@@ -260,6 +262,9 @@ class Location:
     def _conflict(self) -> ConflictError:
         return ConflictError(f"{self.display}: was written by another")
 
+
+_PASSING: Final = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+"""Errors of a network disk that another attempt may not meet."""
 
 _NO_ANSWER: Final = re.compile(r"HTTP error: |status code:? (429|5\d\d)")
 """What obstore says at last of a store that cannot be reached, or is too busy."""

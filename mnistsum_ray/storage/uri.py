@@ -33,6 +33,10 @@ _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
 """Other names of schemes, and what obstore and Arrow both call them."""
 
 
+ODD_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and bytes that are not UTF-8: neither can be shown."""
+
+
 def locate(text: str, flag: str, base: Path | None = None) -> Location:
     """Resolve a path or URI, or raise RequestError.
 
@@ -40,7 +44,7 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
     """
     if may_hold_keys(text):
         raise RequestError(f"{flag}: {KEYS_REFUSED}")
-    if not text.isprintable():
+    if ODD_CHARACTERS.search(text):
         raise RequestError(f"{flag} {text}: holds control characters, or is not UTF-8")
     scheme, colon, rest = text.partition("://")
     if not colon or scheme == "file":

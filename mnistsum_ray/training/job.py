@@ -12,15 +12,17 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
 import ray
+import ray.data.exceptions
 import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from mnistsum_ray.cluster.connection import started_cluster
+from mnistsum_ray.cluster.connection import ended_without_head, started_cluster
 from mnistsum_ray.cluster.resources import (
     WorkerPlan,
     plan_training,
@@ -41,6 +43,7 @@ from mnistsum_ray.errors import (
     TryAgainError,
     counted,
     ended_by_storage,
+    one_line,
     root_cause,
 )
 from mnistsum_ray.model.folder import load_model
@@ -90,15 +93,15 @@ def make_trainer(
             storage_path=arrow_uri(request.folder / CHECKPOINTS),
             callbacks=[*callbacks, FailureLines(loop.queue)],
             # Ray would set it to the CPUs of the worker. Then the threads that feed the steps would
-            # have pools of their own, which spin and cost a fifth of the speed. The loop sets the
-            # threads of the steps.
+            # have pools of their own, which spin and cost a fifth of the speed. On CPUs the loop
+            # sets the threads of the steps; on GPUs they need one.
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
             failure_config=ray.train.FailureConfig(
                 max_failures=request.config.max_failures,
                 max_preemption_failures=-1,
-                # Starts that may time out. One timeout is the whole wait; an elastic run tries
-                # again, with as many workers as there may be then.
-                controller_failure_limit=-1 if plan.is_elastic else 0,
+                # Starts that may time out: one timeout is the whole wait. (`run_trainer` tries an
+                # elastic run again.)
+                controller_failure_limit=0,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
@@ -133,7 +136,10 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
                 wait_for_cpu(config.wait_seconds, console.say)
             plan = plan_training(config, parameters.batch_size, console.say)
             threads = stored.get("threads")
-            if threads and threads != plan.threads:
+            if threads and not plan.threads:
+                other = "the run was on CPUs, and goes on on GPUs"
+                console.say(f"{other}: its last bits are others; --use-gpu false keeps them")
+            elif threads and threads != plan.threads:
                 other = f"the run had {threads} threads a worker, and goes on with {plan.threads}"
                 console.say(f"{other}: its last bits are others; --threads {threads} keeps them")
             rows = read(request, plan, console)
@@ -159,6 +165,8 @@ def _errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
     except ray.exceptions.RayError as error:  # some are OSErrors too
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
+    except ray.data.exceptions.ExecutionTimeoutError as error:
+        raise TryAgainError(f"Ray Data has read no row for long; {how_to_go_on}") from error
     except StorageError as error:
         raise ended_by_storage(error, how_to_go_on) from error
 
@@ -203,17 +211,28 @@ def run_trainer(
     wait_seconds = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     console.say(f"training with {plan}")
     failed_starts = 0
-    with follower.following(), default_environment(_environment(plan, wait_seconds)):
+    now = plan
+    with (
+        follower.following(),
+        default_environment(_environment(plan, wait_seconds)),
+        ended_without_head(console.say, request.how_to_resume),
+    ):
         while True:
             loop = LoopConfig(parameters, plan.threads, rows.totals, follower.queue, start)
-            trainer = make_trainer(request, plan, rows, loop, callbacks)
+            trainer = make_trainer(request, now, rows, loop, callbacks)
             try:
                 with _ctrl_c_as_before():
                     finished: FinishedModel = trainer.fit().return_value
                     return finished
             except ray.train.TrainingFailedError as error:
-                # Ray Train does not count a worker that dies while its group starts as a failure.
-                if _FAILED_START not in str(error) or failed_starts == max_failures:
+                if plan.is_elastic and _START_TIMED_OUT in str(error):
+                    # Ray takes for free what other jobs hold: fewer workers, and after the least
+                    # number all of them again, may be there.
+                    now = replace(now, most=now.most - 1 if now.is_elastic else plan.most)
+                    console.say(f"the workers have not come in time; trying with {now}")
+                    start = find_start(request, console)
+                    continue
+                if not _is_failed_start(error) or failed_starts == max_failures:
                     raise _explained(error, request, plan, wait_seconds, console) from error
                 failed_starts += 1
                 console.say(f"a worker died at its start: {root_cause(error)}")
@@ -247,6 +266,16 @@ def _check_same_data(request: TrainRequest) -> None:
         )
 
 
+def _is_failed_start(error: ray.train.TrainingFailedError) -> bool:
+    """Whether a worker died while its group started, or a moment later.
+
+    Ray Train does not count the first as a failure; the second reaches us as the error of an actor
+    or of a task.
+    """
+    cause = getattr(error, "controller_failure", None)
+    return _FAILED_START in str(error) or isinstance(cause, ray.exceptions.RayError)
+
+
 @contextmanager
 def _ctrl_c_as_before() -> Iterator[None]:
     """Restore the handler of SIGINT when Ray Train has replaced it, in the main thread.
@@ -266,7 +295,7 @@ def _ctrl_c_as_before() -> Iterator[None]:
 def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
     """Options that Ray Train reads only from environment variables."""
     joined = "0" if started_cluster() else "1"
-    # An elastic run looks after the timeout what there is now, and goes on with fewer workers.
+    # An elastic run tries with fewer workers after the timeout.
     return {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(30 if plan.is_elastic else wait_seconds),
         # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s
@@ -285,7 +314,7 @@ def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
 
 def _explained(
     error: Exception, request: TrainRequest, plan: WorkerPlan, wait_seconds: float, console: Console
-) -> RunError:
+) -> RunError | RequestError:
     """Why Ray Train has given up, in one line."""
     resume = request.how_to_resume
     manifest = request.folder / MANIFEST
@@ -299,6 +328,8 @@ def _explained(
     cause = getattr(error, "controller_failure", error)
     if isinstance(cause, RepeatingError):
         return RunError(str(cause))
+    if type(cause).__name__ == "InsufficientClusterResourcesError":  # its type is private too
+        return RequestError(f"--num-workers {plan.least}: {one_line(cause)}")
     if _START_TIMED_OUT in str(cause):
         return TryAgainError(f"{shortage(plan.needed, wait_seconds)}; {resume}")
     console.say_lines(str(error))

@@ -10,6 +10,7 @@ may hold all CPUs. PyTorch is not imported here, since the processes that read w
 """
 
 import itertools
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
@@ -36,14 +37,21 @@ from mnistsum_ray.data.inputs import SUFFIXES
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.data.randomness import RowTotals, split_keys
 from mnistsum_ray.data.sources import SPLITS, LabelledFile, Source, held_out_rows
-from mnistsum_ray.errors import RequestError, RowCountError, UnusableFileError, counted, root_cause
+from mnistsum_ray.errors import (
+    RequestError,
+    RowCountError,
+    TryAgainError,
+    UnusableFileError,
+    counted,
+    root_cause,
+)
 from mnistsum_ray.storage.bucket import arrow_place
 
 _BLOCKS_OF_RANK: Final = 64
 _LEAST_BLOCK_ROWS: Final = 32
 _MOST_BLOCK_ROWS: Final = 8192
 """The rows are cut into some 64 blocks a rank, of so many rows. Ranks get whole blocks, so their
-shards differ by the rows of one; each block costs a worker about a millisecond an epoch."""
+shards differ by the rows of a block or two; a block costs a worker a millisecond an epoch."""
 
 _FILES_OF_ACTOR: Final = 1000
 """Footers that an actor of Ray Data reads. Ray would start 32 such actors, each a process, also for
@@ -90,7 +98,13 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
         if not isinstance(getattr(error, "cause", error), OSError | ValueError):
             raise  # no fault of the data, such as want of memory
         _refuse_damaged_file(source)
-        raise RequestError(f"--data {source.location}: {root_cause(error)}") from error
+        problem = f"--data {source.location}: {root_cause(error)}"
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, OSError) and not isinstance(
+            cause, FileNotFoundError | PermissionError
+        ):
+            raise TryAgainError(f"{problem}; no file is damaged") from error
+        raise RequestError(problem) from error
     _check_counts(source, indexes)
     bad = _bad_rows(source, indexes)
     if bad.total and not skip_bad_rows:
@@ -154,7 +168,7 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
         filesystem, _ = places[0]
         actors = min(32, 1 + len(group) // _FILES_OF_ACTOR)
         with default_environment({"RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": str(actors)}):
-            rows = ray.data.read_parquet(  # noqa: TID251 - it refuses pickles: tests/data
+            rows = ray.data.read_parquet(  # noqa: TID251 - it refuses pickles: test_security.py
                 [path for _, path in places],
                 filesystem=filesystem,
                 file_extensions=[suffix.lstrip(".") for suffix in SUFFIXES],  # None: only parquet
@@ -270,15 +284,40 @@ def _bad_rows(source: Source, indexes: dict[str, pa.Table]) -> ReasonCounts:
         is_bad = index["reason"].is_valid().to_numpy()
         if not is_bad.any():
             continue
-        names = {arrow_place(file.path)[1]: file.name for file in source.files.get(split, [])}
+        bad = index.filter(is_bad)
         examples: list[BadRow] = []
-        for place in np.flatnonzero(is_bad)[:_NAMED_ROWS].tolist():
-            path, reason = index["path"][place].as_py(), index["reason"][place].as_py()
-            # The rows of a file come in their order.
-            row = pc.sum(pc.equal(index["path"][:place], path)).as_py() or 0
-            examples.append((names.get(path, path), row, reason))
-        counts.add(Counter(index["reason"].filter(is_bad).to_pylist()), examples)
+        if split in source.tables:
+            first = np.flatnonzero(is_bad)[:_NAMED_ROWS].tolist()
+            examples += [(index["path"][i].as_py(), i, index["reason"][i].as_py()) for i in first]
+        paths = {*pc.unique(bad["path"]).to_pylist()}
+        for file in source.files.get(split, []):
+            if arrow_place(file.path)[1] in paths and len(examples) < _NAMED_ROWS:
+                examples += _first_bad_rows(file, _NAMED_ROWS - len(examples))
+        counts.add(Counter(bad["reason"].to_pylist()), examples)
     return counts
+
+
+def _first_bad_rows(file: LabelledFile, count: int) -> list[BadRow]:
+    """The first rows of a file that cannot be used: so many at most.
+
+    The file is read again, since Ray Data reads the row groups of a large one in another order.
+    """
+    image, label, *_ = file.columns
+    folder = re.search(rf"(?:^|/){re.escape(label)}=([^/]*)/", file.name)
+    found: list[BadRow] = []
+    first_row = 0
+    with open_parquet(file.path) as parquet:
+        for batch in parquet.iter_batches(8192, columns=[image, label]):
+            is_column = label in batch.schema.names
+            labels = batch[label] if is_column or not folder else pa.repeat(folder[1], len(batch))
+            _, bad_images = decode_images(batch[image])
+            _, bad_digits = decode_numbers(labels, DIGITS)
+            reasons = join_reasons(bad_images, bad_digits, "digit")
+            found += [(file.name, first_row + row, reasons[row]) for row in sorted(reasons)]
+            if len(found) >= count:
+                break
+            first_row += len(batch)
+    return found[:count]
 
 
 def _refuse_damaged_file(source: Source) -> None:
@@ -286,7 +325,7 @@ def _refuse_damaged_file(source: Source) -> None:
     for file in itertools.chain(*source.files.values()):
         try:
             with open_parquet(file.path) as parquet:
-                for _ in parquet.iter_batches():
+                for _ in parquet.iter_batches(columns=file.columns[:2]):
                     pass
         except UnusableFileError as error:
             raise RequestError(f"--data {file.path.display}: {error}") from None

@@ -192,9 +192,13 @@ class RunRecord:
 
     def write_status(self, status: str) -> None:
         """Write how the run ends, unless it is finished; what fails here is left out."""
-        if self.manifest["status"] != "finished":
-            with suppress(OSError, RunError, KeyboardInterrupt):
-                (self.request.folder / MANIFEST).write(self.manifest | {"status": status})
+        if self.manifest["status"] == "finished":
+            return
+        file = self.request.folder / MANIFEST
+        with suppress(OSError, RunError, ValueError, KeyboardInterrupt):
+            # In a bucket another run of this name may have begun, or have finished.
+            if file.read_json().get("started") == self.manifest["started"]:
+                file.write(self.manifest | {"status": status})
 
     def add_epoch(self, line: dict[str, Any]) -> None:
         """Write history.jsonl with one more epoch, unless the whole of it was published."""

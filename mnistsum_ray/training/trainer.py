@@ -60,8 +60,8 @@ _NO_ROWS: Final[dict[str, np.ndarray]] = {
 class EpochSteps:
     """The steps of an epoch, which follow from the rows of all shards.
 
-    A rank takes its share of each batch until its shard is used up. Shards differ by the rows of a
-    block, so that the last batches of an epoch may be smaller.
+    A rank takes its share of each batch until its shard is used up. Shards differ by the rows of
+    a block or two, so that the last batches of an epoch may be smaller.
     """
 
     shards: tuple[int, ...]  # rows of each rank

@@ -1,6 +1,7 @@
 """Where no cluster can be joined or started, the job says why in one line."""
 
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import ray
@@ -48,3 +49,13 @@ def test_ray_that_cannot_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("RAY_TMPDIR", str(too_long))
     with pytest.raises(TryAgainError, match=r"^Ray cannot be started here: [^\n]*x{100}[^\n]*$"):
         connect()
+
+
+def test_a_cluster_outlives_the_thread_that_has_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux ends child processes with the thread that has started them, if they ask for it."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    thread = Thread(target=connect)
+    thread.start()
+    thread.join()
+    assert ray.get(ray.remote(lambda: 7).remote(), timeout=60) == 7
+    ray.shutdown()

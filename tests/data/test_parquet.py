@@ -65,6 +65,14 @@ def test_a_null_in_a_list_of_fixed_size_is_a_reason_and_not_the_end_of_the_file(
     assert bad == {1: "the image is null; fill it in or drop the row"}
 
 
+def test_columns_of_parquets_logical_types_are_plain_ones(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    ids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"1" * 16], pa.binary(16)))
+    texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{}"]))
+    pq.write_table(pa.table({"id": ids, "json": texts}), path)
+    assert read(path)[0].schema.types == [pa.binary(16), pa.string()]
+
+
 RANGES = [
     [range(30_000)],
     [range(1), range(1, 9_000), range(9_000, 30_000)],

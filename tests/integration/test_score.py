@@ -139,6 +139,10 @@ def test_a_busy_cluster_is_waited_for_until_the_time_limit(
     with pytest.raises(TryAgainError, match=said):
         score_here(model, tmp_path / "out", source, wait_seconds=3)
     remove_placement_group(held)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_SILENT_SECONDS", 1.0)  # less than a worker needs to start
+        with pytest.raises(TryAgainError, match="but after 1 s"):
+            score_here(model, tmp_path / "out", source)
     assert score_here(model, tmp_path / "out", source).line["scored_rows"] > 0
 
 

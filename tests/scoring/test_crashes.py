@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.errors import RunError, StorageError
+from mnistsum_ray.errors import RequestError, RunError, StorageError
 from mnistsum_ray.scoring.parts import PART_KEY
 from mnistsum_ray.storage.store import Location
 from tests.scoring.conftest import TIMED, Example, write_rows
@@ -60,7 +60,7 @@ def score(example: Example, **settings: Any) -> str:
     """Score; how it ended."""
     try:
         example.score(**settings)
-    except (RunError, StorageError):
+    except (RequestError, RunError, StorageError):
         return "failed"
     except Crash:
         return "crashed"

@@ -403,9 +403,15 @@ def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example
         example.input.rename(example.folder / "away")
         return score_without_ray(*given)
 
-    said = rf"^{example.file}: is not there.*; what is scored is kept"
-    with pytest.raises(TryAgainError, match=said):
+    gone, kept = (
+        rf"^{example.file}: is not there.*; ",
+        "what is scored is kept, and the same command ",
+    )
+    with pytest.raises(TryAgainError, match=f"{gone}{kept}goes on"):
         example.score(execute)
+    example.folder.joinpath("away").rename(example.input)
+    with pytest.raises(TryAgainError, match=f"{gone}{kept}without --overwrite "):
+        example.score(execute, overwrite=True)
     assert example.files(*TIMED).keys() == {"run.json"}
 
 

@@ -1,5 +1,6 @@
 """Files are written whole, listed, read by ranges and deleted, on a disk as in a store."""
 
+import errno
 import os
 import socket
 import struct
@@ -116,6 +117,14 @@ def test_a_missing_file_and_a_storage_that_is_silent_are_two_errors(
                 as_request_error("--output"),
             ):
                 silent.exists()
+
+
+def test_a_network_disk_that_is_gone_may_come_again() -> None:
+    place = Location("/mnt/share/a")
+    for number, kind in ((errno.ESTALE, NoAnswerError), (errno.ENOSPC, StorageError)):
+        with pytest.raises(StorageError) as raised, place.storage_errors("read"):
+            raise OSError(number, "why")
+        assert type(raised.value) is kind
 
 
 def test_a_store_that_arrow_does_not_reach_is_one_line() -> None:

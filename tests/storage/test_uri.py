@@ -62,6 +62,13 @@ def test_a_path_is_refused_with_the_reason(text: str, said: str) -> None:
         locate(text, "--output")
 
 
+def test_a_path_may_have_any_space() -> None:
+    """That of a screenshot on macOS, and those of French and Japanese."""
+    for space in "\u202f\u00a0\u3000":
+        path = f"/tmp/Screenshot 3.00{space}PM.png"
+        assert locate(path, "PICTURE").path == path
+
+
 KEYS = """
 s3://AKIA:topsecret@b/in s3://AKIA:top/secret@b/in s3://topsecret@b/in
 s3://AKIA:0/topsecret@b/in s3://AKIA:/topsecret@b/in s3//AKIA:topsecret@b

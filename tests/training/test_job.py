@@ -24,7 +24,7 @@ def request_of_run(tmp_path: Path) -> TrainRequest:
     return request
 
 
-def explained(request: TrainRequest, error: Exception) -> RunError:
+def explained(request: TrainRequest, error: Exception) -> Exception:
     return job._explained(error, request, PLAN, 30.0, Console(io.StringIO()))
 
 
