@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.fs import FileSystem
 
+from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import NoAnswerError, RequestError, TryAgainError
 from mnistsum_ray.reporting.console import Console
@@ -17,7 +18,7 @@ from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training import job
 from mnistsum_ray.training.rows import rows_in_memory
-from mnistsum_ray.training.run import TrainRequest, check_request
+from mnistsum_ray.training.run import RunRecord, TrainRequest, check_request
 
 SETTINGS: dict[str, Any] = {
     "epochs": 7,
@@ -133,3 +134,15 @@ def test_ray_stores_checkpoints_where_this_program_looks_for_them() -> None:
     for uri, path in ((in_store, f"bucket/{key}"), (f"/tmp/{key}?", f"/tmp/{key}?")):
         found = FileSystem.from_uri(arrow_uri(locate(uri, "--storage-path") / "checkpoints"))[1]
         assert found == f"{path}/checkpoints"
+
+
+def test_a_run_writes_no_status_over_that_of_another_which_has_begun_since(tmp_path: Path) -> None:
+    """In a bucket nothing keeps two runs of one name apart."""
+    request = asked(storage_path=str(tmp_path))
+    record = RunRecord(request, WorkerPlan(1, 1, {"CPU": 2.0}, 2), [])
+    record.manifest = {"status": "running", "started": "09:00"}
+    file = request.folder / "manifest.json"
+    for written, expected in (("10:00", "finished"), ("09:00", "failed")):
+        file.write({"status": "finished", "started": written})
+        record.write_status("failed")
+        assert file.read_json()["status"] == expected
