@@ -203,7 +203,7 @@ class ScoreConfig(JobConfig):
     strict: bool = False
     """write no manifest, and exit with 1, if any file or row cannot be scored"""
     overwrite: bool = False
-    """delete an earlier output first, and score everything again"""
+    """delete an earlier output first and score everything; not to go on with a scoring"""
     rescore_changed: bool = False
     """score files again that have changed since they were scored; without it they are refused"""
     keep_gone: bool = False
