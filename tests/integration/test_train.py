@@ -158,7 +158,7 @@ def test_a_finished_run_is_resumed_without_training(
     assert not list(Path.cwd().iterdir()), "Ray deletes the working folder of a submitted job"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_another_run_begins_with_its_weights(
     run: Path, card: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
@@ -208,7 +208,7 @@ class Raising(ray.train.UserCallback):
         raise ConnectionError("the tracking server is gone")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 def test_a_callback_that_raises_ends_the_run(data: Path, tmp_path: Path) -> None:
     config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", epochs=2)
