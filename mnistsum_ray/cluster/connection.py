@@ -136,7 +136,8 @@ def head_answers() -> bool:
     """Whether the head of the cluster that this process is connected to is still there."""
     import ray
 
-    return _answers(ray.get_runtime_context().gcs_address)
+    # Asked without a cluster, Ray would start one.
+    return ray.is_initialized() and _answers(ray.get_runtime_context().gcs_address)
 
 
 @contextmanager
@@ -145,18 +146,17 @@ def ended_without_head(say: Callable[[str], None], advice: str) -> Iterator[None
 
     Ten seconds later Ray's core would end it, with exit code 1.
     """
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
     given = os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s")  # noqa: SIM112
     reconnect_seconds = float(given or 60)
     done = threading.Event()
 
     def watch() -> None:
         answered = time.monotonic()
-        while not done.wait(1):
-            try:
-                is_there = head_answers()
-            except Exception:  # this process has left the cluster
-                return
-            if is_there:
+        while not done.wait(1) and ray.is_initialized():
+            if _answers(address):
                 answered = time.monotonic()
             elif time.monotonic() - answered > reconnect_seconds - 10:
                 say(f"error: the head of the Ray cluster does not answer; {advice}")

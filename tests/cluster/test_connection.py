@@ -6,7 +6,7 @@ from threading import Thread
 import pytest
 import ray
 
-from mnistsum_ray.cluster.connection import connect
+from mnistsum_ray.cluster.connection import connect, head_answers
 from mnistsum_ray.errors import RequestError, TryAgainError
 
 
@@ -58,4 +58,7 @@ def test_a_cluster_outlives_the_thread_that_has_started_it(monkeypatch: pytest.M
     thread.start()
     thread.join()
     assert ray.get(ray.remote(lambda: 7).remote(), timeout=60) == 7
+    assert head_answers()
     ray.shutdown()
+    assert not head_answers()
+    assert not ray.is_initialized(), "a question starts no cluster"
