@@ -210,7 +210,7 @@ def run_trainer(
     follower = EventFollower(console, metrics, record.add_epoch)
     wait_seconds = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     console.say(f"training with {plan}")
-    failed_starts = 0
+    failed_starts = late_starts = 0
     now = plan
     with (
         follower.following(),
@@ -226,11 +226,14 @@ def run_trainer(
                     return finished
             except ray.train.TrainingFailedError as error:
                 if plan.is_elastic and _START_TIMED_OUT in str(error):
-                    # Ray takes for free what other jobs hold: fewer workers, and after the least
-                    # number all of them again, may be there.
-                    now = replace(now, most=now.most - 1 if now.is_elastic else plan.most)
-                    console.say(f"the workers have not come in time; trying with {now}")
+                    epochs_before = len(start.history)
                     start = find_start(request, console)
+                    late_starts = 1 if len(start.history) > epochs_before else late_starts + 1
+                    # First all again, since Ray may not have seen yet that a node is lost. Then
+                    # fewer, since it takes for free what other jobs hold.
+                    fewer = (late_starts - 1) % (plan.most - plan.least + 1)
+                    now = replace(plan, most=plan.most - fewer)
+                    console.say(f"the workers have not come in time; trying with {now}")
                     continue
                 if not _is_failed_start(error) or failed_starts == max_failures:
                     raise _explained(error, request, plan, wait_seconds, console) from error
