@@ -253,8 +253,12 @@ def test_a_training_whose_disk_is_full_ends_and_is_resumed_when_there_is_room(
 
 
 @pytest.mark.nightly
-def test_an_elastic_run_shrinks_and_grows(four_nodes: Cluster, tmp_path: Path) -> None:
-    """Ray waits 30 s for a node that was lost, and looks every 30 s for more workers."""
+def test_an_elastic_run_shrinks_and_grows(
+    four_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray waits for a node that was lost, and looks every 30 s for more workers."""
+    # By itself the job gives its workers 30 s to start, which beside other tests is too short.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     flags = ["--epochs", 1000, "--num-workers", "1,3", "--threads", 2]
     job = Job(*training(Path("sample"), tmp_path, *flags), address=four_nodes.address)
     job.wait_for_line("epoch 2: loss ")
