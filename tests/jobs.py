@@ -93,7 +93,7 @@ class Job:
         self._seen: list[str] = []
         _jobs.append(self)
 
-    def wait_for_line(self, beginning: str) -> str:
+    def wait_for_line(self, beginning: str | tuple[str, ...]) -> str:
         """Read standard error to a line that begins so after the run's name; return the rest."""
         for line in self.process.stderr:
             self._seen.append(line)

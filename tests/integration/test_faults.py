@@ -261,21 +261,30 @@ def test_an_elastic_run_shrinks_and_grows(
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     flags = ["--epochs", 1000, "--num-workers", "1,3", "--threads", 2]
     job = Job(*training(Path("sample"), tmp_path, *flags), address=four_nodes.address)
-    job.wait_for_line("epoch 2: loss ")
+
+    def wait_for_workers(count: int) -> int:
+        """Wait until so many train; return the epochs that were done before.
+
+        Where a job before it has just died, the run begins with fewer.
+        """
+        begins = rf"(?:beginning|going on after epoch (\d+)), on {count} workers"
+        while True:
+            found = re.match(begins, job.wait_for_line(("beginning, on", "going on after epoch ")))
+            if found:
+                return int(found[1] or 0)
+
+    start = wait_for_workers(3)
+    job.wait_for_line(f"epoch {start + 2}: loss ")
     four_nodes.remove_node(four_nodes.list_all_nodes()[-1], allow_graceful=False)
-    line = job.wait_for_line("going on after epoch ")
-    shrunk = re.match(r"going on after epoch (\d+), on 2 workers", line)
-    assert shrunk, line
+    shrunk = wait_for_workers(2)
     add_node(four_nodes)
-    line = job.wait_for_line("going on after epoch ")
-    grown = re.match(r"going on after epoch (\d+), on 3 workers", line)
-    assert grown, line
-    job.wait_for_line(f"epoch {int(grown[1]) + 1}: loss ")
+    grown = wait_for_workers(3)
+    job.wait_for_line(f"epoch {grown + 1}: loss ")
     job.process.send_signal(signal.SIGTERM)
     assert job.wait().code == 128 + signal.SIGTERM
     workers = [line["workers"] for line in history_of(tmp_path / "mine")]
-    first, second = int(shrunk[1]), int(grown[1])
-    assert workers[: second + 1] == [*[3] * first, *[2] * (second - first), 3]
+    expected = [*[3] * (shrunk - start), *[2] * (grown - shrunk), 3]
+    assert workers[start : grown + 1] == expected
 
 
 # Scoring.
