@@ -114,7 +114,7 @@ def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> 
     probe: Any = [RAY, "job", "submit", "--no-wait", "--", "true"]
     wait_until(lambda: subprocess.run(probe, **SILENT).returncode == 0, 120)
     ray_job(*submit, "--", *train, "--name", "stopped")
-    wait_until((run / "history.jsonl").exists, 180)
+    wait_until((run / "history.jsonl").exists, 300)
     ray_job("stop", "train")
     log = ray_job("logs", "train")
     command = f"python jobs/train.py --storage-path {run.parent} --name stopped --resume"
