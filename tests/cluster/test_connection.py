@@ -51,6 +51,7 @@ def test_ray_that_cannot_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
         connect()
 
 
+@pytest.mark.slow
 def test_a_cluster_outlives_the_thread_that_has_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux ends child processes with the thread that has started them, if they ask for it."""
     monkeypatch.setenv("RAY_ADDRESS", "local")

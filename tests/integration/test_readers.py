@@ -22,7 +22,7 @@ from mnistsum_ray.data.images import Pixels
 from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import score_here
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 ROWS = 60
 """Of each file."""
