@@ -12,6 +12,8 @@ may hold all CPUs. PyTorch is not imported here, since the processes that read w
 import itertools
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
@@ -292,7 +294,8 @@ def _bad_rows(source: Source, indexes: dict[str, pa.Table]) -> ReasonCounts:
         paths = {*pc.unique(bad["path"]).to_pylist()}
         for file in source.files.get(split, []):
             if arrow_place(file.path)[1] in paths and len(examples) < _NAMED_ROWS:
-                examples += _first_bad_rows(file, _NAMED_ROWS - len(examples))
+                with _refused_if_damaged(file):  # Ray Data does not check the CRC of pages
+                    examples += _first_bad_rows(file, _NAMED_ROWS - len(examples))
         counts.add(Counter(bad["reason"].to_pylist()), examples)
     return counts
 
@@ -323,12 +326,18 @@ def _first_bad_rows(file: LabelledFile, count: int) -> list[BadRow]:
 def _refuse_damaged_file(source: Source) -> None:
     """RequestError that names the file which cannot be read, if there is one."""
     for file in itertools.chain(*source.files.values()):
-        try:
-            with open_parquet(file.path) as parquet:
-                for _ in parquet.iter_batches(columns=file.columns[:2]):
-                    pass
-        except UnusableFileError as error:
-            raise RequestError(f"--data {file.path.display}: {error}") from None
+        with _refused_if_damaged(file), open_parquet(file.path) as parquet:
+            for _ in parquet.iter_batches(columns=file.columns[:2]):
+                pass
+
+
+@contextmanager
+def _refused_if_damaged(file: LabelledFile) -> Iterator[None]:
+    """RequestError that names the file if the block cannot read it."""
+    try:
+        yield
+    except UnusableFileError as error:
+        raise RequestError(f"--data {file.path.display}: {error}") from None
 
 
 class WholeShards(DataConfig):
