@@ -45,7 +45,7 @@ from mnistsum_ray.errors import (
     shortened,
     spelled,
 )
-from mnistsum_ray.storage.uri import as_request_error, hide_keys, locate
+from mnistsum_ray.storage.uri import as_request_error, hide_secrets, locate
 
 _HELP: Final = """
 The value of an unset flag is in brackets below; a bare flag that takes true or
@@ -189,7 +189,7 @@ class Parser(ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise RequestError(hide_keys(message).removeprefix("argument "))
+        raise RequestError(hide_secrets(message).removeprefix("argument "))
 
 
 def parse(kind: type[Config], argv: list[str], description: str = "", command: str = "") -> Config:
@@ -211,7 +211,7 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
         _add_flag(group, name, field)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag = shortened(hide_keys(unknown[0]).partition("=")[0])
+        flag = shortened(hide_secrets(unknown[0]).partition("=")[0])
         hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config", "--json"])
         raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
     flags = vars(given)
@@ -277,7 +277,7 @@ def _message(error: ValidationError, in_file: Container[str], known: Iterable[st
     """One line on all settings that are wrong or missing, each by its flag or key."""
     problems: dict[str, list[str]] = defaultdict(list)
     for found in error.errors():
-        setting = hide_keys(str(found["loc"][0]))
+        setting = hide_secrets(str(found["loc"][0]))
         problem = found["msg"].removeprefix("Value error, ")
         if found["type"] == "missing":
             problem = "required, here or in the config file (--help has examples)"
@@ -358,5 +358,5 @@ def _explain(error: BaseException, received: signal.Signals | None) -> int:
     elif isinstance(error, TryAgainError):
         code = os.EX_TEMPFAIL  # 75: Kubernetes, cron and Airflow can tell it from a typo
     with suppress(OSError):  # the reader of standard error may have closed it
-        print(printable(hide_keys(text)), file=sys.stderr, flush=True)
+        print(printable(hide_secrets(text)), file=sys.stderr, flush=True)
     return code

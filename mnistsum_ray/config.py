@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from mnistsum_ray.storage.uri import KEYS_REFUSED, may_hold_keys
+from mnistsum_ray.storage.uri import SECRETS_REFUSED, may_hold_secrets
 
 if TYPE_CHECKING:  # a program may give a Path, and a list of them; the field then has texts
     Place: TypeAlias = str | Any
@@ -44,8 +44,8 @@ class JobConfig(BaseModel):
         if any(isinstance(one, Path) and re.match(r"\w+:/", str(one)) for one in values):
             raise ValueError("a Path holds no URI; give a text")
         texts = [str(one) if isinstance(one, Path) else one for one in values]
-        if any(isinstance(text, str) and may_hold_keys(text) for text in texts):
-            raise ValueError(KEYS_REFUSED)
+        if any(isinstance(text, str) and may_hold_secrets(text) for text in texts):
+            raise ValueError(SECRETS_REFUSED)
         return texts if is_list else texts[0]
 
 
@@ -61,7 +61,7 @@ _RECIPES: Final[dict[str, tuple[Any, Any, Any]]] = {
 }
 """What each recipe sets, in the order of RecipeName."""
 
-SMALL_ROWS: Final = 20_000
+FEW_ROWS: Final = 20_000
 
 # An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
 # epochs. Few steps need a higher learning rate and label smoothing.
@@ -71,13 +71,13 @@ _RECIPES_OF_FEW_ROWS: Final = _RECIPES | {
     "learning_rate": (0.05, 0.05, 0.02),
     "label_smoothing": (0.05, 0.05, 0.05),
 }
-"""The same with fewer than SMALL_ROWS training rows."""
+"""The same with fewer than FEW_ROWS training rows."""
 
 
-def recipe_defaults(name: RecipeName, *, small: bool) -> dict[str, Any]:
-    """Hyperparameters that a recipe sets; `small` for fewer than SMALL_ROWS training rows."""
+def recipe_defaults(name: RecipeName, *, few_rows: bool) -> dict[str, Any]:
+    """Hyperparameters that a recipe sets; `few_rows` for fewer than FEW_ROWS training rows."""
     recipe = get_args(RecipeName).index(name)
-    table = _RECIPES_OF_FEW_ROWS if small else _RECIPES
+    table = _RECIPES_OF_FEW_ROWS if few_rows else _RECIPES
     return {field: values[recipe] for field, values in table.items()}
 
 
@@ -85,7 +85,7 @@ def _recipe(field: str, text: str, **limits: Any) -> Any:
     """An optional field that the recipe sets: its help is the text, and the recipes' values."""
     quick, short, long = _RECIPES[field]
     few = ", ".join(f"{value:g}" for value in _RECIPES_OF_FEW_ROWS[field])
-    values = f"quick {quick:g}, short {short:g}, long {long:g}; under {SMALL_ROWS:,} rows {few}"
+    values = f"quick {quick:g}, short {short:g}, long {long:g}; under {FEW_ROWS:,} rows {few}"
     return Field(default=None, description=f"{text} [{values}]", **limits)
 
 

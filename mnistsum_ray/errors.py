@@ -32,19 +32,19 @@ class StorageError(OSError):
     """The storage refuses, and would give the same answer again."""
 
 
-class PassingStorageError(StorageError):
+class TransientStorageError(StorageError):
     """Another attempt may succeed."""
 
 
-class NoAnswerError(PassingStorageError):
+class NoAnswerError(TransientStorageError):
     """The storage does not answer, or is not able to now, although it was asked again."""
 
 
-class MissingFileError(PassingStorageError):
+class MissingFileError(TransientStorageError):
     """There is no such file."""
 
 
-class ConflictError(PassingStorageError):
+class ConflictError(TransientStorageError):
     """There is a file already where none should be, or another version than the one expected."""
 
 
@@ -58,7 +58,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 def ended_by_storage(error: StorageError, how_to_go_on: str) -> RunError:
     """The end of a job by its storage, which may answer later or never."""
-    kind = TryAgainError if isinstance(error, PassingStorageError) else RunError
+    kind = TryAgainError if isinstance(error, TransientStorageError) else RunError
     first_line = str(error).partition("\n")[0]  # below it of an actor's error is Ray's advice
     return kind(f"{first_line}; {how_to_go_on}")
 

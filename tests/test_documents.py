@@ -35,7 +35,7 @@ def test_a_command_that_is_shown_parses() -> None:
 def test_the_recipes_have_the_epochs_that_readme_says() -> None:
     text = (ROOT / "README.md").read_text()
     for recipe in ("quick", "short", "long"):
-        epochs = recipe_defaults(recipe, small=False)["epochs"]
+        epochs = recipe_defaults(recipe, few_rows=False)["epochs"]
         assert re.search(rf"`{recipe}` \({epochs}\b", text), recipe
 
 

@@ -50,7 +50,7 @@ def list_inputs(
         # Of a key at the top of a bucket it is empty, where pathlib's parent would be a dot.
         folders.append(place if glob else place.at(os.path.dirname(place.path)))  # noqa: PTH120
         with as_request_error(flag):
-            listed = _list(place, glob, flag) if glob else {place.path: place.entry()}
+            listed = _list(place, glob, flag) if glob else {place.path: place.file_entry()}
         for path, file in listed.items():
             found[path] = found.get(path) or file  # what one leaves out another may name
     inputs = _sort_out(_common_root(folders, flag), found)
@@ -102,7 +102,7 @@ def _parse(text: str, flag: str) -> tuple[Location, list[str]]:
     with as_request_error(flag):
         if location.is_folder():
             return location, glob or ["**"]
-        if not glob and location.entry():
+        if not glob and location.file_entry():
             return location, []
     raise RequestError(f"{flag} {text}: there is no such file or folder ({location.display})")
 

@@ -22,7 +22,7 @@ NUMBERS: Final = 10
 """Numbers are 0..NUMBERS - 1: a training row gets one at random, a row to be scored has its own."""
 
 
-class RandomStream(IntEnum):
+class Purpose(IntEnum):
     """Purpose of a draw, as a part of its key: draws for two purposes are not correlated.
 
     The values are part of each run's numbers: never renumber them.
@@ -43,7 +43,7 @@ def _mix(z: Bits) -> Bits:
     return z ^ (z >> np.uint64(31))
 
 
-def _bits(seed: int, epoch: int, purpose: RandomStream, row_ids: RowIds) -> Bits:
+def _bits(seed: int, epoch: int, purpose: Purpose, row_ids: RowIds) -> Bits:
     """64 random bits for each row: uint64 of the shape of `row_ids`."""
     key = np.zeros(1, np.uint64)
     for part in (seed, epoch, purpose):
@@ -53,7 +53,7 @@ def _bits(seed: int, epoch: int, purpose: RandomStream, row_ids: RowIds) -> Bits
 
 def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.int8]:
     """The number that each row is paired with in an epoch, uniform: int8[n]."""
-    bits = _bits(seed, epoch, RandomStream.NUMBER, row_ids)
+    bits = _bits(seed, epoch, Purpose.NUMBER, row_ids)
     # Lemire, 2019: multiply and shift; the bias is below NUMBERS / 2**32.
     numbers = ((bits >> np.uint64(32)) * np.uint64(NUMBERS)) >> np.uint64(32)
     return numbers.astype(np.int8)
@@ -64,12 +64,12 @@ def split_keys(row_ids: RowIds) -> Bits:
 
     They depend on no seed, so that runs with different seeds can be compared.
     """
-    return _bits(0, 0, RandomStream.SPLIT, row_ids)
+    return _bits(0, 0, Purpose.SPLIT, row_ids)
 
 
 def distortions(seed: int, epoch: int, row_ids: RowIds, strength: float) -> npt.NDArray[np.float32]:
     """The random distortion of each training image in an epoch, as of `affine_matrices`."""
-    bits = _bits(seed, epoch, RandomStream.DISTORTION, row_ids)
+    bits = _bits(seed, epoch, Purpose.DISTORTION, row_ids)
     draws = np.empty((len(row_ids), 6), np.float32)
     for column in draws.T:
         column[:] = (bits >> np.uint64(40)) * (2 / 2**24) - 1
@@ -98,7 +98,7 @@ def affine_matrices(draws: npt.NDArray[np.float32], strength: float) -> npt.NDAr
     return np.stack(x_row + y_row, axis=1, dtype=np.float32)
 
 
-def step_seed(seed: int, epoch: int, index: int, purpose: RandomStream) -> int:
+def step_seed(seed: int, epoch: int, index: int, purpose: Purpose) -> int:
     """Seed of a generator for a step, or for the order of a rank's rows: 0..2**63 - 1."""
     return int(_bits(seed, epoch, purpose, np.array([index], np.int64))[0] >> np.uint64(1))
 

@@ -108,11 +108,11 @@ def held_out_rows(train_rows: int) -> int:
     return min(5000, train_rows // 10)
 
 
-CountFooters = Callable[[str, int], Callable[[int], None]]
+StartProgress = Callable[[str, int], Callable[[int], None]]
 """Gets the name and number of the things that will be counted; returns what adds to the count."""
 
 
-def open_source(config: LabelledDataConfig, progress: CountFooters | None = None) -> Source:
+def open_source(config: LabelledDataConfig, progress: StartProgress | None = None) -> Source:
     """Find what `--data` names; `progress` counts the footers that have been read.
 
     Raises:
@@ -227,7 +227,7 @@ def _in_memory(name: str, location: str, rows: dict[str, tuple[Pixels, Numbers]]
 
 
 def _parquet(
-    config: LabelledDataConfig, location: Location, progress: CountFooters | None
+    config: LabelledDataConfig, location: Location, progress: StartProgress | None
 ) -> Source:
     mnist = f"MNIST's files ({_MNIST_FILE}, …, not gzipped) on a local disk"
     found = list_inputs([config.data], flag="--data", none=f"holds neither {mnist} nor Parquet")

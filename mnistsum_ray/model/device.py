@@ -95,7 +95,7 @@ def broadcast_state(module: nn.Module) -> None:
             value.copy_(sent)
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
+def describe_hardware(device: torch.device) -> dict[str, Any]:
     """Hardware of this machine, to be recorded with measurements."""
     return {
         "cpu": describe_cpu().get("model name") or platform.processor(),

@@ -72,7 +72,7 @@ def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     # The place itself comes last: of a folder some stores say that it is there, and empty.
     candidates = (place / WEIGHTS_FILE, place / "model" / WEIGHTS_FILE, place)
     with as_request_error():
-        file = next((file for file in candidates if file.entry()), None)
+        file = next((file for file in candidates if file.file_entry()), None)
         if file is None:
             raise RequestError(f"{place.display}: holds no model (no {WEIGHTS_FILE})")
         data = file.read_bytes()

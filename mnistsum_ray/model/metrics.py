@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mnistsum_ray.data.images import DIGITS, SIDE, Pixels
 from mnistsum_ray.data.randomness import NUMBERS, RowTotals, mix_ids
-from mnistsum_ray.model.device import all_reduce_sum, hardware
+from mnistsum_ray.model.device import all_reduce_sum, describe_hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
 from mnistsum_ray.model.heads import HEADS
 from mnistsum_ray.model.network import Logits, TwoHeadCNN, make_network
@@ -234,5 +234,5 @@ def finish_model(
     description["calibration_error"] = {name: head["ece"] for name, head in of_heads}
     description["trained_sha256"] = trained_sha256
     description["temperatures_in_weights"] = temperatures
-    used = hardware(next(trained.parameters()).device)
+    used = describe_hardware(next(trained.parameters()).device)
     return FinishedModel(history, weights, description, analysis, mistake_images, used, precision)

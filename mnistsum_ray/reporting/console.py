@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from mnistsum_ray.errors import percent, printable
 from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.storage.uri import hide_keys
+from mnistsum_ray.storage.uri import hide_secrets
 
 UPDATE_SECONDS: Final = 2.0
 """Minimum time between two updates of progress."""
@@ -127,7 +127,7 @@ class Console(AbstractContextManager["Console"]):
         extra: dict[str, Any] = {"mnistsum_run": self.run}
         if self._stream is not sys.stderr:  # no stream in a record can be sent to other processes
             extra["mnistsum_stream"] = self._stream
-        LOG.info("%s", printable(hide_keys(text)), extra=extra)
+        LOG.info("%s", printable(hide_secrets(text)), extra=extra)
         self._last_line = time.monotonic()
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mnistsum_ray import __version__
 from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.errors import counted, one_line, percent
+from mnistsum_ray.errors import counted, one_line, percent, spelled
 from mnistsum_ray.model.heads import HEADS, Head
 from mnistsum_ray.reporting.console import accuracies
 from mnistsum_ray.storage.store import Location
@@ -162,11 +162,13 @@ def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
     settings = manifest["config"] | {key: manifest[key] for key in keys if key in manifest}
     rows = []
     for key, value in (settings | {"weights": model}).items():
+        if isinstance(value, list):
+            value = " ".join(map(str, value))
         if isinstance(value, dict):
-            shown = [name for name in value if value[name] is not None and name != "bad_rows"]
+            shown = [name for name in value if value[name] not in (None, "") and name != "bad_rows"]
             value = ", ".join(f"{name} {value[name]}" for name in shown)
         if value is not None:
-            rows.append((key.replace("_", "-"), value))
+            rows.append((key.replace("_", "-"), spelled(value)))
     return "Configuration", (), rows
 
 

@@ -128,7 +128,7 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
         for part, table in zip(parts, read_ranges(parquet, ranges), strict=True):
             # A file on a disk may be rewritten while it is read. Each request for an object names
             # the ETag, so the store itself sees to that.
-            if file.is_local and file.entry() != listed:
+            if file.is_local and file.file_entry() != listed:
                 raise ConflictError  # of which open_parquet says that the file has changed
             images, bad_images = decode_images(table[config.image_column])
             numbers, bad_numbers = decode_numbers(table[config.number_column])

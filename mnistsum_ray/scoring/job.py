@@ -41,8 +41,8 @@ from mnistsum_ray.scoring import output
 from mnistsum_ray.scoring.actor import Answer, ScoreParts
 from mnistsum_ray.scoring.parts import (
     PREDICTIONS,
+    FoundParts,
     Part,
-    PartsThere,
     first_parts,
     make_tasks,
     read_parts,
@@ -206,7 +206,7 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
     return output.publish(request, failures, there, fields, console)
 
 
-def _read_again(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> PartsThere:
+def _read_again(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> FoundParts:
     """The parts after the scoring. TryAgainError: they are no longer of this run alone."""
     try:
         return read_parts(request, planned, console)

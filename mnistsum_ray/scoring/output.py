@@ -38,7 +38,7 @@ from mnistsum_ray.scoring.parts import (
     NOT_OURS,
     PREDICTIONS,
     START_OVER,
-    PartsThere,
+    FoundParts,
     read_footers,
     refusal,
 )
@@ -108,7 +108,7 @@ def delete_output(output: Location, console: Console) -> None:
         (output / RUN_FILE).delete()
 
 
-def check_may_go_on(request: ScoreRequest, there: PartsThere) -> None:
+def check_may_go_on(request: ScoreRequest, there: FoundParts) -> None:
     """RequestError: parts are of input that has changed or is gone, and no flag says what to do."""
     if there.stale and not request.config.rescore_changed:
         parts = there.stale
@@ -124,7 +124,7 @@ def check_may_go_on(request: ScoreRequest, there: PartsThere) -> None:
 
 
 def check_complete(
-    request: ScoreRequest, asked: Set[str], before: PartsThere, there: PartsThere
+    request: ScoreRequest, asked: Set[str], before: FoundParts, there: FoundParts
 ) -> None:
     """Check at the end that the folder is of this run still, and holds its parts and no others.
 
@@ -151,7 +151,7 @@ def check_complete(
 def publish(
     request: ScoreRequest,
     failures: Mapping[str, str],
-    there: PartsThere,
+    there: FoundParts,
     fields: dict[str, Any],
     console: Console,
 ) -> ScoreResult:
@@ -252,7 +252,7 @@ def _read_images(
 
 
 def _rows_of_files(
-    request: ScoreRequest, failures: Mapping[str, str], there: PartsThere
+    request: ScoreRequest, failures: Mapping[str, str], there: FoundParts
 ) -> list[dict[str, Any]]:
     """The rows of files.parquet."""
     rows: list[tuple[Any, ...]] = []  # in the order of the schema

@@ -118,7 +118,7 @@ def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[
 
 
 @dataclass
-class PartsThere:
+class FoundParts:
     """What the output folder holds of a plan, by the footers of its parts."""
 
     done: set[str] = field(default_factory=set)  # planned parts that are whole and of this run
@@ -133,13 +133,13 @@ class PartsThere:
     rejected: Counter[str] = field(default_factory=Counter)  # those of them that are rejected
 
 
-def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> PartsThere:
+def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> FoundParts:
     """Read the footers of all parts in the output folder, and compare them with the plan.
 
     RequestError: a part is of another run, or a file is of another program.
     """
     inputs = {file.name for file in request.files}
-    there = PartsThere()
+    there = FoundParts()
     for name, rows, footer in read_footers(request.output, console):
         if footer.get("run") != request.run_id:
             problem = f"{PREDICTIONS}/{name} is of another run than run.json"

@@ -66,7 +66,7 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     """
     output = locate(config.output, "--output", output_base_folder())
     with as_request_error("--output"):
-        if output.entry():
+        if output.file_entry():
             raise RequestError(f"--output {output.display}: is a file; name a folder")
     inputs = list_inputs(config.input, output)
     report_skipped(inputs.skipped, console.say)

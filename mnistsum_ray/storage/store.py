@@ -93,7 +93,7 @@ class Location:
         here, above = Path(follow(self.path)), Path(follow(folder.path))
         return here.relative_to(above).parts if here.is_relative_to(above) else None
 
-    def entry(self) -> Entry | None:
+    def file_entry(self) -> Entry | None:
         """The file here; None where there is none, or a folder."""
         with self.storage_errors("read"):
             try:
@@ -116,7 +116,7 @@ class Location:
 
     def exists(self) -> bool:
         """Whether there is a file or a folder here."""
-        return self.is_folder() or self.entry() is not None
+        return self.is_folder() or self.file_entry() is not None
 
     def read_bytes(self) -> bytes:
         """The whole file."""
@@ -134,7 +134,7 @@ class Location:
 
         ConflictError, here or at a later read: it is not the one that was listed.
         """
-        listed = listed or self.entry()
+        listed = listed or self.file_entry()
         if listed is None:
             raise self._missing()
         if not self.is_local:
@@ -160,7 +160,7 @@ class Location:
         with self.storage_errors("listed"):
             if self.is_local:
                 paths = _walk(self.path, enter) if Path(self.path).is_dir() else ()
-                return sorted(self.at(path).entry() or Entry(path) for path in paths)
+                return sorted(self.at(path).file_entry() or Entry(path) for path in paths)
             entries = self._objects()
             folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
             # An empty object with the name of a folder only marks it: consoles make those.
@@ -174,7 +174,7 @@ class Location:
 
         def look(key: str) -> Entry:
             with suppress(ValueError):  # obstore takes no odd key
-                return self.at(key).entry() or Entry(key)
+                return self.at(key).file_entry() or Entry(key)
             return Entry(key)
 
         return list(in_threads(self, look, keys))
@@ -251,8 +251,9 @@ class Location:
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
-        passes = getattr(error, "errno", None) in _PASSING or _NO_ANSWER.search(str(error))
-        kind = NoAnswerError if passes else StorageError
+        is_transient = getattr(error, "errno", None) in _TRANSIENT
+        has_no_answer = _NO_ANSWER.search(str(error))
+        kind = NoAnswerError if is_transient or has_no_answer else StorageError
         return kind(f"{self.display}: cannot be {what}: {cause}")
 
     def _missing(self) -> MissingFileError:
@@ -263,7 +264,13 @@ class Location:
         return ConflictError(f"{self.display}: was written by another")
 
 
-_PASSING: Final = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+_TRANSIENT: Final = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+}
 """Errors of a network disk that another attempt may not meet."""
 
 _NO_ANSWER: Final = re.compile(r"HTTP error: |status code:? (429|5\d\d)")

@@ -17,12 +17,12 @@ from mnistsum_ray.storage.store import Location
 _OPTIONS: Final = re.compile("region|scheme|endpoint_override|allow_bucket_(creation|deletion)")
 """What the query of a URI may hold, as Arrow has it; none of it is a key."""
 
-KEYS_REFUSED: Final = (
+SECRETS_REFUSED: Final = (
     "must have no user info, and no query but region, endpoint_override, scheme and allow_bucket_…;"
     " keys belong in the environment, such as AWS_SECRET_ACCESS_KEY, "
     "GOOGLE_APPLICATION_CREDENTIALS or AZURE_STORAGE_ACCOUNT_KEY"
 )
-"""Message on a text that `may_hold_keys`, which it must not quote."""
+"""Message on a text that `may_hold_secrets`, which it must not quote."""
 
 _USER_INFO: Final = re.compile(
     r"//[^/?\s@]*:[^\s@]*(@|%40)"  # `//ID:KEY@`, and a key may hold slashes
@@ -42,8 +42,8 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
 
     A relative path starts at `base` or at the working folder.
     """
-    if may_hold_keys(text):
-        raise RequestError(f"{flag}: {KEYS_REFUSED}")
+    if may_hold_secrets(text):
+        raise RequestError(f"{flag}: {SECRETS_REFUSED}")
     if ODD_CHARACTERS.search(text):
         raise RequestError(f"{flag} {text}: holds control characters, or is not UTF-8")
     scheme, colon, rest = text.partition("://")
@@ -132,7 +132,7 @@ def output_base_folder() -> Path:
     return Path.home() if "working_dir_files" in here.parts else here
 
 
-def may_hold_keys(text: str) -> bool:
+def may_hold_secrets(text: str) -> bool:
     """Whether a URI, perhaps mistyped, has user info, or a query that may be a key."""
     if _USER_INFO.search(text):
         return True
@@ -141,6 +141,6 @@ def may_hold_keys(text: str) -> bool:
     return any(not _OPTIONS.fullmatch(name) or "@" in value for name, value in options)
 
 
-def hide_keys(text: str) -> str:
+def hide_secrets(text: str) -> str:
     """The text without the user info of any URI in it, for what is printed."""
     return _USER_INFO.sub("//…@", text)

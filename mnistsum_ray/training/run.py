@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from mnistsum_ray.config import SMALL_ROWS, Hyperparameters, TrainConfig, recipe_defaults
+from mnistsum_ray.config import FEW_ROWS, Hyperparameters, TrainConfig, recipe_defaults
 from mnistsum_ray.data.randomness import NUMBERS
-from mnistsum_ray.data.sources import CountFooters, Source, open_source
+from mnistsum_ray.data.sources import Source, StartProgress, open_source
 from mnistsum_ray.errors import (
     MissingFileError,
     RequestError,
@@ -68,7 +68,7 @@ class TrainRequest:
         return f"checkpoints are kept, and this command resumes: {command}"
 
 
-def check_request(config: TrainConfig, progress: CountFooters | None = None) -> TrainRequest:
+def check_request(config: TrainConfig, progress: StartProgress | None = None) -> TrainRequest:
     """Check the request and fill in its defaults. `progress` is that of `open_source`.
 
     Raises:
@@ -91,7 +91,7 @@ def check_request(config: TrainConfig, progress: CountFooters | None = None) -> 
         else:
             _check_free(folder, name, begun)
     source = open_source(config, progress).limited(config.max_rows)
-    recipe = recipe_defaults(config.recipe, small=source.train_rows < SMALL_ROWS)
+    recipe = recipe_defaults(config.recipe, few_rows=source.train_rows < FEW_ROWS)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # Absolute paths, so that --resume from another folder finds the same data.
     chosen |= {"name": name, "storage_path": storage.display, "resume": resume}
@@ -107,7 +107,7 @@ def _check_free(folder: Location, name: str, begun: bool) -> None:
     if begun:
         raise RequestError(f"{taken} exists; go on with --resume, or choose another name")
     names = [file.path.removeprefix(folder.path).lstrip("/") for file in folder.files()]
-    if folder.entry() is not None or not all(map(is_hidden, names)):
+    if folder.file_entry() is not None or not all(map(is_hidden, names)):
         raise RequestError(f"{taken} holds other files, and no run; choose another name")
 
 

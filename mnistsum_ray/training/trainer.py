@@ -16,7 +16,7 @@ from torch import Tensor
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import SIDE
 from mnistsum_ray.data.randomness import (
-    RandomStream,
+    Purpose,
     RowTotals,
     distortions,
     mix_ids,
@@ -164,7 +164,7 @@ class Trainer:
         """The rows of this rank on its device, in the order of an epoch."""
         parameters, share = self.parameters, self._steps.share(self.rank)
         rows = self._steps.shards[self.rank]
-        seed = step_seed(parameters.seed, epoch, self.rank, RandomStream.ROW_ORDER)
+        seed = step_seed(parameters.seed, epoch, self.rank, Purpose.ROW_ORDER)
         return iter(
             self._shard.iter_torch_batches(
                 batch_size=share,
@@ -250,7 +250,7 @@ class Trainer:
         if not self.parameters.dropout:
             return None
         index = step * self.world_size + self.rank
-        seed = step_seed(self.parameters.seed, epoch, index, RandomStream.DROPOUT)
+        seed = step_seed(self.parameters.seed, epoch, index, Purpose.DROPOUT)
         generator = torch.Generator(self._device).manual_seed(seed)
         return dropout_factors(rows, self.parameters.dropout, generator)
 

@@ -203,7 +203,7 @@ def test_an_odd_key_is_left_out_and_no_other(monkeypatch: pytest.MonkeyPatch) ->
         for key in [*odd, "odd/b.parquet", "odd/deep/c.parquet"]:
             ask(int(uri.rpartition(":")[2]), "PUT", f"/bucket/{quote(key)}", key)
         place = locate(uri, "--input") / "odd"
-        good = {name: (place / name).entry() for name in ("b.parquet", "deep/c.parquet")}
+        good = {name: (place / name).file_entry() for name in ("b.parquet", "deep/c.parquet")}
         assert [*good.values()] == place.files()
         for value, count in ((place, 2), (place / "*.parquet", 1)):
             inputs = list_inputs([value.display])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mnistsum_ray.data.randomness import (
-    RandomStream,
+    Purpose,
     distortions,
     mix_ids,
     random_numbers,
@@ -23,8 +23,8 @@ def test_pinned_values() -> None:
     pinned = [0.9543918, -0.0486454, -0.0302301, -0.0030756, 1.0640106, 0.0707326]
     matrices = distortions(0, 0, np.arange(2), strength=1.0)
     assert matrices[0].tolist() == pytest.approx(pinned, abs=1e-6)
-    assert step_seed(0, 0, 0, RandomStream.DROPOUT) == 5784922337503569493
-    assert step_seed(0, 0, 0, RandomStream.ROW_ORDER) != step_seed(0, 0, 1, RandomStream.ROW_ORDER)
+    assert step_seed(0, 0, 0, Purpose.DROPOUT) == 5784922337503569493
+    assert step_seed(0, 0, 0, Purpose.ROW_ORDER) != step_seed(0, 0, 1, Purpose.ROW_ORDER)
     assert np.argsort(split_keys(np.arange(20)))[:4].tolist() == [8, 0, 16, 5]
 
 

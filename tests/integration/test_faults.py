@@ -166,7 +166,7 @@ def saved(epoch: int) -> Act:
 
 def begins(site: Site) -> bool:
     """The rows are read, and the workers are started."""
-    return (site.place / "mine/manifest.json").entry() is not None
+    return (site.place / "mine/manifest.json").file_entry() is not None
 
 
 LOSSES: list[Any] = [

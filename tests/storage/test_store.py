@@ -38,7 +38,7 @@ def names(folder: Location) -> list[str]:
 def test_what_is_written_is_there_whole_also_from_another_process(bucket: Location) -> None:
     folder = bucket / "a folder"
     odd = folder / "100% é #1/a b;c=[d]*~'+&"
-    assert (folder.exists(), folder.files(), odd.entry()) == (False, [], None)
+    assert (folder.exists(), folder.files(), odd.file_entry()) == (False, [], None)
     odd.write(b"1")
     odd.write(pa.py_buffer(b"second"))
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
@@ -48,13 +48,13 @@ def test_what_is_written_is_there_whole_also_from_another_process(bucket: Locati
         (folder / "b" / "c").create({"x": 2})
     assert (folder / "b" / "c").read_json() == {"x": 1}
     assert folder.is_folder()
-    assert folder.entry() is None
+    assert folder.file_entry() is None
     assert not (folder / "b" / "c").is_folder()
     assert [file.path for file in folder.files()] == [odd.path, (folder / "b" / "c").path]
-    assert folder.files()[0] == odd.entry() == (odd.path, 6, folder.files()[0].e_tag)
-    before = odd.entry()
+    assert folder.files()[0] == odd.file_entry() == (odd.path, 6, folder.files()[0].e_tag)
+    before = odd.file_entry()
     odd.write(b"third.")
-    assert odd.entry() != before
+    assert odd.file_entry() != before
 
 
 def test_files_are_deleted_and_missing_ones_are_no_error(bucket: Location) -> None:
@@ -72,7 +72,7 @@ def test_files_are_deleted_and_missing_ones_are_no_error(bucket: Location) -> No
 def test_ranges_are_read_of_the_file_that_was_listed_and_of_no_other(bucket: Location) -> None:
     place = bucket / "opened" / "file"
     place.write(bytes(range(100)))
-    listed = place.entry()
+    listed = place.file_entry()
     with place.open(listed) as file:
         file.seek(10)
         assert (bytes(file.read(3)), file.tell()) == (b"\x0a\x0b\x0c", 13)
@@ -106,7 +106,7 @@ def test_a_missing_file_and_a_storage_that_is_silent_are_two_errors(
             silent = locate(f"s3://bucket/x?{query}", "--output")
             for ask in (
                 silent.read_bytes,
-                silent.entry,
+                silent.file_entry,
                 silent.files,
                 partial(silent.create, b""),
             ):

@@ -11,10 +11,10 @@ from mnistsum_ray.errors import RequestError, TryAgainError
 from mnistsum_ray.storage.uri import (
     empty_output,
     folder_lock,
-    hide_keys,
+    hide_secrets,
     locate,
     locate_existing,
-    may_hold_keys,
+    may_hold_secrets,
 )
 
 
@@ -86,17 +86,17 @@ abfs://container@a.dfs.core.windows.net/in
 
 
 def test_a_text_that_may_hold_a_key_is_known() -> None:
-    assert [text for text in KEYS.split() if not may_hold_keys(text)] == []
-    assert [text for text in NO_KEYS.split() if may_hold_keys(text)] == []
+    assert [text for text in KEYS.split() if not may_hold_secrets(text)] == []
+    assert [text for text in NO_KEYS.split() if may_hold_secrets(text)] == []
 
 
 def test_user_info_is_cut_out_of_a_message() -> None:
     for uri in ("http://me:top/secret@h:1/x", "https://topsecret@h/x", "s3://AKIA:topsecret%40b/x"):
-        said = hide_keys(f"cannot read {uri} (no answer); mail a@b, or go on")
+        said = hide_secrets(f"cannot read {uri} (no answer); mail a@b, or go on")
         assert "secret" not in said
         assert re.fullmatch(r"cannot read \w+://…@\S+ \(no answer\); mail a@b, or go on", said)
     for text in ("abfs://container@account/a", "http://127.0.0.1:80/x: a@b", "/a/b:c@d"):
-        assert hide_keys(text) == text
+        assert hide_secrets(text) == text
 
 
 ENDPOINTS = ["h:90000", ":80", "http%3A%2F%2F", "http:///x", "a%20b", "ftp%3A%2F%2Fh", "[::1"]
