@@ -23,9 +23,9 @@ from mnistsum_ray.storage.store import Location
 CHECKPOINTS: Final = "checkpoints"
 """Folder in a run folder, with one folder of Ray Train for each attempt, and there epoch_00001, …
 
-Ray Train rewrites its list of checkpoints in place, and a run that is restored from one which a
-kill has cut fails for good. So each attempt of a job has a new name for Ray, and the newest whole
-checkpoint is looked for here.
+Ray Train rewrites its list of checkpoints in place, and a list that a kill has cut can never be
+read again. So each attempt of a job has a new name for Ray, and the newest whole checkpoint is
+looked for here.
 """
 
 STATE_FORMAT: Final = "mnistsum_ray/14"

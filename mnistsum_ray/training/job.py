@@ -99,8 +99,8 @@ def make_trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=request.config.max_failures,
                 max_preemption_failures=-1,
-                # Starts that may time out: one timeout is the whole wait. (`run_trainer` tries an
-                # elastic run again.)
+                # No second try of a start that has timed out: the timeout is `--wait-seconds`.
+                # (`run_trainer` starts an elastic run again.)
                 controller_failure_limit=0,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
@@ -121,9 +121,9 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     """
     started = time.monotonic()
     config, parameters = request.config, request.hyperparameters
-    not_begun = "nothing was begun; the same command tries again"
+    how_to_begin = "nothing was begun; the same command tries again"
     with folder_lock(request.folder, "--name"):
-        with _errors_in_one_line(console, not_begun):
+        with _errors_in_one_line(console, how_to_begin):
             stored = request.stored
             if stored:
                 _check_same_data(request)
@@ -136,12 +136,8 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
                 wait_for_cpu(config.wait_seconds, console.say)
             plan = plan_training(config, parameters.batch_size, console.say)
             threads = stored.get("threads")
-            if threads and not plan.threads:
-                other = "the run was on CPUs, and goes on on GPUs"
-                console.say(f"{other}: its last bits are others; --use-gpu false keeps them")
-            elif threads and threads != plan.threads:
-                other = f"the run had {threads} threads a worker, and goes on with {plan.threads}"
-                console.say(f"{other}: its last bits are others; --threads {threads} keeps them")
+            if threads and threads != plan.threads:
+                console.say(_other_bits(threads, plan))
             rows = read(request, plan, console)
             record = RunRecord(request, plan, start.history)
             record.begin(rows, start.init_from)
@@ -155,6 +151,16 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             except BaseException:
                 record.write_status("failed")
                 raise
+
+
+def _other_bits(threads: int, plan: WorkerPlan) -> str:
+    """Line on a run that had so many threads a worker, and goes on with another number."""
+    if plan.threads is None:
+        return "the run was on CPUs, and now its last bits differ; --use-gpu false keeps them"
+    return (
+        f"the run had {threads} threads a worker and now has {plan.threads}, so that its last bits "
+        f"differ; --threads {threads} keeps them"
+    )
 
 
 @contextmanager
@@ -211,7 +217,7 @@ def run_trainer(
     wait_seconds = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     console.say(f"training with {plan}")
     failed_starts = late_starts = 0
-    now = plan
+    tried = plan
     with (
         follower.following(),
         default_environment(_environment(plan, wait_seconds)),
@@ -219,7 +225,7 @@ def run_trainer(
     ):
         while True:
             loop = LoopConfig(parameters, plan.threads, rows.totals, follower.queue, start)
-            trainer = make_trainer(request, now, rows, loop, callbacks)
+            trainer = make_trainer(request, tried, rows, loop, callbacks)
             try:
                 with _ctrl_c_as_before():
                     finished: FinishedModel = trainer.fit().return_value
@@ -229,11 +235,12 @@ def run_trainer(
                     epochs_before = len(start.history)
                     start = find_start(request, console)
                     late_starts = 1 if len(start.history) > epochs_before else late_starts + 1
-                    # First all again, since Ray may not have seen yet that a node is lost. Then
-                    # fewer, since it takes for free what other jobs hold.
+                    # First all again, since Ray may not know yet that a node is lost. Then one
+                    # fewer each time, since Ray takes for free what other jobs hold; after the
+                    # least number all again.
                     fewer = (late_starts - 1) % (plan.most - plan.least + 1)
-                    now = replace(plan, most=plan.most - fewer)
-                    console.say(f"the workers have not come in time; trying with {now}")
+                    tried = replace(plan, most=plan.most - fewer)
+                    console.say(f"the workers have not come in time; trying with {tried}")
                     continue
                 if not _is_failed_start(error) or failed_starts == max_failures:
                     raise _explained(error, request, plan, wait_seconds, console) from error

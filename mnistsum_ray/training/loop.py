@@ -47,11 +47,12 @@ _BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
 """Held-out rows that are evaluated together."""
 
 _KEPT_ROWS: Final = 200_000
-"""Held-out rows of a split that a worker keeps on its device, 0.8 KB each; of more it reads them
-again after each epoch."""
+"""Most rows of a held-out split that workers keep on their devices, 0.8 KB each. A larger split is
+read again after each epoch."""
 
 _ANALYSED_ROWS: Final = {"validation": 5_000, "test": 100_000}
-"""Rows that the temperatures are fitted on, and whose errors are analysed. Metrics count all."""
+"""About so many rows calibrate the model (validation) and show its errors (test). Metrics count all
+rows."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class LoopConfig:
     """Configuration of the training loop, the same for every worker."""
 
     hyperparameters: Hyperparameters
-    threads: int | None
+    threads: int | None  # of a CPU worker
     totals: dict[str, RowTotals]  # by split: what the driver has counted
     queue: Queue  # of events for the driver
     start: Start

@@ -97,16 +97,14 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
                 decoded[split] = _read_files(files)
         indexes = {split: _index(rows) for split, rows in decoded.items()}
     except (ray.exceptions.RayTaskError, OSError, ValueError) as error:
-        if not isinstance(getattr(error, "cause", error), OSError | ValueError):
+        cause = getattr(error, "cause", error)  # what a task has raised
+        if not isinstance(cause, OSError | ValueError):
             raise  # no fault of the data, such as want of memory
         _refuse_damaged_file(source)
         problem = f"--data {source.location}: {root_cause(error)}"
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, OSError) and not isinstance(
-            cause, FileNotFoundError | PermissionError
-        ):
-            raise TryAgainError(f"{problem}; no file is damaged") from error
-        raise RequestError(problem) from error
+        if isinstance(cause, ValueError | FileNotFoundError | PermissionError):
+            raise RequestError(problem) from error
+        raise TryAgainError(f"{problem}; no file is damaged") from error
     _check_counts(source, indexes)
     bad = _bad_rows(source, indexes)
     if bad.total and not skip_bad_rows:
@@ -223,7 +221,10 @@ def _index(decoded: Decoded) -> pa.Table:
 
 @dataclass(frozen=True)
 class _KeyRange:
-    """The good rows in the files of `source_split` with first_key <= their key <= last_key."""
+    """The good rows in the files of `source_split` whose key is in first_key..last_key.
+
+    The key of a row is a random number that follows from its id (`split_keys`).
+    """
 
     source_split: str
     first_key: int = 0
@@ -289,11 +290,14 @@ def _bad_rows(source: Source, indexes: dict[str, pa.Table]) -> ReasonCounts:
         bad = index.filter(is_bad)
         examples: list[BadRow] = []
         if split in source.tables:
-            first = np.flatnonzero(is_bad)[:_NAMED_ROWS].tolist()
-            examples += [(index["path"][i].as_py(), i, index["reason"][i].as_py()) for i in first]
+            first_rows = np.flatnonzero(is_bad)[:_NAMED_ROWS].tolist()
+            first_bad = bad[:_NAMED_ROWS].to_pylist()
+            for row, one in zip(first_rows, first_bad, strict=True):
+                examples += [(one["path"], row, one["reason"])]
         paths = {*pc.unique(bad["path"]).to_pylist()}
         for file in source.files.get(split, []):
-            if arrow_place(file.path)[1] in paths and len(examples) < _NAMED_ROWS:
+            _, path = arrow_place(file.path)
+            if path in paths and len(examples) < _NAMED_ROWS:
                 with _refused_if_damaged(file):  # Ray Data does not check the CRC of pages
                     examples += _first_bad_rows(file, _NAMED_ROWS - len(examples))
         counts.add(Counter(bad["reason"].to_pylist()), examples)
@@ -306,13 +310,16 @@ def _first_bad_rows(file: LabelledFile, count: int) -> list[BadRow]:
     The file is read again, since Ray Data reads the row groups of a large one in another order.
     """
     image, label, *_ = file.columns
-    folder = re.search(rf"(?:^|/){re.escape(label)}=([^/]*)/", file.name)
+    # Ray Data makes a column of a folder such as label=7, and so does this.
+    label_folder = re.search(rf"(?:^|/){re.escape(label)}=([^/]*)/", file.name)
     found: list[BadRow] = []
     first_row = 0
     with open_parquet(file.path) as parquet:
         for batch in parquet.iter_batches(8192, columns=[image, label]):
-            is_column = label in batch.schema.names
-            labels = batch[label] if is_column or not folder else pa.repeat(folder[1], len(batch))
+            if label_folder and label not in batch.schema.names:
+                labels = pa.repeat(label_folder[1], len(batch))
+            else:
+                labels = batch[label]
             _, bad_images = decode_images(batch[image])
             _, bad_digits = decode_numbers(labels, DIGITS)
             reasons = join_reasons(bad_images, bad_digits, "digit")

@@ -69,7 +69,7 @@ class TrainRequest:
 
 
 def check_request(config: TrainConfig, progress: StartProgress | None = None) -> TrainRequest:
-    """Check the request and fill in its defaults. `progress` is that of `open_source`.
+    """Check the request and fill in its defaults; `progress` shows how many footers are read.
 
     Raises:
         RequestError: something in the request is wrong; the message says what to do.
@@ -191,7 +191,7 @@ class RunRecord:
         write(self.manifest)
 
     def write_status(self, status: str) -> None:
-        """Write how the run ends, unless it is finished; what fails here is left out."""
+        """Write how the run ends, unless it is finished; an error here must not hide the reason."""
         if self.manifest["status"] == "finished":
             return
         file = self.request.folder / MANIFEST
@@ -249,7 +249,7 @@ class RunRecord:
             run=folder.display,
             model=(folder / "model").display,
             parameters=description["parameters"],
-            data=SplitRows(**self.manifest["data"]),  # it takes its four fields
+            data=SplitRows(**self.manifest["data"]),  # which drops what is no field of its
             test=HeldOutMetrics(**description["test"]),
             images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
             seconds=round(seconds, 1),

@@ -1,7 +1,7 @@
 """A worker's part in an epoch: its rows in batches, the steps, and the count of all rows."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil, isfinite
 from typing import Any, Final
@@ -139,7 +139,7 @@ class Trainer:
         torch.manual_seed(parameters.seed)
         self.model = make_network().to(device)
         self.optimizer = MuonAdamW(self.model, parameters.weight_decay, bf16=self.bf16)
-        self._objective = ray.train.torch.prepare_model(
+        self._objective: Callable[..., tuple[Tensor, Tensor]] = ray.train.torch.prepare_model(
             Objective(self.model, parameters.label_smoothing, bf16=self.bf16),
             parallel_strategy_kwargs={"gradient_as_bucket_view": True},
         )
@@ -158,7 +158,8 @@ class Trainer:
         """
         numbers = torch.zeros(2, dtype=torch.int64, device=self._device)
         pixels = numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8)
-        self._objective(prepare_images(pixels), numbers, numbers, None)[0].backward()
+        loss, _ = self._objective(prepare_images(pixels), numbers, numbers, None)
+        torch.autograd.backward(loss)
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         """The rows of this rank on its device, in the order of an epoch."""
@@ -228,22 +229,20 @@ class Trainer:
     ) -> Tensor:
         """Update the parameters with this worker's share of a global batch of so many rows.
 
-        Returns the mean of all heads' losses, without label smoothing, summed over this worker's
-        rows.
+        Returns the loss without label smoothing, summed over this worker's rows.
         """
         self.optimizer.zero_grad()
         images = prepare_images(batch["image"])
         if "affine" in batch:
             images = distort(images, batch["affine"])
         dropout = self._dropout(epoch, step, len(images))
-        reported: Tensor
-        loss, reported = self._objective(images, batch["number"], batch["digit"], dropout)
+        loss, exact_loss = self._objective(images, batch["number"], batch["digit"], dropout)
         # DDP averages over workers, whose shares differ: this makes it the mean over the rows of
         # the global batch.
-        (loss * (self.world_size / global_rows)).backward()
+        torch.autograd.backward(loss * (self.world_size / global_rows))
         self.optimizer.set_learning_rate(learning_rate)
         self.optimizer.step()
-        return reported
+        return exact_loss
 
     def _dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
         """Dropout of so many rows at a step of this rank."""
