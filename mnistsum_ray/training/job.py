@@ -137,7 +137,10 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             plan = plan_training(config, parameters.batch_size, console.say)
             threads = stored.get("threads")
             if threads and threads != plan.threads:
-                console.say(_other_bits(threads, plan))
+                console.say(
+                    f"the run had CPU workers of {threads} threads, and goes on with {plan}: its "
+                    f"last bits differ (--use-gpu false --threads {threads} keeps them)"
+                )
             rows = read(request, plan, console)
             record = RunRecord(request, plan, start.history)
             record.begin(rows, start.init_from)
@@ -151,16 +154,6 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             except BaseException:
                 record.write_status("failed")
                 raise
-
-
-def _other_bits(threads: int, plan: WorkerPlan) -> str:
-    """Line on a run that had so many threads a worker, and goes on with another number."""
-    if plan.threads is None:
-        return "the run was on CPUs, and now its last bits differ; --use-gpu false keeps them"
-    return (
-        f"the run had {threads} threads a worker and now has {plan.threads}, so that its last bits "
-        f"differ; --threads {threads} keeps them"
-    )
 
 
 @contextmanager

@@ -4,8 +4,7 @@ kind      sent by                     fields
 progress  Trainer.train_epoch         epoch, epochs, rows, of_rows, rows_per_second, loss
 epoch     train_loop_per_worker       those of a line of history.jsonl
 counter   HeldOutRows.evaluate        what, done, total
-note      train_loop_per_worker       text
-failure   FailureLines                text
+note      the loop, FailureLines      text
 """
 
 import threading
@@ -59,8 +58,7 @@ class FailureLines(ray.train.UserCallback):
                 raise error
         for rank, error in worker_exceptions.items():
             cause = root_cause(error).partition(". ")[0]  # Ray's advice follows
-            text = f"worker {rank} failed: {cause} (full text in Ray's logs)"
-            self._events.send("failure", text=text)
+            self._events.note(f"worker {rank} failed: {cause} (full text in Ray's logs)")
 
 
 class EventFollower:
@@ -114,7 +112,7 @@ class EventFollower:
 
     def _handle(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
-        if kind in ("failure", "note"):
+        if kind == "note":
             self._console.say(event["text"])
         elif kind == "counter":
             self._console.progress(event["what"], event["done"], event["total"])

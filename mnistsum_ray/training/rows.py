@@ -14,8 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,7 @@ from mnistsum_ray.data.images import (
 )
 from mnistsum_ray.data.inputs import SUFFIXES
 from mnistsum_ray.data.parquet import open_parquet
-from mnistsum_ray.data.randomness import RowTotals, split_keys
+from mnistsum_ray.data.randomness import Bits, RowTotals, split_keys
 from mnistsum_ray.data.sources import SPLITS, LabelledFile, Source, held_out_rows
 from mnistsum_ray.errors import (
     RequestError,
@@ -219,16 +219,15 @@ def _index(decoded: Decoded) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-@dataclass(frozen=True)
-class _KeyRange:
+class _KeyRange(NamedTuple):
     """The good rows in the files of `source_split` whose key is in first_key..last_key.
 
     The key of a row is a random number that follows from its id (`split_keys`).
     """
 
     source_split: str
-    first_key: int = 0
-    last_key: int = 2**64 - 1
+    first_key: int
+    last_key: int
 
     def select(self, rows: pa.Table) -> pa.Table:
         """The rows of this range, of those in the files of its split."""
@@ -238,36 +237,30 @@ class _KeyRange:
         selected = rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
         return selected.select(kept)
 
-    def at_most(self, count: int, indexes: dict[str, pa.Table]) -> "_KeyRange":
-        """The same with so many rows at most: those with the smallest keys."""
-        selected = self.select(indexes[self.source_split])
-        keys = np.sort(split_keys(selected["row_id"].to_numpy()))
-        return replace(self, last_key=int(keys[count - 1])) if len(keys) > count else self
-
 
 def _key_ranges(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyRange]:
     """Which rows each split has: those of its own files, or some that are held out of `train`."""
-    ranges = {split: _KeyRange(split) for split in indexes}
-    if "train" in indexes:
-        ranges |= _hold_out(source, indexes)
-    if source.max_rows is None:
-        return ranges
-    most = source.max_rows
-    return {split: key_range.at_most(most, indexes) for split, key_range in ranges.items()}
+    ranges: dict[str, _KeyRange] = {}
+    for source_split, index in indexes.items():
+        good = index.filter(index["reason"].is_null())
+        keys = np.sort(split_keys(good["row_id"].to_numpy()))
+        count = held_out_rows(len(keys)) if source_split == "train" else 0
+        held_out = {}
+        # The smallest keys are those of the first split, the next ones of the second.
+        for split in source.held_out_splits if count else []:
+            held_out[split] = _range_of(source_split, keys[:count], source.max_rows)
+            keys = keys[count:]
+        ranges[source_split] = _range_of(source_split, keys, source.max_rows)
+        ranges |= held_out
+    return ranges
 
 
-def _hold_out(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyRange]:
-    """The rows of `train` and of the splits whose rows are held out of it."""
-    good = _KeyRange("train").select(indexes["train"])
-    keys = np.sort(split_keys(good["row_id"].to_numpy()))
-    count = held_out_rows(len(keys))
-    ranges = {}
-    next_key = 0  # the smallest keys are those of the first split, the next ones of the second
-    for number, split in enumerate(source.held_out_splits if count else [], 1):
-        first_of_next = int(keys[number * count])
-        ranges[split] = _KeyRange("train", next_key, first_of_next - 1)
-        next_key = first_of_next
-    return ranges | {"train": _KeyRange("train", next_key)}
+def _range_of(source_split: str, keys: Bits, max_rows: int | None) -> _KeyRange:
+    """The range of these sorted keys, or of the smallest of them."""
+    keys = keys[:max_rows]
+    if not len(keys):
+        return _KeyRange(source_split, first_key=1, last_key=0)  # no row
+    return _KeyRange(source_split, int(keys[0]), int(keys[-1]))
 
 
 def _dataset(decoded: Decoded, key_range: _KeyRange, rows_of_block: int) -> Dataset:
@@ -288,12 +281,7 @@ def _bad_rows(source: Source, indexes: dict[str, pa.Table]) -> ReasonCounts:
         if not is_bad.any():
             continue
         bad = index.filter(is_bad)
-        examples: list[BadRow] = []
-        if split in source.tables:
-            first_rows = np.flatnonzero(is_bad)[:_NAMED_ROWS].tolist()
-            first_bad = bad[:_NAMED_ROWS].to_pylist()
-            for row, one in zip(first_rows, first_bad, strict=True):
-                examples += [(one["path"], row, one["reason"])]
+        examples: list[BadRow] = []  # none of rows in memory: MNIST and the sample have no bad ones
         paths = {*pc.unique(bad["path"]).to_pylist()}
         for file in source.files.get(split, []):
             _, path = arrow_place(file.path)
