@@ -2,19 +2,20 @@
 
 The Python API does what the jobs do from a shell:
 
-    from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, predict, score
+    from mnistsum_ray import ScoreConfig, TrainConfig, fit, score
+    from mnistsum_ray import load_model, predict, predict_rows, prepare_picture
 
     trained = fit(TrainConfig(data="sample"))
     score(ScoreConfig(model=trained.run, input=("pairs/",), output="scored/"))
     answer = predict(trained.run, "seven.png", 5)  # a picture and a number
-    table = predict_rows(load_model(trained.run), frame)  # pandas, Polars, Arrow, a Ray Dataset
+    table = predict_rows(load_model(trained.run), rows)  # pandas, Polars, Arrow, a Ray Dataset
     pixels = prepare_picture("seven.png")  # uint8[28, 28], as training and scoring take images
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-# Not read from the installed package: a submitted job runs in a copy of the source.
+# The installed package may not be there: a submitted job runs in a copy of the source.
 __version__: Final = "0.1.0"
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _NAMES: Final = {
     "model.network": "TwoHeadCNN prepare_images",
     "reporting.results": "PicturePrediction ScoreResult TrainResult",
 }
-"""By module."""
+"""Exported names by module."""
 
 __all__ = " ".join(_NAMES.values()).split()
 

@@ -52,7 +52,7 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
 
     Raises:
         RequestError: the request is invalid; the message names the field and says what to do.
-        RunError: the run has begun and failed; as TryAgainError, the same call may work later.
+        RunError: the run has begun and failed; after a TryAgainError the same call may work later.
         RunInterrupted: a KeyboardInterrupt, whose message says how to go on.
     """
     from mnistsum_ray.training.run import check_request
@@ -82,7 +82,7 @@ def score(config: ScoreConfig) -> ScoreResult:
 
 @contextmanager
 def _on_cluster(console: Console, run: str) -> Iterator[None]:
-    """Join a cluster or start one; an error there says so if its head is gone.
+    """Join a cluster or start one; if its head is gone, a RunError becomes a TryAgainError.
 
     Ray's warnings are hidden: they advise what the user of a job cannot do, or repeat its console.
     """
@@ -134,15 +134,17 @@ def save_model(model: "TwoHeadCNN", folder: str | Path) -> None:
     from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
     from mnistsum_ray.model.network import make_network
 
-    output = empty_output(str(folder))
-    loaded = make_network()
+    output = empty_output(str(folder), "folder")
+    copy = make_network()
     try:
-        loaded.load_state_dict(model.state_dict())
+        copy.load_state_dict(model.state_dict())
     except RuntimeError as error:
-        other = f"the model is no {type(loaded).__name__}, and could not be loaded again"
-        raise RequestError(f"{other}: {shortened(one_line(error))}") from None
-    weights = copy_weights(loaded)
-    with as_request_error("--output"):
+        raise RequestError(
+            f"the model is no {type(copy).__name__}, and could not be loaded again: "
+            f"{shortened(one_line(error))}"
+        ) from None
+    weights = copy_weights(copy)
+    with as_request_error("folder"):
         write_model(output, weights, describe_model(weights, epoch=0, metrics={}))
 
 
@@ -237,7 +239,7 @@ def predict_rows(
             raise ValueError(f"column {name!r} {error}")
     images, bad_images = decode_images(table[image_column])
     numbers, bad_numbers = decode_numbers(table[number_column])
-    batch_size = 64  # a small table is filled up to it: up to 256 it would take four times as long
+    batch_size = 64  # to which a small table is padded: padding to 256 takes four times as long
     predictions = predict_pairs(network, images, numbers, batch_size, probabilities)
     reasons = join_reasons(bad_images, bad_numbers)
     return append_predictions(table, predictions, numbers, reasons)

@@ -73,8 +73,8 @@ Config = TypeVar("Config", bound=JobConfig)
 Line = dict[str, Any]
 """The fields of the last line."""
 
-# The docstring of a command is its --help. Each imports what it needs: for --help or a wrong flag
-# neither NumPy, torch nor Ray. What is printed goes to standard error: see `run`.
+# The docstring of a command is its --help. Each command imports what it needs, since --help and a
+# wrong flag need neither NumPy, torch nor Ray. `run` lets `print` write to standard error.
 
 
 def train(config: TrainConfig) -> Line:
@@ -114,8 +114,8 @@ def export_pairs(config: ExportPairsConfig) -> Line:
     output, source = pairs.export_pairs(config, print)
     rows, files = counted(config.rows, "row"), counted(config.files, "file")
     print(f"{rows} of {source.name} in {files}: {output.display}")
-    made = config.model_dump(include={"split", "rows", "files"})
-    return {"output": output.display, "data": source.name, **made}
+    settings = config.model_dump(include={"split", "rows", "files"})
+    return {"output": output.display, "data": source.name, **settings}
 
 
 def predict(config: PredictConfig) -> Line:
@@ -166,8 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         Path.cwd()  # FileNotFoundError: somebody has deleted it
         name = parser.parse_args(words[:1]).command
         job, kind, _ = COMMANDS[name]
-        description = f"{inspect.getdoc(job)}\n{_HELP}"
-        config = parse(kind, words[1:], description, shell_command(name))
+        config = parse(kind, words[1:], f"{inspect.getdoc(job)}\n{_HELP}", shell_command(name))
     except FileNotFoundError:
         return _explain(RequestError("the working folder is gone; change to another"), None)
     except RequestError as error:
@@ -176,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Parser(ArgumentParser):
-    """Its errors are a RequestError. A flag that is not given has no value."""
+    """A parser whose errors are RequestErrors. A flag that is not given has no value."""
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(
@@ -238,7 +237,7 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
     options: dict[str, Any] = {"help": text}
     if name == "picture":  # the one value that needs no flag
         options |= {"nargs": "?", "metavar": "PICTURE"}
-    elif kind is bool or bool in get_args(kind):
+    elif kind is bool or bool in get_args(kind):  # --resume has the choice auto
         options |= {"nargs": "?", "const": "true", "metavar": choices or "true|false"}
     elif choices:
         options["metavar"] = choices
@@ -257,18 +256,17 @@ def _read_yaml(path: str) -> dict[str, Any]:
         data = locate(path, "--config").read_bytes()
     settings: dict[str, Any] = {}
     try:
-        # As a stream: of a string PyYAML's errors quote lines, which may hold keys.
+        # From a stream: errors about a string quote its lines, which may hold secrets.
         loader = yaml.BaseLoader(BytesIO(data))
         mapping = loader.get_single_node() or yaml.MappingNode("", [])
-        for key, value in loader.construct_pairs(mapping, deep=True):  # a dict would lose some
+        for key, value in loader.construct_pairs(mapping, deep=True):  # a dict has no key twice
             name = str(key).replace("-", "_")
             if name in settings:
                 raise RequestError(f"--config {path}: {shortened(str(key))} is set twice")
             settings[name] = None if value in ("", "~", "null") else value
     except yaml.YAMLError as error:
-        problem = shortened(one_line(error))
         raise RequestError(
-            f"--config {path}: is not YAML of `key: value` lines: {problem}"
+            f"--config {path}: is not YAML of `key: value` lines: {shortened(one_line(error))}"
         ) from None
     return settings
 
@@ -283,7 +281,7 @@ def _message(error: ValidationError, in_file: Container[str], known: Iterable[st
             problem = "required, here or in the config file (--help has examples)"
         elif found["type"] == "extra_forbidden":
             problem = f"there is no such setting{did_you_mean(setting, known)} (--help lists them)"
-        elif found["type"] != "value_error":  # of pydantic; those of this package say enough
+        elif found["type"] != "value_error":  # pydantic's own; this package's say enough
             got = shortened(spelled(found["input"]))
             problem = f"{problem[:1].lower()}{problem[1:]}, got {got!r}"
         is_key = setting in in_file
@@ -305,11 +303,10 @@ def run(job: Callable[[], Line], show_json: bool) -> int:
             code = 0
             if show_json:
                 line = json.dumps(result, allow_nan=False) + "\n"
-                try:  # without Python's buffer, which it would try to write again at its end
+                try:  # past Python's buffer, which would be written again at exit
                     os.write(stdout.fileno(), line.encode())
                 except OSError as error:
-                    problem = f"standard output cannot be written: {error.strerror}"
-                    raise RunError(problem) from None
+                    raise RunError(f"standard output cannot be written: {error.strerror}") from None
         except (RequestError, RunError, KeyboardInterrupt) as error:
             stop.handle_by(signal.SIG_IGN)
             code = _explain(error, stop.received)
@@ -333,7 +330,7 @@ class StopSignals:
         self.handle_by(self._interrupt)
 
     def handle_by(self, handler: Any) -> None:
-        """From here on this handles the stop signals."""
+        """Let this handle the stop signals from here on."""
         for number in self._numbers:
             signal.signal(number, handler)
 
@@ -349,7 +346,7 @@ def _explain(error: BaseException, received: signal.Signals | None) -> int:
     """Say why the job has ended, and how to go on; return the exit code."""
     text, code = f"error: {error}", 1
     if isinstance(error, KeyboardInterrupt):
-        received = received or signal.SIGINT  # Ray Train has its own handler of this one
+        received = received or signal.SIGINT  # Ray Train's own handler has taken it
     if received:
         how = str(error) or "nothing was begun, and the same command begins again"
         text, code = f"stopped by {received.name}; {how}", 128 + received

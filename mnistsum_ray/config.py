@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from mnistsum_ray.storage.uri import SECRETS_REFUSED, may_hold_secrets
 
-if TYPE_CHECKING:  # a program may give a Path, and a list of them; the field then has texts
+if TYPE_CHECKING:  # a program may pass a Path, or a list: `_check_texts` makes texts of them
     Place: TypeAlias = str | Any
     Places: TypeAlias = tuple[str, ...] | Any
 else:
@@ -26,7 +26,7 @@ class JobConfig(BaseModel):
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
-        hide_input_in_errors=True,  # messages would quote the values, and so keys
+        hide_input_in_errors=True,  # messages would quote the values, and so secrets
     )
 
     @classmethod
@@ -38,11 +38,11 @@ class JobConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_texts(cls, value: Any) -> Any:
-        """Make texts of paths, and refuse those that hold keys."""
+        """Make texts of paths, and refuse those that hold secrets."""
         is_list = isinstance(value, list | tuple)
         values = value if is_list else [value]
         if any(isinstance(one, Path) and re.match(r"\w+:/", str(one)) for one in values):
-            raise ValueError("a Path holds no URI; give a text")
+            raise ValueError("a Path holds no URI; give a text")  # str(Path("s3://b")) is "s3:/b"
         texts = [str(one) if isinstance(one, Path) else one for one in values]
         if any(isinstance(text, str) and may_hold_secrets(text) for text in texts):
             raise ValueError(SECRETS_REFUSED)
@@ -116,7 +116,7 @@ class TrainConfig(LabelledDataConfig):
     recipe: RecipeName = "short"
     """quick: the original's accuracy in less time; long: the highest, in more epochs"""
     epochs: int | None = _recipe("epochs", "passes over the training rows", ge=1, le=1000)
-    # The second convolution makes 50,176 values of a row, and kernels of GPUs count to 2^31.
+    # conv2 makes 50,176 values of a row, and kernels of GPUs count to 2^31.
     batch_size: int | None = _recipe("batch_size", "rows of a step of all workers", ge=1, le=32_768)
     learning_rate: float | None = _recipe("learning_rate", "highest rate of Muon", gt=0, lt=1e6)
     weight_decay: float = Field(default=0.01, ge=0, le=10)
@@ -124,7 +124,7 @@ class TrainConfig(LabelledDataConfig):
     distortion: float | None = _recipe("distortion", "strength of random distortions", ge=0, le=4)
     label_smoothing: float | None = _recipe("label_smoothing", "share of other labels", ge=0, lt=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """seed of initial weights, order, numbers, augmentation and dropout"""
+    """seed of initial weights, order, numbers, distortions and dropout"""
     num_workers: int | tuple[int, int] | None = None
     """workers: N, or MIN,MAX if elastic [one per GPU with 256 rows a batch; without GPUs, one]"""
     use_gpu: bool | None = None
@@ -155,7 +155,7 @@ class TrainConfig(LabelledDataConfig):
     @field_validator("resume")
     @classmethod
     def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
-        if value and info.data.get("name", "") is None:
+        if value and info.data.get("name", "") is None:  # an invalid name is missing there
             raise ValueError("needs --name, the run to continue")
         return value
 
@@ -192,8 +192,7 @@ class ScoreConfig(JobConfig):
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
-    # conv2 computes 50,176 values a row: GPU kernels with indices of 32 bits take at most 42,799
-    # rows, and this is well below.
+    # conv2 makes 50,176 values of a row, and kernels of GPUs count to 2^31.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
     probabilities: bool = False
@@ -205,10 +204,10 @@ class ScoreConfig(JobConfig):
     overwrite: bool = False
     """delete an earlier output first and score everything; not to go on with a scoring"""
     rescore_changed: bool = False
-    """score files again that have changed since they were scored; without it they are refused"""
+    """score files again that have changed since they were scored; unset, they are refused"""
     keep_gone: bool = False
-    """leave the output of files that are not in the input now; without it, it is refused"""
-    # Of 784 bytes each, Arrow's limit is 2.7 million.
+    """leave the output of files that are no longer in the input; unset, such output is refused"""
+    # Arrow's limit of 2^31 bytes is 2.7 million images of 784.
     max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
     """most rows of an output file, and what a kill costs [a quarter of the input, 8192 to 32768]"""
     num_workers: int | None = Field(default=None, ge=1)

@@ -41,7 +41,7 @@ class NoAnswerError(TransientStorageError):
 
 
 class MissingFileError(TransientStorageError):
-    """There is no such file."""
+    """There is no such file; one that was listed has been deleted since."""
 
 
 class ConflictError(TransientStorageError):
@@ -57,9 +57,9 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 def ended_by_storage(error: StorageError, how_to_go_on: str) -> RunError:
-    """The end of a job by its storage, which may answer later or never."""
+    """The error of a job that its storage ends: it may work later, or never."""
     kind = TryAgainError if isinstance(error, TransientStorageError) else RunError
-    first_line = str(error).partition("\n")[0]  # below it of an actor's error is Ray's advice
+    first_line = str(error).partition("\n")[0]  # an actor's error goes on with Ray's advice
     return kind(f"{first_line}; {how_to_go_on}")
 
 

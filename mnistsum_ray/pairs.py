@@ -25,7 +25,6 @@ SCHEMA: Final = pa.schema(
 )
 
 _ROW_GROUP: Final = 8192
-_WAIT_SECONDS: Final = 600
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
@@ -43,8 +42,8 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
         pairs = _pairs(source, config.split, config.seed, say)
         table = SCHEMA.empty_table()
         for index in range(config.files):
-            end = config.rows * (index + 1) // config.files
-            rows = end - config.rows * index // config.files
+            rows_so_far = config.rows * (index + 1) // config.files
+            rows = rows_so_far - config.rows * index // config.files
             while table.num_rows < rows:
                 with as_request_error("--data"):
                     table = pa.concat_tables([table, next(pairs)])
@@ -52,15 +51,16 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
                 data = to_parquet(table[:rows], row_group_size=_ROW_GROUP)
                 (output / f"part-{index:05d}.parquet").write(data)
             table = table[rows:]
-            say(f"rows written: {end:,} of {config.rows:,}")
+            say(f"rows written: {rows_so_far:,} of {config.rows:,}")
     except KeyboardInterrupt:
-        begins = "empty the folder, then the same command starts again"
-        raise RunInterrupted(f"files may be written already; {begins}") from None
+        raise RunInterrupted(
+            "files may be written already; empty the folder, then the same command starts again"
+        ) from None
     return output, source
 
 
 def _pairs(source: Source, split: str, seed: int, say: Callable[[str], None]) -> Iterator[pa.Table]:
-    """The rows of a split, again and again; each round has other numbers."""
+    """The rows of a split, again and again; each repetition has other numbers."""
     from mnistsum_ray.cluster.connection import connect
     from mnistsum_ray.cluster.resources import wait_for_cpu
     from mnistsum_ray.training.rows import read_rows, rows_in_memory
@@ -69,17 +69,17 @@ def _pairs(source: Source, split: str, seed: int, say: Callable[[str], None]) ->
         batches = [rows_in_memory(source)[split]]
     else:
         connect()
-        wait_for_cpu(_WAIT_SECONDS, say)  # without one the tasks that read would wait for ever
+        wait_for_cpu(600, say)  # the tasks that read would wait for ever
         dataset = read_rows(source, seed=0, skip_bad_rows=False).datasets[split]
         batches = dataset.iterator().iter_batches(batch_size=_ROW_GROUP, batch_format="pyarrow")
-    for rounds in count():
+    for repetition in count():
         for batch in batches:
             ids = batch["row_id"].to_numpy()
             images = one_chunk(batch["image"]).to_numpy_ndarray()
             columns = {
                 "row_id": ids,
                 "image": [image.tobytes() for image in images],
-                "number": random_numbers(seed, rounds, ids),
+                "number": random_numbers(seed, repetition, ids),
                 "digit": batch["digit"],
             }
             yield pa.table(columns).cast(SCHEMA)

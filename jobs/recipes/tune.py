@@ -36,8 +36,8 @@ tuner = tune.Tuner(
     tune_config=tune.TuneConfig(
         metric="validation/sum_accuracy",
         mode="max",
-        # One more than the last epoch, so that most trials end by themselves. One that Tune ends
-        # holds its CPUs until Ray's dashboard is asked, and without a dashboard for ever.
+        # Beyond the last epoch: trials end by themselves. A trial that Tune ends keeps its CPUs
+        # until Ray's dashboard is asked, and without a dashboard for ever.
         scheduler=ASHAScheduler(time_attr="epoch", max_t=args.epochs + 1),
         max_concurrent_trials=args.at_once,
     ),

@@ -21,13 +21,12 @@ from mnistsum_ray.errors import RequestError, TryAgainError, one_line, root_caus
 _TIMEOUT_SECONDS: Final = 3.0
 """Longest wait for a head to accept a connection."""
 
-_IF_GONE: Final = "correct it, or `ray stop` if it has crashed; RAY_ADDRESS=local starts one here"
-_TOKEN: Final = "RAY_AUTH_MODE=token sends the token of RAY_AUTH_TOKEN or ~/.ray/auth_token"
 _ADVICE: Final = {
-    "Version mismatch": "install the versions of the cluster here",
-    "uthentication": f"{_TOKEN}, which must be the cluster's",
+    "version mismatch": "install the versions of the cluster here",
+    "authentication": "RAY_AUTH_MODE=token sends the token of RAY_AUTH_TOKEN or ~/.ray/auth_token, "
+    "which must be the cluster's",
 }
-"""What to do, by what Ray says."""
+"""What to do, by what Ray says, in lower case."""
 
 _started: str | None = None
 """Address of the cluster that this process has started."""
@@ -59,21 +58,21 @@ def connect() -> str:
         address = None
     # `ray.init` would try for minutes to reach a cluster that is gone.
     if address and _answers(address):
-        # Asked for "auto" Ray sends the token of this machine, which HOST:PORT does not.
-        given = "auto" if is_auto else address
-        _init(given, f"the Ray cluster at {address} cannot be joined")
+        # With "auto" Ray sends this machine's token; with HOST:PORT it does not.
+        _init("auto" if is_auto else address, f"the Ray cluster at {address} cannot be joined")
         return f"on the Ray cluster at {ray.get_runtime_context().gcs_address}"
     if asked not in ("", "local"):
-        where = address or "this machine"
-        raise TryAgainError(f"RAY_ADDRESS={asked}: no cluster answers at {where}; {_IF_GONE}")
+        raise TryAgainError(
+            f"RAY_ADDRESS={asked}: no cluster answers at {address or 'this machine'}; correct "
+            "RAY_ADDRESS, or `ray stop` if it has crashed; RAY_ADDRESS=local starts one here"
+        )
     # The dashboard takes seconds to start.
-    _in_thread_that_stays(
-        partial(_init, "local", "Ray cannot be started here", include_dashboard=False)
-    )
+    start = partial(_init, "local", "Ray cannot be started here", include_dashboard=False)
+    _in_thread_that_stays(start)
     _started = ray.get_runtime_context().gcs_address
-    # While the address of a `ray start` that is gone is kept, each training ends 10 s later.
-    why = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it" if address else ""
-    return f"started Ray on this machine, for this job alone{why}"
+    # Until `ray stop` deletes the address of a cluster that is gone, each training ends 10 s later.
+    gone = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it" if address else ""
+    return f"started Ray on this machine, for this job alone{gone}"
 
 
 def _in_thread_that_stays(start: Callable[[], None]) -> None:
@@ -102,7 +101,7 @@ def _in_thread_that_stays(start: Callable[[], None]) -> None:
 def _init(address: str, problem: str, **options: Any) -> None:
     import ray
 
-    before = signal.getsignal(signal.SIGTERM)
+    own_handler = signal.getsignal(signal.SIGTERM)
     stopped = False
     try:
         # The jobs report their progress themselves.
@@ -110,19 +109,19 @@ def _init(address: str, problem: str, **options: Any) -> None:
     except SystemExit:  # SIGTERM has come, for which `ray.init` sets a handler of its own
         signal.alarm(0)  # that handler's, which would abort the process in 3 s
         stopped = True
-    except Exception as error:  # also plain ones, of a start that takes too long
-        inner = error.__cause__ or error  # of "Failed to connect"; its text may be a traceback
+    except Exception as error:  # a start that takes too long raises a plain Exception
+        inner = error.__cause__ or error  # "Failed to connect" has one; its text may be a traceback
         cause = root_cause(inner) if "Traceback" in str(inner) else one_line(inner)
         problem += f": {shortened(cause.partition('. ')[0])}"  # Ray's advice follows
         for said, advice in _ADVICE.items():
-            if said in cause:
+            if said in cause.lower():
                 raise RequestError(f"{problem}; {advice}") from error
         raise TryAgainError(problem) from error
     finally:
-        if signal.getsignal(signal.SIGTERM) is not before:  # Ray's prints a stack of C++ and aborts
-            signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is not own_handler:  # Ray's prints a stack and aborts
+            signal.signal(signal.SIGTERM, own_handler)
     if stopped:
-        signal.raise_signal(signal.SIGTERM)  # for the handler of this process
+        signal.raise_signal(signal.SIGTERM)  # this process's own handler takes it
 
 
 def started_cluster() -> bool:
@@ -133,7 +132,7 @@ def started_cluster() -> bool:
 
 
 def head_answers() -> bool:
-    """Whether the head of the cluster that this process is connected to is still there."""
+    """Whether the head of the cluster that this process is connected to still answers."""
     import ray
 
     # Asked without a cluster, Ray would start one.

@@ -26,8 +26,7 @@ long for 32 rows as for 256."""
 _CUDA_SECONDS: Final = 120.0
 """Longest wait for the import of PyTorch on another node."""
 _REPORT_SECONDS: Final = 10.0
-
-Say = Callable[[str], None]
+"""Time between two lines about waiting, and the least wait."""
 
 Resources = dict[str, float]
 """From kind (CPU, GPU, …) to amount."""
@@ -51,7 +50,7 @@ class ClusterResources:
     """Logical resources of the nodes that have CPUs or GPUs, and whether others may come."""
 
     nodes: tuple[Resources, ...]
-    can_grow: bool = False  # taken to be so of every cluster that was joined: some have autoscalers
+    can_grow: bool = False  # true of every cluster that was joined, since some have autoscalers
 
     def total(self, kind: str) -> float:
         return sum(node.get(kind, 0.0) for node in self.nodes)
@@ -78,8 +77,8 @@ class WorkerPlan:
 
     least: int
     most: int  # other than `least` in an elastic training, and in scoring, which begins with one
-    per_worker: Resources  # `CPU` or, without a CPU beside it as in Ray Train, `GPU`
-    threads: int | None  # of PyTorch in a worker; on CPUs they decide the last bits; None: not set
+    per_worker: Resources  # {"CPU": n} or {"GPU": n}, and never both, as in Ray Train
+    threads: int | None  # PyTorch's in a worker, which decide the last bits on CPUs; None: not set
 
     @property
     def use_gpu(self) -> bool:
@@ -106,7 +105,7 @@ class WorkerPlan:
         return ("" if self.least == 1 else f"{self.least} times ") + _format(self.per_worker)
 
 
-def plan_training(config: TrainConfig, batch_size: int, say: Say) -> WorkerPlan:
+def plan_training(config: TrainConfig, batch_size: int, say: Callable[[str], None]) -> WorkerPlan:
     """Choose the workers of a training: as requested, else by what the cluster has.
 
     Raises:
@@ -129,13 +128,14 @@ def plan_training(config: TrainConfig, batch_size: int, say: Say) -> WorkerPlan:
         plan = WorkerPlan(least, most, {"CPU": float(threads)}, threads)
     fitting = cluster.workers_that_fit(plan.per_worker)
     if least > fitting and not cluster.can_grow:
-        each = f"with {_format(plan.per_worker)} each"
-        fit = f"only {fitting} of them, {each}, fit on the nodes ({cluster})"
-        raise RequestError(f"--num-workers {least}: {fit}; give fewer, or fewer --threads")
+        raise RequestError(
+            f"--num-workers {least}: only {fitting} of them, with {_format(plan.per_worker)} each, "
+            f"fit on the nodes ({cluster}); give fewer, or fewer --threads"
+        )
     return plan
 
 
-def _gpus_of_use(cluster: ClusterResources, batch_size: int, say: Say) -> int:
+def _gpus_of_use(cluster: ClusterResources, batch_size: int, say: Callable[[str], None]) -> int:
     """GPUs that a batch has work for; a line if others stay unused."""
     present = int(cluster.total("GPU"))
     used = max(1, min(present, batch_size // _ROWS_PER_GPU))
@@ -159,20 +159,20 @@ def _cpus(workers: int) -> int:
     return max(1, cpus)
 
 
-def wait_for_cpu(seconds: float, say: Say) -> None:
+def wait_for_cpu(seconds: float, say: Callable[[str], None]) -> None:
     """Wait until a task gets a CPU. Ray Data, whose tasks need one too, would wait for ever.
 
     TryAgainError: none is free within so many seconds.
     """
     seconds = max(seconds, _REPORT_SECONDS)  # a process may have to start
     needed = "1 CPU, for the tasks that read rows"
-    # Not of the placement group of a trial of Ray Tune, if this is one.
+    # Outside the placement group of a trial of Ray Tune, if this process is one.
     strategy = PlacementGroupSchedulingStrategy(None)
-    look = ray.remote(num_cpus=1, scheduling_strategy=strategy)(lambda _: None)
+    probe = ray.remote(num_cpus=1, scheduling_strategy=strategy)(lambda _: None)
     # 1 MiB, which the task must fetch: a node that has just come may not reach this process yet.
     argument = ray.put(bytes(2**20))
     started = time.monotonic()
-    task = look.remote(argument)
+    task = probe.remote(argument)
     while True:
         try:
             ray.get(task, timeout=_REPORT_SECONDS)
@@ -181,22 +181,23 @@ def wait_for_cpu(seconds: float, say: Say) -> None:
             pass
         except ray.exceptions.RayError:
             time.sleep(1)
-            task = look.remote(argument)
+            task = probe.remote(argument)
         waited = time.monotonic() - started
         if waited >= seconds:
             ray.cancel(task)
             raise TryAgainError(shortage(needed, waited))
-        left = f"giving up in {seconds - waited:.0f} s"
-        say(f"waiting for {needed}; only {describe_free()}; {left}")
+        left = seconds - waited
+        say(f"waiting for {needed}; only {describe_free()}; giving up in {left:.0f} s")
 
 
 def shortage(needed: str, waited: float) -> str:
     """Message that something could not be had: what is there, and what is missing."""
-    free = f"after {waited:.0f} s only {describe_free()}"
-    holders = _describe_holders()
-    why = f"the rest is held by {holders}" if holders else "other jobs hold the rest"
-    why += ", or the cluster has not grown (`ray status`)"
-    return f"needs {needed}, but {free}: {why}; give more --wait-seconds, or ask for less"
+    holders = _describe_holders() or "other jobs"
+    return (
+        f"needs {needed}, but after {waited:.0f} s only {describe_free()}: the rest is held by "
+        f"{holders}, or the cluster has not grown (`ray status`); give more --wait-seconds, or ask "
+        "for less"
+    )
 
 
 def describe_free() -> str:
@@ -207,7 +208,7 @@ def describe_free() -> str:
 
 
 def _describe_holders() -> str:
-    """The actors that other jobs run, if a dashboard knows: `job 02000000 (3 RayTrainWorker)`."""
+    """The actors of other jobs, if a dashboard knows them: `job 02000000 (3 RayTrainWorker)`."""
     from ray.util.state import list_actors  # takes a third of a second
 
     own = ray.get_runtime_context().get_job_id()
@@ -229,15 +230,15 @@ def _format(resources: Resources) -> str:
     return " and ".join(amounts)
 
 
-def precision_of_gpu(use_gpu: bool | None, say: Say) -> str | None:
-    """The faster one, bf16 or fp32, of a GPU that PyTorch can use; None, with a line, without one.
+def precision_of_gpu(use_gpu: bool | None, say: Callable[[str], None]) -> str | None:
+    """The faster of bf16 and fp32 on the cluster's GPUs; None if PyTorch can, or shall, use none.
 
-    Ray counts one on every Mac with Apple silicon, and NVIDIA's by their driver alone.
+    Ray counts a GPU on every Mac with Apple silicon, and NVIDIA's by their driver alone.
 
     Raises:
-        RequestError: `use_gpu` is true, and there is none and none can come, or PyTorch has no CUDA
-            there.
-        TryAgainError: the node does not answer.
+        RequestError: `use_gpu` is true, and there is no GPU and none can come, or PyTorch has no
+            CUDA there.
+        TryAgainError: the node with the GPU does not answer.
     """
     nodes = [node for node in usable_nodes() if node["Resources"].get("GPU")]
     cluster = inspect_cluster()
@@ -256,7 +257,7 @@ def precision_of_gpu(use_gpu: bool | None, say: Say) -> str | None:
         return "bf16" if faster_with_bf16(torch.device("cuda")) else "fp32"
 
     node = nodes[0]
-    # Its process ends with the task, and gives back the memory of the GPU.
+    # max_calls=1 ends the process with the task, and so gives back the memory of the GPU.
     answer = ray.remote(max_calls=1)(ask).options(**on_node(node["NodeID"])).remote()
     address = node["NodeManagerAddress"]
     try:

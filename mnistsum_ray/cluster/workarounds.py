@@ -25,7 +25,7 @@ def last_cluster_address() -> str | None:
 
 
 def in_order(dataset: Any) -> Any:
-    """A Dataset whose rows come in their order; by default it is that of the fastest task."""
+    """A Dataset whose rows come in their order; by default those of the fastest task come first."""
     with suppress(*_RENAMED):
         dataset = dataset.copy(dataset, _deep_copy=True)  # the given one keeps its options
     dataset.context.execution_options.preserve_order = True

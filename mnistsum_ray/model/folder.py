@@ -69,7 +69,7 @@ def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     RequestError: there is no model, or it is damaged, or of another network or version.
     TryAgainError: the storage does not answer.
     """
-    # The place itself comes last: of a folder some stores say that it is there, and empty.
+    # The place itself comes last: some stores say of a folder that it is an empty file.
     candidates = (place / WEIGHTS_FILE, place / "model" / WEIGHTS_FILE, place)
     with as_request_error():
         file = next((file for file in candidates if file.file_entry()), None)
@@ -83,9 +83,9 @@ def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
             raise ValueError("it is damaged (the SHA-256 of its weights differs)")
         network = make_network().eval()
         network.load_state_dict(weights)
-    except Exception as error:  # of bytes that anybody may have written, libraries raise many types
-        why = shortened(one_line(error))
-        raise RequestError(f"{file.display}: cannot be used: {why}") from None
+    except Exception as error:  # libraries raise many types for bytes that anybody may have written
+        reason = shortened(one_line(error))
+        raise RequestError(f"{file.display}: cannot be used: {reason}") from None
     return network, description
 
 

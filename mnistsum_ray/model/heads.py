@@ -25,7 +25,6 @@ SUM: Final = Head("sum", DIGITS + NUMBERS - 1, lambda digits, numbers: digits + 
 HEADS: Final = (DIGIT, SUM)
 """All heads, in the order of the network's outputs."""
 
-
 PREDICTION_FIELDS: Final = pa.schema(
     {
         "pred_digit": pa.int8(),
@@ -35,17 +34,17 @@ PREDICTION_FIELDS: Final = pa.schema(
         "consistent": pa.bool_(),  # pred_sum == pred_digit + number
     }
 )
-"""Columns that scoring adds to the input's, in their order."""
+"""The columns that scoring adds first to the input's; `reason` is the last."""
 
-# Of any length: pyarrow 25 cannot read a null among lists of a fixed one from Parquet.
+# Lists of any length: pyarrow 25 cannot read from Parquet a null among lists of a fixed one.
 _PROBABILITIES: Final = pa.list_(pa.float32())
 
 PROBABILITY_FIELDS: Final = pa.schema({f"{head.name}_probs": _PROBABILITIES for head in HEADS})
-"""Columns after these, where the probabilities of all classes are asked for."""
+"""The columns between, where the probabilities of all classes are asked for."""
 
 
 def clashing_column(names: Sequence[str], probabilities: bool) -> str | None:
-    """The first of a table's columns that has the name of one which is added; None: there is none.
+    """The first of a table's columns whose name an added one would have too; None: there is none.
 
     Upper and lower case are one: DuckDB and Spark do not tell them apart.
     """

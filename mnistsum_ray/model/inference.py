@@ -25,15 +25,15 @@ probability float32[n]; where asked for also `<head>_probs`, of all classes floa
 
 
 def append_predictions(
-    table: pa.Table, predictions: Predictions, numbers: Numbers, bad: Mapping[int, str]
+    table: pa.Table, predictions: Predictions, numbers: Numbers, reasons: Mapping[int, str]
 ) -> pa.Table:
     """The table of these rows, and after its columns those that scoring adds.
 
-    `numbers` are the rows' own; `bad` says by row why it cannot be scored: predictions are null
-    there.
+    `numbers` are the rows' own; `reasons` say of rows why they cannot be scored: their predictions
+    are null.
     """
-    reasons = pa.array([bad.get(row) for row in range(table.num_rows)], pa.string())
-    is_bad = reasons.is_valid()
+    reason_column = pa.array([reasons.get(row) for row in range(table.num_rows)], pa.string())
+    is_bad = reason_column.is_valid()
     mask = is_bad.to_numpy(zero_copy_only=False)
     consistent = predictions["pred_sum"] == SUM.target(predictions["pred_digit"], numbers)
     columns = {"consistent": consistent, **predictions}
@@ -46,11 +46,11 @@ def append_predictions(
             flat = pa.array(columns[field.name].reshape(-1))
             lists = pa.ListArray.from_arrays(offsets, flat, type=field.type, mask=is_bad)
             table = table.append_column(field, lists)
-    return table.append_column("reason", reasons)
+    return table.append_column("reason", reason_column)
 
 
 class Predictor:
-    """The network on one device; a process has one, which changes settings of PyTorch for all."""
+    """The network on one device. PyTorch's settings change with it: a process has one."""
 
     def __init__(
         self,
@@ -74,7 +74,6 @@ class Predictor:
         self.predict(images, np.zeros(self._batch_size, np.int64))
 
     def predict(self, images: Pixels, numbers: Numbers, probabilities: bool = False) -> Predictions:
-        """As `predict_pairs`."""
         size, bf16 = self._batch_size, self._bf16
         return predict_pairs(self._model, images, numbers, size, probabilities, bf16)
 

@@ -46,7 +46,7 @@ Metrics = dict[str, float]
 
 
 def true_classes(digits: Tensor, logits: Logits) -> list[Tensor]:
-    """True classes by head, int64[n, NUMBERS] or of the digit int64[n, 1], beside their logits."""
+    """True classes by head, as its logits: int64[n, NUMBERS], of the digit int64[n, 1]."""
     numbers = torch.arange(NUMBERS, device=digits.device)
     classes = []
     for index, head in enumerate(HEADS):
@@ -108,7 +108,7 @@ def fit_temperature(logits: Tensor, classes: Tensor) -> float:
 
     def cost(log_temperature: float) -> float:
         nll = F.cross_entropy(logits * math.exp(-log_temperature), classes, reduction="sum").item()
-        # A prior of standard deviation 0.5: without it, it falls without end if no row is wrong.
+        # A prior of standard deviation 0.5 holds the temperature up where no row is wrong.
         return nll + (log_temperature / 0.5) ** 2 / 2
 
     # Golden-section search: the cost has a single minimum.
@@ -220,7 +220,7 @@ def finish_model(
     # A copy without the hooks of DDP, which would wait for the other workers.
     model = make_network()
     model.load_state_dict(trained.state_dict())
-    # Before calibration: by this two runs are compared, bit for bit.
+    # Two runs are compared by these bits, those before calibration.
     trained_sha256 = checksum(copy_weights(model))
     of_validation = [(batch, model.logits_of_all_numbers(logits)) for batch, logits in validation]
     temperatures = fit_temperatures(of_validation)

@@ -20,7 +20,7 @@ from mnistsum_ray.model.heads import DIGIT, HEADS, SUM
 Logits = tuple[Tensor, ...]
 """By head, in the order of HEADS: [n, classes] each."""
 
-# Of MNIST's 60,000 training images on the scale 0..1: the usual values.
+# The usual values, of MNIST's 60,000 training images on the scale 0..1.
 PIXEL_MEAN: Final = 0.1307
 PIXEL_STD: Final = 0.3081
 
@@ -47,8 +47,8 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
     rows = len(images)
     if not rows:
         return images
-    # (x, y, 1) of each pixel, x and y from -1 to 1. Not by `F.affine_grid`, which adds in another
-    # order: a run would have other bits than the same run before.
+    # (x, y, 1) of each pixel, x and y from -1 to 1. `F.affine_grid` would add in another order, and
+    # a run would have other bits than the same run before.
     middles = (torch.arange(SIDE, device=images.device) + 0.5) * (2 / SIDE) - 1
     x, y = middles.repeat(SIDE), middles.repeat_interleave(SIDE)
     pixels = torch.stack([x, y, torch.ones_like(x)])
@@ -62,7 +62,7 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
 class TwoHeadCNN(nn.Module):
     """The original's network: 220,125 trainable parameters.
 
-    It draws no random numbers, as `nn.Dropout` would: a resumed run would draw others.
+    The module draws no random numbers, as `nn.Dropout` would: a resumed run would draw others.
     """
 
     muon_layers: Final = ("conv2", "conv3", "conv4", "conv5", "conv6", "fc1")
@@ -113,7 +113,7 @@ class TwoHeadCNN(nn.Module):
 
     def logits(self, digit_logits: Tensor, numbers: Tensor) -> Logits:
         """Logits of both heads with numbers int64[n]; the first are the digit logits as given."""
-        # Not `F.one_hot`: it looks for the smallest and the largest number first, and waits.
+        # `F.one_hot` would look for the smallest and the largest number first, and wait.
         one_hot = numbers[:, None] == torch.arange(NUMBERS, device=numbers.device)
         hidden = self.fc1(torch.cat([digit_logits, one_hot.to(digit_logits.dtype)], dim=1))
         return digit_logits, self.fc2(F.relu(hidden))

@@ -61,21 +61,19 @@ class MuonAdamW:
             group["lr"] = learning_rate * group["factor"]
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
         self._adamw.zero_grad()
         for weight in self._hidden:
             weight.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the parameters from their gradients."""
         for weight in self._hidden:
             assert weight.grad is not None
             momentum = self.state[weight]["momentum_buffer"]
             momentum.lerp_(weight.grad, 1 - _MOMENTUM)
             update = weight.grad.lerp(momentum, _MOMENTUM).movedim(1, -1)
             matrix = orthogonalize(update.flatten(1).to(self._dtype))
-            # Steps of tall matrices are larger: an element moves as far as one of a wide one.
+            # A tall matrix takes larger steps: its elements move as far as those of a wide one.
             rate = self._learning_rate * math.sqrt(max(1.0, len(matrix) / matrix.shape[1]))
             weight.mul_(1 - self._learning_rate * self._weight_decay)
             weight.sub_((rate * matrix.float()).reshape(update.shape).movedim(-1, 1))
@@ -85,7 +83,7 @@ class MuonAdamW:
         """Take over the state of a parameter, from any device and in any memory format."""
         for name, value in state.items():
             value = value.to(parameter.device)
-            if value.shape == parameter.shape:  # AdamW needs momenta in its memory format
+            if value.shape == parameter.shape:  # AdamW needs momenta in the parameter's format
                 value = torch.empty_like(parameter.detach()).copy_(value)
             self.state[parameter][name] = value
 

@@ -39,7 +39,7 @@ class _AboveTheBar(logging.Handler):
         stream = getattr(record, "mnistsum_stream", None) or sys.stderr
         if run:
             text = f"{time.strftime('%H:%M:%S')} {run}  {text}"
-        with suppress(OSError, ValueError):  # it, or its reader, is closed; the job goes on
+        with suppress(OSError, ValueError):  # where stream or reader is closed, the job goes on
             if stream is not None:
                 tqdm.write(text, file=stream)
                 stream.flush()
@@ -47,9 +47,9 @@ class _AboveTheBar(logging.Handler):
 
 LOG: Final = logging.getLogger("mnistsum_ray")
 LOG.setLevel(LOG.level or logging.INFO)
-if not LOG.handlers:  # of a program
+if not LOG.handlers:  # a program has set none
     LOG.addHandler(_AboveTheBar())
-    LOG.propagate = False  # else a program that has set up logging gets each line twice
+    LOG.propagate = False  # a program that has set up logging would get each line twice
 
 
 class Progress:
@@ -64,7 +64,6 @@ class Progress:
         self._shown = time.monotonic()
 
     def __call__(self, count: int) -> None:
-        """Add finished items."""
         self._done += count
         now = time.monotonic()
         if now - self._shown >= UPDATE_SECONDS or self._done >= self._total:
@@ -86,8 +85,7 @@ class Console(AbstractContextManager["Console"]):
         is_shown = is_terminal or hasattr(builtins, "__IPYTHON__")
         self._has_bars = is_shown and LOG.isEnabledFor(logging.INFO)
         self._bar: Any = None
-        self._last_line = self._last_sign = time.monotonic()
-        """Of the last line, and of the last line or progress."""
+        self._last_line_at = self._last_sign_at = time.monotonic()  # a sign: a line, or progress
 
     def __exit__(self, *_: object) -> None:
         self._close_bar()
@@ -100,7 +98,7 @@ class Console(AbstractContextManager["Console"]):
         def watch() -> None:
             wait = SILENCE_SECONDS
             while not ended.wait(wait):
-                silent = time.monotonic() - self._last_sign
+                silent = time.monotonic() - self._last_sign_at
                 wait = SILENCE_SECONDS - silent
                 if wait <= 0:
                     wait = SILENCE_SECONDS
@@ -114,8 +112,7 @@ class Console(AbstractContextManager["Console"]):
             ended.set()
 
     def say(self, text: str) -> None:
-        """Write a line."""
-        self._last_sign = time.monotonic()
+        self._last_sign_at = time.monotonic()
         self._write(text)
 
     def say_lines(self, text: str) -> None:
@@ -125,14 +122,14 @@ class Console(AbstractContextManager["Console"]):
 
     def _write(self, text: str) -> None:
         extra: dict[str, Any] = {"mnistsum_run": self.run}
-        if self._stream is not sys.stderr:  # no stream in a record can be sent to other processes
+        if self._stream is not sys.stderr:  # a record with a stream cannot go to other processes
             extra["mnistsum_stream"] = self._stream
         LOG.info("%s", printable(hide_secrets(text)), extra=extra)
-        self._last_line = time.monotonic()
+        self._last_line_at = time.monotonic()
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show how far some work is: by a bar of its own, or in a log by a line now and then."""
-        self._last_sign = time.monotonic()
+        self._last_sign_at = time.monotonic()
         bar = self._bar
         is_new = bar is None or (bar.desc, bar.total) != (what, total) or done < bar.n
         if done >= total:  # some totals are estimates
@@ -142,16 +139,16 @@ class Console(AbstractContextManager["Console"]):
             self._open_bar(what, done, total, note)
         else:
             bar.n = done
-            # With a unit a rate below one a second reads `2.00s/item`, and not `2.00s/`.
+            # Below one a second tqdm writes seconds a unit: without a unit, `2.00s/`.
             bar.unit = "item" if done - bar.initial < time.time() - bar.start_t else ""
             with suppress(OSError):
                 bar.set_postfix_str(note, refresh=self._has_bars)
-            is_due = time.monotonic() - self._last_line >= LINE_SECONDS
-            if is_due and not self._has_bars and done > bar.initial:  # else the rate is unknown
+            is_due = time.monotonic() - self._last_line_at >= LINE_SECONDS
+            if is_due and not self._has_bars and done > bar.initial:  # at first the rate is unknown
                 self.say(str(bar))
 
     def _open_bar(self, what: str, done: int, total: int, note: str) -> None:
-        # In a log tqdm only counts, and says what a line then has.
+        # In a log the bar is not shown: `progress` writes its text as a line.
         file, bar_format = (self._stream, None) if self._has_bars else (io.StringIO(), _LINE)
         options: dict[str, Any] = {"desc": what, "total": total, "initial": done, "unit": ""}
         options |= {"file": file, "bar_format": bar_format, "postfix": note}
@@ -161,7 +158,7 @@ class Console(AbstractContextManager["Console"]):
     def _close_bar(self) -> None:
         with suppress(OSError):
             if self._bar is not None:
-                self._bar.total = self._bar.n  # a notebook's bar that ends before it stays, in red
+                self._bar.total = self._bar.n  # a notebook keeps a bar that ends below it, in red
                 self._bar.close()
         self._bar = None
 

@@ -29,7 +29,7 @@ _STYLE: Final[dict[Any, Any]] = {
 
 
 def draw_history(history: list[dict[str, Any]], learning_rate: float) -> Figure:
-    """Loss, learning rate, whose peak is given, and error (100 % less the accuracy) by epoch."""
+    """Loss, learning rate with this peak, and error (100 % less the accuracy), by epoch."""
     figure = Figure(figsize=(9, 4))
     losses, errors = figure.subplots(1, 2)
     rates = losses.twinx()
@@ -82,7 +82,7 @@ def draw_confusion(confusion: list[list[int]]) -> Figure:
 
 
 def draw_mistakes(mistakes: list[dict[str, Any]], images: Iterable[Pixels]) -> Figure:
-    """Each mistake as the manifest has it with its image, uint8[28, 28]."""
+    """Each mistake, as the manifest has it, with its image."""
     across = 6
     down = max(1, ceil(len(mistakes) / across))
     figure = Figure(figsize=(9, 0.6 + 2.1 * down))
@@ -108,12 +108,12 @@ def draw_reliability(heads: dict[str, Any]) -> Figure:
     panels = figure.subplots(1, len(heads), squeeze=False).ravel()
     for index, (name, head) in enumerate(heads.items()):
         counts = head["reliability"]
-        names = ("rows", "probability", "right")
-        rows, probability, right = (np.array(counts[name]) for name in names)
+        rows = np.array(counts["rows"])
         used = rows > 0
+        probabilities = np.array(counts["probability"])[used] / rows[used]
+        accuracies = np.array(counts["right"])[used] / rows[used]
         axes = panels[index]
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfect calibration")
-        probabilities, accuracies = probability[used] / rows[used], right[used] / rows[used]
         axes.plot(probabilities, accuracies, "o", color=f"C{index}", label="accuracy")
         for count, x, y in zip(rows[used], probabilities, accuracies, strict=True):
             options = {"textcoords": "offset points", "xytext": (-4, 4), "ha": "right"}
@@ -132,8 +132,8 @@ _DRAW: Final[dict[str, Callable[..., Figure]]] = {
 }
 
 
-def png(name: str, *arguments: Any) -> bytes:
-    """The content of one of these files, in the common style; arguments: of what draws it."""
+def draw_png(name: str, *arguments: Any) -> bytes:
+    """Draw one of these files, in one style; `arguments` are those of the function that draws."""
     file = io.BytesIO()
     # A user's matplotlibrc may ask for LaTeX, which may be missing.
     with style.context(["default", "tableau-colorblind10", _STYLE]):

@@ -58,9 +58,9 @@ def report_page(
     command = f"mnistsum score --model {run} --input PAIRS --output SCORED"
     weights = {key: description[key] for key in ("parameters", "sha256")}
     tables = [
-        _digits(manifest["error_analysis"]["confusion"]),
-        _reasons("Rows left out", data["bad_rows"]),
-        _settings(manifest, weights),
+        _accuracy_table(manifest["error_analysis"]["confusion"]),
+        _reasons_table("Rows left out", data["bad_rows"]),
+        _settings_table(manifest, weights),
     ]
     return _render(
         pictures,
@@ -95,7 +95,7 @@ def scored_page(manifest: dict[str, Any], mistake_images: Sequence[Pixels]) -> s
     mistakes = []
     for mistake, image in zip(manifest["mistakes"], mistake_images, strict=True):
         answers = [_answer(mistake, head) for head in HEADS]
-        mistakes.append((_picture(image), *answers, mistake["file"], f"{mistake['row']:,}"))
+        mistakes.append((_image_cell(image), *answers, mistake["file"], f"{mistake['row']:,}"))
     tenths = []
     if "predicted_digits" in counts:  # not where nothing is scored
         for tenth in range(10):
@@ -103,12 +103,12 @@ def scored_page(manifest: dict[str, Any], mistake_images: Sequence[Pixels]) -> s
             tenths.append((f"{tenth / 10} to {(tenth + 1) / 10}", *of_heads))
     tables = [
         ("Files that cannot be used", ("file", "reason"), failures),
-        _reasons("Rejected rows", manifest["bad_rows"]),
+        _reasons_table("Rejected rows", manifest["bad_rows"]),
         ("Predicted digits", ("digit", "rows"), [(digit, f"{rows:,}") for digit, rows in digits]),
         ("Probabilities", ("probability", *(f"{head.name}, rows" for head in HEADS)), tenths),
         (PICTURES["mistakes.png"], ("", *(head.name for head in HEADS), "file", "row"), mistakes),
-        _digits(counts.get("confusion", [])),
-        _settings(manifest, manifest["model"]),
+        _confusion_table(counts.get("confusion", [])),
+        _settings_table(manifest, manifest["model"]),
     ]
     return _render(
         {},
@@ -127,15 +127,23 @@ def _answer(mistake: dict[str, Any], head: Head) -> str:
     return f"{predicted} ({percent(mistake[f'{head.name}_prob'])}){wrong}"
 
 
-def _picture(image: Pixels) -> Markup:
-    """An image in a cell. With matplotlib it would cost each scoring a second."""
+def _image_cell(image: Pixels) -> Markup:
+    """An image in a cell. Drawing by matplotlib would cost each scoring a second."""
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
     source = f"data:image/png;base64,{b64encode(png.getvalue()).decode()}"
     return Markup('<img alt="" width="56" src="{}">').format(source)
 
 
-def _digits(confusion: list[list[int]]) -> Table:
+def _accuracy_table(confusion: list[list[int]]) -> Table:
+    """Rows and share correct by true digit, which the picture of the confusion matrix has not."""
+    rows = []
+    for digit, *predicted, correct in _confusion_table(confusion)[2]:
+        rows.append((digit, f"{sum(predicted):,}", correct))
+    return "Accuracy by digit", ("digit", "rows", "correct"), rows
+
+
+def _confusion_table(confusion: list[list[int]]) -> Table:
     """Rows by true digit (down) and predicted digit (across), and how many of them are correct."""
     rows = []
     for digit, predicted in enumerate(confusion):
@@ -145,7 +153,7 @@ def _digits(confusion: list[list[int]]) -> Table:
     return "Digits: true (down) and predicted (across)", columns, rows
 
 
-def _reasons(title: str, counts: dict[str, Any]) -> Table:
+def _reasons_table(title: str, counts: dict[str, Any]) -> Table:
     """Bad rows by reason, and which are the first five; `counts`: of `ReasonCounts`."""
     rows = []
     for reason, count in Counter(counts["reasons"]).most_common():
@@ -155,7 +163,7 @@ def _reasons(title: str, counts: dict[str, Any]) -> Table:
     return title, ("rows", "reason", "for example"), rows
 
 
-def _settings(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
+def _settings_table(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
     """Settings and what the run has chosen, without what is unset or has a table of its own."""
     keys = ("started", "finished", "workers", "precision", "data", "hardware", "versions")
     # The manifest knows what the config has left open, as its precision.
@@ -200,7 +208,7 @@ def write_report(
         try:
             from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
 
-            pictures[name] = plots.png(name, *numbers)
+            pictures[name] = plots.draw_png(name, *numbers)
         except Exception as error:  # such as of a font that a user's settings name
             say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
     for name, picture in pictures.items():

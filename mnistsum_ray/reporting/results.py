@@ -5,7 +5,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 MANIFEST: Final = "manifest.json"
-"""Written last, in the folder of a run and in that of an output: then it is finished."""
+"""A run has one from its start, with its `status`; an output has one when it is finished."""
 
 SURE: Final = 0.9
 """Probability of a digit from which on an answer is sure."""
@@ -42,7 +42,7 @@ class HeldOutMetrics(Result):
 
 
 class PicturePrediction(Result):
-    """The answers for one picture and a number; of another head of the network too."""
+    """The answers for one picture and a number. A further head of the network adds its fields."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 

@@ -73,12 +73,12 @@ def locate_existing(text: str, flag: str) -> Location:
         return here if here.exists() else locate(text, flag, output_base_folder())
 
 
-def empty_output(text: str) -> Location:
-    """Resolve `--output` of a command that writes only into an empty folder."""
-    output = locate(text, "--output", output_base_folder())
-    with as_request_error("--output"):
+def empty_output(text: str, flag: str = "--output") -> Location:
+    """Resolve the output of what writes only into an empty folder; errors name the flag."""
+    output = locate(text, flag, output_base_folder())
+    with as_request_error(flag):
         if output.files():
-            raise RequestError(f"--output {output.display}: is not empty; name another folder")
+            raise RequestError(f"{flag} {output.display}: is not empty; name another folder")
     return output
 
 

@@ -18,11 +18,19 @@ def not_connected() -> None:
 @pytest.mark.parametrize(
     ("address", "kind", "said"),
     [
-        ("127.0.0.1:9", TryAgainError, "no cluster answers at 127.0.0.1:9; correct it, or"),
+        (
+            "127.0.0.1:9",
+            TryAgainError,
+            "no cluster answers at 127.0.0.1:9; correct RAY_ADDRESS, or",
+        ),
         ("localhost:9", TryAgainError, "no cluster answers at localhost:9"),
         ("nowhere.invalid:6379", TryAgainError, "no cluster answers at nowhere.invalid:6379"),
         # `ray.init` would try for minutes.
-        ("auto", TryAgainError, "no cluster answers at 127.0.0.1:10; correct it, or `ray stop`"),
+        (
+            "auto",
+            TryAgainError,
+            "no cluster answers at 127.0.0.1:10; correct RAY_ADDRESS, or `ray stop`",
+        ),
         ("ray://127.0.0.1:10001", RequestError, "must be HOST:PORT, as `ray start` prints it"),
         ("127.0.0.1", RequestError, "must be HOST:PORT"),
     ],

@@ -50,7 +50,7 @@ def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(
     assert (
         "mnistsum score --model &#39;/runs/my run&#39; --input PAIRS --output SCORED</pre>" in page
     )
-    assert "<tr><td>0</td><td>50</td>" + "<td>0</td>" * 9 + "<td>100.00 %</td></tr>" in page
+    assert "<tr><td>0</td><td>50</td><td>100.00 %</td></tr>" in page
     assert not re.search(r'(src|href)="(?!data:|#)|url\(|@import', page)
 
 
@@ -64,7 +64,7 @@ EXTREMES: dict[str, tuple[Any, ...]] = {
 @pytest.mark.filterwarnings("error")
 def test_a_picture_is_wide_enough_to_read_whatever_the_users_settings_are(name: str) -> None:
     with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 20}):
-        drawn = plots.png(name, *EXTREMES[name])
+        drawn = plots.draw_png(name, *EXTREMES[name])
     with Image.open(io.BytesIO(drawn)) as picture:
         assert 600 <= picture.width <= 1400
 
