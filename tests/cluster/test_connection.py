@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import ray
@@ -19,8 +20,7 @@ def not_connected() -> None:
     ("address", "kind", "said"),
     [
         ("127.0.0.1:9", TryAgainError, "no cluster answers at 127.0.0.1:9; correct it, or"),
-        ("localhost:9", TryAgainError, "no cluster answers at localhost:9"),
-        ("nowhere.invalid:6379", TryAgainError, "no cluster answers at nowhere.invalid:6379"),
+        ("no..where:6379", TryAgainError, "no cluster answers at no..where:6379"),
         # `ray.init` would try for minutes.
         ("auto", TryAgainError, "no cluster answers at 127.0.0.1:10; correct it, or `ray stop`"),
         ("ray://127.0.0.1:10001", RequestError, "must be HOST:PORT, as `ray start` prints it"),
@@ -28,11 +28,7 @@ def not_connected() -> None:
     ],
 )
 def test_a_refusal(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    address: str,
-    kind: type[Exception],
-    said: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, kind: Any, said: str
 ) -> None:
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:10")
