@@ -1,6 +1,5 @@
 """The command `mnistsum`, without Ray: flags, config files, signals, last line and exit codes."""
 
-import json
 import re
 import shlex
 import signal
@@ -27,17 +26,6 @@ def run_command(*command: object, cwd: Path | None = None) -> subprocess.Complet
     return subprocess.run(list(map(str, command)), cwd=cwd, timeout=60, **PIPES)
 
 
-def test_a_mistake_is_one_line_with_exit_code_2(tmp_path: Path) -> None:
-    hint = "--data sampel: there is no such file or folder; did you mean sample?\n"
-    for words, said in (
-        ("trian", "command: invalid choice: 'trian'"),
-        ("train --data sampel", hint),
-    ):
-        done = run_command(MNISTSUM, *words.split(), cwd=tmp_path)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-        assert done.stderr.startswith(f"error: {said}")
-
-
 _FAIL = """
 from mnistsum_ray import cli
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
@@ -50,13 +38,19 @@ for error in (RequestError("a"), RunError("b"), TryAgainError("c")):
 """
 
 
-def test_a_folder_that_is_gone_and_closed_streams_are_no_traceback(tmp_path: Path) -> None:
+def test_a_mistake_a_folder_that_is_gone_and_closed_streams_are_no_traceback(
+    tmp_path: Path,
+) -> None:
     gone = f"mkdir gone && cd gone && rmdir ../gone && {MNISTSUM} train --data sample"
-    done = run_command("sh", "-c", gone, cwd=tmp_path)
-    said = "error: the working folder is gone; change to another\n"
-    assert (done.returncode, done.stderr) == (2, said)
-    for closed, code in (("train --help >&-", 0), ("trian >&- 2>&-", 2)):
-        assert run_command("sh", "-c", f"{MNISTSUM} {closed}", cwd=tmp_path).returncode == code
+    for command, code, said in (
+        (f"{MNISTSUM} trian", 2, "error: command: invalid choice: 'trian' .*\n"),
+        (gone, 2, "error: the working folder is gone; change to another\n"),
+        (f"{MNISTSUM} train --help >&-", 0, ""),
+        (f"{MNISTSUM} trian >&- 2>&-", 2, ""),
+    ):
+        done = run_command("sh", "-c", command, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert re.fullmatch(said, done.stderr)
 
 
 def test_each_error_is_one_line_and_has_its_exit_code() -> None:
@@ -107,21 +101,21 @@ def work():
         raise RunInterrupted("what is saved stays") from None
     return {{"done": True}}
 
-atexit.register(time.sleep, 1)
+atexit.register(time.sleep, {end})
 sys.exit(cli.run(work, show_json=True))
 """
 
 
-def start(work: float = 30, cleanup: float = 0, ignored: int | None = None) -> Any:
-    """Start a job that works and cleans up for so many seconds; its parent may ignore a signal."""
+def start(ignored: int | None = None, **seconds: float) -> Any:
+    """Start a job that works, cleans up, ends for so long; its parent may ignore a signal."""
 
     def before() -> None:
         default_signals()
         if ignored:
             signal.signal(ignored, signal.SIG_IGN)
 
-    command = [sys.executable, "-c", _JOB.format(work=work, cleanup=cleanup)]
-    job: Any = subprocess.Popen(command, preexec_fn=before, **PIPES)
+    code = _JOB.format(**{"work": 30, "cleanup": 0, "end": 0} | seconds)
+    job: Any = subprocess.Popen([sys.executable, "-c", code], preexec_fn=before, **PIPES)
     assert job.stderr.readline() == "ready\n"
     return job
 
@@ -133,18 +127,16 @@ def end(job: Any) -> tuple[int, str, str]:
 
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-DONE = (0, '{"done": true}\n', "")
+DONE = '{"done": true}\n'
+# `timeout` sends its signal twice; one that comes a second later ends the process at once.
+STOPPED: list[Any] = [
+    (TERM, 0, None, (143, "", "stopped by SIGTERM; what is saved stays\n")),
+    (HUP, 0.3, 0, (129, "", "stopped by SIGHUP; what is saved stays\n")),
+    (INT, 60, 1.05, (130, "", "")),
+]
 
 
-@pytest.mark.parametrize(
-    ("number", "cleanup", "again_after", "expected"),
-    [
-        (TERM, 0, None, (143, "", "stopped by SIGTERM; what is saved stays\n")),
-        # `timeout` sends its signal twice; a later one ends the process at once.
-        (HUP, 1, 0, (129, "", "stopped by SIGHUP; what is saved stays\n")),
-        (INT, 60, 1.5, (130, "", "")),
-    ],
-)
+@pytest.mark.parametrize(("number", "cleanup", "again_after", "expected"), STOPPED)
 def test_a_signal_stops_a_job_and_another_its_cleanup(
     number: int, cleanup: float, again_after: float | None, expected: Any
 ) -> None:
@@ -157,50 +149,45 @@ def test_a_signal_stops_a_job_and_another_its_cleanup(
     assert end(job) == expected
 
 
-def test_a_signal_that_the_parent_ignores_changes_nothing() -> None:
+def test_a_signal_after_the_result_or_one_that_the_parent_ignores_changes_nothing() -> None:
     """`nohup` ignores SIGHUP, and a script's shell SIGINT for what it starts with `&`."""
-    job = start(work=0.5, ignored=HUP)
+    job = start(work=0.3, ignored=HUP)
     job.send_signal(HUP)
-    assert end(job) == DONE
-
-
-def test_a_signal_after_the_result_changes_nothing() -> None:
-    job = start(work=0)
-    assert job.stdout.readline() == DONE[1]
+    assert end(job) == (0, DONE, "")
+    job = start(work=0, end=0.5)
+    assert job.stdout.readline() == DONE
     job.send_signal(TERM)
     assert end(job) == (0, "", "")
 
 
 def test_a_result_that_nobody_gets_is_an_error() -> None:
-    job = _JOB.format(work=0, cleanup=0)
+    job = _JOB.format(work=0, cleanup=0, end=0)
     done = run_command("sh", "-c", '"$0" -c "$1" > /dev/full', sys.executable, job)
     said = "ready\nerror: standard output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
 
 
-_ON_A_TERMINAL = """
-import sys
-from mnistsum_ray.cli import main
-sys.stdout.isatty = lambda: True
-sys.exit(main())
-"""
-
-
 def test_a_picture_is_answered_and_a_terminal_gets_json_when_asked(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The result in words is on standard error."""
-    file = tmp_path / "one.png"
+    file, shown = tmp_path / "one.png", []
     picture = Image.new("L", (300, 400), 255)
     picture.paste(0, (140, 50, 160, 350))
     picture.save(file)
-    command = [sys.executable, "-c", _ON_A_TERMINAL, "predict", file, "--number=5", "--model"]
-    done = run_command(*command, model)
-    answers, unsure = done.stderr.splitlines()
+
+    def run(job: Any, show_json: bool) -> int:
+        shown.append((show_json, job()))
+        return 0
+
+    monkeypatch.setattr(cli, "run", run)  # which would end the cluster of other tests
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for flags in ([], ["--json"]):
+        cli.main(["predict", str(file), "--number=5", "--model", str(model), *flags])
+    answers, unsure, *_ = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"digit: \d \([0-9.]+ %\), digit \+ 5: \d+ \([0-9.]+ %\)", answers)
     assert unsure == "unsure: the digit's probability is below 90 %", "the weights are random"
-    assert (done.returncode, done.stdout) == (0, "")
-    line = json.loads(run_command(*command, model, "--json").stdout)
+    (at_a_terminal, line), (when_asked, _) = shown
+    assert (at_a_terminal, when_asked) == (False, True)
     names = "picture number digit digit_prob sum sum_prob consistent unsure"
     assert list(line) == names.split()
     assert (line["picture"], line["number"], line["unsure"]) == (str(file), 5, True)
@@ -214,9 +201,7 @@ INPUTS = {"input": ("a,b.parquet", "données/*.parquet", 'say "hi"', "[x]")}
 AGAIN = "--input a,b.parquet données/*.parquet --strict false --input='say \"hi\"' --input=[x]"
 
 RIGHT: list[tuple[type[JobConfig], str, str, dict[str, Any]]] = [
-    (TrainConfig, "--epochs 3 --precision=bf16", "", {"epochs": 3, "precision": "bf16"}),
-    (TrainConfig, "--use-gpu false", "", {"use_gpu": False}),
-    (TrainConfig, "--num-workers 1,4", "", {"num_workers": (1, 4)}),
+    (TrainConfig, "--num-workers 1,4 --precision=bf16", "", {"num_workers": (1, 4)}),
     (TrainConfig, "--resume --name None", "", {"resume": True, "name": "None"}),
     (TrainConfig, "--name a --resume auto", "", {"resume": "auto", "name": "a"}),
     (TrainConfig, "--skip-bad-rows false --epochs 7", FILE, OF_BOTH),
@@ -224,7 +209,6 @@ RIGHT: list[tuple[type[JobConfig], str, str, dict[str, Any]]] = [
     (ScoreConfig, "--input a,b.parquet données/*.parquet 'say \"hi\"' [x]", "", INPUTS),
     (ScoreConfig, AGAIN, "", INPUTS),
     (ScoreConfig, "", "input: pairs", {"input": ("pairs",)}),
-    (ScoreConfig, "", "input: [a, 'b,c']", {"input": ("a", "b,c")}),
 ]
 
 
@@ -242,17 +226,8 @@ def test_the_command_line_and_below_it_the_config_file_fill_the_config(
 
 WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
     (TrainConfig, "--epohs=3", "", ["--epohs: there is no such flag; did you mean --epochs?"]),
-    (
-        TrainConfig,
-        "--epochs 0 --num-workers 4,2 --seed a --resume",
-        "",
-        [
-            "--epochs: input should be greater than or equal to 1, got '0'",
-            "--num-workers: must be N >= 1, or MIN,MAX with 1 <= MIN <= MAX",
-            "--seed: input should be",
-            "--resume: needs --name, the run to continue",
-        ],
-    ),
+    (TrainConfig, "--epochs 0", "", ["--epochs: input should be greater than", ", got '0'"]),
+    (TrainConfig, "--num-workers 4,2 --resume", "", ["--num-workers: must be N", "needs --name"]),
     (TrainConfig, "--num-workers a", "", ["got 'a', or input should be a valid tuple, got 'a'"]),
     (TrainConfig, "--config no.yaml", "", ["no.yaml: is not there"]),
     (TrainConfig, f"--data a {'x' * 5000}", "", ["xxx…"]),
@@ -261,7 +236,6 @@ WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
     (ScoreConfig, "--label-column=image", "", ["--image-column: is the number's or the label's"]),
     (TrainConfig, "", "epohs: 3", ["key 'epohs' of the config file", "; did you mean epochs?"]),
     (TrainConfig, "", "- epochs", ["is not YAML of `key: value` lines"]),
-    (TrainConfig, "", "seed: [", ["is not YAML of `key: value` lines"]),
     (TrainConfig, "", "batch-size: 3\nbatch_size: 4", ["batch_size is set twice"]),
     (TrainConfig, "", "data: null", ["input should be a valid string, got 'null'"]),
     (TrainConfig, "", f"name: {'x' * 5000}", ["key 'name' of the config file"]),

@@ -42,13 +42,10 @@ def test_cluster_yaml_is_one_and_opens_nothing_to_the_world() -> None:
     assert f"{HOME}/.ray/auth_token" in config["file_mounts"]
 
 
-def test_kuberay_knows_every_field() -> None:
-    """By what its CRD (Apache License 2.0) says of the fields that the file uses."""
+def test_kuberay_and_kubernetes_know_every_field_and_give_no_privileges() -> None:
+    """KubeRay by what its CRD (Apache License 2.0) says of the fields that the file uses."""
     schema = json.loads(Path(__file__).with_name("kuberay_schema.json").read_text())
     jsonschema.validate(KUBERAY, schema["rayjob"])
-
-
-def test_kubernetes_knows_every_field_and_gives_no_privileges() -> None:
     groups = [RAY_CLUSTER["headGroupSpec"], *RAY_CLUSTER["workerGroupSpecs"]]
     pods = [group["template"] for group in groups]
     pods.append(CRONJOB["spec"]["jobTemplate"]["spec"]["template"])

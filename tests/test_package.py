@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.jobs import ROOT
 
 
 def run(folder: Path, *words: object, path: str = "") -> str:

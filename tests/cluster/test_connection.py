@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import ray
@@ -23,8 +24,7 @@ def not_connected() -> None:
             TryAgainError,
             "no cluster answers at 127.0.0.1:9; correct RAY_ADDRESS, or",
         ),
-        ("localhost:9", TryAgainError, "no cluster answers at localhost:9"),
-        ("nowhere.invalid:6379", TryAgainError, "no cluster answers at nowhere.invalid:6379"),
+        ("no..where:6379", TryAgainError, "no cluster answers at no..where:6379"),
         # `ray.init` would try for minutes.
         (
             "auto",
@@ -36,11 +36,7 @@ def not_connected() -> None:
     ],
 )
 def test_a_refusal(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    address: str,
-    kind: type[Exception],
-    said: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, kind: Any, said: str
 ) -> None:
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:10")

@@ -15,19 +15,14 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Plans for a cluster whose nodes have these resources."""
 
     def made(
-        nodes: list[dict[str, float]],
-        said: list[str] | None = None,
-        joined: bool = True,
-        batch_size: int = 256,
-        **given: Any,
+        nodes: Any, say: Any = print, joined: bool = True, batch_size: int = 256, **given: Any
     ) -> WorkerPlan:
         alive = [{"NodeID": f"node {index}", "Resources": of} for index, of in enumerate(nodes)]
         has_gpu = any("GPU" in node for node in nodes) and given.get("use_gpu") is not False
         monkeypatch.setattr(resources, "usable_nodes", lambda: alive)
         monkeypatch.setattr(resources, "started_cluster", lambda: not joined)
         monkeypatch.setattr(resources, "precision_of_gpu", lambda *_: "bf16" if has_gpu else None)
-        lines: list[str] = [] if said is None else said
-        return plan_training(TrainConfig(**given), batch_size, lines.append)
+        return plan_training(TrainConfig(**given), batch_size, say)
 
     return made
 
@@ -45,15 +40,12 @@ CLUSTERS: list[Any] = [
     (cpus(2), {"joined": False}, (1, 1), {"CPU": 2}, 2),  # a laptop
     (cpus(16), {"num_workers": 3}, (3, 3), {"CPU": 5}, 5),
     (cpus(2), {"threads": 1}, (1, 1), {"CPU": 1}, 1),
-    (cpus(8, nodes=2), {"num_workers": 2}, (2, 2), {"CPU": 7}, 7),  # all nodes: one stays free
     (cpus(8, nodes=64), {}, (1, 1), {"CPU": 8}, 8),  # and not 64 workers of four rows
-    (cpus(2, nodes=3), {"num_workers": 3}, (3, 3), {"CPU": 1}, 1),
-    (cpus(8, nodes=3), {"num_workers": 6}, (6, 6), {"CPU": 3}, 3),
+    (cpus(8, nodes=3), {"num_workers": 6}, (6, 6), {"CPU": 3}, 3),  # one CPU a node stays free
     ([], {}, (1, 1), {"CPU": 1}, 1),  # nodes come for it
     (gpus(1), {}, (1, 1), {"GPU": 1}, None),  # one GPU box
     (gpus(1), {"use_gpu": False}, (1, 1), {"CPU": 16}, 16),
     (gpus(4, nodes=2), {"batch_size": 2048}, (8, 8), {"GPU": 1}, None),
-    (gpus(4, nodes=2), {"num_workers": 4}, (4, 4), {"GPU": 1}, None),
     (cpus(2), {"num_workers": (2, 4), "use_gpu": True}, (2, 4), {"GPU": 1}, None),
 ]
 
@@ -69,20 +61,16 @@ def test_a_worker_reserves_the_cpus_that_it_computes_with_or_a_gpu(
 
 def test_gpus_that_a_batch_is_too_small_for_stay_unused_and_a_line_says_so(plan: Any) -> None:
     said: list[str] = []
-    assert plan(gpus(4, nodes=2), said, batch_size=767).most == 2
+    assert plan(gpus(4, nodes=2), said.append, batch_size=767).most == 2
     small = "a batch of 767 rows is too small for more; give --batch-size"
     assert said == [f"using 2 of 8 GPUs: {small}"]
-    assert plan(gpus(2), said, batch_size=64).most == 1
+    assert plan(gpus(2), batch_size=64).most == 1
 
 
-REFUSED: list[Any] = [
-    ({"num_workers": 3}, "--num-workers 3: only 2 of them, with 1 CPU each, fit on the nodes"),
-    ({"threads": 3}, "--num-workers 1: only 0 of them, with 3 CPUs each, fit on the nodes"),
-    ({"num_workers": 65, "batch_size": 64}, r"--num-workers 65: more than the rows of a batch"),
-]
-
-
-@pytest.mark.parametrize(("given", "said"), REFUSED)
-def test_more_than_a_cluster_of_this_job_has_is_refused(plan: Any, given: Any, said: str) -> None:
-    with pytest.raises(RequestError, match=f"^{said}"):
-        plan(cpus(2), joined=False, **given)
+def test_more_than_a_cluster_of_this_job_has_is_refused(plan: Any) -> None:
+    for given, said in (
+        ({"num_workers": 3}, "only 2 of them, with 1 CPU each, fit on the nodes"),
+        ({"num_workers": 65, "batch_size": 64}, "more than the rows of a batch"),
+    ):
+        with pytest.raises(RequestError, match=rf"^--num-workers \d+: {said}"):
+            plan(cpus(2), joined=False, **given)

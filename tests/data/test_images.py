@@ -21,17 +21,15 @@ from mnistsum_ray.data.images import (
     decode_numbers,
     image_type_error,
     number_type_error,
-    one_chunk,
-    pixels_view,
 )
 from tests.data.test_picture import giant
 
 IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 
 
-def encoded(image: Any, form: str = "PNG", mode: str = "L", **options: Any) -> bytes:
+def encoded(image: Any, form: str = "PNG", **options: Any) -> bytes:
     data = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(data, form, **options)
+    Image.fromarray(image).save(data, form, **options)
     return data.getvalue()
 
 
@@ -70,10 +68,9 @@ def test_every_form_gives_the_same_pixels(form: str, monkeypatch: pytest.MonkeyP
         assert np.array_equal(images, IMAGES[rows])
 
 
-def test_a_picture_of_784_bytes_is_not_taken_for_pixels(sample: pa.Table) -> None:
+def test_a_picture_of_784_bytes_is_not_taken_for_pixels(pixels: Pixels) -> None:
     """As one in two hundred MNIST images is at quality 95."""
-    images = pixels_view(one_chunk(sample["image"]))
-    jpegs = ((image, encoded(image, "JPEG", quality=95)) for image in images)
+    jpegs = ((image, encoded(image, "JPEG", quality=95)) for image in pixels)
     image, jpeg = next((image, data) for image, data in jpegs if len(data) == 784)
     found, bad = decode_images(pa.array([BYTES[0], jpeg, jpeg[:20] + bytes(764)]))
     assert list(bad) == [2]
@@ -88,7 +85,7 @@ BAD = [
     (RAW, None, "the image is null"),
     (RAW, b"", f"0 bytes are {NEITHER}"),
     (RAW, PNG[0][:60], NEITHER),
-    (RAW, encoded(np.zeros((10, 12), np.uint8), mode="RGB"), "12 x 10 pixels of mode RGB, not"),
+    (RAW, encoded(np.zeros((10, 12, 3), np.uint8)), "12 x 10 pixels of mode RGB, not"),
     (RAW, giant(20_000), "(DecompressionBombError)"),
     (LIST, [1, 2, 3], UNLIKE),
     (LIST, [256, *LIST[1:]], UNLIKE),
@@ -122,7 +119,6 @@ NUMBERS = [
     (pa.array([3.0, 3.5, float("nan"), float("inf"), -0.0, None, -1.0]), {0: 3, 4: 0}),
     (pa.array(["7", "7.0", "7.5", "seven", "", None, "-1", "10", "nan", "9" * 400]), {0: 7, 1: 7}),
     (pa.array(["3"], pa.large_string()), {0: 3}),
-    (pa.nulls(2), {}),
     (pa.array([b"3"]), {}),
     (pa.array([b"3", b"caf\xe9"]).view(pa.string()), {0: 3}),  # Arrow does not check texts
 ]

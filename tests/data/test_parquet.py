@@ -23,72 +23,56 @@ def read(path: Path, *ranges: range) -> list[pa.Table]:
         return list(read_ranges(parquet, ranges or [range(parquet.metadata.num_rows)]))
 
 
-def test_types_of_arrow_and_ray_are_read_as_plain_ones(tmp_path: Path) -> None:
-    """One of Ray's holds pickles. Rows of views pyarrow can neither take nor filter."""
+def test_types_of_arrow_ray_and_parquet_are_read_as_plain_ones(tmp_path: Path) -> None:
+    """One of Ray's holds pickles. Rows of views pyarrow can neither take nor filter.
+
+    A file with a null in a list of fixed size Arrow by itself refuses, though it has written it.
+    """
     path, again = tmp_path / "in.parquet", tmp_path / "again.parquet"
     images: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
     objects = ArrowPythonObjectArray.from_objects([{1}, {2}, {3}])
+    ids = pa.array([b"1" * 16] * 3, pa.binary(16))
     columns = {
         "image": ArrowTensorArray.from_numpy(images),
+        "fixed": pa.array([[1] * 784, None, [2] * 784], pa.list_(pa.uint8(), 784)),
         "object": objects,
         "nested": pa.StructArray.from_arrays([objects], ["object"]),
         "view": pa.nulls(3, pa.list_(pa.string_view())),
         "category": pa.array(["a", "b", "a"]).dictionary_encode(),
         "time": pa.nulls(3, pa.timestamp("ns", "Europe/Berlin")),
+        "id": pa.ExtensionArray.from_storage(pa.uuid(), ids),
+        "json": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{}"] * 3)),
     }
     data = to_parquet(pa.table(columns, metadata={"OTHER:schema": "x"})).to_pybytes()
     path.write_bytes(data)
     assert isinstance(pq.read_schema(path).field("object").type, pa.ExtensionType)
     (table,) = read(path)
     plain = [pa.binary(), pa.struct([("object", pa.binary())]), pa.list_(pa.string())]
-    plain += [pa.string(), pa.timestamp("ns", "UTC")]
-    assert table.schema.types[1:] == plain
+    plain += [pa.string(), pa.timestamp("ns", "UTC"), pa.binary(16), pa.string()]
+    assert table.schema.types[2:] == plain
     found, bad = decode_images(table["image"])
     assert not bad
     assert np.array_equal(found, images)
+    found, bad = decode_images(table["fixed"])
+    assert found[:, 0, 0].tolist() == [1, 0, 2]
+    assert bad == {1: "the image is null; fill it in or drop the row"}
     again.write_bytes(to_parquet(table))
     assert pq.read_schema(again) == table.schema
     # A second schema of Arrow does not bring Ray's types back.
     path.write_bytes(data.replace(b"OTHER:schema", b"ARROW:schema"))
-    assert read(path)[0].schema.types[1:] == plain
+    assert read(path)[0].schema.types[2:] == plain
 
 
-def test_a_null_in_a_list_of_fixed_size_is_a_reason_and_not_the_end_of_the_file(
-    tmp_path: Path,
-) -> None:
-    """Arrow by itself refuses such a file, which it has written."""
-    path = tmp_path / "in.parquet"
-    lists = pa.array([[1] * 784, None, [2] * 784], pa.list_(pa.uint8(), 784))
-    pq.write_table(pa.table({"image": lists}), path)
-    images, bad = decode_images(read(path)[0]["image"])
-    assert images[:, 0, 0].tolist() == [1, 0, 2]
-    assert bad == {1: "the image is null; fill it in or drop the row"}
-
-
-def test_columns_of_parquets_logical_types_are_plain_ones(tmp_path: Path) -> None:
-    path = tmp_path / "in.parquet"
-    ids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"1" * 16], pa.binary(16)))
-    texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{}"]))
-    pq.write_table(pa.table({"id": ids, "json": texts}), path)
-    assert read(path)[0].schema.types == [pa.binary(16), pa.string()]
-
-
-RANGES = [
-    [range(30_000)],
-    [range(1), range(1, 9_000), range(9_000, 30_000)],
-    [range(5, 5), range(8_191, 8_193), range(20_000, 20_001)],
-]
-
-
-@pytest.mark.parametrize("ranges", RANGES)
-def test_ranges_of_rows_are_read_whatever_groups_and_batches_they_lie_in(
-    tmp_path: Path, ranges: list[range]
-) -> None:
+def test_ranges_of_rows_are_read_whatever_groups_and_batches_they_lie_in(tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     table = pa.table({"id": range(30_000)}, metadata={"in the footer": "x" * 100_000})
     pq.write_table(table, path, row_group_size=10_000)
-    found = [table["id"].to_pylist() for table in read(path, *ranges)]
-    assert found == [[*rows] for rows in ranges]
+    for ranges in (
+        [range(1), range(1, 9_000), range(9_000, 30_000)],
+        [range(5, 5), range(8_191, 8_193), range(20_000, 20_001)],
+    ):
+        found = [table["id"].to_pylist() for table in read(path, *ranges)]
+        assert found == [[*rows] for rows in ranges]
 
 
 def one_row_more(places: int) -> Callable[[bytes], bytes]:
@@ -103,8 +87,6 @@ def one_row_more(places: int) -> Callable[[bytes], bytes]:
 
 
 DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
-    (lambda data: b"", "is not Parquet, or was cut off"),
-    (lambda data: data[:-1], "is not Parquet, or was cut off"),
     (lambda data: data[:4], "is not Parquet, or was cut off"),
     (lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1", "is not Parquet, or was cut off"),
     (lambda data: data[:-4] + b"PARE", "is not Parquet, or was cut off"),  # encrypted

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
 from mnistsum_ray import prepare_picture
-from mnistsum_ray.data.images import Picture, Pixels, one_chunk, pixels_view
+from mnistsum_ray.data.images import Picture, Pixels
 from mnistsum_ray.errors import RequestError
 
 
@@ -47,8 +46,7 @@ def giant(side: int) -> bytes:
 
 
 FORMS: dict[str, Callable[[Pixels], Picture]] = {
-    "as it is": Image.fromarray,
-    "dark, very large": lambda image: large(255 - image, 2000),
+    "dark, very large": lambda image: large(255 - image, 1100),
     "pencil": lambda image: page(image, (205, 205, 205)),
     "on a blackboard": lambda image: page(image, (250, 250, 240), (30, 70, 50)),
     "transparent": lambda image: Image.merge("LA", [Image.new("L", (280, 280), 40), large(image)]),
@@ -64,28 +62,26 @@ def likeness(one: Pixels, other: Pixels) -> float:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, sample: pa.Table) -> None:
-    for image in pixels_view(one_chunk(sample["image"]))[::500]:
-        pixels = prepare_picture(FORMS[form](image))
-        assert likeness(pixels, image) > 0.9
-        assert pixels.dtype == np.uint8
-        assert (pixels.shape, pixels.max(), np.median(pixels[0])) == ((28, 28), 255, 0)
-        mass = [pixels.sum(1 - axis) @ np.arange(28) / pixels.sum() for axis in (0, 1)]
+def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, pixels: Pixels) -> None:
+    for image in pixels[::500]:
+        found = prepare_picture(FORMS[form](image))
+        assert likeness(found, image) > 0.9
+        assert found.dtype == np.uint8
+        assert (found.shape, found.max(), np.median(found[0])) == ((28, 28), 255, 0)
+        mass = [found.sum(1 - axis) @ np.arange(28) / found.sum() for axis in (0, 1)]
         assert np.abs(np.array(mass) - 14).max() <= 0.51
 
 
 @pytest.mark.filterwarnings("error")  # Pillow's, which would stand before the line
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     Image.new("L", (50, 50), 255).save(tmp_path / "white.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "white.png").read_bytes()[:60])
     refused: list[tuple[Picture, str]] = [
         (Path(__file__), "cannot be read as a picture"),
-        (tmp_path / "cut.png", "cannot be read as a picture"),
         (tmp_path / "white.png", "nothing is drawn on it"),
         (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), "nothing is drawn on it"),
         (tmp_path / "nowhere.png", "is not there"),
-        (giant(10_000), "cannot be read as a picture"),  # Pillow only warns
-        (giant(20_000), "cannot be read as a picture"),
+        (giant(1)[:45], "cannot be read as a picture"),  # cut off
+        (giant(10_000), "cannot be read as a picture"),  # Pillow by itself only warns
     ]
     for picture, said in refused:
         name = str(picture) if isinstance(picture, Path) else "the picture"

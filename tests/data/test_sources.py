@@ -78,17 +78,18 @@ def test_sample_and_mnist(idx: Path, sample: pa.Table, monkeypatch: pytest.Monke
     assert (source.held_out_splits, source.train_rows) == (["test", "validation"], 4000)
     (idx / "data").symlink_to(idx)
     monkeypatch.chdir(idx)
-    for name in (str(idx), "MNIST", "MNIST/raw", "auto", "mnist"):
+    for name in ("MNIST", "MNIST/raw", "auto", "mnist"):
         source = opened(name)
         assert check(source, sample[::10]) == [400, 0, 100]
         assert (source.name, source.notice, source.train_rows) == ("mnist", "", 360)
+    with pytest.raises(RequestError, match=r"^--data nist: there is no .*; did you mean mnist\?$"):
+        opened("nist")
 
 
 IMAGES, LABELS = IDX_FILES[2:]
 DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
     (IMAGES, lambda path: os.truncate(path, 5000)),
     (LABELS, Path.unlink),
-    (LABELS, lambda path: path.write_bytes(b"hello there")),
     (LABELS, lambda path: write_idx(path, np.zeros(9, np.uint8))),
 ]
 
@@ -145,6 +146,9 @@ def test_names_of_files_and_folders_tell_the_split(
     source = opened(tmp_path)
     assert [source.rows_of(split) for split in SPLITS] == [20, 21, 22]
     assert (source.held_out_splits, source.train_rows) == ([], 20)
+
+
+def test_a_tenth_is_held_out_and_5_000_rows_at_most() -> None:
     assert [held_out_rows(rows) for rows in (9, 1009, 60_000)] == [0, 100, 5_000]
 
 

@@ -3,14 +3,13 @@
 import json
 import re
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mnistsum_ray.errors import RequestError, TryAgainError
+from mnistsum_ray.errors import NoAnswerError, RequestError, TryAgainError
 from mnistsum_ray.model.folder import (
     checksum,
     copy_weights,
@@ -18,7 +17,7 @@ from mnistsum_ray.model.folder import (
     load_model,
     write_model,
 )
-from mnistsum_ray.storage import bucket
+from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from tests.model import new_model
 
@@ -74,11 +73,11 @@ def test_what_is_not_a_model_is_refused_in_one_line(tmp_path: Path, write: Any, 
 
 
 def test_a_storage_that_does_not_answer_is_asked_again_later(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(bucket._RETRIES, "retry_timeout", timedelta(0))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    silent = "s3://bucket/model?region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:9"
-    with pytest.raises(TryAgainError, match=r"^s3://bucket/model"):
-        load_model(locate(silent, "--model"))
+    def no_answer(file: Location) -> None:
+        raise NoAnswerError(f"{file.display}: cannot be read")
+
+    monkeypatch.setattr(Location, "read_bytes", no_answer)
+    with pytest.raises(TryAgainError, match=rf"^{tmp_path}\S*: cannot be read$"):
+        load_model(locate(str(save(tmp_path)), "--model"))

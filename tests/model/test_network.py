@@ -14,6 +14,7 @@ from mnistsum_ray.model.network import (
     distort,
     dropout_factors,
     prepare_images,
+    to_channels_last,
 )
 from tests.model import new_model, random_rows
 
@@ -129,24 +130,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("column", "draw", "before", "after"), CASES)
-def test_a_dot_moves(
-    column: int, draw: float, before: tuple[int, int], after: tuple[float, float]
-) -> None:
+def test_each_dot_moves_as_its_draw_says_and_at_strength_0_not_at_all() -> None:
     """Places are x and y in pixels from the middle."""
-    dot, draws = torch.full((1, 1, 28, 28), -0.4), torch.zeros(1, 6)
-    dot[0, 0, before[1] + 13 : before[1] + 15, before[0] + 13 : before[0] + 15] = 2.0
-    draws[0, column] = draw
-    ink = distorted(dot, draws)[0, 0] + 0.4
+    dots, draws = torch.full((len(CASES), 28, 28), -0.4), torch.zeros(len(CASES), 6)
+    for row, (column, draw, (x, y), _) in enumerate(CASES):
+        dots[row, y + 13 : y + 15, x + 13 : x + 15] = 2.0
+        draws[row, column] = draw
+    dots = to_channels_last(dots)
+    moved = distorted(dots, draws)
     places = torch.arange(28) - 13.5
-    found = ((ink.sum(0) * places).sum() / ink.sum(), (ink.sum(1) * places).sum() / ink.sum())
-    assert [value.item() for value in found] == pytest.approx(after, abs=0.2)
-
-
-def test_rows_are_distorted_independently_and_not_at_all_at_strength_0() -> None:
-    images = prepare_images(random_rows(20)[0])
-    draws = torch.rand(20, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    whole = distorted(images, draws)
-    torch.testing.assert_close(distorted(images[3:5], draws[3:5]), whole[3:5], rtol=0, atol=1e-5)
-    assert whole.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(distorted(images, draws, strength=0.0), images, rtol=0, atol=1e-4)
+    for row, (*_, after) in enumerate(CASES):
+        ink = moved[row, 0] + 0.4
+        found = [(ink.sum(axis) @ places / ink.sum()).item() for axis in (0, 1)]
+        assert found == pytest.approx(after, abs=0.2), row
+    torch.testing.assert_close(distorted(dots, draws, strength=0.0), dots, rtol=0, atol=1e-4)

@@ -39,9 +39,9 @@ def bucket(
 
 
 @contextmanager
-def serve_s3(patch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Yield the URI of a bucket."""
-    with serving(DomainDispatcherApplication(create_backend_app)) as port:
+def serve_s3(patch: pytest.MonkeyPatch, app: Any = None) -> Iterator[str]:
+    """Yield the URI of a bucket, in moto or in another application."""
+    with serving(app or DomainDispatcherApplication(create_backend_app)) as port:
         ask(port, "PUT", "/bucket")
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
