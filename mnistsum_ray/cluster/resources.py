@@ -1,10 +1,8 @@
-"""Logical resources: what a job asks for, what is free, and who holds the rest."""
+"""Logical resources: what a job asks for, and what is free."""
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -192,11 +190,10 @@ def wait_for_cpu(seconds: float, say: Callable[[str], None]) -> None:
 
 def shortage(needed: str, waited: float) -> str:
     """Message that something could not be had: what is there, and what is missing."""
-    holders = _describe_holders() or "other jobs"
     return (
-        f"needs {needed}, but after {waited:.0f} s only {describe_free()}: the rest is held by "
-        f"{holders}, or the cluster has not grown (`ray status`); give more --wait-seconds, or ask "
-        "for less"
+        f"needs {needed}, but after {waited:.0f} s only {describe_free()}: other jobs hold the "
+        "rest (`ray list actors`), or the cluster has not grown (`ray status`); give more "
+        "--wait-seconds, or ask for less"
     )
 
 
@@ -205,23 +202,6 @@ def describe_free() -> str:
     free = ray.available_resources()
     amounts = _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
     return f"{amounts} are free ({inspect_cluster()})"
-
-
-def _describe_holders() -> str:
-    """The actors of other jobs, if a dashboard knows them: `job 02000000 (3 RayTrainWorker)`."""
-    from ray.util.state import list_actors  # takes a third of a second
-
-    own = ray.get_runtime_context().get_job_id()
-    actors: dict[str, Counter[str]] = {}
-    with suppress(Exception):  # a cluster without a dashboard, or one that is busy
-        for actor in list_actors(filters=[("state", "=", "ALIVE")], timeout=5):
-            if actor.job_id != own:
-                actors.setdefault(actor.job_id, Counter())[actor.class_name] += 1
-    texts = []
-    for job, names in list(actors.items())[:3]:
-        most = ", ".join(f"{count} {name}" for name, count in names.most_common(2))
-        texts.append(f"job {job} ({most})")
-    return " and ".join(texts)
 
 
 def _format(resources: Resources) -> str:

@@ -78,7 +78,9 @@ def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
         data = file.read_bytes()
     try:
         weights = load_tensors(data)
-        description = read_description(data)
+        description = read_header(data)
+        if description.get("format") != MODEL_FORMAT:
+            raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
         if checksum(weights) != description["sha256"]:
             raise ValueError("it is damaged (the SHA-256 of its weights differs)")
         network = make_network().eval()
@@ -89,19 +91,11 @@ def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     return network, description
 
 
-def read_description(data: bytes) -> dict[str, Any]:
-    """The description in a `model.safetensors`. ValueError: it is of another version."""
-    description: dict[str, Any] = json.loads(safetensors_header(data).get(HEADER_KEY, "{}"))
-    if description.get("format") != MODEL_FORMAT:
-        raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
-    return description
-
-
-def safetensors_header(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: JSON, after its length in eight bytes."""
+def read_header(data: bytes) -> dict[str, Any]:
+    """What stands under HEADER_KEY in a safetensors file, which begins with its header's length."""
     length = int.from_bytes(data[:8], "little")
     metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return metadata
+    return dict(json.loads(metadata.get(HEADER_KEY, "{}")))
 
 
 def checksum(weights: Weights) -> str:

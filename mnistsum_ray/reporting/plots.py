@@ -124,18 +124,10 @@ def draw_reliability(heads: dict[str, Any]) -> Figure:
     return figure
 
 
-_DRAW: Final[dict[str, Callable[..., Figure]]] = {
-    "history.png": draw_history,
-    "confusion.png": draw_confusion,
-    "mistakes.png": draw_mistakes,
-    "reliability.png": draw_reliability,
-}
-
-
-def draw_png(name: str, *arguments: Any) -> bytes:
-    """Draw one of these files, in one style; `arguments` are those of the function that draws."""
+def draw_png(draw: Callable[..., Figure], *arguments: Any) -> bytes:
+    """What `draw` draws of these arguments, in the common style, as the content of a PNG file."""
     file = io.BytesIO()
     # A user's matplotlibrc may ask for LaTeX, which may be missing.
     with style.context(["default", "tableau-colorblind10", _STYLE]):
-        FigureCanvasAgg(_DRAW[name](*arguments)).print_png(file)  # type: ignore[no-untyped-call]
+        FigureCanvasAgg(draw(*arguments)).print_png(file)  # type: ignore[no-untyped-call]
     return file.getvalue()

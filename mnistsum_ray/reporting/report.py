@@ -197,20 +197,18 @@ def write_report(
 ) -> None:
     """Write the pictures and report.html of a run; what cannot be drawn never costs the run."""
     analysis = manifest["error_analysis"]
-    numbers_of: dict[str, tuple[Any, ...]] = {
-        "history.png": (history, manifest["config"]["learning_rate"]),
-        "confusion.png": (analysis["confusion"],),
-        "mistakes.png": (analysis["mistakes"], mistake_images),
-        "reliability.png": (analysis["probabilities"],),
-    }
+    rate = manifest["config"]["learning_rate"]
     pictures = {}
-    for name, numbers in numbers_of.items():
-        try:
-            from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
+    try:
+        from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
 
-            pictures[name] = plots.draw_png(name, *numbers)
-        except Exception as error:  # such as of a font that a user's settings name
-            say(f"{name} cannot be drawn: {one_line(error)}; {REPORT} is without it")
+        draw = plots.draw_png
+        pictures["history.png"] = draw(plots.draw_history, history, rate)
+        pictures["confusion.png"] = draw(plots.draw_confusion, analysis["confusion"])
+        pictures["mistakes.png"] = draw(plots.draw_mistakes, analysis["mistakes"], mistake_images)
+        pictures["reliability.png"] = draw(plots.draw_reliability, analysis["probabilities"])
+    except Exception as error:  # such as of a font that a user's settings name
+        say(f"a picture cannot be drawn: {one_line(error)}; {REPORT} is without it")
     for name, picture in pictures.items():
         (folder / name).write(picture)
     (folder / REPORT).write(report_page(manifest, description, pictures).encode())

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from mnistsum_ray.errors import MissingFileError, RequestError, RunError
-from mnistsum_ray.model.folder import Weights, copy_weights, safetensors_header
+from mnistsum_ray.model.folder import Weights, copy_weights, read_header
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
@@ -78,7 +78,7 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
     if hashlib.sha256(data).hexdigest().encode() != expected:
         problem = "is incomplete or damaged (its SHA-256 differs)"
         raise CheckpointError(f"{unusable} {STATE_FILE} {problem}")
-    header = json.loads(safetensors_header(data)["mnistsum_ray"])
+    header = read_header(data)
     if header["format"] != STATE_FORMAT:
         other = f"it is of another version ({header['format']}, not {STATE_FORMAT})"
         raise RequestError(f"--resume: {unusable} {other}; resume with that version")

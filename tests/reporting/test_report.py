@@ -38,12 +38,12 @@ MANIFEST: dict[str, Any] = {
 def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(plots._DRAW, "confusion.png", lambda _: 1 / 0)
+    monkeypatch.setattr(plots, "draw_reliability", lambda _: 1 / 0)
     place, said = Location(str(tmp_path)), list[str]()
     description = {"parameters": 220_125, "sha256": "f" * 64, "epoch": 1, "test": TEST}
     with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 20}):  # of the user
         write_report(place, MANIFEST, description, [EPOCH] * 2, IMAGES, said.append)
-    assert said == ["confusion.png cannot be drawn: division by zero; report.html is without it"]
+    assert said == ["a picture cannot be drawn: division by zero; report.html is without it"]
     page = (tmp_path / "report.html").read_text()
     pictures = [*tmp_path.glob("*.png")]
     assert page.count("data:image/png;base64,") == len(pictures) == 3
@@ -60,7 +60,7 @@ def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(
 
 
 def test_a_wrong_answer_is_named_with_the_right_one_and_none_is_no_error() -> None:
-    assert plots.draw_png("mistakes.png", [], IMAGES[:0])
+    assert plots.draw_png(plots.draw_mistakes, [], IMAGES[:0])
     figure = plots.draw_mistakes([MISTAKE, MISTAKE | {"pred_digit": 3}], IMAGES[:2])
     assert [axes.get_title() for axes in figure.axes[:2]] == [
         "image + 4\ndigit 5 (90%), not 3\nsum 9 (80%), not 7",
