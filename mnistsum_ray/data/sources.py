@@ -49,9 +49,9 @@ class LabelledFile(NamedTuple):
     name: str  # relative to the folder that was listed
     e_tag: str  # when its footer was read
     rows: int
-    # Names of the columns of images and of labels, then their types: Ray Data reads files together
-    # where these are the same.
-    columns: tuple[str, ...]
+    image: str  # name of the column of images
+    label: str  # name of the column of labels
+    types: tuple[str, ...]  # of both: Ray Data reads files together whose names and types agree
 
 
 @dataclass(frozen=True)
@@ -294,8 +294,8 @@ def _describe(
         if problem:
             raise RequestError(f"{file.display}: {problem}")
         types.append(str(schema.field(column).type))
-    columns = (config.image_column, label, *types)
-    return LabelledFile(file, name, entry.e_tag, footer.metadata.num_rows, columns)
+    rows = footer.metadata.num_rows
+    return LabelledFile(file, name, entry.e_tag, rows, config.image_column, label, tuple(types))
 
 
 def _split_of_name(file: str) -> str:

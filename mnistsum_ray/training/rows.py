@@ -159,11 +159,11 @@ def rows_in_memory(source: Source) -> dict[str, pa.Table]:
 
 def _read_files(files: list[LabelledFile]) -> Dataset:
     """Read and decode Parquet files by the tasks of Ray Data."""
-    groups: dict[tuple[str, ...], list[LabelledFile]] = {}
+    groups: dict[tuple[object, ...], list[LabelledFile]] = {}
     for file in files:
-        groups.setdefault(file.columns, []).append(file)
+        groups.setdefault((file.image, file.label, file.types), []).append(file)
     datasets = []
-    for columns, group in groups.items():
+    for group in groups.values():
         places = [arrow_place(file.path) for file in group]
         filesystem, _ = places[0]
         actors = min(32, 1 + len(group) // _FILES_OF_ACTOR)
@@ -179,8 +179,7 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
         rows.context.execution_options.preserve_order = True
         # The console says what is read; Ray's bars and plans would repeat it.
         rows.context.enable_progress_bars = rows.context.print_on_execution_start = False
-        image, label, *_ = columns
-        names = {"image": image, "label": label}
+        names = {"image": group[0].image, "label": group[0].label}
         rows = rows.select_columns([*names.values(), "path", "row_hash"])
         datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=names))
     decoded = datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
@@ -297,7 +296,7 @@ def _first_bad_rows(file: LabelledFile, count: int) -> list[BadRow]:
 
     The file is read again, since Ray Data reads the row groups of a large one in another order.
     """
-    image, label, *_ = file.columns
+    image, label = file.image, file.label
     # Ray Data makes a column of a folder such as label=7, and so does this.
     label_folder = re.search(rf"(?:^|/){re.escape(label)}=([^/]*)/", file.name)
     found: list[BadRow] = []
@@ -322,7 +321,7 @@ def _refuse_damaged_file(source: Source) -> None:
     """RequestError that names the file which cannot be read, if there is one."""
     for file in itertools.chain(*source.files.values()):
         with _refused_if_damaged(file), open_parquet(file.path) as parquet:
-            for _ in parquet.iter_batches(columns=file.columns[:2]):
+            for _ in parquet.iter_batches(columns=[file.image, file.label]):
                 pass
 
 
