@@ -32,7 +32,7 @@ from mnistsum_ray.scoring.request import ScoreRequest
 from mnistsum_ray.storage.store import Entry
 
 _BATCH_ROWS: Final = 2048
-"""Small parts are predicted together, up to this number of rows or a larger batch: a forward pass
+"""Small parts are predicted together, up to so many rows or a larger `--batch-size`: a forward pass
 on ten rows, filled up to a batch, wastes most of its time."""
 
 
@@ -40,10 +40,10 @@ class Answer(NamedTuple):
     """What an actor says of its task, as a row: that it begins, what is done, that it ends."""
 
     task: int
-    rows: int = 0  # that are predicted now; and those of them that are put as rejected ones
-    rejected_rows: int = 0
-    file: str = ""  # an input file that cannot be used although its footer could be read, and why
-    reason: str = ""
+    rows: int = 0  # predicted since the answer before
+    rejected_rows: int = 0  # those of them that cannot be scored
+    file: str = ""  # an input file that cannot be used, although its footer could be read
+    reason: str = ""  # why it cannot
     ends: bool = False
 
 
@@ -85,11 +85,11 @@ class ScoreParts:
             try:
                 for decoded in read_file(self._request, list(group)):
                     batch.append(decoded)
-                    if sum(len(decoded.images) for decoded in batch) >= most_rows:
+                    if sum(len(one.images) for one in batch) >= most_rows:
                         yield from self._predict_and_put(task, batch)
                         batch = []
             except UnusableFileError as error:
-                # Its parts that were read before are put all the same; the driver deletes them.
+                # Parts of the file that were read before are put; the driver deletes them.
                 yield Answer(task, file=name, reason=str(error))
         if batch:
             yield from self._predict_and_put(task, batch)
@@ -104,9 +104,9 @@ class ScoreParts:
         rejected_rows = start = 0
         for decoded in batch:
             end = start + decoded.part.rows
-            of_part = {name: values[start:end] for name, values in predictions.items()}
+            part_predictions = {name: values[start:end] for name, values in predictions.items()}
             try:
-                put_part(self._request, decoded, of_part)
+                put_part(self._request, decoded, part_predictions)
                 rejected_rows += len(decoded.reasons)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 reason = f"cannot be written again: {one_line(error)}"
@@ -126,8 +126,7 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
     ranges = [range(part.first_row, part.first_row + part.rows) for part in parts]
     with open_parquet(file, listed) as parquet:
         for part, table in zip(parts, read_ranges(parquet, ranges), strict=True):
-            # A file on a disk may be rewritten while it is read. Each request for an object names
-            # the ETag, so the store itself sees to that.
+            # Requests for an object name its ETag, but a file on a disk may be rewritten meanwhile.
             if file.is_local and file.file_entry() != listed:
                 raise ConflictError  # of which open_parquet says that the file has changed
             images, bad_images = decode_images(table[config.image_column])
@@ -143,7 +142,8 @@ def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Predictio
     rejected = ReasonCounts()
     examples = [(part.input, part.first_row + row, why) for row, why in decoded.reasons.items()]
     rejected.add(Counter(decoded.reasons.values()), examples)
-    footer: dict[str, Any] = {"run": request.run_id, "part": part._asdict(), **vars(rejected)}
+    footer: dict[str, Any] = {"run": request.run_id, "part": part._asdict()}
+    footer |= {"reasons": rejected.reasons, "examples": rejected.examples}
     footer["counts"] = count_rows(decoded, predictions)
     label_column = request.config.label_column
     if label_column:
@@ -152,7 +152,7 @@ def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Predictio
         is_known[[*unknown, *decoded.reasons]] = False
         footer["counts"] |= count_right(decoded, predictions, labels, is_known)
         footer["mistakes"] = surest_mistakes(decoded, predictions, labels, is_known)
-    # Without the input's own metadata: they may name the input's columns, and Spark sees no others.
+    # Not the input's metadata: Spark may have named its columns there, and would see no others.
     table = table.replace_schema_metadata({PART_KEY: json.dumps(footer)})
     with suppress(ConflictError):  # a process that died, or a second run, has put it
         (request.output / PREDICTIONS / part.output).create(to_parquet(table))
@@ -169,7 +169,7 @@ def count_rows(decoded: DecodedPart, predictions: Predictions) -> dict[str, Any]
         "rows": len(is_scored),
         "rejected_rows": len(decoded.reasons),
         "consistent_rows": int(consistent.sum()),
-        # Of MNIST's own images none has a light edge: these are black on white.
+        # No image of MNIST has a light edge: these are black on white.
         "light_rows": int((top_and_bottom[is_scored].mean((1, 2)) > 127).sum()),
         "predicted_digits": np.bincount(scored["pred_digit"], minlength=DIGITS).tolist(),
     }
@@ -196,7 +196,7 @@ def count_right(
 def surest_mistakes(
     decoded: DecodedPart, predictions: Predictions, labels: Numbers, is_known: npt.NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
-    """Of the rows whose digit is known those with the surest wrong answers, the surest first."""
+    """The rows with a known digit whose wrong answers are the surest, the surest first."""
     confidence = np.zeros(len(labels))
     for head in HEADS:
         is_wrong = predictions[f"pred_{head.name}"] != head.target(labels, decoded.numbers)

@@ -69,27 +69,27 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
         RunError: workers died again and again, or as of `output.publish`.
         RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
     """
-    kept = _kept(request.config)
     try:
-        of_gpu = resources.precision_of_gpu(request.config.use_gpu, console.say)
-        plan = plan_workers(request.config, resources.inspect_cluster(), has_gpu=bool(of_gpu))
-        precision = _choose_precision(request, plan, of_gpu)
+        gpu_precision = resources.precision_of_gpu(request.config.use_gpu, console.say)
+        cluster = resources.inspect_cluster()
+        plan = plan_workers(request.config, cluster, has_gpu=gpu_precision is not None)
+        precision = _choose_precision(request, plan, gpu_precision)
         config = request.config.model_copy(update={"precision": precision})
         return _score(replace(request, config=config), plan, console)
     except KeyboardInterrupt:
-        raise RunInterrupted(kept) from None
+        raise RunInterrupted(_how_to_go_on(request.config)) from None
     except (OSError, ray.exceptions.RayError) as error:
         cause = getattr(error, "cause", error)  # what an actor raised, with Ray's advice below it
         if isinstance(cause, StorageError):
-            raise ended_by_storage(cause, kept) from error
+            raise ended_by_storage(cause, _how_to_go_on(request.config)) from error
         if isinstance(cause, RunError):
             raise RunError(str(cause).partition("\n")[0]) from error
         console.say_lines(str(error))
-        raise RunError(f"{root_cause(error)}; {kept}") from error
+        raise RunError(f"{root_cause(error)}; {_how_to_go_on(request.config)}") from error
 
 
-def _kept(config: ScoreConfig) -> str:
-    """End of an error message: how to go on."""
+def _how_to_go_on(config: ScoreConfig) -> str:
+    """The end of an error message."""
     again = "the same command without --overwrite" if config.overwrite else "the same command"
     return f"what is scored is kept, and {again} goes on"
 
@@ -101,11 +101,12 @@ def score_on_ray(
 
     TryAgainError: the cluster does not give a worker within `--wait-seconds`, or no worker answers.
     """
+    # Ray says how much is free, but not on which nodes: take all for one node.
     free = ClusterResources((ray.available_resources(),)).workers_that_fit(plan.per_worker)
     rows = []
     for number, task in enumerate(tasks):
         rows.append({"task": number, "parts": [part._asdict() for part in task]})
-    # Not `from_arrow`: tasks of its own, which reserve a CPU each, would look at the tables first.
+    # Not `from_arrow`: its tasks, which reserve a CPU each, would look at the tables first.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     options = dataset.context
     options.enable_progress_bars = options.print_on_execution_start = False
@@ -113,8 +114,8 @@ def score_on_ray(
     options.target_max_block_size = 1  # with small blocks each answer comes at once
     options.execution_no_progress_timeout_s = _SILENT_SECONDS
     if not free:
-        # For one worker. Ray waits for all that are to start at once: two jobs which begin
-        # together, and get half of what they ask for, would wait for each other.
+        # Only where one worker is to start: Ray waits for all that start at once, and two jobs that
+        # begin together, each with half of what it asks for, would wait for each other.
         options.wait_for_min_actors_s = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     dataset = dataset.map_batches(
         ScoreParts,
@@ -129,19 +130,18 @@ def score_on_ray(
         ),
         num_cpus=plan.per_worker.get("CPU", 0),
         num_gpus=plan.per_worker.get("GPU", 0),
-        # By itself Ray Data starts an actor again without a limit. Retries of a task stay without
-        # one: Ray would use up any number in the second before it knows that a node is gone. With a
-        # limit of new starts Ray prints a line that an actor's arguments may be lost. They are in
-        # the object store, and this process owns them as long as the run lasts.
+        # Ray Data limits neither. A worker that dies at each start must end the job; a task uses up
+        # any number of retries in the second before Ray knows that its node is gone. Ray prints
+        # that arguments of a restarted actor may be lost: this process owns them until the end.
         max_restarts=10,
         max_task_retries=-1,
     )
     dataset.set_name("score-files")
-    # Prefetched, an answer would wait for the next one, and a task that dies has none.
+    # No prefetch: each answer would wait for the one after it, which a task that dies never gives.
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     silent = "they are being started or replaced, or wait for data"
     with (
-        ended_without_head(console.say, _kept(request.config)),
+        ended_without_head(console.say, _how_to_go_on(request.config)),
         console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"),
     ):
         try:
@@ -153,7 +153,7 @@ def score_on_ray(
             waited = options.wait_for_min_actors_s
         except ray.data.exceptions.ExecutionTimeoutError:
             waited = _SILENT_SECONDS
-    gc.collect()  # of the error's traceback, which holds the actor that waits
+    gc.collect()  # the error's traceback holds the actor that still asks for resources
     raise TryAgainError(resources.shortage(plan.needed, waited))
 
 
@@ -175,42 +175,42 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
     output.check_may_go_on(request, before)
     asked = first_parts(planned, request.config.max_rows)
     todo = [part for name, part in asked.items() if name not in before.done]
-    there, scoring_seconds = before, 0.0
+    after, scoring_seconds = before, 0.0  # if nothing is to be done
     if todo or before.stale:
         (request.output / MANIFEST).delete()
         predictions.delete_files(list(before.stale))
         if todo:
             unusable, scoring_seconds = _score_parts(request, plan, todo, console)
             failures |= unusable
-            if unusable:  # some parts of a file may be there, put before another one was read
+            if unusable:
+                # Parts of such a file may have been put before another one was read. Delete those
+                # that are as planned: a later run may have put parts of the file as it is now.
                 useless = {name for name, part in planned.items() if part.input in unusable}
-                # Of these only what is of this run: of a file that has changed, a later run may
-                # have put parts of the same names.
                 done = _read_again(request, planned, console).done
                 predictions.delete_files(list(useless & done))
                 for name in useless:
                     del planned[name]
-        there = _read_again(request, planned, console)
-    output.check_complete(request, asked.keys() & planned.keys(), before, there)
+        after = _read_again(request, planned, console)
+    output.check_complete(request, asked.keys() & planned.keys(), before, after)
 
     resumed_rows = sum(part.rows for name, part in planned.items() if name in before.done)
-    new_rows = there.counts.get("rows", 0) - resumed_rows
-    fields: dict[str, Any] = {
+    new_rows = after.counts.get("rows", 0) - resumed_rows
+    run_figures: dict[str, Any] = {
         "resumed_rows": resumed_rows,
         "rows_per_second": round(new_rows / scoring_seconds, 1) if scoring_seconds else 0.0,
         "seconds": round(time.monotonic() - started, 1),
     }
-    left_rows = sum(part.rows for name, part in planned.items() if name not in there.done)
+    left_rows = sum(part.rows for name, part in planned.items() if name not in after.done)
     if left_rows:
-        fields["left_rows"] = left_rows
-    return output.publish(request, failures, there, fields, console)
+        run_figures["left_rows"] = left_rows
+    return output.publish(request, failures, after, run_figures, console)
 
 
 def _read_again(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> FoundParts:
     """The parts after the scoring. TryAgainError: they are no longer of this run alone."""
     try:
         return read_parts(request, planned, console)
-    except RequestError as error:  # its advice, --overwrite, would delete what another run has put
+    except RequestError as error:  # whose advice, --overwrite, would delete another run's parts
         problem, advice = str(error).partition(";")[0], "wait for other runs, and run it again"
         raise TryAgainError(f"{problem}, which it was not before; {advice}") from None
 
@@ -236,15 +236,15 @@ def _score_parts(
     progress = Progress(console.progress, "rows scored", total)
     rows = rejected_rows = 0
     unusable: dict[str, str] = {}
-    in_work: set[int] = set()
+    open_tasks: set[int] = set()
     started = seconds = 0.0
     try:
         for answer in score_on_ray(request, plan, tasks, console):
             started = started or time.monotonic()
             seconds = time.monotonic() - started
-            in_work.add(answer.task)
+            open_tasks.add(answer.task)
             if answer.ends:
-                in_work.remove(answer.task)
+                open_tasks.remove(answer.task)
             if answer.file and answer.file not in unusable:
                 console.say(f"cannot be used: {answer.file}: {answer.reason}")
                 unusable[answer.file] = answer.reason
@@ -254,15 +254,15 @@ def _score_parts(
             metrics.count(rows=rows, rejected_rows=rejected_rows)
             metrics.set(rows_per_second=rows / max(seconds, 1e-9))
     except ray.exceptions.RayActorError as error:
-        if error.actor_init_failed:  # an exception, such as for want of CUDA, and no death
+        if error.actor_init_failed:  # it raised, such as for want of CUDA, and did not die
             raise
         console.say_lines(str(error))
-        names = sorted({part.input for task in in_work for part in tasks[task]})
+        names = sorted({part.input for task in open_tasks for part in tasks[task]})
         raise RunError(
             f"workers died again and again ({root_cause(error)}); "
             f"in work were {', '.join(names[:10]) or 'no files yet'}; "
             "give the workers more memory, or take such a file out of --input; "
-            f"{_kept(request.config)}"
+            f"{_how_to_go_on(request.config)}"
         ) from error
     return unusable, seconds
 
@@ -274,9 +274,9 @@ def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, has_gpu: boo
     """
     each = {"CPU": 1.0}
     if has_gpu or config.use_gpu:
-        # Four: while one decodes and writes, the others compute. If fewer were asked for, each gets
-        # a larger share: else Ray packs them on the first GPUs. No CPU beside it: Ray Data warns
-        # against both, and on a node with few CPUs the GPU would stay unused.
+        # Four a GPU: while one decodes and writes, the others compute. Fewer workers get larger
+        # shares: Ray packs small ones on the first GPUs. And no CPU: Ray Data warns against asking
+        # for both, and on a node with few CPUs the GPU would stay unused.
         gpus = max(1, int(cluster.total("GPU")))
         each = {"GPU": 1 / min(4, ceil((config.num_workers or 4 * gpus) / gpus))}
     fitting = cluster.workers_that_fit(each)
@@ -287,11 +287,11 @@ def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, has_gpu: boo
     return plan
 
 
-def _choose_precision(request: ScoreRequest, plan: WorkerPlan, of_gpu: str | None) -> str:
+def _choose_precision(request: ScoreRequest, plan: WorkerPlan, gpu_precision: str | None) -> str:
     """The precision that is given, else that of the output's run, else the faster one."""
     begun = {} if request.config.overwrite else output.read_run(request.output)
     if plan.use_gpu:
-        faster = of_gpu or "fp32"  # GPUs that are still to come may be too old for bfloat16
+        faster = gpu_precision or "fp32"  # GPUs that are still to come may be too old for bfloat16
     else:  # the CPU of this machine stands in for those of the nodes that score
         faster = "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
     return request.config.precision or begun.get("--precision") or faster

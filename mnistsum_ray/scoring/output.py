@@ -51,13 +51,14 @@ FILES_TABLE: Final = "files.parquet"
 RUN_FORMAT: Final = "mnistsum_ray.score/5"
 """Format of run.json and the manifest, of the footers, and of how files are cut into parts."""
 
-_ROWS: Final = dict.fromkeys(("rows", "scored", "rejected", "failed"), pa.int64())
 FILES_TABLE_SCHEMA: Final = pa.schema(
-    {"file": pa.string()} | _ROWS | {"status": pa.string(), "reason": pa.string()}
+    {"file": pa.string()}
+    | dict.fromkeys(("rows", "scored", "rejected", "failed"), pa.int64())
+    | {"status": pa.string(), "reason": pa.string()}
 )
 """One row an input file. rows == scored + rejected + failed; null where no footer says them. Status
-is `scored`, `failed` with a reason, `gone` (scored, and not in --input now) or, where --max-rows
-has stopped, `partial`."""
+is `scored`, `failed` with a reason, `gone` (scored, and not in --input now) or `partial` (the rest
+is left by --max-rows)."""
 
 
 def read_run(output: Location) -> dict[str, Any]:
@@ -74,16 +75,15 @@ def read_run(output: Location) -> dict[str, Any]:
 
 
 def begin(request: ScoreRequest) -> str:
-    """Create run.json, or check that the one that is there holds this request; return its id.
+    """Create run.json, or check that the one in the folder holds this request; return its id.
 
-    RequestError: another request was begun here, or files of other programs are. Nothing is changed
-    then.
+    RequestError, and nothing is changed: here is the output of another request or program.
     """
     output = request.output
     wanted = {"format": RUN_FORMAT} | request.identity
     if not read_run(output):
         others = output.visible_files()
-        if others and RUN_FILE not in others:  # which a second run may have begun meanwhile
+        if others and RUN_FILE not in others:  # a second run may have begun just now
             raise refusal(output, f"{next(iter(others))} {NOT_OURS}")
         with suppress(ConflictError):
             run = {"id": secrets.token_hex(8), "version": __version__}
@@ -108,32 +108,32 @@ def delete_output(output: Location, console: Console) -> None:
         (output / RUN_FILE).delete()
 
 
-def check_may_go_on(request: ScoreRequest, there: FoundParts) -> None:
+def check_may_go_on(request: ScoreRequest, found: FoundParts) -> None:
     """RequestError: parts are of input that has changed or is gone, and no flag says what to do."""
-    if there.stale and not request.config.rescore_changed:
-        parts = there.stale
-        problem = "has changed since; --rescore-changed scores such files again"
-    elif there.gone and not request.config.keep_gone:
-        parts = there.gone
-        problem = "is not in --input now; --keep-gone leaves such output as it is"
+    if found.stale and not request.config.rescore_changed:
+        parts = found.stale
+        state = "has changed since; --rescore-changed scores such files again"
+    elif found.gone and not request.config.keep_gone:
+        parts = found.gone
+        state = "is not in --input now; --keep-gone leaves such output as it is"
     else:
         return
     part, file = next(iter(parts.items()))
-    rows = f"{PREDICTIONS}/{part} has rows of {file}"
-    raise refusal(request.output, f"{rows}, which {problem}, and {START_OVER}")
+    problem = f"{PREDICTIONS}/{part} has rows of {file}, which {state}, and {START_OVER}"
+    raise refusal(request.output, problem)
 
 
 def check_complete(
-    request: ScoreRequest, asked: Set[str], before: FoundParts, there: FoundParts
+    request: ScoreRequest, asked: Set[str], before: FoundParts, found: FoundParts
 ) -> None:
-    """Check at the end that the folder is of this run still, and holds its parts and no others.
+    """Check at the end that the folder is still of this run, and holds its parts and no others.
 
-    The name of a part says which rows of which file it has, so each row is there exactly once.
+    A part's name says which rows of which file it has, so then each row is there exactly once.
 
-    TryAgainError: it is not so; another run may be at work there.
+    TryAgainError: another run may be at work there.
     """
-    missing = sorted(asked - there.done)
-    strange = [*there.stale, *(there.gone.keys() - before.gone.keys())]
+    missing = sorted(asked - found.done)
+    strange = [*found.stale, *(found.gone.keys() - before.gone.keys())]
     if read_run(request.output).get("id") != request.run_id:
         problem = f"{RUN_FILE} is of another run now"
     elif missing:
@@ -151,26 +151,26 @@ def check_complete(
 def publish(
     request: ScoreRequest,
     failures: Mapping[str, str],
-    there: FoundParts,
-    fields: dict[str, Any],
+    found: FoundParts,
+    run_figures: dict[str, Any],
     console: Console,
 ) -> ScoreResult:
     """Write the files about the run, and the manifest last, and say the result.
 
-    `failures` say why files cannot be used; `fields` are some of the result.
+    `failures` say why files cannot be used; `run_figures` are what no footer says of the result.
 
     RunError, and no manifest: nothing was scored, or with `--strict` something cannot be used.
     """
-    output, bad = request.output, there.bad
-    counts = {name: np.array(count).tolist() for name, count in there.counts.items()}
-    files = _rows_of_files(request, failures, there)
-    totals = _totals(files, counts) | {"output": output.display} | fields
+    output, bad = request.output, found.bad
+    counts = {name: np.array(count).tolist() for name, count in found.counts.items()}
+    files = _rows_of_files(request, failures, found)
+    totals = _totals(files, counts) | {"output": output.display} | run_figures
     notices = []
     scored_rows = counts.get("rows", 0) - counts.get("rejected_rows", 0)
     if counts.get("light_rows", 0) > scored_rows / 2:
         light = f"{percent(counts['light_rows'] / scored_rows)} of the images are light"
         notices.append(f"{light} at their edges; the model was trained on white on black")
-    left_rows = fields.get("left_rows", 0)
+    left_rows = run_figures.get("left_rows", 0)
     if left_rows:
         left = f"{counted(left_rows, 'row')} of the input are left, and no {MANIFEST} is written"
         notices.append(f"--max-rows: {left}; without it the same command goes on")
@@ -181,15 +181,15 @@ def publish(
         "totals": totals,
         "counts": counts,
         "notice": "; ".join(notices),
-        "bad_rows": vars(bad),
-        "mistakes": there.mistakes,
+        "bad_rows": {"reasons": bad.reasons, "examples": bad.examples},
+        "mistakes": found.mistakes,
         "failures": dict(islice(failures.items(), 100)),  # files.parquet has all
         "config": request.config.model_dump(mode="json"),
         "model": {key: request.description[key] for key in ("sha256", "epoch", "parameters")},
         "versions": versions(),
     }
     (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
-    images = _read_images(request, there.mistakes, console)
+    images = _read_images(request, found.mistakes, console)
     (output / REPORT).write(scored_page(manifest, images).encode())
     _say_result(output, manifest, bad, notices, console)
     if bad.total or failures:
@@ -197,11 +197,11 @@ def publish(
         unusable += f" cannot be used; {REPORT} and {FILES_TABLE} say why"
         console.say(unusable)
         if request.config.strict or not totals["scored_rows"]:
-            (output / MANIFEST).delete()  # one of a run without --strict
+            (output / MANIFEST).delete()  # that of a run without --strict
             failed = "--strict" if totals["scored_rows"] else "nothing was scored"
             raise RunError(f"{failed}: {unusable}; no {MANIFEST} is written")
     if left_rows:
-        (output / MANIFEST).delete()  # one of fewer input files
+        (output / MANIFEST).delete()  # that of fewer input files
     else:
         (output / MANIFEST).write(manifest)
     return ScoreResult(**totals)
@@ -232,27 +232,27 @@ def _say_result(
 def _read_images(
     request: ScoreRequest, mistakes: Sequence[Mapping[str, Any]], console: Console
 ) -> list[Pixels]:
-    """The images of these rows, read from the input again; of a file that has changed, none."""
+    """The images of these rows, read from the input again; blank where a file has changed."""
     entries = {file.name: file.entry for file in request.files}
     rows_of_files: dict[str, list[int]] = {}
     for mistake in mistakes:
         rows_of_files.setdefault(mistake["file"], []).append(mistake["row"])
-    found: dict[tuple[str, int], Pixels] = {}
+    images: dict[tuple[str, int], Pixels] = {}
     for name, rows in rows_of_files.items():
         ranges = [range(row, row + 1) for row in sorted(rows)]
         try:
             with open_parquet(request.root / name, entries[name]) as parquet:
                 for row, table in zip(sorted(rows), read_ranges(parquet, ranges), strict=True):
-                    images, _ = decode_images(table[request.config.image_column])
-                    found[name, row] = images[0]
+                    decoded, _ = decode_images(table[request.config.image_column])
+                    images[name, row] = decoded[0]
         except (UnusableFileError, StorageError) as error:
             console.say(f"the report shows no images of {name}: {error}")
     blank = np.zeros((SIDE, SIDE), np.uint8)
-    return [found.get((mistake["file"], mistake["row"]), blank) for mistake in mistakes]
+    return [images.get((mistake["file"], mistake["row"]), blank) for mistake in mistakes]
 
 
 def _rows_of_files(
-    request: ScoreRequest, failures: Mapping[str, str], there: FoundParts
+    request: ScoreRequest, failures: Mapping[str, str], found: FoundParts
 ) -> list[dict[str, Any]]:
     """The rows of files.parquet."""
     rows: list[tuple[Any, ...]] = []  # in the order of the schema
@@ -260,15 +260,15 @@ def _rows_of_files(
         reason = failures.get(file.name)
         if reason:
             rows.append((file.name, file.rows, 0, 0, file.rows, "failed", reason))
-    gone = set(there.gone.values())
+    gone = set(found.gone.values())
     rows_of_input = {file.name: file.rows for file in request.files}
-    for name, count in there.rows.items():
+    for name, count in found.rows_by_file.items():
         status = "scored"
         if name in gone:
             status = "gone"
         elif count < (rows_of_input[name] or 0):
             status = "partial"
-        rejected = there.rejected[name]
+        rejected = found.rejected_by_file[name]
         rows.append((name, count, count - rejected, rejected, 0, status, None))
     return [dict(zip(FILES_TABLE_SCHEMA.names, row, strict=True)) for row in sorted(rows)]
 

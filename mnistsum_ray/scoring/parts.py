@@ -43,9 +43,9 @@ class Part(NamedTuple):
     """Consecutive rows of one input file, which become one output file."""
 
     output: str  # relative to the folder of predictions
-    input: str  # relative to the input's root; then its bytes and ETag when it was listed
-    size: int
-    e_tag: str
+    input: str  # relative to the input's root
+    size: int  # of the input file, in bytes, when it was listed
+    e_tag: str  # of the input file, when it was listed
     first_row: int
     rows: int
 
@@ -67,28 +67,28 @@ def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) 
         folder = output.rpartition("/")[0]
         while folder:
             if folder in parts:
-                both = f"{parts[folder].input} needs the name of a folder of {part.input}"
-                raise RequestError(f"--input: {both} in the output; rename one")
+                problem = f"{parts[folder].input} needs the name of a folder of {part.input}"
+                raise RequestError(f"--input: {problem} in the output; rename one")
             folder = folder.rpartition("/")[0]
     return parts
 
 
 def _parts_of(file: InputFile, max_rows_per_file: int | None) -> Iterator[Part]:
-    """The parts of a file, of one size but for the last: one of no rows where it has none."""
+    """The parts of a file, equally long but for the last; a file of no rows is one part."""
     rows = file.rows or 0
-    # 32,768 rows are 10 s of a CPU core, which a kill costs.
-    size = max_rows_per_file or min(32_768, max(8_192, ceil(rows / 4)))
-    count = max(1, ceil(rows / size))
+    # A kill costs the rows of a part: 32,768 are 10 s of a CPU core.
+    part_rows = max_rows_per_file or min(32_768, max(8_192, ceil(rows / 4)))
+    count = max(1, ceil(rows / part_rows))
     path = PurePosixPath(file.name)
     for index in range(count):
         number = f"-{index:05d}-of-{count:05d}" if count > 1 else ""
         output = str(path.with_name(path.stem + number + path.suffix))
-        start, end = index * size, min(rows, (index + 1) * size)
+        start, end = index * part_rows, min(rows, (index + 1) * part_rows)
         yield Part(output, file.name, file.entry.size, file.entry.e_tag, start, end - start)
 
 
 def first_parts(planned: Mapping[str, Part], max_rows: int | None) -> Mapping[str, Part]:
-    """The first parts, up to the one that brings them to so many rows; None: all."""
+    """The first parts, as many as it takes to have `max_rows` rows; all if that is None."""
     rows = 0
     first: dict[str, Part] = {}
     for name, part in planned.items():
@@ -98,14 +98,14 @@ def first_parts(planned: Mapping[str, Part], max_rows: int | None) -> Mapping[st
     return first
 
 
-def make_tasks(parts: Sequence[Part], max_rows: int, workers: int) -> list[list[Part]]:
-    """Group consecutive parts: each worker gets several tasks of about `max_rows` or fewer."""
+def make_tasks(parts: Sequence[Part], usual_rows: int, workers: int) -> list[list[Part]]:
+    """Group consecutive parts: each worker gets several tasks, of about `usual_rows` or fewer."""
     total = sum(part.rows + _FILE_ROWS for part in parts)
-    # Of several tasks per worker, none is a long one that is finished alone at the end. But a core
-    # scores 4,096 rows while a worker starts: a worker for fewer would not pay.
-    for_workers = max(4_096, ceil(total / (4 * workers)))
-    # Ray Data takes 0.5 ms a task before the first starts: beyond 16,384 tasks they get longer.
-    task_rows = max(ceil(total / 16_384), min(for_workers, max_rows))
+    # Four tasks a worker, so that no long one runs alone at the end; but a core scores 4,096 rows
+    # while a worker starts, so a worker for fewer would not pay.
+    balanced_rows = max(4_096, ceil(total / (4 * workers)))
+    # Ray Data needs 0.5 ms a task before the first one starts: 16,384 tasks at most.
+    task_rows = max(ceil(total / 16_384), min(balanced_rows, usual_rows))
     tasks: list[list[Part]] = []
     rows = task_rows  # so that the first part begins a task
     for part in parts:
@@ -122,15 +122,15 @@ class FoundParts:
     """What the output folder holds of a plan, by the footers of its parts."""
 
     done: set[str] = field(default_factory=set)  # planned parts that are whole and of this run
-    # Sums of `count_rows` over them: numbers and arrays.
+    # Sums of the counts of `done`, numbers and arrays (`count_rows`, `count_right`).
     counts: defaultdict[str, Any] = field(default_factory=lambda: defaultdict(int))
-    bad: ReasonCounts = field(default_factory=ReasonCounts)  # their rejected rows
-    # The surest of their mistakes: `file`, `row` and what `surest_mistakes` says.
+    bad: ReasonCounts = field(default_factory=ReasonCounts)  # the rejected rows of `done`
+    # The surest mistakes of `done`: `file`, `row` and what `surest_mistakes` says.
     mistakes: list[dict[str, Any]] = field(default_factory=list)
-    stale: dict[str, str] = field(default_factory=dict)  # by part its file, which has changed since
-    gone: dict[str, str] = field(default_factory=dict)  # by part its file, which is not there now
-    rows: Counter[str] = field(default_factory=Counter)  # by input file, also where that is gone
-    rejected: Counter[str] = field(default_factory=Counter)  # those of them that are rejected
+    stale: dict[str, str] = field(default_factory=dict)  # by part, its file that has changed
+    gone: dict[str, str] = field(default_factory=dict)  # by part, its file that is not in --input
+    rows_by_file: Counter[str] = field(default_factory=Counter)  # of `done` and `gone`
+    rejected_by_file: Counter[str] = field(default_factory=Counter)
 
 
 def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> FoundParts:
@@ -139,30 +139,30 @@ def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Cons
     RequestError: a part is of another run, or a file is of another program.
     """
     inputs = {file.name for file in request.files}
-    there = FoundParts()
+    found = FoundParts()
     for name, rows, footer in read_footers(request.output, console):
         if footer.get("run") != request.run_id:
-            problem = f"{PREDICTIONS}/{name} is of another run than run.json"
-            raise refusal(request.output, f"{problem}; {START_OVER}")
+            problem = f"{PREDICTIONS}/{name} is of another run than run.json; {START_OVER}"
+            raise refusal(request.output, problem)
         part = Part(**footer["part"])
         if part == planned.get(name) and rows == part.rows:
-            there.done.add(name)
+            found.done.add(name)
             for what, count in footer["counts"].items():
-                there.counts[what] += np.array(count)
+                found.counts[what] += np.array(count)
             examples = [tuple(example) for example in footer["examples"]]
-            there.bad.add(footer["reasons"], examples)
+            found.bad.add(footer["reasons"], examples)
             mistakes = [{"file": part.input, **mistake} for mistake in footer.get("mistakes", [])]
-            mistakes += there.mistakes
+            mistakes += found.mistakes
             mistakes.sort(key=itemgetter("confidence"), reverse=True)
-            there.mistakes = mistakes[:MAX_MISTAKES]
+            found.mistakes = mistakes[:MAX_MISTAKES]
         elif part.input in inputs:
-            there.stale[name] = part.input
+            found.stale[name] = part.input
         else:
-            there.gone[name] = part.input
-        if name not in there.stale:
-            there.rows[part.input] += rows
-            there.rejected[part.input] += footer["counts"]["rejected_rows"]
-    return there
+            found.gone[name] = part.input
+        if name not in found.stale:
+            found.rows_by_file[part.input] += rows
+            found.rejected_by_file[part.input] += footer["counts"]["rejected_rows"]
+    return found
 
 
 def read_footers(output: Location, console: Console) -> Iterator[tuple[str, int, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
 
-if TYPE_CHECKING:  # it takes seconds to import, and a wrong flag should not wait for it
+if TYPE_CHECKING:  # importing torch takes seconds, and a wrong flag should not wait for that
     from torch import Tensor
 
 
@@ -25,9 +25,9 @@ class InputFile(NamedTuple):
 
     name: str
     entry: Entry
-    rows: int | None = None  # where its footer cannot be read
+    rows: int | None = None  # None: its footer cannot be read
     error: str | None = None  # why it cannot be scored
-    int96: tuple[str, ...] = ()  # columns of this type, which the output has in another
+    int96: tuple[str, ...] = ()  # columns of this type: the output has another
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ScoreRequest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What determines the output, by flag, as JSON has it. An output is of one request."""
+        """What determines the output, by flag, as run.json keeps it: another request is refused."""
         config = self.config
         return {
             "--model with SHA-256": self.description["sha256"],
@@ -79,7 +79,7 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
         raise RequestError(f"--model {error}") from None
     with as_request_error("--input"):
         files = _inspect_files(inputs, config, console)
-    # As the manifest names it.
+    # As the manifest names both.
     config = config.model_copy(update={"model": model.display, "output": output.display})
     weights = copy_weights(network)
     return ScoreRequest(config, description, weights, inputs.root, files, output)
@@ -88,7 +88,7 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
 def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> list[InputFile]:
     """Read and check the footers of all input files.
 
-    RequestError: none that can be read can be scored, so it is rather a flag that is wrong.
+    RequestError: no readable file can be scored, so a flag is wrong and not a file.
     """
     progress = Progress(console.progress, "footers read", len(inputs.files))
     inspect = partial(_inspect_file, inputs, config)
@@ -119,7 +119,7 @@ def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile |
             skipped = "readers of Parquet skip, as all names with . or _ in front"
             raise UnusableFileError(f"would get a name that {skipped}; rename it")
         footer = read_footer(inputs.root / name, entry)
-    except MissingFileError:  # a file that expires in this moment must not cost all others
+    except MissingFileError:  # one file that expires now must not cost all others
         return None
     except UnusableFileError as error:
         return InputFile(name, entry, error=str(error))
