@@ -220,8 +220,8 @@ def join_reasons(bad_images: Reasons, bad_numbers: Reasons, what: str = "number"
     """Reasons of both decoders as one reason for each bad row, in the order of the rows."""
     joined = dict(bad_images)
     for row, reason in bad_numbers.items():
-        before = f"{joined[row]}; " if row in joined else ""
-        joined[row] = f"{before}the {what} {reason}"
+        of_image = f"{joined[row]}; " if row in joined else ""
+        joined[row] = f"{of_image}the {what} {reason}"
     return dict(sorted(joined.items()))
 
 
@@ -229,7 +229,7 @@ def join_reasons(bad_images: Reasons, bad_numbers: Reasons, what: str = "number"
 class ReasonCounts:
     """Counts of bad rows by reason, and the first of these rows."""
 
-    # Those of all reasons after the first twenty are one entry, so that the counts stay small.
+    # All reasons after the first twenty are one entry, so that the counts stay small.
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[BadRow] = field(default_factory=list)
 
@@ -242,11 +242,10 @@ class ReasonCounts:
 
     @property
     def total(self) -> int:
-        """Number of bad rows."""
         return self.reasons.total()
 
     def describe(self) -> str:
-        """The first rows with their reasons."""
+        """The first bad rows with their reasons, for a message."""
         texts = [f"{file}: row {row}: {reason}" for file, row, reason in self.examples]
         if self.total > len(texts):
             texts.append("…")
@@ -305,14 +304,14 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
                 picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
         image = ImageOps.exif_transpose(picture).convert("RGBA")
     except Exception as error:  # Pillow's decoders raise many types
-        why = f"cannot be read as a picture ({type(error).__name__})"
-        raise RequestError(f"{name}: {why}; save it as PNG") from None
+        problem = f"cannot be read as a picture ({type(error).__name__})"
+        raise RequestError(f"{name}: {problem}; save it as PNG") from None
     image.thumbnail((1024, 1024))  # only ever smaller
     white = Image.new("RGBA", image.size, "white")
     return name, np.asarray(Image.alpha_composite(white, image).convert("L"), np.float32)
 
 
 def _start_when_centred(mass: npt.NDArray[np.float32]) -> int:
-    """Where a digit with this mass by row or column begins, so that its centre is in the middle."""
+    """Where a digit with this mass by row or column must begin to have its centre in the middle."""
     centre = np.average(np.arange(len(mass)), weights=mass)
     return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))

@@ -33,13 +33,13 @@ def list_inputs(
     texts: Sequence[str],
     output: Location | None = None,
     flag: str = "--input",
-    none: str = "there is no Parquet file",
+    if_none: str = "there is no Parquet file",
 ) -> Inputs:
     """List what the values of a flag name: files, globs, and folders with all their Parquet files.
 
     Raises:
         RequestError: a value names nothing, or a table of Delta Lake; there is no Parquet file
-            (`none` says so); input and output lie in each other.
+            (`if_none` is the message); input and output lie in each other.
     """
     found: dict[str, Entry | None] = {}
     folders = []
@@ -47,33 +47,33 @@ def list_inputs(
         place, glob = _parse(text, flag)
         if output is not None:
             _check_apart(place, glob, output)
-        # Of a key at the top of a bucket it is empty, where pathlib's parent would be a dot.
+        # Not pathlib: an object at the top of a bucket has the parent "", and not ".".
         folders.append(place if glob else place.at(os.path.dirname(place.path)))  # noqa: PTH120
         with as_request_error(flag):
             listed = _list(place, glob, flag) if glob else {place.path: place.file_entry()}
         for path, file in listed.items():
-            found[path] = found.get(path) or file  # what one leaves out another may name
+            found[path] = found.get(path) or file  # None: left out by all values
     inputs = _sort_out(_common_root(folders, flag), found)
     if not inputs.files:
-        raise RequestError(f"{flag} {' '.join(texts)}: {none} ({', '.join(SUFFIXES)})")
+        raise RequestError(f"{flag} {' '.join(texts)}: {if_none} ({', '.join(SUFFIXES)})")
     return inputs
 
 
 def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
-    """Which of these files are taken."""
+    """Which of the found files are taken, and which paths are left out."""
     files: dict[str, Entry] = {}
     skipped = []
     seen = set()
     links = {path for path in found if root.is_local and Path(path).is_symlink()}
     odd = {path for path in found if ODD_CHARACTERS.search(path)}
-    # Files first, then links, then odd names: what comes later gives way.
+    # In this order, since of two with one name, or one inode, the first is taken.
     for path in sorted(found.keys() - links - odd) + sorted(links - odd) + sorted(odd):
         file = found[path]
         name = path.removeprefix(root.path).lstrip("/")
         name = printable(name) if path in odd else name
-        # The rows of a link to a file that is here would count twice.
+        # A local ETag holds the inode: the rows of a link to another input would count twice.
         is_repeated = file is not None and path in links and file.e_tag in seen
-        if file is None or is_repeated or name in files:  # which an odd name, escaped, may be
+        if file is None or is_repeated or name in files:  # an escaped name may equal another
             skipped.append(path)
         else:
             seen.add(file.e_tag or path)
@@ -84,20 +84,22 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
 def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:
     """Say in one line how many paths were left out, with an example."""
     if skipped:
-        kinds = "hidden, no Parquet by their suffix, folders, links to folders or to files here"
-        example = f"such as {printable(skipped[0])} ({kinds}, odd names)"
-        say(f"left out: {len(skipped):,}, {example}")
+        say(
+            f"left out: {len(skipped):,}, such as {printable(skipped[0])} (hidden, no Parquet by "
+            "their suffix, folders, links to folders or to files here, odd names)"
+        )
 
 
 def _parse(text: str, flag: str) -> tuple[Location, list[str]]:
     """What a value of the flag names: a folder and the components of a glob in it, or a file."""
-    path = text.partition("?")[0] if "://" in text else text  # in a URI it begins options
+    # In a URI a question mark is no wildcard.
+    path, mark, options = text.partition("?") if "://" in text else (text, "", "")
     wild = re.search(r"[^/]*[*?\[].*", path, re.DOTALL)
     glob: list[str] = []
     folder = text
     if wild and not os.path.lexists(text):  # a file's name may contain wildcards
         glob = [name for name in wild[0].split("/") if name]
-        folder = (path[: wild.start()] or ".") + text[len(path) :]
+        folder = (path[: wild.start()] or ".") + mark + options
     location = locate_existing(folder, flag)
     with as_request_error(flag):
         if location.is_folder():
@@ -122,10 +124,10 @@ def _list(top: Location, glob: list[str], flag: str) -> dict[str, Entry | None]:
         if _DELTA_LOG in below and _may_hold(glob, below[: below.index(_DELTA_LOG)]):
             advice = "its log says which files are part of it; jobs/recipes/dataset.py scores one"
             raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
-        if not file.is_file and not top.is_local:  # its key is odd
+        if not file.is_file and not top.is_local:  # an object with an odd name
             found[file.path] = None
         elif not file.is_file and Path(file.path).is_dir():
-            # Not entered: a link, a hidden folder, or one in which nothing can match.
+            # A folder that is not entered: a link, hidden, or one in which nothing can match.
             if _may_hold(glob, below) or _matches(below, glob):
                 found[file.path] = None
         elif _matches(below, glob):

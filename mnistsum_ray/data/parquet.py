@@ -22,14 +22,14 @@ _MOST_ROWS_OF_BYTE: Final = 1000
 
 @contextmanager
 def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_ParquetFile]:
-    """Open a Parquet file for the block; `listed` is what it must be still.
+    """Open a Parquet file for the block; the file must still be as `listed`.
 
     Pages are checked against their CRC where they have one. INT96 is read in microseconds:
     nanoseconds do not reach the year 9999.
 
     Raises:
         StorageError: the block failed since the storage did, or for want of memory.
-        UnusableFileError: it failed for any other reason.
+        UnusableFileError: the block failed for any other reason.
     """
     try:
         with file.open(listed) as source:
@@ -56,7 +56,7 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
 
 def read_footer(file: Location, listed: Entry) -> _ParquetFile:
     """The `metadata` and schemas of a file, which is closed again; errors as of `open_parquet`."""
-    if file.path != listed.path:  # `list_inputs` has made it printable
+    if file.path != listed.path:  # `list_inputs` escapes odd names
         raise UnusableFileError("its name is not UTF-8, or has a control character; rename it")
     if not listed.is_file:
         raise UnusableFileError("is no file, or a link to none")
@@ -67,16 +67,16 @@ def read_footer(file: Location, listed: Entry) -> _ParquetFile:
 def _read_metadata(stream: Any) -> pq.FileMetaData:
     """The footer of an open file, whose columns have the types of Parquet alone.
 
-    The schema of Arrow types that many writers add is hidden. With it, Ray's type of pickles would
-    come back, which runs code when a value is looked at, here or by a reader of what is scored; a
-    null in a list of a fixed size would make the whole file unreadable; and tensors that Ray 2.49
-    to 2.54 wrote would be refused. No option of Arrow's readers leaves that schema out.
+    The schema of Arrow types that many writers add is hidden. With that schema, Ray's type of
+    pickles would come back, which runs code when a value is looked at, here or by a reader of the
+    output; a null in a list of a fixed size would make the whole file unreadable; and tensors that
+    Ray 2.49 to 2.54 wrote would be refused. No option of Arrow's readers leaves the schema out.
     """
     size = stream.seek(0, io.SEEK_END)
     tail_start = max(0, size - _TAIL_BYTES)
     stream.seek(tail_start)
     tail = bytes(stream.read(size - tail_start))
-    # A file ends with its footer, the length of that in four bytes, and `PAR1`.
+    # A file ends with its footer, the footer's length in four bytes, and `PAR1`.
     footer_start = size - 8 - int.from_bytes(tail[-8:-4], "little")
     if tail[-4:] != b"PAR1" or footer_start < 0:
         raise UnusableFileError("is not Parquet, or was cut off; write it again")
@@ -105,7 +105,7 @@ def read_ranges(parquet: _ParquetFile, ranges: Sequence[range]) -> Iterator[pa.T
         slices = []
         next_row = rows.start
         while next_row < rows.stop:
-            while batch_start + batch.num_rows <= next_row:  # also of rows between two ranges
+            while batch_start + batch.num_rows <= next_row:  # also past rows that no range has
                 batch_start, batch = next(batches)
             found = batch[next_row - batch_start : rows.stop - batch_start]
             slices.append(found)
@@ -122,7 +122,7 @@ def _read_batches(
         group_stop = group_start + parquet.metadata.row_group(group).num_rows
         if any(rows.start < group_stop and group_start < rows.stop for rows in ranges):
             batch_start = group_start
-            # So many rows are decompressed at once.
+            # 8,192 rows are decompressed at once.
             for batch in parquet.iter_batches(8192, row_groups=[group], use_threads=False):
                 yield batch_start, batch
                 batch_start += batch.num_rows
@@ -132,7 +132,7 @@ def _read_batches(
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
-    """A Parquet file of the table."""
+    """The bytes of a Parquet file of the table."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size)
     return sink.getvalue()
@@ -143,8 +143,8 @@ def column_error(
 ) -> str | None:
     """Why a file cannot be used by the column that a flag names; `type_error` looks at its type."""
     if name not in schema.names:
-        has = f"has no column {name!r} but {shortened(', '.join(schema.names))}"
-        return f"{has}; {flag} names another"
+        columns = shortened(", ".join(schema.names))
+        return f"has no column {name!r} but {columns}; {flag} names another"
     if schema.names.count(name) > 1:
         return f"has more than one column {name!r}; rename all but one, or {flag} names another"
     error = type_error(schema.field(name).type)

@@ -23,7 +23,7 @@ NUMBERS: Final = 10
 
 
 class Purpose(IntEnum):
-    """Purpose of a draw, as a part of its key: draws for two purposes are not correlated.
+    """What a draw is for: draws for two purposes are not correlated.
 
     The values are part of each run's numbers: never renumber them.
     """
@@ -62,7 +62,7 @@ def random_numbers(seed: int, epoch: int, row_ids: RowIds) -> npt.NDArray[np.int
 def split_keys(row_ids: RowIds) -> Bits:
     """Keys, uint64[n], the smallest of which are held out.
 
-    They depend on no seed, so that runs with different seeds can be compared.
+    The keys depend on no seed, so that runs with different seeds can be compared.
     """
     return _bits(0, 0, Purpose.SPLIT, row_ids)
 
@@ -72,7 +72,7 @@ def distortions(seed: int, epoch: int, row_ids: RowIds, strength: float) -> npt.
     bits = _bits(seed, epoch, Purpose.DISTORTION, row_ids)
     draws = np.empty((len(row_ids), 6), np.float32)
     for column in draws.T:
-        column[:] = (bits >> np.uint64(40)) * (2 / 2**24) - 1
+        column[:] = (bits >> np.uint64(40)) * (2 / 2**24) - 1  # the upper 24 bits as -1..1
         bits = _mix(bits)
     return affine_matrices(draws, strength)
 
@@ -85,8 +85,8 @@ def affine_matrices(draws: npt.NDArray[np.float32], strength: float) -> npt.NDAr
     in -1..1, are multiplied by `strength`. As in Simard et al., "Best Practices for Convolutional
     Neural Networks Applied to Visual Document Analysis" (2003).
     """
-    # On a GPU they would be twenty kernels of each step. In float64, so that the rounded values
-    # hardly depend on how a machine computes sines.
+    # By NumPy: on a GPU these lines would be twenty kernels of each step. In float64, so that the
+    # rounded values hardly depend on how a machine computes sines.
     rotation, log_width, log_height, shear, x, y = (strength * draws.astype(np.float64)).T
     angle = np.radians(rotation * 10)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -106,7 +106,7 @@ def step_seed(seed: int, epoch: int, index: int, purpose: Purpose) -> int:
 def mix_ids(row_ids: Any) -> Any:
     """Scramble row ids, int64[n], an array of NumPy or a tensor of PyTorch alike.
 
-    The sum of scrambled ids modulo 2**64 tells sets of rows apart: plain 3 and 5 are twice 4.
+    Their sum modulo 2**64 tells sets of rows apart. Plain ids 3 and 5 would add up as 4 and 4.
     """
     # Constants of `_mix` as int64: PyTorch does not multiply uint64.
     mixed = (row_ids + 1) * -0x61C8864680B583EB
@@ -119,7 +119,7 @@ class RowTotals:
     """What all workers together must see of a split: the number of its rows, and which they are."""
 
     rows: int
-    id_sum: int  # of their scrambled ids (`mix_ids`)
+    id_sum: int  # sum of their scrambled ids (`mix_ids`)
 
     @classmethod
     def of(cls, ids: RowIds) -> "RowTotals":

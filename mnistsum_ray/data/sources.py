@@ -36,7 +36,7 @@ SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 
 SPLITS: Final = ("train", "validation", "test")
 
-_SPLIT: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(?![a-z])")
+_SPLIT_WORD: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(?![a-z])")
 """A word in the name of a file or folder, in lower case, that names a split."""
 
 _MNIST_FILE: Final = "train-images-idx3-ubyte"
@@ -79,7 +79,7 @@ class Source:
         for split, of_split in self.files.items():
             rows = 0
             for file in of_split:
-                if 4 * rows < 5 * max_rows:  # a fifth may be held out
+                if rows < 1.25 * max_rows:  # a fifth may be held out
                     files.setdefault(split, []).append(file)
                 rows += file.rows
         return replace(self, files=files, max_rows=max_rows)
@@ -109,14 +109,14 @@ def held_out_rows(train_rows: int) -> int:
 
 
 StartProgress = Callable[[str, int], Callable[[int], None]]
-"""Gets the name and number of the things that will be counted; returns what adds to the count."""
+"""From what is counted, and its total, to the function that adds to the count."""
 
 
-def open_source(config: LabelledDataConfig, progress: StartProgress | None = None) -> Source:
-    """Find what `--data` names; `progress` counts the footers that have been read.
+def open_source(config: LabelledDataConfig, start_progress: StartProgress | None = None) -> Source:
+    """Find what `--data` names; `start_progress` shows how many footers have been read.
 
     Raises:
-        RequestError: it is missing, cannot be used, or has no images with digits; names the file.
+        RequestError: the data is missing, cannot be used, or has no images with digits.
         TryAgainError: the storage does not answer.
     """
     if config.data == "sample":
@@ -131,7 +131,7 @@ def open_source(config: LabelledDataConfig, progress: StartProgress | None = Non
     if folder is not None:
         return _mnist(folder)
     with as_request_error("--data"):
-        return _parquet(config, location, progress)
+        return _parquet(config, location, start_progress)
 
 
 def _sample() -> Source:
@@ -152,13 +152,13 @@ def _full_mnist(*, fall_back: bool) -> Source:
     if not fall_back:
         raise RequestError(f"--data mnist: {missing}; name its folder, or take --data sample")
     sample = _sample()
-    rest = f"Going on with the bundled sample of {sample.rows_of('train'):,} images"
-    advice = "--data FOLDER names a copy of the full set"
-    return replace(sample, notice=f"NOT the full MNIST: it is {missing}. {rest}; {advice}.")
+    notice = f"NOT the full MNIST: it is {missing}. "
+    notice += f"Going on with the bundled sample of {sample.rows_of('train'):,} images; "
+    return replace(sample, notice=notice + "--data FOLDER names a copy of the full set.")
 
 
 def _find_mnist(root: Path) -> Path | None:
-    """The folder with MNIST's files: `root`/MNIST/raw or `root`/raw, as in torchvision, or it."""
+    """The folder with MNIST's files: `root`/MNIST/raw or /raw, as in torchvision, or `root`."""
     for folder in (root / "MNIST" / "raw", root / "raw", root):
         if (folder / _MNIST_FILE).exists():
             return folder
@@ -179,7 +179,7 @@ def _mnist(folder: Path) -> Source:
             images, digits = found.data.numpy(), found.targets.numpy()
             if images.shape != (*digits.shape, SIDE, SIDE):  # torchvision takes what it finds
                 raise ValueError(f"images and labels have shapes {images.shape}, {digits.shape}")
-        except Exception as error:  # of damaged files its reader raises many types
+        except Exception as error:  # torchvision raises many types on damaged files
             problem = f"holds no whole MNIST ({one_line(error)}); get its four files again"
             raise RequestError(f"--data {folder}: {problem}") from None
         rows[split] = (images, digits)
@@ -227,12 +227,12 @@ def _in_memory(name: str, location: str, rows: dict[str, tuple[Pixels, Numbers]]
 
 
 def _parquet(
-    config: LabelledDataConfig, location: Location, progress: StartProgress | None
+    config: LabelledDataConfig, location: Location, start_progress: StartProgress | None
 ) -> Source:
     mnist = f"MNIST's files ({_MNIST_FILE}, …, not gzipped) on a local disk"
-    found = list_inputs([config.data], flag="--data", none=f"holds neither {mnist} nor Parquet")
+    found = list_inputs([config.data], flag="--data", if_none=f"holds neither {mnist} nor Parquet")
     describe = partial(_describe, config, found.root)
-    count = progress("footers read", len(found.files)) if progress else None
+    count = start_progress("footers read", len(found.files)) if start_progress else None
     files: dict[str, list[LabelledFile]] = {}
     for file in in_threads(found.root, describe, list(found.files.items()), count):
         files.setdefault(_split_of_name(file.name), []).append(file)
@@ -240,7 +240,7 @@ def _parquet(
     if unnamed and files:
         mixed = "some files are named train or test and some are not; rename them"
         raise RequestError(f"--data {location.display}: {mixed} ({unnamed[0].name})")
-    # Ids of rows, by which some are held out, follow from the whole path of a file.
+    # Row ids, which decide what is held out, follow from the whole path of a file.
     digest = hashlib.sha256(f"{found.root.bucket}/{found.root.path}\n".encode())
     for name, entry in found.files.items():
         digest.update(f"{name}\n{entry.size}\n{entry.e_tag}\n".encode())
@@ -254,7 +254,7 @@ def _parquet(
 
 
 def check_unchanged(config: LabelledDataConfig, source: Source) -> None:
-    """RequestError: a file is not the one whose footer was read; its rows may be of both."""
+    """RequestError: a file is not the one whose footer was read: its rows may be of both."""
     if not source.files:
         return
     now = list_inputs([config.data], flag="--data").files
@@ -268,7 +268,7 @@ def check_unchanged(config: LabelledDataConfig, source: Source) -> None:
 def _describe(
     config: LabelledDataConfig, root: Location, listed: tuple[str, Entry]
 ) -> LabelledFile:
-    """An input file, by its footer."""
+    """What the footer of an input file says. RequestError: the file cannot be used."""
     name, entry = listed
     file = root / name
     if not name.partition("?")[0].lower().endswith(SUFFIXES):  # Ray Data would leave it out
@@ -279,8 +279,8 @@ def _describe(
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     schema = footer.schema_arrow
-    # Ray Data makes a column of each folder `name=value`. Its type here is one that no file has
-    # (`_read_metadata`), so that files with such a folder and others are read apart.
+    # Ray Data makes a column of each folder `name=value`. As large_string, which no footer gives
+    # here, so that files in such a folder and files with such a column are read apart.
     for folder in {*re.findall(r"([^/=]+)=[^/]*/", name)} - {*schema.names}:
         schema = schema.append(pa.field(folder, pa.large_string()))
     names = [config.label_column] if config.label_column else ["digit", "label"]
@@ -301,7 +301,7 @@ def _describe(
 def _split_of_name(file: str) -> str:
     """The split that the file names or, failing that, its folder; empty where neither does."""
     for name in reversed(file.split("/")[-2:]):
-        found = _SPLIT.search(name.lower())
+        found = _SPLIT_WORD.search(name.lower())
         if found:
             return "validation" if found[1] == "val" else found[1]
     return ""
