@@ -1,4 +1,4 @@
-"""Object stores as obstore and Arrow see them: options, keys from the environment, and retries."""
+"""Object stores as obstore and Arrow see them: options, secrets, and retries."""
 
 import os
 import re
@@ -31,7 +31,7 @@ _ENDPOINT: Final = re.compile(
 
 @cache
 def open_store(bucket: str, query: str) -> Any:
-    """The obstore store of a bucket, which takes its keys from the environment.
+    """The obstore store of a bucket, which takes its secrets from the environment.
 
     StorageError: an option, or a variable of the environment, is wrong.
     """
@@ -55,20 +55,20 @@ def open_store(bucket: str, query: str) -> Any:
 
 
 def _check_endpoint(bucket: str, name: str, url: str) -> None:
-    """StorageError, which does not quote it, since it may hold a key: it is no server's address."""
-    with suppress(ValueError):  # of a port of more than 16 bits, or brackets without an address
+    """StorageError: the URL is no server's address. It may hold a secret, and is not quoted."""
+    with suppress(ValueError):  # a port of more than 16 bits, or brackets without an address
         urlsplit(url).port  # noqa: B018
         if _ENDPOINT.fullmatch(url):
             return
-    # On it obstore would panic.
+    # obstore would panic on such a URL.
     raise StorageError(f"{bucket}: {name} must be HOST:PORT or a URL of http or https")
 
 
 def ask_again(request: Callable[[], Any]) -> None:
     """Send a request until it is answered.
 
-    obstore does so by itself, but for a connection that is reset while an object is created, or
-    while objects of S3 are deleted.
+    obstore repeats requests by itself, but not where a connection is reset while an object is
+    created or objects of S3 are deleted.
     """
     until = time.monotonic() + _RETRIES["retry_timeout"].total_seconds()
     while True:
@@ -104,7 +104,7 @@ def arrow_keys(location: "Location") -> list[str]:
 
     try:
         file_system, folder = arrow_place(location)
-    except ValueError as error:  # of Azure it wants the account in the URI
+    except ValueError as error:  # for Azure Arrow wants the account in the URI
         raise StorageError(f"{location.display}: an odd key, and {first_line(error)}") from None
     bucket = folder.removesuffix(location.path)
     found = file_system.get_file_info(FileSelector(folder.rstrip("/"), recursive=True))

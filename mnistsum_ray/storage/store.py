@@ -22,14 +22,14 @@ from obstore import exceptions  # noqa: TID251
 from mnistsum_ray.errors import ConflictError, MissingFileError, NoAnswerError, StorageError
 from mnistsum_ray.storage.bucket import arrow_keys, ask_again, first_line, open_store
 
-if TYPE_CHECKING:  # it takes a moment to import, and a wrong flag should not wait for it
+if TYPE_CHECKING:  # importing Arrow takes a moment, and a wrong flag should not wait for that
     import pyarrow as pa
 
 Data: TypeAlias = "bytes | pa.Buffer | dict[str, Any]"
 """Content of a file; a dict is written as JSON, which has no infinite numbers and no NaN."""
 
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class Entry(NamedTuple):
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
     path: str
     size: int = 0  # bytes
-    e_tag: str = ""  # differs where the content does: of an object its ETag; else inode, time, size
+    e_tag: str = ""  # differs where the content does: an object's ETag; on a disk inode, time, size
 
     @property
     def name(self) -> str:
@@ -110,7 +110,7 @@ class Location:
         with self.storage_errors("listed"):
             if self.is_local:
                 return Path(self.path).is_dir()
-            with suppress(exceptions.InvalidPathError):  # of a key below it
+            with suppress(exceptions.InvalidPathError):  # an odd key below: then there is one
                 return any(self.store.list(self.path))
             return True
 
@@ -143,7 +143,7 @@ class Location:
 
         with self.storage_errors("read"):
             file = pa.OSFile(self.path)
-            # Of the open file, which stays readable when another one takes its name.
+            # Not by the name, which another file may take: the open one stays readable.
             opened = _disk_entry(self.path, os.fstat(file.fileno()))
         if opened.e_tag != listed.e_tag:
             file.close()
@@ -188,7 +188,7 @@ class Location:
         return [entry for entry in found if entry.is_file]
 
     def visible_files(self) -> dict[str, Entry]:
-        """Those files, by their names below the folder, that are not hidden."""
+        """All files below a folder that are not hidden, by their names there."""
         found = {file.path.removeprefix(self.path).lstrip("/"): file for file in self.files()}
         return {name: file for name, file in found.items() if not is_hidden(name)}
 
@@ -199,7 +199,7 @@ class Location:
     def create(self, data: Data) -> None:
         """Write the whole file, but only if there is none; else raise ConflictError.
 
-        A request whose answer is lost is sent again, so it may be this process that has written it.
+        The file may be this process's own: a request whose answer is lost is sent again.
         """
         self._put(data, "create")
 
@@ -223,7 +223,7 @@ class Location:
             paths = [(self / name).path for name in names]
             try:
                 ask_again(lambda: self.store.delete(paths))
-            except FileNotFoundError:  # from all but S3; it may have ended the deletion
+            except FileNotFoundError:  # from all but S3, and the rest may not be deleted yet
                 for path in paths:
                     with suppress(FileNotFoundError):
                         self.store.delete(path)
@@ -243,7 +243,7 @@ class Location:
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
             raise self._conflict() from None
         except (exceptions.BaseError, OSError) as error:
-            # Where a write finds no file, its bucket is missing.
+            # If a write finds no file, the bucket is missing.
             if isinstance(error, FileNotFoundError) and what != "written":
                 raise self._missing() from None
             raise self.error(error, what) from error
@@ -251,7 +251,7 @@ class Location:
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
-        is_transient = getattr(error, "errno", None) in _TRANSIENT
+        is_transient = getattr(error, "errno", None) in _TRANSIENT_ERRNOS
         has_no_answer = _NO_ANSWER.search(str(error))
         kind = NoAnswerError if is_transient or has_no_answer else StorageError
         return kind(f"{self.display}: cannot be {what}: {cause}")
@@ -264,7 +264,7 @@ class Location:
         return ConflictError(f"{self.display}: was written by another")
 
 
-_TRANSIENT: Final = {
+_TRANSIENT_ERRNOS: Final = {
     errno.EIO,
     errno.ESTALE,
     errno.ETIMEDOUT,
@@ -309,7 +309,7 @@ class _ObjectFile(io.RawIOBase):
 
 
 def _walk(folder: str, enter: Callable[[str], bool]) -> Iterator[str]:
-    """Paths below a folder, but for those of the folders that are read."""
+    """Paths of all that is below a folder, but for the folders that are entered."""
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False) and enter(entry.path):
             yield from _walk(entry.path, enter)
@@ -318,8 +318,8 @@ def _walk(folder: str, enter: Callable[[str], bool]) -> Iterator[str]:
 
 
 def _disk_entry(path: str, status: os.stat_result) -> Entry:
-    # A file that is replaced has another inode, even where time and size are the same. Not the time
-    # of the last change of the inode (ctime): `_put_on_disk` changes it by the links that it makes.
+    # A file that is replaced has another inode, even where time and size are the same. The inode's
+    # own time (ctime) is left out, since the links that `_put_on_disk` makes change it.
     e_tag = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
     return Entry(path, status.st_size, e_tag)
 
@@ -335,8 +335,8 @@ def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotADirectoryError(f"{path.parent} is a file") from None
-    # A killed process leaves it, and readers of Parquet skip a hidden name. It is short, however
-    # long the final one is.
+    # A killed process leaves this file: readers of Parquet skip hidden names. The name is short,
+    # however long the final one is.
     partial = path.with_name(f".mnistsum-partial-{secrets.token_hex(8)}")
     try:
         with partial.open("wb") as file:
@@ -357,21 +357,20 @@ def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
 
 def in_threads(
     folder: Location,
-    work: Callable[[Item], Answer],
+    work: Callable[[Item], Result],
     items: Sequence[Item],
     on_progress: Callable[[int], None] | None = None,
-) -> Iterator[Answer]:
-    """Apply `work` to each item, which reads below `folder`; yield the answers in order."""
-    # An object store answers slowly but takes many requests at once. A local disk answers at once,
-    # and threads slow it down.
+) -> Iterator[Result]:
+    """Apply `work` to each item, which reads below `folder`; yield the results in order."""
+    # Object stores are slow, but take many requests at once; a local disk is slowed by threads.
     with ThreadPoolExecutor(1 if folder.is_local else 16) as pool:
-        for start in range(0, len(items), 1000):
-            for answer in pool.map(work, items[start : start + 1000]):
-                yield answer
+        for start in range(0, len(items), 1000):  # `map` would queue a million items at once
+            for result in pool.map(work, items[start : start + 1000]):
+                yield result
                 if on_progress:
                     on_progress(1)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether readers of Parquet skip this file: it, or a folder of it, begins with `.` or `_`."""
+    """Whether readers of Parquet skip this file: a name in its path begins with `.` or `_`."""
     return any(component.startswith((".", "_")) for component in name.split("/"))

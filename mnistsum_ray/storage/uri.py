@@ -1,4 +1,4 @@
-"""Paths and URIs as a user gives them: resolved, refused if they hold a key, held by one run."""
+"""Paths and URIs as a user gives them: resolved, refused with secrets, locked by one run."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ from mnistsum_ray.storage.bucket import open_store
 from mnistsum_ray.storage.store import Location
 
 _OPTIONS: Final = re.compile("region|scheme|endpoint_override|allow_bucket_(creation|deletion)")
-"""What the query of a URI may hold, as Arrow has it; none of it is a key."""
+"""What the query of a URI may hold, as Arrow has it; none of it is secret."""
 
 SECRETS_REFUSED: Final = (
     "must have no user info, and no query but region, endpoint_override, scheme and allow_bucket_…;"
@@ -25,13 +25,12 @@ SECRETS_REFUSED: Final = (
 """Message on a text that `may_hold_secrets`, which it must not quote."""
 
 _USER_INFO: Final = re.compile(
-    r"//[^/?\s@]*:[^\s@]*(@|%40)"  # `//ID:KEY@`, and a key may hold slashes
-    r"|(?<!abfs:)(?<!abfss:)//[^/?\s@:]+(@|%40)"  # `//KEY@`; in Azure it is a container
+    r"//[^/?\s@]*:[^\s@]*(@|%40)"  # `//ID:SECRET@`, which may hold slashes
+    r"|(?<!abfs:)(?<!abfss:)//[^/?\s@:]+(@|%40)"  # `//SECRET@`; in Azure a container stands there
 )
 
 _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
 """Other names of schemes, and what obstore and Arrow both call them."""
-
 
 ODD_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and bytes that are not UTF-8: neither can be shown."""
@@ -48,10 +47,10 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
         raise RequestError(f"{flag} {text}: holds control characters, or is not UTF-8")
     scheme, colon, rest = text.partition("://")
     if not colon or scheme == "file":
-        # Unlike pathlib's, it leaves the name of an unknown user as it is.
+        # Not pathlib: the name of an unknown user stays as it is.
         path = os.path.expanduser(rest if colon else text)  # noqa: PTH111
         path = os.path.normpath((base or Path.cwd()) / path)
-        return Location("/" + path.lstrip("/"))  # it leaves two slashes at the front
+        return Location("/" + path.lstrip("/"))  # normpath keeps two slashes
     scheme = _ALIASES.get(scheme, scheme)
     if scheme not in ("s3", "gs", "abfs"):
         problem = f"there is no storage {scheme}://, but s3://, gs:// and abfs://"
@@ -95,15 +94,15 @@ def as_request_error(flag: str = "") -> Iterator[None]:
 
 @contextmanager
 def folder_lock(folder: Location, flag: str) -> Iterator[None]:
-    """Hold a folder on a disk, which is created where it is missing, while the block runs.
+    """Lock a folder on a disk, which is created where it is missing, while the block runs.
 
-    In a store nothing is held: each attempt writes a folder of its own, each file that is published
-    is whole, and two runs of the same seed publish the same. Two of unlike seeds under one name
-    leave the files of both.
+    In a store nothing is locked: each attempt writes a folder of its own, each published file is
+    whole, and two runs of the same seed publish the same. Two of unlike seeds under one name leave
+    the files of both.
 
     Raises:
-        TryAgainError: another run holds it.
-        RequestError: it cannot be written.
+        TryAgainError: another run has locked the folder.
+        RequestError: the folder cannot be written.
     """
     if not folder.is_local:
         yield
@@ -113,12 +112,13 @@ def folder_lock(folder: Location, flag: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
         try:
-            # Until the file is closed, also by a kill.
+            # Locked until the file is closed, also by a kill.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            running = f"another run ({path.read_text()}) is writing there"
-            advice = "wait for it, or choose another"
-            raise TryAgainError(f"{flag} {folder.display}: {running}; {advice}") from None
+            raise TryAgainError(
+                f"{flag} {folder.display}: another run ({path.read_text()}) is writing there; "
+                "wait for it, or choose another"
+            ) from None
         file.truncate(0)
         print(socket.gethostname(), os.getpid(), sep=":", end="", file=file, flush=True)
     with file:
@@ -133,7 +133,7 @@ def output_base_folder() -> Path:
 
 
 def may_hold_secrets(text: str) -> bool:
-    """Whether a URI, perhaps mistyped, has user info, or a query that may be a key."""
+    """Whether a URI, perhaps mistyped, has user info, or a query that may be secret."""
     if _USER_INFO.search(text):
         return True
     address, _, query = text.partition("?")
