@@ -12,12 +12,13 @@ from pyarrow.fs import FileSystem
 
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
+from mnistsum_ray.data.images import ReasonCounts
 from mnistsum_ray.errors import NoAnswerError, RequestError, TryAgainError
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training import job
-from mnistsum_ray.training.rows import rows_in_memory
+from mnistsum_ray.training.rows import Rows, rows_in_memory
 from mnistsum_ray.training.run import RunRecord, TrainRequest, check_request
 
 SETTINGS: dict[str, Any] = {
@@ -125,6 +126,19 @@ def test_a_run_that_cannot_begin_is_to_be_tried_again_and_not_resumed(
     said = "^--storage-path no answer; nothing was begun; the same command tries again$"
     with pytest.raises(TryAgainError, match=said):
         job.train(request, Console(io.StringIO()))
+
+
+def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: dict[str, Any] = {}
+
+    def read_rows(_source: Any, seed: int, **settings: Any) -> Rows:
+        asked_for.update(settings, seed=seed)
+        return Rows({}, {}, ReasonCounts())
+
+    monkeypatch.setattr(job, "read_rows", read_rows)
+    plan = WorkerPlan(1, 3, {"CPU": 2.0}, 2)
+    job.read(asked(seed=7, skip_bad_rows=True), plan, Console(io.StringIO()))
+    assert asked_for == {"seed": 7, "skip_bad_rows": True, "workers": 3}
 
 
 def test_ray_stores_checkpoints_where_this_program_looks_for_them() -> None:
