@@ -35,7 +35,7 @@ def commands_of(section: str) -> list[list[str]]:
     """The jobs in the shell blocks of a section, as words of `mnistsum`."""
     jobs = r"^(?:python jobs/(?=\w+\.py)|mnistsum )([\w-]+)(?:\.py)?(.*)$"
     found = re.findall(jobs, blocks(section, "bash"), re.MULTILINE)
-    return [[job.replace("_", "-"), *shlex.split(flags)] for job, flags in found]
+    return [[job.replace("_", "-"), *shlex.split(flags, comments=True)] for job, flags in found]
 
 
 def run_command(name: str, *flags: str) -> str:
