@@ -192,7 +192,7 @@ class ScoreConfig(JobConfig):
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
-    # conv2 makes 50,176 values of a row, and kernels of GPUs count to 2^31.
+    # Far below 2^31 values, where kernels of GPUs end: conv2 makes 50,176 of a row.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
     probabilities: bool = False

@@ -37,7 +37,7 @@ tuner = tune.Tuner(
         metric="validation/sum_accuracy",
         mode="max",
         # Beyond the last epoch: trials end by themselves. A trial that Tune ends keeps its CPUs
-        # until Ray's dashboard is asked, and without a dashboard for ever.
+        # until Ray has asked its dashboard, and without a dashboard for ever.
         scheduler=ASHAScheduler(time_attr="epoch", max_t=args.epochs + 1),
         max_concurrent_trials=args.at_once,
     ),

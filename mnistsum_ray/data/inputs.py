@@ -124,7 +124,7 @@ def _list(top: Location, glob: list[str], flag: str) -> dict[str, Entry | None]:
         if _DELTA_LOG in below and _may_hold(glob, below[: below.index(_DELTA_LOG)]):
             advice = "its log says which files are part of it; jobs/recipes/dataset.py scores one"
             raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
-        if not file.is_file and not top.is_local:  # an object with an odd name
+        if not file.is_file and not top.is_local:  # an odd key, such as a//b
             found[file.path] = None
         elif not file.is_file and Path(file.path).is_dir():
             # A folder that is not entered: a link, hidden, or one in which nothing can match.

@@ -48,7 +48,7 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
     if not rows:
         return images
     # (x, y, 1) of each pixel, x and y from -1 to 1. `F.affine_grid` would add in another order, and
-    # a run would have other bits than the same run before.
+    # give other bits than earlier versions of this package.
     middles = (torch.arange(SIDE, device=images.device) + 0.5) * (2 / SIDE) - 1
     x, y = middles.repeat(SIDE), middles.repeat_interleave(SIDE)
     pixels = torch.stack([x, y, torch.ones_like(x)])

@@ -183,8 +183,8 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
             unusable, scoring_seconds = _score_parts(request, plan, todo, console)
             failures |= unusable
             if unusable:
-                # Parts of such a file may have been put before another one was read. Delete those
-                # that are as planned: a later run may have put parts of the file as it is now.
+                # Some parts of such a file may be there. Only those as planned are deleted: others
+                # are of a later run, which has listed the file as it is now.
                 useless = {name for name, part in planned.items() if part.input in unusable}
                 done = _read_again(request, planned, console).done
                 predictions.delete_files(list(useless & done))

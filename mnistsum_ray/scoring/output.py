@@ -201,7 +201,7 @@ def publish(
             failed = "--strict" if totals["scored_rows"] else "nothing was scored"
             raise RunError(f"{failed}: {unusable}; no {MANIFEST} is written")
     if left_rows:
-        (output / MANIFEST).delete()  # that of fewer input files
+        (output / MANIFEST).delete()  # an earlier one, of fewer input files
     else:
         (output / MANIFEST).write(manifest)
     return ScoreResult(**totals)

@@ -3,7 +3,7 @@
     read_rows ─▶ TorchTrainer(train_loop_per_worker, datasets, WholeShards).fit() ─▶ publish
 
 Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, from the last
-checkpoint, and its timeout of the start ends a run that cannot get its workers.
+checkpoint, and its timeout of the start ends a run that cannot get them, unless it is elastic.
 """
 
 import secrets
@@ -89,7 +89,7 @@ def make_trainer(
             elastic_resize_monitor_interval_s=30.0,
         ),
         run_config=ray.train.RunConfig(
-            name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # see CHECKPOINTS
+            name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # of this attempt
             storage_path=arrow_uri(request.folder / CHECKPOINTS),
             callbacks=[*callbacks, FailureLines(loop.queue)],
             # Ray would set it to the CPUs of the worker. Then the threads that feed the steps would
@@ -228,9 +228,9 @@ def run_trainer(
                     epochs_before = len(start.history)
                     start = find_start(request, console)
                     late_starts = 1 if len(start.history) > epochs_before else late_starts + 1
-                    # First all again, since Ray may not know yet that a node is lost. Then one
-                    # fewer each time, since Ray takes for free what other jobs hold; after the
-                    # least number all again.
+                    # This goes on without end. First all again: Ray may not know yet that a node
+                    # is lost. Then one fewer each time: Ray counts as free what other jobs hold.
+                    # After the least number all again.
                     fewer = (late_starts - 1) % (plan.most - plan.least + 1)
                     tried = replace(plan, most=plan.most - fewer)
                     console.say(f"the workers have not come in time; trying with {tried}")

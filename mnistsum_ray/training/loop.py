@@ -118,7 +118,7 @@ def _train(config: LoopConfig) -> FinishedModel | None:
     }
     while state.epochs_done < parameters.epochs:
         figures = trainer.train_epoch(state.epochs_done)
-        broadcast_state(trainer.model)
+        broadcast_state(trainer.model)  # CPUs of other kinds round differently
         state.epochs_done += 1
         started = time.perf_counter()
         for split, rows in held_out.items():
