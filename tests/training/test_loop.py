@@ -1,6 +1,7 @@
 """What a training computes: each thing that decides the model, and nothing that must not."""
 
 import io
+import itertools
 import queue
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.data.randomness import RowTotals, random_numbers
+from mnistsum_ray.data.randomness import RandomStream, RowTotals, random_numbers, step_seed
 from mnistsum_ray.errors import RepeatingError
 from mnistsum_ray.model.folder import checksum, copy_weights
 from mnistsum_ray.model.metrics import FinishedModel
@@ -167,10 +168,12 @@ def test_one_schedule_of_rates_and_one_dropout_a_step_over_all_epochs(
 
     monkeypatch.setattr(MuonAdamW, "set_learning_rate", note_rate)
     monkeypatch.setattr(torch, "Generator", Generator)
-    Training(images, digits, parameters)
+    Training(images, digits, replace(parameters, seed=3))
     # 96 rows in batches of 20 are five steps an epoch; the first rate is that of no step.
     assert rates == [0.0] + [one_cycle(step, 10, parameters.learning_rate) for step in range(10)]
-    assert len(seeds) == len(set(seeds)) == 10
+    steps = itertools.product((0, 1), range(5))
+    assert seeds == [step_seed(3, *step, RandomStream.DROPOUT) for step in steps]
+    assert len(set(seeds)) == 10
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
