@@ -1,10 +1,12 @@
 """What a training computes: each thing that decides the model, and nothing that must not."""
 
 import io
+import itertools
 import queue
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.data.randomness import RowTotals, random_numbers
+from mnistsum_ray.data.randomness import RandomStream, RowTotals, random_numbers, step_seed
 from mnistsum_ray.errors import RepeatingError
 from mnistsum_ray.model.folder import checksum, copy_weights
 from mnistsum_ray.model.metrics import FinishedModel
@@ -24,6 +26,7 @@ from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
 from mnistsum_ray.reporting import console
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
+from mnistsum_ray.training import loop, trainer
 from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower
 from tests.training import as_worker, hyperparameters, new_trainer
@@ -167,16 +170,24 @@ def test_one_schedule_of_rates_and_one_dropout_a_step_over_all_epochs(
 
     monkeypatch.setattr(MuonAdamW, "set_learning_rate", note_rate)
     monkeypatch.setattr(torch, "Generator", Generator)
-    Training(images, digits, parameters)
+    Training(images, digits, replace(parameters, seed=3))
     # 96 rows in batches of 20 are five steps an epoch; the first rate is that of no step.
     assert rates == [0.0] + [one_cycle(step, 10, parameters.learning_rate) for step in range(10)]
-    assert len(seeds) == len(set(seeds)) == 10
+    steps = itertools.product((0, 1), range(5))
+    assert seeds == [step_seed(3, *step, RandomStream.DROPOUT) for step in steps]
+    assert len(set(seeds)) == 10
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
-    images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
+    images: dict[str, Pixels],
+    digits: dict[str, np.ndarray],
+    parameters: Hyperparameters,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By a model that learns nothing, in another order and at once."""
+    """By a model that learns nothing, in another order and at once; each look at a clock is 4 s."""
+    for module in (trainer, loop):
+        clock = itertools.count(100.0, 4.0)
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.__next__))
     still = replace(parameters, epochs=1, learning_rate=1e-12, dropout=0.0, distortion=0.0)
     torch.manual_seed(9)
     model = make_network()
@@ -191,9 +202,13 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
     assert line["train_loss"] == pytest.approx(exact.item() / 96, rel=1e-4)
     last_step, _ = line["step_losses"][-1]
     assert last_step == 5
-    assert line["rows_per_second"] == pytest.approx(96 / line["seconds"])
+    # The training looks at its clock at its begin, after the last step, and at its end.
+    times = [line[name] for name in ("seconds", "rows_per_second", "evaluation_seconds")]
+    assert times == [8.0, 96 / 8, 4.0]
     (progress,) = [event for event in training.events if event["kind"] == "progress"][-1:]
     assert (progress["rows"], progress["of_rows"], progress["epoch"]) == (96, 96, 1)
+    assert progress["rows_per_second"] == 96 / 4
+    assert progress["loss"] == line["train_loss"]
 
 
 def test_an_infinite_loss_is_not_tried_again(
