@@ -1,6 +1,6 @@
 """Data that the tests share: small, real, and made on the spot."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +55,6 @@ def write_sample(path: Path, rows: int) -> Path:
     table = pq.read_table(SAMPLE)
     pq.write_table(table[:: len(table) // rows], path, row_group_size=200)
     return path
-
-
-@pytest.fixture
-def write_rows(tmp_path: Path) -> Callable[[int], Path]:
-    return lambda rows: write_sample(tmp_path / f"rows{rows}.parquet", rows)
 
 
 def write_model(folder: Path, seed: int) -> Path:
