@@ -162,12 +162,11 @@ def test_a_worker_shuffles_its_shard_anew_in_each_epoch_and_pairs_each_row(rows:
         assert (found == orders) == is_same
 
 
-FILES: list[Any] = [
-    # Name, with what means something in a URI; how images are stored; how labels are.
-    ("a b/50% ü=1.parquet", None, lambda digits: digits.cast(pa.uint8())),
-    ("c%20d/x=y/#2.PQ", "lists", lambda digits: digits.cast(pa.float32())),
-    ("e/[3]&*.parq", "bytes", lambda digits: digits.cast(pa.string())),
-    ("e/4.parquet", None, lambda digits: pa.array([f"{one}.0" for one in digits])),
+FILES: list[tuple[str, pa.DataType, pa.DataType]] = [
+    # Name, with what means something in a URI; type of images; type of labels.
+    ("a b/50% ü=1.parquet", IMAGE_TYPE, pa.uint8()),
+    ("c%20d/x=y/#2.PQ", pa.large_binary(), pa.float32()),
+    ("e/[3]&*.parq", IMAGE_TYPE, pa.string()),
 ]
 
 
@@ -176,16 +175,11 @@ FILES: list[Any] = [
 def test_files_of_one_folder_may_differ(tmp_path: Path, where: str) -> None:
     uri = f"s3://bucket/{tmp_path.name}/a b" if where == "s3" else str(tmp_path)
     folder = locate(uri, "--data")
-    for index, (name, stored_as, change) in enumerate(FILES):
-        image, digit = (column.chunk(0) for column in marked(300)[75 * index :][:75].columns)
-        if stored_as == "lists":
-            values = np.frombuffer(b"".join(image.to_pylist()), "u1")
-            image = pa.FixedSizeListArray.from_arrays(pa.array(values), 784)
-        elif stored_as == "bytes":
-            image = image.cast(pa.large_binary())
-        own = ["a column that Ray Data adds too"] * 75
-        table = pa.table({"image": image, "digit": change(digit), "path": own})
-        (folder / name).write(to_parquet(table))
+    for index, (name, of_images, of_labels) in enumerate(FILES):
+        rows = marked(300)[100 * index :][:100]
+        columns = {"image": rows["image"].cast(of_images), "digit": rows["digit"].cast(of_labels)}
+        columns["path"] = pa.chunked_array([["a column that Ray Data adds too"] * 100])
+        (folder / name).write(to_parquet(pa.table(columns)))
     assert all_rows(read(folder.display), 300) == list(range(300))
 
 

@@ -99,9 +99,9 @@ def add_file(example: Example) -> None:
     (example.folder / "more.parquet").rename(example.input / "more.parquet")
 
 
-LONG = ("overwrite", "add")
+LONG = ("go on", "overwrite", "add")
 
-FIRST = ["begin", "go on", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
+FIRST = ["begin", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
 
 
 @pytest.mark.parametrize("first", FIRST)
