@@ -106,7 +106,7 @@ class Job:
         """Wait for a condition that holds before the job ends."""
         while not condition():
             assert self.process.poll() is None, self.wait().err
-            time.sleep(0.05)
+            time.sleep(0.1)  # the job computes on the same cores
 
     def kill(self) -> None:
         """Send SIGKILL to the driver, the cluster that it started, and the workers."""
@@ -125,12 +125,12 @@ def run_job(name: str, *args: object, **options: Any) -> Done:
     return Job(name, *args, **options).wait()
 
 
-def training(data: Path, runs: Path, *flags: object) -> list[Any]:
+def training(data: object, runs: object, *flags: object) -> list[Any]:
     """Name and flags of a job: a training whose run is `mine`."""
     return ["train", "--data", data, "--storage-path", runs, "--name", "mine", *flags]
 
 
-def scoring(model: Path, source: Path, output: Path, *flags: object) -> list[Any]:
+def scoring(model: object, source: object, output: object, *flags: object) -> list[Any]:
     """Name and flags of a job: a scoring."""
     return ["score", "--model", model, "--input", source, "--output", output, *flags]
 
@@ -146,7 +146,7 @@ def predictions_in(output: Location | Path) -> int:
     return sum(file.name[0] != "." for file in (place / "predictions").files())
 
 
-def wait_for_files(job: Job, output: Path, more: int) -> None:
+def wait_for_files(job: Job, output: Location | Path, more: int) -> None:
     """Wait until a running job has written so many more files of predictions."""
     before = predictions_in(output)
     job.wait_until(lambda: predictions_in(output) >= before + more)

@@ -50,8 +50,9 @@ def start_cluster(**resources: int) -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def no_cluster_is_left() -> Iterator[None]:
+    """At the end of all tests: others may use the one that is there."""
     yield
     ray.shutdown()
 

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import write_sample
 from tests.jobs import RAY, ROOT, free_port, kill_everything, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 SILENT: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
@@ -95,7 +95,6 @@ def test_a_head_with_a_token_is_joined_or_refuses_in_one_line(
     assert joined.stdout.count("on the Ray cluster at ") == 2, joined.stderr
 
 
-@pytest.mark.nightly
 def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> None:
     """It runs in a copy of its working folder, and its relative paths begin at home."""
     project, run = home / "project", home / "runs" / "stopped"

@@ -9,10 +9,8 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from ray.cluster_utils import Cluster
 
 from mnistsum_ray import RunError
 from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.data.sources import SPLITS
 from mnistsum_ray.pairs import export_pairs
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
@@ -43,7 +42,6 @@ from tests.jobs import (
     descendants,
     history_of,
     kill_worker,
-    predictions_in,
     scoring,
     training,
     wait_for_files,
@@ -63,62 +61,23 @@ def four_nodes(s3_server: S3Server) -> Iterator[Cluster]:
         yield started
 
 
-@dataclass
-class Site:
-    """Where a job runs, and what a fault may touch."""
-
-    cluster: Cluster
-    s3_server: S3Server
-    place: Location
-    """The folder of the runs, or of the output."""
-
-    def lose_node(self, *, notice: bool) -> None:
-        """Kill a node, with a notice of 2 s as from a cloud or without, and add another."""
-        node = self.cluster.list_all_nodes()[-1]
-        if notice:
-            command = [RAY, "drain-node", "--address", self.cluster.address]
-            command += ["--node-id", node.node_id, "--deadline-remaining-seconds", "2"]
-            command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-            subprocess.run(command, check=True, capture_output=True)
-            time.sleep(2)
-        self.cluster.remove_node(node, allow_graceful=False)
-        add_node(self.cluster)
+def kill(job: Job, title: str) -> None:
+    """Kill a process of this title as soon as there is one."""
+    job.wait_until(lambda: any(title in line for line in descendants(os.getpid()).values()))
+    kill_worker(os.getpid(), title)
 
 
-Act = Callable[[Site], object]
-Step = tuple[Act, Act]
-"""When, and what is done."""
-
-
-def during(site: Site, run: Callable[[], Result], steps: list[Step]) -> Result:
-    """Run a job of this process in a thread, and here each step: wait for its condition, act.
-
-    Not the other way round: a node that is added dies with the thread that has added it.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(run)
-        for condition, act in steps:
-            while not condition(site):
-                assert not future.done(), (future.exception(), "it ended before")
-                time.sleep(0.2)  # the job computes on the same cores
-            act(site)
-        return future.result()
-
-
-def kill(title: str, when: Act) -> Step:
-    """Kill a process of this title, as soon as there is one."""
-
-    def is_there(site: Site) -> bool:
-        return bool(when(site)) and any(title in line for line in descendants(os.getpid()).values())
-
-    return is_there, lambda _: kill_worker(os.getpid(), title)
-
-
-@pytest.fixture
-def site(where: str, four_nodes: Cluster, s3_server: S3Server, tmp_path: Path) -> Site:
-    """An empty place, on `disk` or `s3`."""
-    uri = f"s3://bucket/{tmp_path.name}" if where == "s3" else str(tmp_path / "place")
-    return Site(four_nodes, s3_server, locate(uri, "--output"))
+def lose_node(cluster: Cluster, *, notice: bool) -> None:
+    """Kill a node, with a notice of 2 s as from a cloud or without, and add another."""
+    node = cluster.list_all_nodes()[-1]
+    if notice:
+        command = [RAY, "drain-node", "--address", cluster.address]
+        command += ["--node-id", node.node_id, "--deadline-remaining-seconds", "2"]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        subprocess.run(command, check=True, capture_output=True)
+        time.sleep(2)
+    cluster.remove_node(node, allow_graceful=False)
+    add_node(cluster)
 
 
 # Training. All that a run draws: numbers, order, distortions, dropout. A worker on each node; from
@@ -126,6 +85,10 @@ def site(where: str, four_nodes: Cluster, s3_server: S3Server, tmp_path: Path) -
 # the tasks of Ray Data that read again what was lost with a node.
 SETTINGS: dict[str, Any] = {"recipe": "long", "batch_size": 32, "epochs": 3, "name": "mine"}
 SETTINGS |= {"num_workers": 3, "threads": 1, "skip_bad_rows": True}
+
+FLAGS: list[Any] = []
+for name, value in SETTINGS.items():
+    FLAGS += [f"--{name.replace('_', '-')}", value]
 
 
 @pytest.fixture(scope="module")
@@ -148,66 +111,52 @@ def undisturbed(
     return train_here(data=rows, storage_path=runs, **SETTINGS)
 
 
-def test_rows_that_are_left_out_are_counted(undisturbed: Result) -> None:
-    reason = "the digit is 11, not one of 0..9; correct it or drop the row"
-    assert f"left out: 50 rows: 0.parquet: row 0: {reason}" in undisturbed.said
-    line = undisturbed.line
-    used = [line["data"][f"{split}_rows"] for split in ("train", "validation", "test")]
-    assert used == [600, 75, 75]
-    manifest = locate(line["run"], "--name") / "manifest.json"
-    assert manifest.read_json()["data"]["bad_rows"]["reasons"] == {reason: 50}
-
-
-def saved(epoch: int) -> Act:
-    """The checkpoint of this epoch is there."""
+def wait_for_checkpoint(job: Job, runs: Location, epoch: int) -> None:
     last = f"/epoch_{epoch:05}/trainer.sha256"
-    return lambda site: any(file.path.endswith(last) for file in site.place.files())
+    job.wait_until(lambda: any(file.path.endswith(last) for file in runs.files()))
 
 
-def begins(site: Site) -> bool:
-    """The rows are read, and the workers are started."""
-    return (site.place / "mine/manifest.json").file_entry() is not None
-
-
-LOSSES: list[Any] = [
-    pytest.param(
-        "s3",
-        2,
-        [
-            kill(TRAIN, begins),
-            kill(TRAIN, saved(1)),
-            # Ray Train stores checkpoints by Arrow, which gives up after 6 s.
-            (saved(2), lambda site: site.s3_server.overload(3)),
-        ],
-        id="two workers die, and the store answers 503 for 3 s",
-    ),
-    pytest.param(
-        "disk",
-        1,  # that a node was drained is no failure
-        [
-            (saved(1), lambda site: site.lose_node(notice=True)),
-            (saved(2), lambda site: site.lose_node(notice=False)),
-        ],
-        id="a node is drained, and one is lost",
-        marks=pytest.mark.nightly,
-    ),
-]
-
-
-@pytest.mark.parametrize(("where", "max_failures", "steps"), LOSSES)
 def test_a_training_gives_the_model_of_an_undisturbed_one(
-    max_failures: int, steps: list[Step], site: Site, rows: Path, undisturbed: Result
+    four_nodes: Cluster, s3_server: S3Server, undisturbed: Result, rows: Path
 ) -> None:
-    refused = site.s3_server.refused
+    """A worker dies at its start, one in an epoch, and the store answers 503 for three seconds.
 
-    def run() -> Result:
-        settings = SETTINGS | {"max_failures": max_failures}
-        return train_here(data=rows, storage_path=site.place.display, **settings)
+    Rows are left out, and counted.
+    """
+    runs = locate("s3://bucket/runs", "--storage-path")
+    flags = [*FLAGS, "--max-failures", 2]
+    job = Job(*training(rows, runs.display, *flags), address=four_nodes.address)
+    job.wait_until((runs / "mine/manifest.json").file_entry)  # the rows are read
+    kill(job, TRAIN)
+    wait_for_checkpoint(job, runs, 1)
+    kill(job, TRAIN)
+    wait_for_checkpoint(job, runs, 2)
+    refused = s3_server.refused
+    s3_server.overload(3)  # Ray Train stores checkpoints by Arrow, which gives up after 6 s
+    done = job.wait()
+    assert s3_server.refused > refused
+    assert Result(done.line, done.err).weights() == undisturbed.weights()
+    manifest = (runs / "mine/manifest.json").read_json()
+    reason = "the digit is 11, not one of 0..9; correct it or drop the row"
+    assert f"left out: 50 rows: 0.parquet: row 0: {reason}" in done.err
+    assert manifest["data"]["bad_rows"]["reasons"] == {reason: 50}
+    assert [done.line["data"][f"{split}_rows"] for split in SPLITS] == [600, 75, 75]
+    assert manifest["status"] == "finished"
 
-    finished = during(site, run, steps)
-    assert (site.s3_server.refused > refused) == (not site.place.is_local)
-    assert finished.weights() == undisturbed.weights()
-    assert (site.place / "mine/manifest.json").read_json()["status"] == "finished"
+
+@pytest.mark.nightly
+def test_a_training_that_loses_nodes_gives_the_model_of_an_undisturbed_one(
+    four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path
+) -> None:
+    runs = locate(str(tmp_path), "--storage-path")
+    flags = [*FLAGS, "--max-failures", 1]  # that a node was drained is no failure
+    job = Job(*training(rows, tmp_path, *flags), address=four_nodes.address)
+    wait_for_checkpoint(job, runs, 1)
+    lose_node(four_nodes, notice=True)
+    wait_for_checkpoint(job, runs, 2)
+    lose_node(four_nodes, notice=False)
+    done = job.wait()
+    assert Result(done.line, done.err).weights() == undisturbed.weights()
 
 
 @pytest.mark.nightly  # test_train.py stops and resumes one at each landing
@@ -215,11 +164,8 @@ def test_a_training_of_which_all_processes_were_killed_is_resumed(
     four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path
 ) -> None:
     """By the same command with `--resume auto`; its newest checkpoint, and Ray's list, are cut."""
-    flags: list[Any] = []
-    for name, value in SETTINGS.items():
-        flags += [f"--{name.replace('_', '-')}", value]
-    job = Job(*training(rows, tmp_path, *flags), address=four_nodes.address)
-    job.wait_until(lambda: [*tmp_path.glob("mine/checkpoints/*/epoch_00002/*.sha256")])
+    job = Job(*training(rows, tmp_path, *FLAGS), address=four_nodes.address)
+    wait_for_checkpoint(job, locate(str(tmp_path), "--storage-path"), 2)
     job.kill()
     assert '"running"' in (tmp_path / "mine/manifest.json").read_text()
     for name in ("*/epoch_00002/trainer.safetensors", "*/*manager_snapshot*"):
@@ -299,7 +245,11 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def score_pairs(model: Path, pairs: Path, output: str) -> Result:
+SCORING: list[Any] = ["--precision", "fp32", "--max-rows-per-file", 250, "--label-column", "digit"]
+
+
+def score_pairs(model: Path, pairs: Path, output: Path) -> Result:
+    """Score with the same flags in this process."""
     settings = {"max_rows_per_file": 250, "label_column": "digit", "num_workers": 3}
     scored = score_here(model, output, pairs, **settings)
     assert scored.line["scored_rows"] == ROWS
@@ -310,7 +260,7 @@ def score_pairs(model: Path, pairs: Path, output: str) -> Result:
 def predictions(four_nodes: Cluster, model: Path, pairs: Path) -> dict[str, pa.Table]:
     """Those of an undisturbed scoring."""
     output = pairs.parent / "out"
-    score_pairs(model, pairs, str(output))
+    score_pairs(model, pairs, output)
     return predictions_of(locate(str(output), "--output"))
 
 
@@ -321,43 +271,45 @@ def predictions_of(output: Location) -> dict[str, pa.Table]:
     return {name: pq.read_table(pa.BufferReader((folder / name).read_bytes())) for name in names}
 
 
-def writes(files: int) -> Act:
-    """So many files of predictions are there."""
-    return lambda site: predictions_in(site.place) >= files
-
-
-@pytest.mark.parametrize("where", ["s3"])
 def test_a_scoring_gives_the_files_of_an_undisturbed_one(
-    site: Site, predictions: dict[str, pa.Table], model: Path, pairs: Path
+    four_nodes: Cluster,
+    s3_server: S3Server,
+    predictions: dict[str, pa.Table],
+    model: Path,
+    pairs: Path,
 ) -> None:
-    """A worker dies, the store answers 503 for ten seconds, and a node is lost."""
-    steps: list[Step] = [
-        kill(SCORE, writes(1)),
-        (writes(2), lambda site: site.s3_server.overload(10)),
-        (writes(4), lambda site: site.lose_node(notice=False)),
-    ]
-    refused = site.s3_server.refused
-    scored = during(site, lambda: score_pairs(model, pairs, site.place.display), steps)
-    assert site.s3_server.refused > refused
-    assert scored.line["resumed_rows"] == 0
-    assert predictions_of(site.place) == predictions
+    """A worker dies, the store answers 503 for ten seconds, and a node is lost.
 
-
-def scoring_of_pairs(model: Path, pairs: Path, output: Path) -> list[Any]:
-    """Name and flags of a job that scores as `score_pairs` does."""
-    flags = ["--precision", "fp32", "--max-rows-per-file", 250, "--label-column", "digit"]
-    return scoring(model, pairs, output, *flags)
+    Input and model are in the store, too.
+    """
+    bucket = locate("s3://bucket", "--output")
+    for file in [*pairs.iterdir(), *model.iterdir()]:
+        (bucket / file.parent.name / file.name).write(file.read_bytes())
+    output, refused = bucket / "out", s3_server.refused
+    uris = ("s3://bucket/model", "s3://bucket/in/*.parquet", output.display)
+    job = Job(*scoring(*uris, *SCORING), address=four_nodes.address)
+    wait_for_files(job, output, 1)
+    kill(job, SCORE)
+    wait_for_files(job, output, 1)
+    s3_server.overload(10)
+    wait_for_files(job, output, 2)
+    lose_node(four_nodes, notice=False)
+    done = job.wait()
+    assert (done.line["scored_rows"], done.line["resumed_rows"]) == (ROWS, 0)
+    assert s3_server.refused > refused
+    assert predictions_of(output) == predictions
 
 
 def test_a_driver_that_is_killed_or_stopped_loses_nothing(
     four_nodes: Cluster, predictions: dict[str, pa.Table], pairs: Path, model: Path, tmp_path: Path
 ) -> None:
-    job = Job(*scoring_of_pairs(model, pairs, tmp_path), address=four_nodes.address)
+    command = scoring(model, pairs, tmp_path, *SCORING)
+    job = Job(*command, address=four_nodes.address)
     wait_for_files(job, tmp_path, 1)
     os.kill(job.process.pid, signal.SIGKILL)
     job.wait()
 
-    job = Job(*scoring_of_pairs(model, pairs, tmp_path))  # on a cluster of its own
+    job = Job(*command)  # on a cluster of its own
     wait_for_files(job, tmp_path, 1)
     children = psutil.Process(job.process.pid).children(recursive=True)
     job.process.send_signal(signal.SIGTERM)
@@ -370,7 +322,7 @@ def test_a_driver_that_is_killed_or_stopped_loses_nothing(
     assert "Traceback" not in stopped.err
     assert not (tmp_path / "manifest.json").exists()
 
-    assert score_pairs(model, pairs, str(tmp_path)).line["resumed_rows"] > 0
+    assert score_pairs(model, pairs, tmp_path).line["resumed_rows"] > 0
     assert predictions_of(locate(str(tmp_path), "--output")) == predictions
 
 
@@ -424,11 +376,11 @@ def test_a_head_that_is_killed_ends_a_scoring(
     """Ray's core would end the process, after 60 s by default, with exit code 1."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
     with nodes(1) as killed:
-        job = Job(*scoring_of_pairs(model, pairs, tmp_path), address=killed.address)
+        job = Job(*scoring(model, pairs, tmp_path, *SCORING), address=killed.address)
         wait_for_files(job, tmp_path, 1)
         killed.remove_node(killed.head_node, allow_graceful=False)
         done = job.wait()
     assert (done.code, done.out) == (os.EX_TEMPFAIL, ""), done.err
     assert "error: the head of the Ray cluster does not answer; what is scored is kept" in done.err
-    assert score_pairs(model, pairs, str(tmp_path)).line["resumed_rows"] > 0
+    assert score_pairs(model, pairs, tmp_path).line["resumed_rows"] > 0
     assert predictions_of(locate(str(tmp_path), "--output")) == predictions

@@ -12,7 +12,6 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -121,8 +120,7 @@ def read_with_spark(folder: str) -> Any:
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "pyarrow": lambda folder: pyarrow.dataset.dataset(folder, partitioning="hive").to_table(),
-    "pandas": pd.read_parquet,
+    "pandas": pd.read_parquet,  # by pyarrow.dataset
     "duckdb": lambda folder: duckdb.read_parquet(f"{folder}/**").to_arrow_table(),
     "polars": lambda folder: pl.read_parquet(folder).to_arrow(),
     "datasets": read_with_datasets,

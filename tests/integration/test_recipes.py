@@ -20,7 +20,7 @@ from tests.conftest import check_predictions, plain_predictions, write_sample
 from tests.jobs import ROOT, Job, free_port, history_of, run_job
 
 # Libraries of one recipe are imported by its test: together they take seconds, in each process of
-# the tests.
+# the tests. What takes long runs at night; mypy knows the names that a recipe uses.
 pytestmark = pytest.mark.slow
 
 ANSWERS = ("pred_digit", "digit_prob", "pred_sum", "sum_prob")
@@ -50,6 +50,7 @@ def train_flags(folder: Path, name: str) -> list[Any]:
     return ["--data", folder / "rows.parquet", "--name", name, "--epochs", 2, "--threads", 1]
 
 
+@pytest.mark.nightly
 def test_an_onnx_file_answers_as_pytorch_and_not_for_other_numbers(
     folder: Path, pixels: Pixels
 ) -> None:
@@ -172,6 +173,7 @@ def test_photos_become_rows_and_one_that_is_missing_a_rejected_one(folder: Path)
     assert (missing["number"], missing["image"]) == (3, None)
 
 
+@pytest.mark.nightly
 def test_a_delta_table_is_scored_without_the_rows_that_it_has_removed(
     cluster: str, folder: Path, sample: Any, pixels: Pixels
 ) -> None:

@@ -14,7 +14,6 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray import TryAgainError, load_model, predict_rows
 from mnistsum_ray.scoring import job
-from mnistsum_ray.storage.uri import locate
 from tests.integration.conftest import Result, metrics_of, score_here
 from tests.jobs import wait_until
 
@@ -112,22 +111,7 @@ def test_each_row_is_predicted_or_says_why_not(
     assert found.to_pydict() == expected.to_pydict()
 
 
-@pytest.mark.slow
-def test_s3_gives_what_a_disk_gives(source: Path, scored: Result, model: Path) -> None:
-    root = locate("s3://bucket/run", "--output")
-    for path in source.glob("0*"):
-        (root / "in" / path.name).write(path.read_bytes())
-    (root / "model/model.safetensors").write((model / "model.safetensors").read_bytes())
-    uris = [f"s3://bucket/run/{part}" for part in ("model", "out", "in/*.parquet")]
-    for overwrite in (False, True):
-        line = score_here(*uris, max_rows_per_file=300, overwrite=overwrite).line
-        assert (line["resumed_rows"], line["scored_rows"]) == (0, scored.line["scored_rows"])
-    for path in Path(scored.line["output"], "predictions").iterdir():
-        data = (root / "out/predictions" / path.name).read_bytes()
-        assert pq.read_table(pa.BufferReader(data)).equals(pq.read_table(path)), path
-
-
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_busy_cluster_is_waited_for_until_the_time_limit(
     model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def files(tmp_path: Path, sample: pa.Table, bomb: bytes) -> Path:
     return tmp_path / "in"
 
 
+@pytest.mark.slow  # tests/data/test_parquet.py reads such types without a cluster
 @pytest.mark.usefixtures("cluster")
 def test_pickles_in_a_dataset_are_never_executed(model: Path, tmp_path: Path, files: Path) -> None:
     """Neither when it is scored, nor by a reader of what is scored, who has imported Ray Data."""

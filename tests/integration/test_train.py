@@ -22,7 +22,7 @@ import torch
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, save_model
+from mnistsum_ray import RequestError, RunError, TrainConfig, load_model, save_model
 from mnistsum_ray.cli import parse
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.randomness import RowTotals
@@ -203,22 +203,6 @@ def test_an_infinite_loss_stops_every_rank_at_once_and_raises_in_its_thread(
         train_here(**settings)
 
 
-class Raising(ray.train.UserCallback):
-    def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
-        raise ConnectionError("the tracking server is gone")
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("cluster")
-def test_a_callback_that_raises_ends_the_run(data: Path, tmp_path: Path) -> None:
-    config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", epochs=2)
-    said = "^ConnectionError: the tracking server is gone; checkpoints are kept, .* --resume$"
-    with pytest.raises(RunError, match=said) as error:
-        fit(config, [Raising()])
-    assert type(error.value) is RunError, "which is exit code 1"
-    assert json.loads((tmp_path / "mine/manifest.json").read_text())["status"] == "failed"
-
-
 @pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 def test_mnist_is_learned_as_well_as_by_the_original(tmp_path: Path) -> None:
@@ -365,7 +349,7 @@ def test_the_config_of_a_run_trains_the_same_model_also_after_a_signal(
     assert configs[0] == configs[1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_cuda_a_job_runs_on_cpus_and_says_so(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

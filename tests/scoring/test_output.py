@@ -69,6 +69,7 @@ def test_each_input_row_is_one_output_row_in_its_order(example: Example) -> None
 
 
 def test_counts_of_a_fresh_run_and_of_a_resumed_one_are_those_of_its_rows(example: Example) -> None:
+    """And the report shows them."""
     example.score(label_column="label")
     fresh, files = manifest_of(example), example.files(*TIMED)
     for name in ("manifest.json", OF_A[0], "predictions/deep/b.pq"):
@@ -88,7 +89,6 @@ def test_counts_of_a_fresh_run_and_of_a_resumed_one_are_those_of_its_rows(exampl
     mistakes = fresh["mistakes"]
     assert sorted(one["digit"] for one in mistakes) == sorted(wrong["label"])
     assert all(one["row"] == one["digit"] for one in mistakes if one["file"] == "a.parquet")
-    assert 'src="data:image/png' in (example.output / "report.html").read_text()
     counts, digits = fresh["counts"], good["pred_digit"].astype(int)
     assert counts["rows"] == len(rows)
     assert counts["consistent_rows"] == (good["pred_sum"] == digits + good["number"]).sum()
@@ -104,19 +104,12 @@ def test_counts_of_a_fresh_run_and_of_a_resumed_one_are_those_of_its_rows(exampl
     for totals in (fresh["totals"], resumed["totals"]):
         assert totals["digit_accuracy"] == np.trace(confusion) / len(labelled)
         assert totals["sum_accuracy"] == right_sums.mean()
-
-
-def test_the_report_has_the_failed_files_the_digits_and_the_confusion(example: Example) -> None:
-    example.score(label_column="label")
-    counts = manifest_of(example)["counts"]
     page = (example.output / "report.html").read_text()
-    digits, true_threes = counts["predicted_digits"], counts["confusion"][3]
-    for row in (
-        ("broken.parquet", BROKEN),
-        *enumerate(digits),
-        (3, *true_threes, ""),
-        ("0.1 to 0.2", counts["digit_probabilities"][1], counts["sum_probabilities"][1]),
-    ):
+    assert 'src="data:image/png' in page
+    shown = [("broken.parquet", BROKEN), *enumerate(counts["predicted_digits"])]
+    shown.append((3, *counts["confusion"][3], ""))
+    shown.append(("0.1 to 0.2", *(counts[f"{head}_probabilities"][1] for head in ("digit", "sum"))))
+    for row in shown:
         assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in page
 
 

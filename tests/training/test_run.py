@@ -1,4 +1,4 @@
-"""What a run is asked for, and what its recipe or the run that is resumed fills in."""
+"""What a run is asked for, what is filled in, and how a run ends that Ray Train gives up."""
 
 import io
 import json
@@ -8,13 +8,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 from pyarrow.fs import FileSystem
 
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.images import ReasonCounts
-from mnistsum_ray.errors import NoAnswerError, RequestError, TryAgainError
+from mnistsum_ray.errors import NoAnswerError, RequestError, RunError, TryAgainError
 from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.results import MANIFEST
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training import job
@@ -139,6 +141,33 @@ def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch)
     plan = WorkerPlan(1, 3, {"CPU": 2.0}, 2)
     job.read(asked(seed=7, skip_bad_rows=True), plan, Console(io.StringIO()))
     assert asked_for == {"seed": 7, "skip_bad_rows": True, "workers": 3}
+
+
+def test_a_run_that_ray_train_gives_up_ends_in_one_line_unless_it_was_the_storage(
+    tmp_path: Path,
+) -> None:
+    """Keys that have expired: to Ray Train that is a failure of workers like any other."""
+    request, plan = asked(storage_path=tmp_path), WorkerPlan(1, 1, {"CPU": 2.0}, 2)
+    of_workers = ray.train.WorkerGroupError("", {0: OSError("status 400")})
+    of_callback = ray.train.ControllerError(ConnectionError("the tracking server is gone"))
+
+    def explained(failed: Exception) -> RunError | RequestError:
+        return job._explained(failed, request, plan, 30.0, Console(io.StringIO()))
+
+    (request.folder / MANIFEST).write({})
+    error = explained(of_callback)
+    assert type(error) is RunError
+    assert str(error).startswith("ConnectionError: the tracking server is gone; checkpoints are")
+    error = explained(of_workers)
+    said = "gave up after 4 failures of workers, see above; checkpoints are kept, and this command"
+    assert type(error) is RunError
+    assert str(error).startswith(said)
+    assert str(error).endswith("--name mine --resume")
+    (tmp_path / "mine" / MANIFEST).unlink()
+    error = explained(of_workers)
+    assert type(error) is TryAgainError
+    assert str(error).startswith(f"{tmp_path}/mine/{MANIFEST}: is not there")
+    assert "; checkpoints are kept" in str(error)
 
 
 def test_ray_stores_checkpoints_where_this_program_looks_for_them() -> None:
