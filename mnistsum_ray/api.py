@@ -48,7 +48,7 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     starts; that connection stays open. Progress goes to standard error.
 
     `callbacks` are called by Ray Train in a process of its own, after an epoch with the metrics
-    `epoch`, `train_loss`, `validation` and `test`. What one raises counts as a failure.
+    `epoch`, `train_loss`, `validation` and `test`. What one raises ends the run.
 
     Raises:
         RequestError: the request is invalid; the message names the field and says what to do.

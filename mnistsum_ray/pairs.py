@@ -69,7 +69,7 @@ def _pairs(source: Source, split: str, seed: int, say: Callable[[str], None]) ->
         batches = [rows_in_memory(source)[split]]
     else:
         connect()
-        wait_for_cpu(600, say)  # the tasks that read would wait for ever
+        wait_for_cpu(600, say)  # the tasks that read would wait without a word
         dataset = read_rows(source, seed=0, skip_bad_rows=False).datasets[split]
         batches = dataset.iterator().iter_batches(batch_size=_ROW_GROUP, batch_format="pyarrow")
     for repetition in count():

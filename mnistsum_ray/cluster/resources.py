@@ -158,7 +158,7 @@ def _cpus(workers: int) -> int:
 
 
 def wait_for_cpu(seconds: float, say: Callable[[str], None]) -> None:
-    """Wait until a task gets a CPU. Ray Data, whose tasks need one too, would wait for ever.
+    """Wait until a task gets a CPU. Ray Data, whose tasks need one too, waits without a word.
 
     TryAgainError: none is free within so many seconds.
     """

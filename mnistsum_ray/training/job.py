@@ -3,7 +3,8 @@
     read_rows ─▶ TorchTrainer(train_loop_per_worker, datasets, WholeShards).fit() ─▶ publish
 
 Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, from the last
-checkpoint, and its timeout of the start ends a run that cannot get them, unless it is elastic.
+checkpoint, and its timeout of the start ends a run that cannot get them. `run_trainer` begins again
+where Ray Train does not: a worker has died at its start, or those of an elastic run have not come.
 """
 
 import secrets

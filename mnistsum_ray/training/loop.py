@@ -82,7 +82,7 @@ class LoopConfig:
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | None:
     """Train on this worker; rank 0 returns the finished model.
 
-    What is raised is tried again by Ray Train, a RepeatingError excepted. That is for what all
+    Ray Train tries again after every error but a RepeatingError. That one is raised for what all
     ranks meet at the same step, since it follows from a sum over all of them: an infinite loss, or
     a wrong count of rows.
     """
