@@ -22,7 +22,7 @@ import torch
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from mnistsum_ray import RequestError, RunError, TrainConfig, load_model, save_model
+from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, save_model
 from mnistsum_ray.cli import parse
 from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.randomness import RowTotals
@@ -201,6 +201,23 @@ def test_an_infinite_loss_stops_every_rank_at_once_and_raises_in_its_thread(
     assert len([*tmp_path.glob("broken/checkpoints/*")]) <= 1
     with pytest.raises(RequestError, match="exists; go on with --resume"):
         train_here(**settings)
+
+
+class Raising(ray.train.UserCallback):
+    """A tracking server that is gone."""
+
+    def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+        raise ConnectionError("the tracking server is gone")
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("cluster")
+def test_a_callback_that_raises_ends_the_run(data: Path, tmp_path: Path) -> None:
+    config = TrainConfig(data=str(data), storage_path=str(tmp_path), name="mine", epochs=2)
+    said = "^ConnectionError: the tracking server is gone; checkpoints are kept, .* --resume$"
+    with pytest.raises(RunError, match=said):
+        fit(config, [Raising()])
+    assert json.loads((tmp_path / "mine/manifest.json").read_text())["status"] == "failed"
 
 
 @pytest.mark.nightly
