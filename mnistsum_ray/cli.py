@@ -194,9 +194,8 @@ class Parser(ArgumentParser):
 def parse(kind: type[Config], argv: list[str], description: str = "", command: str = "") -> Config:
     """Make a config from the command line and the YAML file of `--config`; the command line wins.
 
-    Raises:
-        RequestError: an unknown flag or key, an invalid value, an unreadable file.
-        SystemExit: `--help` is printed: the description, then the flags of the command.
+    RequestError: an unknown flag or key, an invalid value, an unreadable file.
+    SystemExit: `--help` is printed: the description, then the flags of the command.
     """
     parser = Parser(command, description)
     parser.add_argument(

@@ -28,12 +28,7 @@ _ROW_GROUP: Final = 8192
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
-    """Write the files, the same for the same flags; return their folder, and the images' source.
-
-    Raises:
-        RequestError: the data cannot be used, or the output is no empty folder that can be written.
-        RunError: the storage does not give the data.
-    """
+    """Write the files, the same for the same flags; return their folder, and the images' source."""
     output = empty_output(config.output)
     try:
         source = open_source(config)

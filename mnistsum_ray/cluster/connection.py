@@ -35,12 +35,9 @@ _started: str | None = None
 def connect() -> str:
     """Join the cluster of RAY_ADDRESS, or of this machine; without one, start one. Idempotent.
 
-    Returns:
-        The console line that says which.
-
-    Raises:
-        TryAgainError: no cluster answers, or Ray does not start in time.
-        RequestError: RAY_ADDRESS is no address, or the cluster has another token or other versions.
+    Returns the console line that says which. TryAgainError: no cluster answers, or Ray does not
+    start in time. RequestError: RAY_ADDRESS is no address, or the cluster has another token or
+    other versions.
     """
     global _started
     import ray

@@ -64,7 +64,6 @@ class ClusterResources:
 
 
 def inspect_cluster() -> ClusterResources:
-    """Resources of the cluster that this process is connected to."""
     nodes = tuple(node["Resources"] for node in usable_nodes())
     return ClusterResources(nodes, can_grow=not started_cluster())
 
@@ -106,9 +105,7 @@ class WorkerPlan:
 def plan_training(config: TrainConfig, batch_size: int, say: Callable[[str], None]) -> WorkerPlan:
     """Choose the workers of a training: as requested, else by what the cluster has.
 
-    Raises:
-        RequestError: a cluster that this process has started is too small, or PyTorch finds no CUDA
-            for `--use-gpu true`, or there are more workers than rows of a batch.
+    RequestError: these workers can never be had, or are more than the rows of a batch.
     """
     cluster = inspect_cluster()
     has_gpu = precision_of_gpu(config.use_gpu, say) is not None
@@ -158,10 +155,7 @@ def _cpus(workers: int) -> int:
 
 
 def wait_for_cpu(seconds: float, say: Callable[[str], None]) -> None:
-    """Wait until a task gets a CPU. Ray Data, whose tasks need one too, waits without a word.
-
-    TryAgainError: none is free within so many seconds.
-    """
+    """Wait until a task gets a CPU, else TryAgainError: Ray Data would wait without a word."""
     seconds = max(seconds, _REPORT_SECONDS)  # a process may have to start
     needed = "1 CPU, for the tasks that read rows"
     # Outside the placement group of a trial of Ray Tune, if this process is one.
@@ -215,10 +209,7 @@ def precision_of_gpu(use_gpu: bool | None, say: Callable[[str], None]) -> str | 
 
     Ray counts a GPU on every Mac with Apple silicon, and NVIDIA's by their driver alone.
 
-    Raises:
-        RequestError: `use_gpu` is true, and there is no GPU and none can come, or PyTorch has no
-            CUDA there.
-        TryAgainError: the node with the GPU does not answer.
+    RequestError: `use_gpu` is true, and none can be used. TryAgainError: its node does not answer.
     """
     nodes = [node for node in usable_nodes() if node["Resources"].get("GPU")]
     cluster = inspect_cluster()

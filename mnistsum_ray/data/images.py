@@ -99,8 +99,7 @@ def decode_numbers(column: Column, count: int = NUMBERS) -> tuple[Numbers, Reaso
 
     A whole number is an integer, a whole float, or the text of one, such as "7" or "7.0".
 
-    Returns:
-        int64[n]; and a reason for each value that is none of 0..count - 1, in whose place is 0.
+    Returns int64[n], and a reason for each value that is none of 0..count - 1, in whose place is 0.
     """
     column = one_chunk(column)
     if pa.types.is_dictionary(column.type):  # categories
@@ -136,8 +135,7 @@ def _shown(value: pa.Scalar) -> str:
 def decode_images(column: Column) -> tuple[Pixels, Reasons]:
     """Decode an Arrow column of images, whose type must pass `image_type_error`.
 
-    Returns:
-        uint8[n, 28, 28]; and a reason for each value that is no image, in whose place are zeros.
+    Returns uint8[n, 28, 28], with zeros for each value that is no image, and the reasons for these.
     """
     column = one_chunk(column)
     if isinstance(column, pa.ExtensionArray):

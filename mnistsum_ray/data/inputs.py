@@ -37,9 +37,8 @@ def list_inputs(
 ) -> Inputs:
     """List what the values of a flag name: files, globs, and folders with all their Parquet files.
 
-    Raises:
-        RequestError: a value names nothing, or a table of Delta Lake; there is no Parquet file
-            (`if_none` is the message); input and output lie in each other.
+    RequestError: a value names nothing, or a table of Delta Lake; there is no Parquet file
+    (`if_none` is the message); input and output lie in each other.
     """
     found: dict[str, Entry | None] = {}
     folders = []

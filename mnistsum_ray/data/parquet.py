@@ -27,9 +27,8 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
     Pages are checked against their CRC where they have one. INT96 is read in microseconds:
     nanoseconds do not reach the year 9999.
 
-    Raises:
-        StorageError: the block failed since the storage did, or for want of memory.
-        UnusableFileError: the block failed for any other reason.
+    StorageError: the block failed since the storage did, or for want of memory.
+    UnusableFileError: it failed for any other reason.
     """
     try:
         with file.open(listed) as source:
@@ -132,7 +131,6 @@ def _read_batches(
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
-    """The bytes of a Parquet file of the table."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size)
     return sink.getvalue()

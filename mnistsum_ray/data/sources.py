@@ -115,9 +115,7 @@ StartProgress = Callable[[str, int], Callable[[int], None]]
 def open_source(config: LabelledDataConfig, start_progress: StartProgress | None = None) -> Source:
     """Find what `--data` names; `start_progress` shows how many footers have been read.
 
-    Raises:
-        RequestError: the data is missing, cannot be used, or has no images with digits.
-        TryAgainError: the storage does not answer.
+    RequestError: the data is missing or unusable. TryAgainError: the storage does not answer.
     """
     if config.data == "sample":
         return _sample()

@@ -64,10 +64,7 @@ def write_model(folder: Location, weights: Weights, description: dict[str, Any])
 def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
     """The network, in evaluation mode, and its description, of a model folder or of a run.
 
-    The place may also be the file of the weights itself.
-
-    RequestError: there is no model, or it is damaged, or of another network or version.
-    TryAgainError: the storage does not answer.
+    The place may also be the file of the weights itself. Errors are those of `api.load_model`.
     """
     # The place itself comes last: some stores say of a folder that it is an empty file.
     candidates = (place / WEIGHTS_FILE, place / "model" / WEIGHTS_FILE, place)

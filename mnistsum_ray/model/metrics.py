@@ -76,7 +76,6 @@ class AnswerCounts:
         self._counts += torch.stack(counts)
 
     def all_reduce(self) -> None:
-        """Sum over all workers, on every worker."""
         self._counts = all_reduce_sum(self._counts)
         self._losses = all_reduce_sum(self._losses)
 
@@ -132,8 +131,7 @@ def analyse_errors(
     and accuracy; and `reliability`, the counts behind it: in bins by the probability of the
     predicted class the `rows`, the sum of their `probability`, and the `right` ones.
 
-    Returns:
-        The analysis; and the images of its mistakes, uint8[m, 28, 28].
+    Returns the entry, and the images of its mistakes, uint8[m, 28, 28].
     """
     confusion = np.zeros((DIGITS, DIGITS), np.int64)
     bins = {head.name: np.zeros((3, RELIABILITY_BINS)) for head in HEADS}

@@ -52,7 +52,6 @@ class JobMetrics:
                 self._counted[name] = total
 
     def set(self, **values: float) -> None:
-        """Set gauges, named without `mnistsum_`."""
         for name, value in values.items():
             with suppress(Exception):
                 self._metrics[f"mnistsum_{name}"].set(value)

@@ -73,10 +73,7 @@ def report_page(
 
 
 def scored_page(manifest: dict[str, Any], mistake_images: Sequence[Pixels]) -> str:
-    """Render the HTML page of a scored output: counts, what cannot be used, configuration.
-
-    `mistake_images` are those of the manifest's mistakes.
-    """
+    """Render the HTML page of a scored output, with the images of the manifest's mistakes."""
     totals, counts = manifest["totals"], manifest["counts"]
     all_rows = totals["input_rows"] + totals.get("left_rows", 0)
     cards = [

@@ -59,16 +59,7 @@ _LEAST_WAIT_SECONDS: Final = 30.0
 
 
 def score(request: ScoreRequest, console: Console) -> ScoreResult:
-    """Score on the cluster that this process is connected to.
-
-    Raises:
-        RequestError: the output folder holds files that this run must not touch; the workers that
-            were asked for do not fit.
-        TryAgainError: the cluster gives no worker in time, another run changes the output, or the
-            storage does not answer.
-        RunError: workers died again and again, or as of `output.publish`.
-        RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
-    """
+    """Score on the cluster that this process is connected to; errors are those of `api.score`."""
     try:
         gpu_precision = resources.precision_of_gpu(request.config.use_gpu, console.say)
         cluster = resources.inspect_cluster()
@@ -89,7 +80,6 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
 
 
 def _how_to_go_on(config: ScoreConfig) -> str:
-    """The end of an error message."""
     again = "the same command without --overwrite" if config.overwrite else "the same command"
     return f"what is scored is kept, and {again} goes on"
 

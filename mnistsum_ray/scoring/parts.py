@@ -51,10 +51,7 @@ class Part(NamedTuple):
 
 
 def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) -> dict[str, Part]:
-    """The parts of all files that can be used, by the names of their output files.
-
-    RequestError: two files need one name.
-    """
+    """The parts of usable files by the names of their output. RequestError: two need one name."""
     parts: dict[str, Part] = {}
     for file in files:
         if file.error is None:

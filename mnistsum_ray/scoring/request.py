@@ -59,11 +59,7 @@ class ScoreRequest:
 
 
 def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
-    """Check everything that can be checked without a cluster.
-
-    RequestError: the model, the input or the output cannot be used. TryAgainError: the storage does
-    not answer.
-    """
+    """Check everything that can be checked without a cluster."""
     output = locate(config.output, "--output", output_base_folder())
     with as_request_error("--output"):
         if output.file_entry():

@@ -115,11 +115,9 @@ class Location:
             return True
 
     def exists(self) -> bool:
-        """Whether there is a file or a folder here."""
         return self.is_folder() or self.file_entry() is not None
 
     def read_bytes(self) -> bytes:
-        """The whole file."""
         with self.storage_errors("read"):
             if self.is_local:
                 return Path(self.path).read_bytes()

@@ -37,10 +37,7 @@ ODD_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def locate(text: str, flag: str, base: Path | None = None) -> Location:
-    """Resolve a path or URI, or raise RequestError.
-
-    A relative path starts at `base` or at the working folder.
-    """
+    """Resolve a URI, or a path from `base` or the working folder, or raise RequestError."""
     if may_hold_secrets(text):
         raise RequestError(f"{flag}: {SECRETS_REFUSED}")
     if ODD_CHARACTERS.search(text):
@@ -100,9 +97,7 @@ def folder_lock(folder: Location, flag: str) -> Iterator[None]:
     whole, and two runs of the same seed publish the same. Two of unlike seeds under one name leave
     the files of both.
 
-    Raises:
-        TryAgainError: another run has locked the folder.
-        RequestError: the folder cannot be written.
+    TryAgainError: another run has locked the folder. RequestError: it cannot be written.
     """
     if not folder.is_local:
         yield

@@ -64,10 +64,7 @@ def save_checkpoint(
 def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
     """The state in a checkpoint folder, and the tensors for `restore`.
 
-    Raises:
-        CheckpointError: a file is missing or damaged.
-        RequestError: it is of another version.
-        StorageError: the storage does not answer.
+    CheckpointError: a file is missing or damaged. RequestError: it is of another version.
     """
     unusable = f"checkpoint {folder.display} cannot be used:"
     try:

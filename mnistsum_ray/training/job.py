@@ -110,16 +110,7 @@ def make_trainer(
 
 
 def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) -> TrainResult:
-    """Train on the cluster that this process is connected to.
-
-    Raises:
-        RequestError: the cluster is too small, or a row of the data cannot be used.
-        TryAgainError: the workers are not free in time, another run writes there, or the storage
-            does not answer.
-        RunError: the loss became infinite, a callback failed, or workers failed more often than
-            `--max-failures`.
-        RunInterrupted: SIGINT, SIGTERM or SIGHUP arrived.
-    """
+    """Train on the cluster that this process is connected to; errors are those of `api.fit`."""
     started = time.monotonic()
     config, parameters = request.config, request.hyperparameters
     how_to_begin = "nothing was begun; the same command tries again"

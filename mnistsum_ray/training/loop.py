@@ -172,7 +172,6 @@ class HeldOutRows:
         self._analysed: RowsWithDigitLogits | None = None
 
     def _read(self) -> Iterator[LabelledRows]:
-        """The rows in batches on the device."""
         return iter(
             self._shard.iter_torch_batches(
                 batch_size=_BATCH_ROWS[self._device.type],
@@ -182,11 +181,7 @@ class HeldOutRows:
         )
 
     def evaluate(self, model: TwoHeadCNN, *, bf16: bool) -> Metrics:
-        """Metrics with all numbers, over all workers.
-
-        Raises:
-            RowCountError: a row was lost or repeated.
-        """
+        """Metrics with all numbers, over all workers. RowCountError: a row was lost or repeated."""
         self._analysed = []
         progress = Progress(self._events.count, f"{self._split} rows", self._totals.rows)
         every = ceil(self._totals.rows / _ANALYSED_ROWS[self._split])

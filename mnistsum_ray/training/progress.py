@@ -37,11 +37,9 @@ class Events:
                 self._queue.put({"kind": kind, **fields})
 
     def note(self, text: str) -> None:
-        """Send a line for the console."""
         self.send("note", text=text)
 
     def count(self, what: str, done: int, total: int) -> None:
-        """Send how far some work is."""
         self.send("counter", what=what, done=done, total=total)
 
 

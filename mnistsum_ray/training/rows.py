@@ -78,15 +78,10 @@ class Rows:
 def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 1) -> Rows:
     """Read and decode all rows into the object store, and split them.
 
-    Args:
-        source: What to read.
-        seed: Of the order of the blocks.
-        skip_bad_rows: Leave out the rows that cannot be used.
-        workers: Most workers that train with them.
+    `seed` is that of the order of the blocks; at most `workers` train with them.
 
-    Raises:
-        RequestError: a file or a row cannot be used, or too few rows can.
-        RowCountError: files hold more or fewer rows than their footers say.
+    RequestError: a file or a row cannot be used, or too few rows can.
+    RowCountError: files hold more or fewer rows than their footers say.
     """
     rows_of_block = source.train_rows // (_BLOCKS_OF_RANK * workers)
     rows_of_block = min(max(rows_of_block, _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS)
@@ -137,7 +132,6 @@ def _check_counts(source: Source, indexes: dict[str, pa.Table]) -> None:
 
 
 def _check_splits(source: Source, rows: Rows) -> None:
-    """Check that each split has rows."""
     if all(split in rows.datasets for split in SPLITS):
         return
     counts = {split: rows.totals[split].rows for split in SPLITS if split in rows.totals}
@@ -190,9 +184,8 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
 def decode(rows: pa.Table, image: str = "image", label: str = "digit") -> pa.Table:
     """Decode images and labels; `path` and `row_hash` say which row it is, as Ray Data names them.
 
-    Returns:
-        `image` as tensors uint8[28, 28], `digit` and `row_id` int64; `path`; and `reason`, which is
-        null but in rows that cannot be used.
+    Returns `image` as tensors uint8[28, 28], `digit` and `row_id` int64; `path`; and `reason`,
+    which is null but in rows that cannot be used.
     """
     images, bad_images = decode_images(one_chunk(rows[image]))
     digits, bad_digits = decode_numbers(one_chunk(rows[label]), DIGITS)

@@ -69,11 +69,7 @@ class TrainRequest:
 
 
 def check_request(config: TrainConfig, progress: StartProgress | None = None) -> TrainRequest:
-    """Check the request and fill in its defaults; `progress` shows how many footers are read.
-
-    Raises:
-        RequestError: something in the request is wrong; the message says what to do.
-    """
+    """Check the request and fill in its defaults; `progress` shows how many footers are read."""
     storage = locate(config.storage_path, "--storage-path", output_base_folder())
     name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = storage / name
@@ -102,7 +98,6 @@ def check_request(config: TrainConfig, progress: StartProgress | None = None) ->
 
 
 def _check_free(folder: Location, name: str, begun: bool) -> None:
-    """Check that a new run may take this folder."""
     taken = f"--name {name}: {folder.display}"
     if begun:
         raise RequestError(f"{taken} exists; go on with --resume, or choose another name")
@@ -131,10 +126,7 @@ def _resumed(config: TrainConfig, stored_config: TrainConfig) -> TrainConfig:
 
 
 def _read_run(folder: Location) -> tuple[dict[str, Any], TrainConfig]:
-    """The manifest of a run, and its config.
-
-    RequestError: there is none, or it is damaged, or another version wrote it.
-    """
+    """The manifest of a run, and its config. RequestError: there is none that can be read."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = path.read_json()

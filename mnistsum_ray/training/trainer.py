@@ -245,7 +245,6 @@ class Trainer:
         return exact_loss
 
     def _dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
-        """Dropout of so many rows at a step of this rank."""
         if not self.parameters.dropout:
             return None
         index = step * self.world_size + self.rank
@@ -254,7 +253,6 @@ class Trainer:
         return dropout_factors(rows, self.parameters.dropout, generator)
 
     def check_finite(self, loss: float, where: str) -> None:
-        """Raise RunError unless the loss is finite."""
         if not isfinite(loss):
             rate = f"now {self.parameters.learning_rate:g}"
             raise RunError(f"{where} {loss}; lower --learning-rate ({rate})")
