@@ -249,6 +249,9 @@ class Location:
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
+        folder = getattr(error, "filename", None)
+        if what == "listed" and folder not in (None, self.path):
+            cause += f" ({folder})"
         is_transient = getattr(error, "errno", None) in _TRANSIENT_ERRNOS
         has_no_answer = _NO_ANSWER.search(str(error))
         kind = NoAnswerError if is_transient or has_no_answer else StorageError

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import re
+import termios
 import time
 from contextlib import suppress
 
@@ -53,6 +54,7 @@ def test_a_program_may_take_the_lines_or_silence_them(monkeypatch: pytest.Monkey
 
 def test_a_terminal_has_a_bar_below_the_lines() -> None:
     leader, follower = os.openpty()
+    termios.tcsetwinsize(leader, (24, 100))  # tqdm draws no bar on a terminal of 0 rows
     os.set_blocking(leader, False)
 
     def written() -> str:
