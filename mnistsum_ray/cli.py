@@ -309,7 +309,7 @@ def run(job: Callable[[], Line], show_json: bool) -> int:
         except (RequestError, RunError, KeyboardInterrupt) as error:
             stop.handle_by(signal.SIG_IGN)
             code = _explain(error, stop.received)
-        # All is said: from here on a signal only ends the process sooner, with the same code.
+        # Result or error are printed: a signal now ends the process sooner, with the same code.
         stop.handle_by(lambda *_: os._exit(code))
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a cluster of this process ends with its processes

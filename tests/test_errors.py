@@ -1,4 +1,4 @@
-"""Which line of a long error of Ray's a user is told."""
+"""Of a long error of Ray a user is shown one line: which one."""
 
 from ray.exceptions import OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError

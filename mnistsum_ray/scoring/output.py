@@ -57,8 +57,8 @@ FILES_TABLE_SCHEMA: Final = pa.schema(
     | {"status": pa.string(), "reason": pa.string()}
 )
 """One row an input file. rows == scored + rejected + failed; null where no footer says them. Status
-is `scored`, `failed` with a reason, `gone` (scored, and not in --input now) or `partial` (the rest
-is left by --max-rows)."""
+is `scored`; `failed`, with a reason; `gone`: scored, but no longer in --input; or `partial`, where
+--max-rows has left the rest."""
 
 
 def read_run(output: Location) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from mnistsum_ray.errors import MissingFileError, RequestError, RunError
-from mnistsum_ray.model.folder import Weights, copy_weights, read_header
+from mnistsum_ray.model.folder import HEADER_KEY, Weights, copy_weights, read_header
 from mnistsum_ray.model.network import TwoHeadCNN
 from mnistsum_ray.model.optimizer import MuonAdamW
 from mnistsum_ray.storage.store import Location
@@ -56,7 +56,7 @@ def save_checkpoint(
             copy = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             tensors[f"optimizer.{name}.{key}"] = copy
     header = {"format": STATE_FORMAT, "state": asdict(state)}
-    data = save_tensors(tensors, {"mnistsum_ray": json.dumps(header)})
+    data = save_tensors(tensors, {HEADER_KEY: json.dumps(header)})
     (folder / STATE_FILE).write_bytes(data)
     (folder / STATE_DIGEST).write_text(hashlib.sha256(data).hexdigest())
 
