@@ -53,7 +53,8 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     Raises:
         RequestError: the request is invalid; the message names the field and says what to do.
         RunError: the run has begun and failed; after a TryAgainError the same call may work later.
-        RunInterrupted: a KeyboardInterrupt, whose message says how to go on.
+        RunInterrupted: a KeyboardInterrupt, whose message says how to go on. (Before the run has
+            begun it is a plain KeyboardInterrupt.)
     """
     from mnistsum_ray.training.run import check_request
 

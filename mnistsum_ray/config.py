@@ -191,7 +191,7 @@ class ScoreConfig(JobConfig):
     model: Place
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32"] | None = None
-    """precision of the network, which one output keeps [bf16 if it is faster, else fp32]"""
+    """precision of the network, fixed for an output [bf16 if it is faster, else fp32]"""
     # Far below 2^31 values, where kernels of GPUs end: conv2 makes 50,176 of a row.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
@@ -202,7 +202,7 @@ class ScoreConfig(JobConfig):
     strict: bool = False
     """write no manifest, and exit with 1, if any file or row cannot be scored"""
     overwrite: bool = False
-    """delete an earlier output first and score everything; not to go on with a scoring"""
+    """delete an earlier output first and score everything; without it a scoring goes on"""
     rescore_changed: bool = False
     """score files again that have changed since they were scored; unset, they are refused"""
     keep_gone: bool = False

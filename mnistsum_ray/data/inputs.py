@@ -127,21 +127,21 @@ def _list(top: Location, glob: list[str], flag: str) -> dict[str, Entry | None]:
             found[file.path] = None
         elif not file.is_file and Path(file.path).is_dir():
             # A folder that is not entered: a link, hidden, or one in which nothing can match.
-            if _may_hold(glob, below) or _matches(below, glob):
+            if _may_hold(glob, below) or _matches(glob, below):
                 found[file.path] = None
-        elif _matches(below, glob):
+        elif _matches(glob, below):
             is_taken = below[-1].lower().endswith(SUFFIXES) and not is_hidden("/".join(below))
             found[file.path] = file if is_taken else None
     return found
 
 
-def _matches(names: Sequence[str], glob: Sequence[str]) -> bool:
+def _matches(glob: Sequence[str], names: Sequence[str]) -> bool:
     """Whether a glob matches a path, both by their components; `**` is any number of them."""
     if not names or not glob:
         return not names and all(pattern == "**" for pattern in glob)
     if glob[0] == "**":
-        return _matches(names, glob[1:]) or _matches(names[1:], glob)
-    return fnmatchcase(names[0], glob[0]) and _matches(names[1:], glob[1:])
+        return _matches(glob[1:], names) or _matches(glob, names[1:])
+    return fnmatchcase(names[0], glob[0]) and _matches(glob[1:], names[1:])
 
 
 def _may_hold(glob: Sequence[str], folder: Sequence[str]) -> bool:

@@ -45,7 +45,7 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
     except (UnusableFileError, StorageError):
         raise
     except Exception as error:
-        # On damaged bytes Arrow raises many types, OSError too; the disk's own has a number.
+        # On damaged bytes Arrow raises many types, OSError too; the disk's own have an errno.
         # This machine's memory is no fault of the file.
         if getattr(error, "errno", None) or isinstance(error, MemoryError):
             raise file.error(error, "read") from error

@@ -277,8 +277,8 @@ def _describe(
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     schema = footer.schema_arrow
-    # Ray Data makes a column of each folder `name=value`. As large_string, which no footer gives
-    # here, so that files in such a folder and files with such a column are read apart.
+    # Ray Data makes a column of each folder `name=value`. Its type here is large_string, which no
+    # footer gives, so that files in such a folder and files with such a column are read apart.
     for folder in {*re.findall(r"([^/=]+)=[^/]*/", name)} - {*schema.names}:
         schema = schema.append(pa.field(folder, pa.large_string()))
     names = [config.label_column] if config.label_column else ["digit", "label"]

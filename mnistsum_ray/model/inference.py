@@ -89,7 +89,7 @@ def predict_pairs(
 ) -> Predictions:
     """Predict uint8[n, 28, 28] with numbers int64[n]; with `probabilities` all probabilities too.
 
-    The last batch is filled up with zeros: kernels are chosen by the size of a batch, and a row has
+    The last batch is filled up with zeros: kernels are chosen by the size of a batch, so a row has
     the same bits whatever rows are scored with it.
     """
     device = next(model.parameters()).device

@@ -46,7 +46,7 @@ Metrics = dict[str, float]
 
 
 def true_classes(digits: Tensor, logits: Logits) -> list[Tensor]:
-    """True classes by head, as its logits: int64[n, NUMBERS], of the digit int64[n, 1]."""
+    """True classes by head, shaped as its logits: int64[n, NUMBERS], of the digit int64[n, 1]."""
     numbers = torch.arange(NUMBERS, device=digits.device)
     classes = []
     for index, head in enumerate(HEADS):
@@ -128,8 +128,9 @@ def analyse_errors(
 
     `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
     `probabilities`: by head the expected calibration error `ece`, the mean distance of probability
-    and accuracy; and `reliability`, the counts behind it: in bins by the probability of the
-    predicted class the `rows`, the sum of their `probability`, and the `right` ones.
+    and accuracy; and `reliability`, the counts behind it. For each bin of the probability of the
+    answer it has the number of answers (`rows`), the sum of their `probability`, and how many are
+    `right`.
 
     Returns the entry, and the images of its mistakes, uint8[m, 28, 28].
     """

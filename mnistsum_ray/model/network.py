@@ -18,7 +18,7 @@ from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.model.heads import DIGIT, HEADS, SUM
 
 Logits = tuple[Tensor, ...]
-"""By head, in the order of HEADS: [n, classes] each."""
+"""By head, in the order of HEADS: [n, classes] each, or for all numbers [n, NUMBERS, classes]."""
 
 # The usual values, of MNIST's 60,000 training images on the scale 0..1.
 PIXEL_MEAN: Final = 0.1307

@@ -139,7 +139,7 @@ class Console(AbstractContextManager["Console"]):
             self._open_bar(what, done, total, note)
         else:
             bar.n = done
-            # Below one a second tqdm writes seconds a unit: without a unit, `2.00s/`.
+            # Below 1 a second tqdm writes `2.00s/item`, and without a unit `2.00s/`.
             bar.unit = "item" if done - bar.initial < time.time() - bar.start_t else ""
             with suppress(OSError):
                 bar.set_postfix_str(note, refresh=self._has_bars)

@@ -23,7 +23,7 @@ GAUGES: Final = {
 
 
 class JobMetrics:
-    """Metrics of one job, which never end it: where Ray refuses one, it is missing.
+    """Metrics of one job. A value that Ray refuses is left out, and does not end the job.
 
     Tags: `kind` (train or score) and `run` (the run or output folder, percent-encoded: Ray's tags
     must be ASCII).

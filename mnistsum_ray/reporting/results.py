@@ -82,7 +82,7 @@ class ScoreResult(Result):
     failed_rows: int
     """Rows of files that could not be used, where a footer says how many."""
     resumed_rows: int
-    """Rows of those that an earlier run had scored."""
+    """Of input_rows, those that an earlier run had scored or rejected."""
     left_rows: int = 0
     """Rows beside input_rows that `--max-rows` has left to a later run."""
     files: int

@@ -104,8 +104,8 @@ def score_on_ray(
     options.target_max_block_size = 1  # with small blocks each answer comes at once
     options.execution_no_progress_timeout_s = _SILENT_SECONDS
     if not free:
-        # Only where one worker is to start: Ray waits for all that start at once, and two jobs that
-        # begin together, each with half of what it asks for, would wait for each other.
+        # One worker is to start. With more there is no such wait: Ray would wait for all of them,
+        # and two jobs that begin together, each with half of its workers, for each other.
         options.wait_for_min_actors_s = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     dataset = dataset.map_batches(
         ScoreParts,
@@ -120,9 +120,10 @@ def score_on_ray(
         ),
         num_cpus=plan.per_worker.get("CPU", 0),
         num_gpus=plan.per_worker.get("GPU", 0),
-        # Ray Data limits neither. A worker that dies at each start must end the job; a task uses up
-        # any number of retries in the second before Ray knows that its node is gone. Ray prints
-        # that arguments of a restarted actor may be lost: this process owns them until the end.
+        # Ray Data limits neither restarts nor retries. A worker that dies at each start must end
+        # the job; a task uses up any number of retries in the second before Ray knows that its node
+        # is gone. Ray prints that arguments of a restarted actor may be lost: this process owns
+        # them until the end.
         max_restarts=10,
         max_task_retries=-1,
     )

@@ -4,7 +4,8 @@
 
 Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, from the last
 checkpoint, and its timeout of the start ends a run that cannot get them. `run_trainer` begins again
-where Ray Train does not: a worker has died at its start, or those of an elastic run have not come.
+where Ray Train does not: a worker has died at its start, those of an elastic run have not come, or
+the storage has not taken Ray Train's list of checkpoints.
 """
 
 import secrets
@@ -51,14 +52,14 @@ from mnistsum_ray.model.folder import load_model
 from mnistsum_ray.model.metrics import FinishedModel
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
-from mnistsum_ray.reporting.results import MANIFEST, TrainResult
+from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
 from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower, FailureLines, explain_silence
 from mnistsum_ray.training.rows import Rows, WholeShards, read_rows
-from mnistsum_ray.training.run import RunRecord, TrainRequest
+from mnistsum_ray.training.run import RunRecord, TrainRequest, check_storage
 
 _LEAST_WAIT_SECONDS: Final = 10.0
 """Least wait for workers: Ray needs a moment for them also where all is free."""
@@ -92,10 +93,10 @@ def make_trainer(
         run_config=ray.train.RunConfig(
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",  # of this attempt
             storage_path=arrow_uri(request.folder / CHECKPOINTS),
-            callbacks=[*callbacks, FailureLines(loop.queue)],
-            # Ray would set it to the CPUs of the worker. Then the threads that feed the steps would
-            # have pools of their own, which spin and cost a fifth of the speed. On CPUs the loop
-            # sets the threads of the steps; on GPUs they need one.
+            callbacks=[*callbacks, FailureLines(loop.queue, request.folder)],
+            # Ray would set this to the CPUs of the worker. Then the threads that feed the steps
+            # would have pools of their own, which spin and cost a fifth of the speed. On CPUs the
+            # loop sets the threads of the steps; on GPUs they need one.
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
             failure_config=ray.train.FailureConfig(
                 max_failures=request.config.max_failures,
@@ -201,7 +202,7 @@ def run_trainer(
     follower = EventFollower(console, metrics, record.add_epoch)
     wait_seconds = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     console.say(f"training with {plan}")
-    failed_starts = late_starts = 0
+    begun_again = late_starts = 0
     tried = plan
     with (
         follower.following(),
@@ -216,6 +217,7 @@ def run_trainer(
                     finished: FinishedModel = trainer.fit().return_value
                     return finished
             except ray.train.TrainingFailedError as error:
+                check_storage(request.folder)
                 if plan.is_elastic and _START_TIMED_OUT in str(error):
                     epochs_before = len(start.history)
                     start = find_start(request, console)
@@ -227,10 +229,10 @@ def run_trainer(
                     tried = replace(plan, most=plan.most - fewer)
                     console.say(f"the workers have not come in time; trying with {tried}")
                     continue
-                if not _is_failed_start(error) or failed_starts == max_failures:
+                if not _is_worth_a_try(error) or begun_again == max_failures:
                     raise _explained(error, request, plan, wait_seconds, console) from error
-                failed_starts += 1
-                console.say(f"a worker died at its start: {root_cause(error)}")
+                begun_again += 1
+                console.say(f"Ray Train gave up: {root_cause(error)}; trying again")
                 start = find_start(request, console)
 
 
@@ -261,14 +263,16 @@ def _check_same_data(request: TrainRequest) -> None:
         )
 
 
-def _is_failed_start(error: ray.train.TrainingFailedError) -> bool:
-    """Whether a worker died while its group started, or a moment later.
+def _is_worth_a_try(error: ray.train.TrainingFailedError) -> bool:
+    """Whether Ray Train gave up on a failure that it does not count against `max_failures`.
 
-    Ray Train does not count the first as a failure; the second reaches us as the error of an actor
-    or of a task.
+    A worker has died while its group started. Or it died a moment later, which reaches us as the
+    error of an actor or of a task. Or Arrow could not write the list of checkpoints, after 6 s.
     """
     cause = getattr(error, "controller_failure", None)
-    return _FAILED_START in str(error) or isinstance(cause, ray.exceptions.RayError)
+    if isinstance(cause, ray.exceptions.RayError) or type(cause) is OSError:  # as Arrow's are
+        return True
+    return _FAILED_START in str(error)
 
 
 @contextmanager
@@ -312,17 +316,14 @@ def _explained(
 ) -> RunError | RequestError:
     """Why Ray Train has given up, in one line."""
     resume = request.how_to_resume
-    manifest = request.folder / MANIFEST
-    try:  # keys that have expired look to Ray Train like workers that fail: a write of ours tells
-        manifest.write(manifest.read_bytes())
-    except StorageError as of_storage:
-        return ended_by_storage(of_storage, resume)
     if isinstance(error, ray.train.WorkerGroupError):
         failures = counted(request.config.max_failures + 1, "failure")
         return RunError(f"gave up after {failures} of workers, see above; {resume}")
     cause = getattr(error, "controller_failure", error)
     if isinstance(cause, RepeatingError):
         return RunError(str(cause))
+    if isinstance(cause, StorageError):
+        return ended_by_storage(cause, resume)
     if type(cause).__name__ == "InsufficientClusterResourcesError":  # its type is private too
         return RequestError(f"--num-workers {plan.least}: {one_line(cause)}")
     if _START_TIMED_OUT in str(cause):

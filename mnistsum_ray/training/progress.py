@@ -2,7 +2,7 @@
 
 kind      sent by                     fields
 progress  Trainer.train_epoch         epoch, epochs, rows, of_rows, rows_per_second, loss
-epoch     train_loop_per_worker       those of a line of history.jsonl
+epoch     the loop                    those of a line of history.jsonl
 counter   HeldOutRows.evaluate        what, done, total
 note      the loop, FailureLines      text
 """
@@ -21,6 +21,8 @@ from mnistsum_ray.cluster.resources import describe_free, on_node
 from mnistsum_ray.errors import RepeatingError, one_line, root_cause
 from mnistsum_ray.reporting.console import Console, accuracies
 from mnistsum_ray.reporting.prometheus import JobMetrics
+from mnistsum_ray.storage.store import Location
+from mnistsum_ray.training.run import check_storage
 
 
 class Events:
@@ -44,10 +46,14 @@ class Events:
 
 
 class FailureLines(ray.train.UserCallback):
-    """Says why workers have failed, before Ray Train starts them again."""
+    """Says why workers have failed, before Ray Train starts them again.
 
-    def __init__(self, queue: Queue) -> None:
+    If the storage refuses, or does not answer, it ends the run: new workers would fail too.
+    """
+
+    def __init__(self, queue: Queue, run: Location) -> None:
         self._events = Events(queue, rank=0)
+        self._run = run
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train in its controller, which ends the run if this raises."""
@@ -57,6 +63,7 @@ class FailureLines(ray.train.UserCallback):
         for rank, error in worker_exceptions.items():
             cause = root_cause(error).partition(". ")[0]  # Ray's advice follows
             self._events.note(f"worker {rank} failed: {cause} (full text in Ray's logs)")
+        check_storage(self._run)
 
 
 class EventFollower:

@@ -52,8 +52,8 @@ from mnistsum_ray.storage.bucket import arrow_place
 _BLOCKS_OF_RANK: Final = 64
 _LEAST_BLOCK_ROWS: Final = 32
 _MOST_BLOCK_ROWS: Final = 8192
-"""The rows are cut into some 64 blocks a rank, of so many rows. Ranks get whole blocks, so their
-shards differ by the rows of a block or two; a block costs a worker a millisecond an epoch."""
+"""The rows are cut into some 64 blocks a rank, of 32 to 8,192 rows. Ranks get whole blocks, so
+their shards differ by the rows of a block or two; a block costs a worker 1 ms an epoch."""
 
 _FILES_OF_ACTOR: Final = 1000
 """Footers that an actor of Ray Data reads. Ray would start 32 such actors, each a process, also for
@@ -165,7 +165,7 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
             rows = ray.data.read_parquet(  # noqa: TID251 - it refuses pickles: test_security.py
                 [path for _, path in places],
                 filesystem=filesystem,
-                file_extensions=[suffix.lstrip(".") for suffix in SUFFIXES],  # None: only parquet
+                file_extensions=[suffix.lstrip(".") for suffix in SUFFIXES],  # else .parquet
                 include_paths=True,
                 include_row_hash=True,
             )

@@ -142,6 +142,15 @@ def _read_run(folder: Location) -> tuple[dict[str, Any], TrainConfig]:
     return manifest, config
 
 
+def check_storage(run: Location) -> None:
+    """StorageError: the folder of a run cannot be written now, also after 50 s of trying.
+
+    Keys that have expired look to Ray Train like workers that fail.
+    """
+    manifest = run / MANIFEST
+    manifest.write(manifest.read_bytes())
+
+
 @dataclass
 class RunRecord:
     """Writes config.yaml, history.jsonl and manifest.json of a run."""
@@ -241,7 +250,7 @@ class RunRecord:
             run=folder.display,
             model=(folder / "model").display,
             parameters=description["parameters"],
-            data=SplitRows(**self.manifest["data"]),  # which drops what is no field of its
+            data=SplitRows(**self.manifest["data"]),  # drops other keys
             test=HeldOutMetrics(**description["test"]),
             images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
             seconds=round(seconds, 1),

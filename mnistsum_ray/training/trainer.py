@@ -40,7 +40,7 @@ Batch = dict[str, Tensor]
 float32[n, 6]."""
 
 _SHUFFLED_ROWS: Final = 1_000_000
-"""Most rows that are shuffled together: up to so many a shard is one permutation. Ray holds 1.5
+"""Most rows that are shuffled together. A shard of no more is shuffled as a whole. Ray holds 1.5
 times as many in each worker, 1.2 GB."""
 
 _CHECK_STEPS: Final = 20
@@ -153,8 +153,9 @@ class Trainer:
     def _take_step_without_effect(self) -> None:
         """Let DDP find its order of sums.
 
-        It orders its buckets anew after its first step, and three workers then sum in another
-        order: a run that goes on would have other bits. `zero_grad` drops the gradients.
+        It orders its buckets anew after its first step. From three workers on they would then sum
+        in another order, and a run that goes on would have other bits. `zero_grad` drops the
+        gradients.
         """
         numbers = torch.zeros(2, dtype=torch.int64, device=self._device)
         pixels = numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8)
@@ -179,8 +180,9 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """Train an epoch, counted from 0; return its figures for history.jsonl.
 
-        `train_loss` is the mean a row, in nats; `step_losses` are pairs of a step and that of the
-        last rows. A RunError says that the loss is infinite, or that rows were lost or repeated.
+        `train_loss` is the mean a row, in nats; `step_losses` are pairs of a step and the mean of
+        the rows since the pair before. A RunError says that the loss is infinite, or that rows were
+        lost or repeated.
         """
         parameters, steps = self.parameters, self._steps
         batches = self._batches(epoch)

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pyarrow as pa
@@ -14,12 +15,20 @@ from pyarrow.fs import FileSystem
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.images import ReasonCounts
-from mnistsum_ray.errors import NoAnswerError, RequestError, RunError, TryAgainError
+from mnistsum_ray.errors import (
+    NoAnswerError,
+    RequestError,
+    RunError,
+    StorageError,
+    TryAgainError,
+)
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.results import MANIFEST
 from mnistsum_ray.storage.bucket import arrow_uri
+from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training import job
+from mnistsum_ray.training.progress import FailureLines
 from mnistsum_ray.training.rows import Rows, rows_in_memory
 from mnistsum_ray.training.run import RunRecord, TrainRequest, check_request
 
@@ -143,10 +152,7 @@ def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch)
     assert asked_for == {"seed": 7, "skip_bad_rows": True, "workers": 3}
 
 
-def test_a_run_that_ray_train_gives_up_ends_in_one_line_unless_it_was_the_storage(
-    tmp_path: Path,
-) -> None:
-    """Keys that have expired: to Ray Train that is a failure of workers like any other."""
+def test_a_run_that_ray_train_gives_up_ends_in_one_line(tmp_path: Path) -> None:
     request, plan = asked(storage_path=tmp_path), WorkerPlan(1, 1, {"CPU": 2.0}, 2)
     of_workers = ray.train.WorkerGroupError("", {0: OSError("status 400")})
     of_callback = ray.train.ControllerError(ConnectionError("the tracking server is gone"))
@@ -154,7 +160,6 @@ def test_a_run_that_ray_train_gives_up_ends_in_one_line_unless_it_was_the_storag
     def explained(failed: Exception) -> RunError | RequestError:
         return job._explained(failed, request, plan, 30.0, Console(io.StringIO()))
 
-    (request.folder / MANIFEST).write({})
     error = explained(of_callback)
     assert type(error) is RunError
     assert str(error).startswith("ConnectionError: the tracking server is gone; checkpoints are")
@@ -163,11 +168,37 @@ def test_a_run_that_ray_train_gives_up_ends_in_one_line_unless_it_was_the_storag
     assert type(error) is RunError
     assert str(error).startswith(said)
     assert str(error).endswith("--name mine --resume")
-    (tmp_path / "mine" / MANIFEST).unlink()
-    error = explained(of_workers)
-    assert type(error) is TryAgainError
-    assert str(error).startswith(f"{tmp_path}/mine/{MANIFEST}: is not there")
-    assert "; checkpoints are kept" in str(error)
+
+
+def test_a_storage_that_refuses_ends_a_run_at_the_first_failure_of_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that have expired: to Ray Train that is a failure of workers like any other."""
+    request, plan = asked(storage_path=tmp_path), WorkerPlan(1, 1, {"CPU": 2.0}, 2)
+    (request.folder / MANIFEST).write({})
+    said: Any = SimpleQueue()
+    lines = FailureLines(said, request.folder)
+    of_worker: dict[int, Exception] = {1: OSError("HTTP status 400")}
+    lines.after_exception(None, of_worker)
+    assert said.get()["text"].startswith("worker 1 failed: HTTP status 400")
+
+    def refuse(_self: Location, _value: Any) -> None:
+        raise StorageError("cannot be written: ExpiredToken")
+
+    monkeypatch.setattr(Location, "write", refuse)
+    with pytest.raises(StorageError, match="ExpiredToken") as raised:
+        lines.after_exception(None, of_worker)
+    ended = ray.train.ControllerError(raised.value)
+    error = job._explained(ended, request, plan, 30.0, Console(io.StringIO()))
+    assert str(error).startswith("cannot be written: ExpiredToken; checkpoints are kept, and")
+
+
+def test_what_ray_train_gives_up_is_tried_again_if_it_was_the_storage_or_a_start() -> None:
+    of_callback = ray.train.ControllerError(ConnectionError("the tracking server is gone"))
+    of_storage = ray.train.ControllerError(OSError("AWS Error SLOW_DOWN"))
+    of_worker = ray.train.ControllerError(ray.exceptions.ActorDiedError())
+    tried = [job._is_worth_a_try(error) for error in (of_callback, of_storage, of_worker)]
+    assert tried == [False, True, True]
 
 
 def test_ray_stores_checkpoints_where_this_program_looks_for_them() -> None:
