@@ -67,6 +67,16 @@ def test_the_lines_of_the_walk_are_those_of_the_code() -> None:
     assert not {line.strip() for line in shown} - lines - {"..."}
 
 
+def test_each_line_of_the_messages_page_is_in_the_code() -> None:
+    """But for those of Ray."""
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / ".readme/messages.md").read_text(), re.MULTILINE)
+    texts = [text for row in rows for text in re.findall(r"`([^`]+)`", row) if " job " not in text]
+    of_ray = ["Unauthorized", "constructor arguments in the object store and max_restarts > 0"]
+    assert len(texts) > 7
+    assert [text for text in texts if text not in code] == of_ray
+
+
 def test_the_map_names_every_module_and_no_other() -> None:
     """A folder's modules stand before the first semicolon; the package's own are `name.py`."""
     text = (PACKAGE / "README.md").read_text()

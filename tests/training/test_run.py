@@ -68,6 +68,7 @@ def test_a_resumed_run_keeps_what_is_not_given_or_null_and_the_model_that_it_beg
         config = asked(resume="auto", **given).config
         assert {name: getattr(config, name) for name in SETTINGS} == SETTINGS
         assert config.init_from == stored.init_from
+        assert TrainConfig.model_validate(config) == config
 
 
 FIXED = [
