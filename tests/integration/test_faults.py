@@ -160,6 +160,23 @@ def test_a_training_that_loses_nodes_gives_the_model_of_an_undisturbed_one(
     assert Result(done.line, done.err).weights() == undisturbed.weights()
 
 
+@pytest.mark.nightly
+def test_a_training_that_fails_too_often_ends_and_is_resumed(
+    four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path
+) -> None:
+    flags = [*FLAGS, "--max-failures", 1]
+    job = Job(*training(rows, tmp_path, *flags), address=four_nodes.address)
+    for epoch in (1, 2):
+        wait_for_checkpoint(job, locate(str(tmp_path), "--storage-path"), epoch)
+        kill(job, TRAIN)
+    done = job.wait()
+    assert (done.code, done.out) == (1, "")
+    assert "\nerror: gave up after 2 failures of workers, see above; " in done.err
+    resumed = train_here(storage_path=tmp_path, name="mine", resume=True)
+    assert "going on after epoch 2, on 3 workers" in resumed.said
+    assert resumed.weights() == undisturbed.weights()
+
+
 @pytest.mark.nightly  # test_train.py stops and resumes one at each landing
 def test_a_training_of_which_all_processes_were_killed_is_resumed(
     four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path

@@ -347,6 +347,7 @@ OTHER_RUNS = [
     (another_run_finds("broken.parquet"), "broken-00000.*is there, which this run has not"),
     (another_run_finds("more.parquet"), "more-00000.*is there, which this run has not"),
     (lambda example: (example.output / OF_A[1]).unlink(), f"{OF_A[1]} is not there"),
+    (lose_rows, f"{OF_A[1]} is not there"),
     (another_run_begins_and_scores, "of another run than run.json, which it was not before; wait"),
     (another_run_begins, "is of another run"),
 ]
