@@ -12,8 +12,7 @@ import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from io import BytesIO
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
@@ -31,6 +29,7 @@ from mnistsum_ray.config import (
     PredictConfig,
     ScoreConfig,
     TrainConfig,
+    explain,
 )
 from mnistsum_ray.errors import (
     RequestError,
@@ -220,9 +219,14 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     settings = _read_yaml(file) if file else {}
     try:
         config = kind(**settings | flags)
-    except ValidationError as error:
+    except RequestError as error:
         in_file = settings.keys() - flags.keys()
-        problems.append(_message(error, in_file, kind.model_fields))
+
+        def shown(setting: str) -> str:
+            return f"key {setting!r} of the config file" if setting in in_file else _flag(setting)
+
+        of_fields: Any = error.__cause__
+        problems.append(explain(of_fields, shown, kind.model_fields) + " (see --help)")
     if problems:
         raise RequestError("; ".join(problems))
     return config
@@ -273,25 +277,6 @@ def _read_yaml(path: str) -> dict[str, Any]:
             f"--config {path}: is not YAML of `key: value` lines: {shortened(one_line(error))}"
         ) from None
     return settings
-
-
-def _message(error: ValidationError, in_file: Container[str], known: Iterable[str]) -> str:
-    """One line on all settings that are wrong or missing, each by its flag or key."""
-    problems: dict[str, list[str]] = defaultdict(list)
-    for found in error.errors():
-        setting = hide_secrets(str(found["loc"][0]))
-        problem = found["msg"].removeprefix("Value error, ")
-        if found["type"] == "missing":
-            problem = "required, here or in the config file (--help has examples)"
-        elif found["type"] == "extra_forbidden":
-            problem = f"there is no such setting{did_you_mean(setting, known)} (--help lists them)"
-        elif found["type"] != "value_error":  # pydantic's own; this package's say enough
-            got = shortened(spelled(found["input"]))
-            problem = f"{problem[:1].lower()}{problem[1:]}, got {got!r}"
-        is_key = setting in in_file
-        name = f"key {shortened(setting)!r} of the config file" if is_key else _flag(setting)
-        problems[name].append(problem)  # where a type is a union, each of its types has one
-    return "; ".join(f"{name}: {', or '.join(texts)}" for name, texts in problems.items())
 
 
 def run(job: Callable[[], Line], show_json: bool) -> int:

@@ -278,5 +278,6 @@ def test_in_python_a_path_may_be_a_path_and_help_says_what_a_field_means() -> No
     config = ScoreConfig(input=[Path("a"), "b"], model=Path("m"), output="o")
     assert (config.input, config.model) == (("a", "b"), "m")
     assert "keep_gone: leave the output of files" in str(ScoreConfig.__doc__)
-    with pytest.raises(ValueError, match="epohs"):
-        TrainConfig(epohs=2)  # type: ignore[call-arg]
+    said = r"^seed: input should be .*; epohs: there is no such setting; did you mean epochs\?$"
+    with pytest.raises(RequestError, match=said):
+        TrainConfig(epohs=2, seed=-1)  # type: ignore[call-arg]
