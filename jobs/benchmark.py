@@ -5,8 +5,8 @@ python jobs/benchmark.py score --rows 400000
 
 original  the way of the original: one row at a time through a DataLoader, float32, Adam
 bare      this project's network and step on rows in memory, without Ray
-guide     Ray's guides for Ray Train with Ray Data, and for batch inference, as they stand, with
-          this project's network and step
+guide     Ray's guides for Ray Train with Ray Data, and for batch inference, with this project's
+          network and step, and with the CPUs and threads that they need here
 project   `fit` or `score`
 
 Training: rows/s after the first epoch, one worker with all cores. Scoring: rows/s with the start of

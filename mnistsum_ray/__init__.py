@@ -10,6 +10,9 @@ The Python API does what the jobs do from a shell:
     answer = predict(trained.run, "seven.png", 5)  # a picture and a number
     table = predict_rows(load_model(trained.run), rows)  # pandas, Polars, Arrow, a Ray Dataset
     pixels = prepare_picture("seven.png")  # uint8[28, 28], as training and scoring take images
+    config = parse(TrainConfig, ["--data", "sample"])  # the flags of a job
+
+Progress goes through the logger "mnistsum_ray", by default to standard error.
 """
 
 from importlib import import_module
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from mnistsum_ray.api import predict_rows as predict_rows
     from mnistsum_ray.api import save_model as save_model
     from mnistsum_ray.api import score as score
+    from mnistsum_ray.cli import parse as parse
     from mnistsum_ray.config import ScoreConfig as ScoreConfig
     from mnistsum_ray.config import TrainConfig as TrainConfig
     from mnistsum_ray.data.images import prepare_picture as prepare_picture
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
 _NAMES: Final = {
     "api": "fit load_model predict predict_rows save_model score",
+    "cli": "parse",
     "config": "ScoreConfig TrainConfig",
     "data.images": "prepare_picture",
     "errors": "RequestError RowCountError RunError RunInterrupted TryAgainError",
@@ -53,7 +58,7 @@ __all__ = " ".join(_NAMES.values()).split()
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]
 
 
 def __getattr__(name: str) -> Any:

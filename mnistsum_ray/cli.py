@@ -12,16 +12,14 @@ import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterable
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
@@ -31,6 +29,7 @@ from mnistsum_ray.config import (
     PredictConfig,
     ScoreConfig,
     TrainConfig,
+    explain,
 )
 from mnistsum_ray.errors import (
     RequestError,
@@ -74,7 +73,7 @@ Line = dict[str, Any]
 """The fields of the last line."""
 
 # The docstring of a command is its --help. Each command imports what it needs, since --help and a
-# wrong flag need neither NumPy, torch nor Ray. `run` lets `print` write to standard error.
+# wrong flag need neither NumPy, torch nor Ray.
 
 
 def train(config: TrainConfig) -> Line:
@@ -111,9 +110,9 @@ def export_pairs(config: ExportPairsConfig) -> Line:
     """
     from mnistsum_ray import pairs
 
-    output, source = pairs.export_pairs(config, print)
+    output, source = pairs.export_pairs(config, _say)
     rows, files = counted(config.rows, "row"), counted(config.files, "file")
-    print(f"{rows} of {source.name} in {files}: {output.display}")
+    _say(f"{rows} of {source.name} in {files}: {output.display}")
     settings = config.model_dump(include={"split", "rows", "files"})
     return {"output": output.display, "data": source.name, **settings}
 
@@ -136,9 +135,9 @@ def predict(config: PredictConfig) -> Line:
     for head in HEADS:
         question = f"digit + {config.number}" if head is SUM else head.name
         texts.append(f"{question}: {found[head.name]} ({percent(found[f'{head.name}_prob'])})")
-    print(", ".join(texts))
+    _say(", ".join(texts))
     if found["unsure"]:
-        print(f"unsure: the digit's probability is below {100 * SURE:.0f} %")
+        _say(f"unsure: the digit's probability is below {100 * SURE:.0f} %")
     return {"picture": config.picture} | found
 
 
@@ -208,19 +207,29 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
             group = parser.add_argument_group(_GROUPS[name])
         _add_flag(group, name, field)
     given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = shortened(hide_secrets(unknown[0]).partition("=")[0])
+    problems = []
+    unknown_flags = [word for word in unknown if word.startswith("--")]
+    for word in unknown_flags or unknown[:1]:  # the other words are their values
+        flag = shortened(hide_secrets(word).partition("=")[0])
         hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config", "--json"])
-        raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
+        problems.append(f"{flag}: there is no such flag{hint} (--help lists them)")
     flags = vars(given)
     flags.pop("json", None)  # see `main`
     file = flags.pop("config", None)
     settings = _read_yaml(file) if file else {}
     try:
-        return kind(**settings | flags)
-    except ValidationError as error:
+        config = kind(**settings | flags)
+    except RequestError as error:
         in_file = settings.keys() - flags.keys()
-        raise RequestError(_message(error, in_file, kind.model_fields)) from None
+
+        def shown(setting: str) -> str:
+            return f"key {setting!r} of the config file" if setting in in_file else _flag(setting)
+
+        of_fields: Any = error.__cause__
+        problems.append(explain(of_fields, shown, kind.model_fields) + " (see --help)")
+    if problems:
+        raise RequestError("; ".join(problems))
+    return config
 
 
 def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
@@ -270,25 +279,6 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return settings
 
 
-def _message(error: ValidationError, in_file: Container[str], known: Iterable[str]) -> str:
-    """One line on all settings that are wrong or missing, each by its flag or key."""
-    problems: dict[str, list[str]] = defaultdict(list)
-    for found in error.errors():
-        setting = hide_secrets(str(found["loc"][0]))
-        problem = found["msg"].removeprefix("Value error, ")
-        if found["type"] == "missing":
-            problem = "required, here or in the config file (--help has examples)"
-        elif found["type"] == "extra_forbidden":
-            problem = f"there is no such setting{did_you_mean(setting, known)} (--help lists them)"
-        elif found["type"] != "value_error":  # pydantic's own; this package's say enough
-            got = shortened(spelled(found["input"]))
-            problem = f"{problem[:1].lower()}{problem[1:]}, got {got!r}"
-        is_key = setting in in_file
-        name = f"key {shortened(setting)!r} of the config file" if is_key else _flag(setting)
-        problems[name].append(problem)  # where a type is a union, each of its types has one
-    return "; ".join(f"{name}: {', or '.join(texts)}" for name, texts in problems.items())
-
-
 def run(job: Callable[[], Line], show_json: bool) -> int:
     """Run a job, whose result is the last line on standard output; return its exit code.
 
@@ -313,6 +303,7 @@ def run(job: Callable[[], Line], show_json: bool) -> int:
         stop.handle_by(lambda *_: os._exit(code))
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a cluster of this process ends with its processes
+    _say("", end="")  # what the lines of the job have left
     gc.freeze()  # Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
     return code
 
@@ -353,6 +344,13 @@ def _explain(error: BaseException, received: signal.Signals | None) -> int:
         code = 2
     elif isinstance(error, TryAgainError):
         code = os.EX_TEMPFAIL  # 75: Kubernetes, cron and Airflow can tell it from a typo
-    with suppress(OSError):  # the reader of standard error may have closed it
-        print(printable(hide_secrets(text)), file=sys.stderr, flush=True)
+    _say(printable(hide_secrets(text)))
     return code
+
+
+def _say(text: str, end: str = "\n") -> None:
+    """Write to standard error, whose reader may be gone, or whose disk may be full."""
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except OSError:  # at exit Python would try again to write it, and end with code 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -4,13 +4,23 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 """
 
 import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from mnistsum_ray.storage.uri import SECRETS_REFUSED, may_hold_secrets
+from mnistsum_ray.errors import RequestError, did_you_mean, shortened, spelled
+from mnistsum_ray.storage.uri import SECRETS_REFUSED, hide_secrets, may_hold_secrets
 
 if TYPE_CHECKING:  # a program may pass a Path, or a list: `_check_texts` makes texts of them
     Place: TypeAlias = str | Any
@@ -20,7 +30,7 @@ else:
 
 
 class JobConfig(BaseModel):
-    """Base of all configs."""
+    """Base of all configs. RequestError: fields are wrong; its line names each."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -28,6 +38,15 @@ class JobConfig(BaseModel):
         use_attribute_docstrings=True,
         hide_input_in_errors=True,  # messages would quote the values, and so secrets
     )
+
+    if not TYPE_CHECKING:  # type checkers and editors then see the fields
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                known = type(self).model_fields
+                raise RequestError(explain(error, str, known)) from error
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -47,6 +66,24 @@ class JobConfig(BaseModel):
         if any(isinstance(text, str) and may_hold_secrets(text) for text in texts):
             raise ValueError(SECRETS_REFUSED)
         return texts if is_list else texts[0]
+
+
+def explain(error: ValidationError, shown: Callable[[str], str], known: Iterable[str]) -> str:
+    """One line on all fields that are wrong or missing; `shown` makes the name of a field."""
+    problems: dict[str, list[str]] = defaultdict(list)
+    for found in error.errors():
+        field = hide_secrets(str(found["loc"][0]))
+        problem = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "missing":
+            problem = "required"
+        elif found["type"] == "extra_forbidden":
+            problem = f"there is no such setting{did_you_mean(field, known)}"
+        elif found["type"] != "value_error":  # pydantic's own; this package's say enough
+            got = shortened(spelled(found["input"]))
+            problem = f"{problem[:1].lower()}{problem[1:]}, got {got!r}"
+        problems[shown(shortened(field))].append(problem)
+    # Where a type is a union, each of its types has a problem.
+    return "; ".join(f"{name}: {', or '.join(texts)}" for name, texts in problems.items())
 
 
 RecipeName = Literal["quick", "short", "long"]

@@ -45,8 +45,10 @@ def test_a_mistake_a_folder_that_is_gone_and_closed_streams_are_no_traceback(
     for command, code, said in (
         (f"{MNISTSUM} trian", 2, "error: command: invalid choice: 'trian' .*\n"),
         (gone, 2, "error: the working folder is gone; change to another\n"),
+        (f"{MNISTSUM} train --config no.yaml", 2, r"error: --config \S+/no.yaml: is not there\n"),
         (f"{MNISTSUM} train --help >&-", 0, ""),
         (f"{MNISTSUM} trian >&- 2>&-", 2, ""),
+        (f"{MNISTSUM} trian 2> /dev/full", 2, ""),
     ):
         done = run_command("sh", "-c", command, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (code, "")
@@ -160,11 +162,26 @@ def test_a_signal_after_the_result_or_one_that_the_parent_ignores_changes_nothin
     assert end(job) == (0, "", "")
 
 
-def test_a_result_that_nobody_gets_is_an_error() -> None:
+_LINE = """
+import sys
+from mnistsum_ray import cli
+from mnistsum_ray.reporting.console import Console
+
+sys.exit(cli.run(lambda: Console().say("a line") or {}, show_json=True))
+"""
+
+
+def test_a_result_that_nobody_gets_is_an_error_and_what_is_said_beside_it_may_be_lost(
+    tmp_path: Path,
+) -> None:
     job = _JOB.format(work=0, cleanup=0, end=0)
     done = run_command("sh", "-c", '"$0" -c "$1" > /dev/full', sys.executable, job)
     said = "ready\nerror: standard output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
+    export = [MNISTSUM, "export-pairs", "--data=sample", "--output=pairs", "--rows=9"]
+    for command in (export, [sys.executable, "-c", _LINE]):
+        done = run_command("sh", "-c", '"$@" 2> /dev/full', "-", *command, cwd=tmp_path)
+        assert (done.returncode, done.stdout.count("\n")) == (0, 1)
 
 
 def test_a_picture_is_answered_and_a_terminal_gets_json_when_asked(
@@ -183,7 +200,7 @@ def test_a_picture_is_answered_and_a_terminal_gets_json_when_asked(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for flags in ([], ["--json"]):
         cli.main(["predict", str(file), "--number=5", "--model", str(model), *flags])
-    answers, unsure, *_ = capsys.readouterr().out.splitlines()
+    answers, unsure, *_ = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"digit: \d \([0-9.]+ %\), digit \+ 5: \d+ \([0-9.]+ %\)", answers)
     assert unsure == "unsure: the digit's probability is below 90 %", "the weights are random"
     (at_a_terminal, line), (when_asked, _) = shown
@@ -226,6 +243,7 @@ def test_the_command_line_and_below_it_the_config_file_fill_the_config(
 
 WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
     (TrainConfig, "--epohs=3", "", ["--epohs: there is no such flag; did you mean --epochs?"]),
+    (TrainConfig, "--epohs 3 --bathc --seed x", "", ["--epohs: there", "--bathc: there", "--seed"]),
     (TrainConfig, "--epochs 0", "", ["--epochs: input should be greater than", ", got '0'"]),
     (TrainConfig, "--num-workers 4,2 --resume", "", ["--num-workers: must be N", "needs --name"]),
     (TrainConfig, "--num-workers a", "", ["got 'a', or input should be a valid tuple, got 'a'"]),
@@ -260,5 +278,6 @@ def test_in_python_a_path_may_be_a_path_and_help_says_what_a_field_means() -> No
     config = ScoreConfig(input=[Path("a"), "b"], model=Path("m"), output="o")
     assert (config.input, config.model) == (("a", "b"), "m")
     assert "keep_gone: leave the output of files" in str(ScoreConfig.__doc__)
-    with pytest.raises(ValueError, match="epohs"):
-        TrainConfig(epohs=2)  # type: ignore[call-arg]
+    said = r"^seed: input should be .*; epohs: there is no such setting; did you mean epochs\?$"
+    with pytest.raises(RequestError, match=said):
+        TrainConfig(epohs=2, seed=-1)  # type: ignore[call-arg]

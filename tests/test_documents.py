@@ -1,8 +1,11 @@
 """Commands, links, tests and lines of code that the documents show are there; so is the map."""
 
 import re
+import runpy
 import shlex
+import shutil
 import tomllib
+from pathlib import Path
 
 from mnistsum_ray.cli import COMMANDS, parse
 from mnistsum_ray.config import recipe_defaults
@@ -15,6 +18,13 @@ for folder in (".deploy", ".github", ".readme", "jobs", "mnistsum_ray", "tests")
 SHOWN = re.compile(
     r"(?:python jobs/|mnistsum (?=[a-z-]+ --|predict ))([a-z_/-]+)(?:\.py)?([^\n`#]*)"
 )
+
+
+def test_the_figure_of_readme_is_that_of_its_script(tmp_path: Path) -> None:
+    script = shutil.copy(ROOT / ".readme" / "architecture.py", tmp_path)
+    runpy.run_path(str(script), run_name="__main__")
+    for name in ("architecture.svg", "architecture-dark.svg"):
+        assert (tmp_path / name).read_text() == (ROOT / ".readme" / name).read_text()
 
 
 def test_a_command_that_is_shown_parses() -> None:

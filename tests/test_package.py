@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mnistsum_ray
 from tests.jobs import ROOT
 
 
@@ -18,6 +19,16 @@ def run(folder: Path, *words: object, path: str = "") -> str:
     command = [sys.executable, "-m", *map(str, words)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return done.stdout + done.stderr
+
+
+def test_what_is_exported_is_there_and_documents_and_recipes_need_no_more() -> None:
+    assert {*mnistsum_ray.__all__} <= {*dir(mnistsum_ray)}
+    assert "Any" not in dir(mnistsum_ray)
+    for name in mnistsum_ray.__all__:
+        assert getattr(mnistsum_ray, name).__name__ == name
+    documents = [ROOT / "README.md", ROOT / ".readme" / "recipes.md"]
+    for file in [*(ROOT / "jobs" / "recipes").glob("*.py"), *documents]:
+        assert not re.search(r"^from mnistsum_ray\.", file.read_text(), re.MULTILINE), file
 
 
 @pytest.mark.nightly  # mypy reads all of PyTorch

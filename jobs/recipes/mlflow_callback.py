@@ -15,8 +15,7 @@ from typing import Any
 import mlflow
 from ray.train import UserCallback
 
-from mnistsum_ray import TrainConfig, fit, load_model, save_model
-from mnistsum_ray.cli import parse
+from mnistsum_ray import TrainConfig, fit, load_model, parse, save_model
 
 
 class MLflow(UserCallback):

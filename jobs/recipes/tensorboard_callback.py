@@ -12,8 +12,7 @@ from typing import Any
 from ray.train import UserCallback
 from torch.utils.tensorboard import SummaryWriter
 
-from mnistsum_ray import TrainConfig, fit
-from mnistsum_ray.cli import parse
+from mnistsum_ray import TrainConfig, fit, parse
 
 
 class TensorBoard(UserCallback):

@@ -6,6 +6,7 @@ functions import it.
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -168,9 +169,10 @@ def ended_without_head(say: Callable[[str], None], advice: str) -> Iterator[None
 def _answers(address: str) -> bool:
     """Whether a server accepts TCP connections at this address."""
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
+    if not host or re.search("[/@]", host) or not port.isdecimal():
+        shown = re.sub(".*@", "…@", address)  # user info may be a secret
         raise RequestError(
-            f"RAY_ADDRESS={address}: must be HOST:PORT, as `ray start` prints it; the dashboard's "
+            f"RAY_ADDRESS={shown}: must be HOST:PORT, as `ray start` prints it; the dashboard's "
             "is for `ray job submit`, and Ray Client (ray://) is not supported"
         )
     try:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray import __version__
+from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.data.images import SIDE, Pixels, ReasonCounts, decode_images
 from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import (
@@ -138,7 +139,7 @@ def check_complete(
         problem = f"{RUN_FILE} is of another run now"
     elif missing:
         problem = f"{PREDICTIONS}/{missing[0]} is not there"
-        if request.output.is_local:
+        if request.output.is_local and not started_cluster():
             problem += " (a local folder must be one that all nodes share)"
     elif strange:
         problem = f"{PREDICTIONS}/{min(strange)} is there, which this run has not written"
@@ -195,11 +196,11 @@ def publish(
     if bad.total or failures:
         unusable = f"{counted(bad.total, 'row')} and {counted(len(failures), 'file')}"
         unusable += f" cannot be used; {REPORT} and {FILES_TABLE} say why"
-        console.say(unusable)
         if request.config.strict or not totals["scored_rows"]:
             (output / MANIFEST).delete()  # that of a run without --strict
             failed = "--strict" if totals["scored_rows"] else "nothing was scored"
             raise RunError(f"{failed}: {unusable}; no {MANIFEST} is written")
+        console.say(unusable)
     if left_rows:
         (output / MANIFEST).delete()  # an earlier one, of fewer input files
     else:
@@ -218,7 +219,8 @@ def _say_result(
     totals, labelled_rows = manifest["totals"], manifest["counts"].get("labelled_rows", 0)
     rows = counted(totals["input_rows"] + totals.get("left_rows", 0), "row")
     files = counted(totals["files"], "file")
-    console.say(f"scored {totals['scored_rows']:,} of {rows} in {files}, each exactly once")
+    exactly = ", each exactly once" if totals["scored_rows"] else ""
+    console.say(f"scored {totals['scored_rows']:,} of {rows} in {files}{exactly}")
     if bad.total:
         console.say(f"rejected, null in the output: {bad.describe()}")
     if labelled_rows:

@@ -28,6 +28,13 @@ _ENDPOINT: Final = re.compile(
     r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[!-~]*)?", re.ASCII
 )
 
+_ENDPOINT_VARIABLES: Final = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_METADATA_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "abfs": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+"""Variables of the environment that obstore reads, by the scheme of the URI."""
+
 
 @cache
 def open_store(bucket: str, query: str) -> Any:
@@ -35,18 +42,25 @@ def open_store(bucket: str, query: str) -> Any:
 
     StorageError: an option, or a variable of the environment, is wrong.
     """
-    given = dict(parse_qsl(query))
+    scheme, given = bucket.partition(":")[0], dict(parse_qsl(query))
     config: Any = {"region": given["region"]} if "region" in given else {}
     endpoint = given.get("endpoint_override")
     if endpoint:
         if "://" not in endpoint:
             endpoint = f"{given.get('scheme', 'https')}://{endpoint}"
         _check_endpoint(bucket, "endpoint_override", endpoint)
-        config["base_url" if bucket.startswith("gs:") else "endpoint"] = endpoint
-    elif bucket.startswith("s3:"):
-        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        config["base_url" if scheme == "gs" else "endpoint"] = endpoint
+    else:
+        for name in _ENDPOINT_VARIABLES[scheme]:
             if name in os.environ:
                 _check_endpoint(bucket, name, os.environ[name])
+    regions = {"region": given.get("region", "")}
+    if scheme == "s3":
+        for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+            regions[name] = os.environ.get(name, "")
+    for name, region in regions.items():
+        if not re.fullmatch(r"[\w-]*", region, re.ASCII):  # obstore would panic on it
+            raise StorageError(f"{bucket}: {name} must be a name such as eu-west-1")
     options: Any = {"client_options": {"allow_http": True}, "retry_config": _RETRIES}
     try:
         return from_url(bucket, config=config, **options)

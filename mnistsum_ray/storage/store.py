@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -258,8 +259,9 @@ class Location:
         return kind(f"{self.display}: cannot be {what}: {cause}")
 
     def _missing(self) -> MissingFileError:
+        may_be_elsewhere = self.is_local and "ray" in sys.modules
         shared = ", or not on this node; a local path must be on storage that all nodes share"
-        return MissingFileError(f"{self.display}: is not there{shared if self.is_local else ''}")
+        return MissingFileError(f"{self.display}: is not there{shared if may_be_elsewhere else ''}")
 
     def _conflict(self) -> ConflictError:
         return ConflictError(f"{self.display}: was written by another")
@@ -345,6 +347,8 @@ def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave a name without its content
         if mode == "create":
+            if path.is_dir():  # no other writer's file, which would be a conflict
+                raise IsADirectoryError(errno.EISDIR, "Is a directory")
             os.link(partial, path)  # fails where there is a file; a rename would replace it
         else:
             partial.rename(path)

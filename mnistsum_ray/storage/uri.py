@@ -29,6 +29,11 @@ _USER_INFO: Final = re.compile(
     r"|(?<!abfs:)(?<!abfss:)//[^/?\s@:]+(@|%40)"  # `//SECRET@`; in Azure a container stands there
 )
 
+_KEY: Final = re.compile(
+    r"(?i)(^(?=.*;)|[?&,;]|%(26|2c|3b|3f))[\w.-]*(key|secret|token|sig|password)[\w.-]*="
+)
+"""An option that names a secret. A path may begin with a folder `key=3`, but then has no `;`."""
+
 _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
 """Other names of schemes, and what obstore and Arrow both call them."""
 
@@ -128,8 +133,8 @@ def output_base_folder() -> Path:
 
 
 def may_hold_secrets(text: str) -> bool:
-    """Whether a URI, perhaps mistyped, has user info, or a query that may be secret."""
-    if _USER_INFO.search(text):
+    """Whether a URI, perhaps mistyped, has user info, or options that may be secret."""
+    if _USER_INFO.search(text) or _KEY.search(text):
         return True
     address, _, query = text.partition("?")
     options = parse_qsl(query, keep_blank_values=True) if "://" in address else []

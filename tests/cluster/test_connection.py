@@ -1,5 +1,6 @@
 """Where no cluster can be joined or started, the job says why in one line."""
 
+import re
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -33,6 +34,7 @@ def not_connected() -> None:
         ),
         ("ray://127.0.0.1:10001", RequestError, "must be HOST:PORT, as `ray start` prints it"),
         ("127.0.0.1", RequestError, "must be HOST:PORT"),
+        ("me:top@secret@127.0.0.1:9", RequestError, "must be HOST:PORT"),
     ],
 )
 def test_a_refusal(
@@ -44,7 +46,9 @@ def test_a_refusal(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(kind) as refused:
         connect()
-    assert str(refused.value).startswith(f"RAY_ADDRESS={address}: {said}")
+    shown = re.sub(".*secret@", "…@", address)
+    assert str(refused.value).startswith(f"RAY_ADDRESS={shown}: {said}")
+    assert "secret" not in str(refused.value)
 
 
 def test_ray_that_cannot_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

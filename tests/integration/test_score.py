@@ -80,7 +80,8 @@ def source(sample: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scored(model: Path, source: Path) -> Result:
     settings = {"num_workers": 2, "batch_size": 20, "max_rows_per_file": 300}
-    return score_here(model, source.parent / "out", source, **settings)
+    output = source.parent / "Ergebnisse–müller" / "結果"  # noqa: RUF001
+    return score_here(model, output, source, **settings)
 
 
 def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Result) -> None:

@@ -34,6 +34,11 @@ MANIFEST: dict[str, Any] = {
 }
 
 
+def test_the_dots_of_the_reliability_have_their_numbers_of_answers() -> None:
+    figure = plots.draw_reliability(MANIFEST["error_analysis"]["probabilities"])
+    assert [axes.texts[0].get_text() for axes in figure.axes] == ["9,000", "9,000"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.parquet import read_ranges
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
-from mnistsum_ray.scoring import actor
+from mnistsum_ray.scoring import actor, output
 from mnistsum_ray.scoring.output import RUN_FORMAT
 from mnistsum_ray.scoring.parts import PART_KEY
 from mnistsum_ray.scoring.request import _inspect_files
@@ -74,7 +74,7 @@ def test_counts_of_a_fresh_run_and_of_a_resumed_one_are_those_of_its_rows(exampl
     fresh, files = manifest_of(example), example.files(*TIMED)
     for name in ("manifest.json", OF_A[0], "predictions/deep/b.pq"):
         (example.output / name).unlink()
-    with pytest.raises(TryAgainError, match=f"{OF_A[0]} is not there .*; no manifest"):
+    with pytest.raises(TryAgainError, match=f"{OF_A[0]} is not there .a local .*; no manifest"):
         example.score(lambda *_: [], label_column="label")
     assert example.score(label_column="label").resumed_rows == 6
     assert example.files(*TIMED) == files
@@ -304,14 +304,17 @@ def test_parts_that_a_later_run_has_put_of_a_changed_file_stay(example: Example)
 
 @pytest.mark.parametrize("rows", [None, 0, 3])
 def test_a_run_in_which_nothing_can_be_scored_fails_and_says_why(
-    example: Example, rows: int | None
+    example: Example, rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside the broken file is none, or one of no rows, or one of rows that are rejected."""
     names = ["broken.parquet"] if rows is None else ["broken.parquet", "c.parquet"]
     write_rows(example.input / "c.parquet", range(rows or 0), number=[99] * (rows or 0))
+    lines: list[str] = []
+    monkeypatch.setattr(CONSOLE, "say", lines.append)
     said = f"^nothing was scored: {rows or 0} rows and 1 file cannot be used; report.html and files"
     with pytest.raises(RunError, match=said):
         example.score(input=[str(example.input / name) for name in names])
+    assert not re.search("exactly once|file cannot be used", " ".join(lines)), "an error follows"
     broken = ["broken.parquet", None, 0, 0, None, "failed", BROKEN]
     rejected = ["c.parquet", rows, 0, rows, 0, "scored", None]
     assert listed(example) == [broken, rejected][: len(names)]
@@ -346,8 +349,8 @@ def another_run_begins_and_scores(example: Example) -> None:
 OTHER_RUNS = [
     (another_run_finds("broken.parquet"), "broken-00000.*is there, which this run has not"),
     (another_run_finds("more.parquet"), "more-00000.*is there, which this run has not"),
-    (lambda example: (example.output / OF_A[1]).unlink(), f"{OF_A[1]} is not there"),
-    (lose_rows, f"{OF_A[1]} is not there"),
+    (lambda example: (example.output / OF_A[1]).unlink(), f"{OF_A[1]} is not there; no manifest"),
+    (lose_rows, f"{OF_A[1]} is not there; no manifest"),
     (another_run_begins_and_scores, "of another run than run.json, which it was not before; wait"),
     (another_run_begins, "is of another run"),
 ]
@@ -355,8 +358,10 @@ OTHER_RUNS = [
 
 @pytest.mark.parametrize(("acts", "said"), OTHER_RUNS)
 def test_a_run_publishes_nothing_where_another_one_was_at_work(
-    example: Example, acts: Any, said: str
+    example: Example, acts: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Here on one machine, where no folder can be missing on a node."""
+    monkeypatch.setattr(output, "started_cluster", lambda: True)
     others: dict[str, bytes] = {}
 
     def execute(*given: Any) -> Any:

@@ -157,6 +157,8 @@ def test_a_disk_keeps_no_part_of_a_file_that_could_not_be_written(
             at.write(b"2")
     with pytest.raises(ConflictError):
         (place / "file").create(b"2")
+    with pytest.raises(StorageError, match=r"folder: cannot be written: Is a directory$"):
+        (place / "folder").create(b"2")
     with pytest.raises(StorageError, match=r"x: cannot be \w+: File name too long$"):
         long.exists()
 

@@ -68,12 +68,16 @@ s3://AKIA:topsecret%40b/in s3://AKIA:topsecret@[x/y s3://b/in?key=topsecret s3:/
 s3://b/in?endpoint_override=http%3A%2F%2Fme%3Atopsecret%40h
 abfs://account:topsecret@container/in abfs://container@a.dfs.core.windows.net/in?sig=topsecret
 gs://anonymous@b/in gs://topsecret@b/in https://me:topsecret@host
+s3://b/in;secret_key=topsecret s3://b/in?region=x,secret_key=topsecret s3:/b/in?secret_key=topsecret
+s3://b/in&token=topsecret s3://b/in%3FX-Amz-Signature=topsecret s3://b/in?region=x%26sig=topsecret
+AccountName=a;AccountKey=topsecret== AccountKey=top/secret==;AccountName=a
 """
 
 NO_KEYS = """
 s3://b/a@b:c/*?region=x&scheme=http&endpoint_override=h:1&allow_bucket_creation=true
 abfs://container@a.dfs.core.windows.net/in
 /tmp/10:30@home ./10:30@home days/what?now=*
+key=3/x.parquet in/token=1/sig=2 s3://b/key=3/x /data/a,b;c&d/token.parquet
 """
 
 
@@ -95,8 +99,8 @@ ENDPOINTS = ["h:90000", ":80", "http%3A%2F%2F", "http:///x", "a%20b", "ftp%3A%2F
 
 
 def test_an_endpoint_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client of S3 would print pages about a panic."""
-    said = r"^--input s3://\w+: {} must be HOST:PORT or a URL of http or https$"
+    """The clients of the stores would print pages about a panic."""
+    said = r"^--input \w+://\w+: {} must be HOST:PORT or a URL of http or https$"
     for endpoint in ENDPOINTS:
         with pytest.raises(RequestError, match=said.format("endpoint_override")):
             locate(f"s3://b/x?endpoint_override={endpoint}", "--input")
@@ -104,6 +108,17 @@ def test_an_endpoint_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         with pytest.raises(RequestError, match=said.format("AWS_ENDPOINT_URL")):
             locate(f"s3://bucket{number}/x", "--input")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    others = {"AWS_METADATA_ENDPOINT": "s3", "GOOGLE_BASE_URL": "gs", "AZURE_ENDPOINT": "abfs"}
+    for name, scheme in others.items():
+        monkeypatch.setenv(name, "me:secret@h")
+        with pytest.raises(RequestError, match=said.format(name)):
+            locate(f"{scheme}://others/x", "--input")
+    monkeypatch.undo()
+    monkeypatch.setenv("AWS_REGION", "a b")
+    for name, query in (("AWS_REGION", ""), ("region", "?region=a%20b")):
+        with pytest.raises(RequestError, match=rf"^--input s3://c: {name} must be a name such as"):
+            locate(f"s3://c/x{query}", "--input")
 
 
 def test_one_run_holds_a_folder_on_a_disk_until_it_ends(tmp_path: Path) -> None:
