@@ -303,7 +303,7 @@ def run(job: Callable[[], Line], show_json: bool) -> int:
         stop.handle_by(lambda *_: os._exit(code))
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a cluster of this process ends with its processes
-    _say("", end="")  # what the lines of the job have left
+    _say("", end="")  # flushes what the lines of the job have left
     gc.freeze()  # Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
     return code
 

@@ -2,7 +2,7 @@
 
 python jobs/recipes/onnx_export.py --model runs/mine --output model.onnx
 
-Inputs: image uint8[n, 28, 28], 255 is ink; number int64[n], and for others than 0..9 -1, NaN.
+Inputs: image uint8[n, 28, 28], 255 is ink; number int64[n]; others than 0..9 get -1 and NaN.
 """
 
 import argparse

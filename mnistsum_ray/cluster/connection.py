@@ -68,7 +68,7 @@ def connect() -> str:
     start = partial(_init, "local", "Ray cannot be started here", include_dashboard=False)
     _in_thread_that_stays(start)
     _started = ray.get_runtime_context().gcs_address
-    # Until `ray stop` deletes the address of a cluster that is gone, each training ends 10 s later.
+    # Each training takes 10 s more, until `ray stop` deletes the address of a cluster that is gone.
     gone = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it" if address else ""
     return f"started Ray on this machine, for this job alone{gone}"
 

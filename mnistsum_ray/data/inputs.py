@@ -75,7 +75,7 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
         if file is None or is_repeated or name in files:  # an escaped name may equal another
             skipped.append(path)
         else:
-            seen.add(file.e_tag or path)
+            seen.add(file.e_tag or path)  # a pipe has no ETag
             files[name] = file
     return Inputs(root, dict(sorted(files.items())), sorted(skipped))
 

@@ -270,6 +270,6 @@ class RunRecord:
         say(f"report: {(folder / REPORT).display}")
         command = f"{shell_command('score')} --model {shlex.quote(folder.display)}"
         say(f"score with it: {command} --input PAIRS --output SCORED")
-        self.manifest = manifest  # from here on the run is neither stopped nor failed
+        self.manifest = manifest  # before the write, which may be done when a signal comes
         (folder / MANIFEST).write(manifest)
         return result

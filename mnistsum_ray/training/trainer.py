@@ -181,8 +181,8 @@ class Trainer:
         """Train an epoch, counted from 0; return its figures for history.jsonl.
 
         `train_loss` is the mean a row, in nats; `step_losses` are pairs of a step and the mean of
-        the rows since the pair before. A RunError says that the loss is infinite, or that rows were
-        lost or repeated.
+        the rows in the `_CHECK_STEPS` steps or fewer up to it. A RunError says that the loss is
+        infinite, or that rows were lost or repeated.
         """
         parameters, steps = self.parameters, self._steps
         batches = self._batches(epoch)
