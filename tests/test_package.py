@@ -28,7 +28,10 @@ def test_what_is_exported_is_there_and_documents_and_recipes_need_no_more() -> N
         assert getattr(mnistsum_ray, name).__name__ == name
     documents = [ROOT / "README.md", ROOT / ".readme" / "recipes.md"]
     for file in [*(ROOT / "jobs" / "recipes").glob("*.py"), *documents]:
-        assert not re.search(r"^from mnistsum_ray\.", file.read_text(), re.MULTILINE), file
+        imports = re.findall(r"^from (mnistsum_ray\S*) import (.+)", file.read_text(), re.MULTILINE)
+        for module, names in imports:
+            assert module == "mnistsum_ray", file
+            assert {*names.split(", ")} <= {*mnistsum_ray.__all__}, file
 
 
 @pytest.mark.nightly  # mypy reads all of PyTorch

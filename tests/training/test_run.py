@@ -23,7 +23,6 @@ from mnistsum_ray.errors import (
     TryAgainError,
 )
 from mnistsum_ray.reporting.console import Console
-from mnistsum_ray.reporting.results import MANIFEST
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import folder_lock, locate
@@ -176,12 +175,12 @@ def test_a_storage_that_refuses_ends_a_run_at_the_first_failure_of_a_worker(
 ) -> None:
     """Keys that have expired: to Ray Train that is a failure of workers like any other."""
     request, plan = asked(storage_path=tmp_path), WorkerPlan(1, 1, {"CPU": 2.0}, 2)
-    (request.folder / MANIFEST).write({})
     said: Any = SimpleQueue()
     lines = FailureLines(said, request.folder)
     of_worker: dict[int, Exception] = {1: OSError("HTTP status 400")}
     lines.after_exception(None, of_worker)
     assert said.get()["text"].startswith("worker 1 failed: HTTP status 400")
+    assert not request.folder.files()
 
     def refuse(_self: Location, _value: Any) -> None:
         raise StorageError("cannot be written: ExpiredToken")
