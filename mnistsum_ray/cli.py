@@ -58,6 +58,7 @@ holds), 128 + N stopped by signal N, 1 anything else.
 _GROUPS: Final = {
     "data": "data",
     "input": "data",
+    "picture": "data",
     "init_from": "model",
     "model": "model",
     "recipe": "optimization",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_sample
+from tests.integration.test_readme import blocks
 from tests.jobs import RAY, ROOT, free_port, kill_everything, wait_until
 
 pytestmark = pytest.mark.nightly
@@ -95,6 +96,34 @@ def test_a_head_with_a_token_is_joined_or_refuses_in_one_line(
     assert joined.stdout.count("on the Ray cluster at ") == 2, joined.stderr
 
 
+def test_readmes_commands_for_a_team(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins: the head of `home` for its first and last step, and few rows for MNIST."""
+    (home / "jobs").symlink_to(ROOT / "jobs")
+    write_sample(home / "few.parquet", 500)
+    commands = blocks("For a team", "bash")
+    for written, instead in (
+        ("ray start --head\n", ""),
+        ("ray stop\n", ""),
+        ("--data mnist --recipe quick", "--data few.parquet --epochs 1"),
+        ("--data mnist", "--data few.parquet --epochs 1"),
+    ):
+        assert written in commands
+        commands = commands.replace(written, instead, 1)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    wait_for_job_agent()
+    subprocess.run(["bash", "-ec", commands], cwd=home, check=True, timeout=300)
+    for name in ("box", "later"):
+        manifest = json.loads((home / "runs" / name / "manifest.json").read_text())
+        assert manifest["status"] == "finished"
+
+
+def wait_for_job_agent() -> None:
+    """The dashboard lists jobs before the agent that starts them is ready."""
+    probe: Any = [RAY, "job", "submit", "--no-wait", "--", "true"]
+    variables = os.environ | {"RAY_AUTH_MODE": "token"}
+    wait_until(lambda: subprocess.run(probe, env=variables, **SILENT).returncode == 0, 120)
+
+
 def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> None:
     """It runs in a copy of its working folder, and its relative paths begin at home."""
     project, run = home / "project", home / "runs" / "stopped"
@@ -109,9 +138,7 @@ def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> 
     def ray_job(*words: str) -> str:
         return subprocess.check_output([str(RAY), "job", *words], text=True, timeout=240)
 
-    # The dashboard lists jobs before the agent that starts them is ready.
-    probe: Any = [RAY, "job", "submit", "--no-wait", "--", "true"]
-    wait_until(lambda: subprocess.run(probe, **SILENT).returncode == 0, 120)
+    wait_for_job_agent()
     ray_job(*submit, "--", *train, "--name", "stopped")
     wait_until((run / "history.jsonl").exists, 300)
     ray_job("stop", "train")

@@ -3,7 +3,9 @@
 If one of these fails, Ray has changed, and something here may have become needless.
 """
 
+import os
 import pickle
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.data
+import ray.train
+from ray.train.torch import TorchTrainer
 
 from tests.integration.test_security import Bomb, disguised
 
@@ -48,6 +52,38 @@ def test_a_second_write_parquet_adds_its_rows_to_the_first(tmp_path: Path) -> No
     for _ in range(2):
         ray.data.range(100).write_parquet(str(tmp_path))
     assert ray.data.read_parquet(str(tmp_path)).count() == 200
+
+
+def test_a_list_of_checkpoints_that_is_cut_ends_the_next_run_of_its_name(tmp_path: Path) -> None:
+    def train_loop_per_worker() -> None:
+        checkpoint = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(dir=tmp_path))
+        ray.train.report({}, checkpoint)
+
+    def fit() -> None:
+        run_config = ray.train.RunConfig(name="mine", storage_path=str(tmp_path))
+        TorchTrainer(train_loop_per_worker, run_config=run_config).fit()
+
+    fit()
+    (saved,) = (tmp_path / "mine").glob("*snapshot.json")
+    saved.write_text(saved.read_text()[:-10])
+    with pytest.raises(Exception, match="CheckpointManagerInitializationError"):
+        fit()
+
+
+def test_an_actor_that_dies_of_its_input_is_started_again_and_again(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+
+    class DieFiveTimes:
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            with starts.open("a") as file:
+                file.write("1")
+            if starts.stat().st_size <= 5:
+                os._exit(1)
+            return batch
+
+    rows = ray.data.range(1).map_batches(DieFiveTimes, concurrency=1).take_all()
+    assert rows == [{"id": 0}]
+    assert starts.stat().st_size == 6
 
 
 def test_a_column_that_is_missing_in_a_file_becomes_nulls(tmp_path: Path) -> None:
