@@ -59,7 +59,8 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     from mnistsum_ray.training.run import check_request
 
     with Console() as console:
-        request = check_request(config, partial(Progress, console.progress))
+        start_progress = partial(Progress, console.progress)  # of what is counted, and its total
+        request = check_request(config, start_progress)
         with _on_cluster(console, str(request.config.name)):
             from mnistsum_ray.training.job import train
 

@@ -29,7 +29,7 @@ from mnistsum_ray.config import (
     PredictConfig,
     ScoreConfig,
     TrainConfig,
-    explain,
+    explain_fields,
 )
 from mnistsum_ray.errors import (
     RequestError,
@@ -217,7 +217,7 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     flags = vars(given)
     flags.pop("json", None)  # see `main`
     file = flags.pop("config", None)
-    settings = _read_yaml(file) if file else {}
+    settings = _read_yaml(file) if file is not None else {}
     try:
         config = kind(**settings | flags)
     except RequestError as error:
@@ -226,8 +226,8 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
         def shown(setting: str) -> str:
             return f"key {setting!r} of the config file" if setting in in_file else _flag(setting)
 
-        of_fields: Any = error.__cause__
-        problems.append(explain(of_fields, shown, kind.model_fields) + " (see --help)")
+        invalid: Any = error.__cause__  # pydantic's error: see JobConfig
+        problems.append(explain_fields(invalid, shown, kind.model_fields) + " (see --help)")
     if problems:
         raise RequestError("; ".join(problems))
     return config
@@ -240,17 +240,18 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
         text += " (required)"
     elif field.default is not None:  # the text says what None means
         text += f" [{spelled(field.default)}]"
-    kind = field.annotation
-    literals = [one for one in (kind, *get_args(kind)) if get_origin(one) is Literal]
+    annotation = field.annotation
+    types = (annotation, *get_args(annotation))  # the type, and the members of a union
+    literals = [one for one in types if get_origin(one) is Literal]
     choices = "|".join(word for literal in literals for word in get_args(literal))
     options: dict[str, Any] = {"help": text}
     if name == "picture":  # the one value that needs no flag
         options |= {"nargs": "?", "metavar": "PICTURE"}
-    elif kind is bool or bool in get_args(kind):  # --resume has the choice auto
+    elif bool in types:  # --resume has the choice auto
         options |= {"nargs": "?", "const": "true", "metavar": choices or "true|false"}
     elif choices:
         options["metavar"] = choices
-    elif get_origin(kind) is tuple:  # several words, as a shell expands `*.parquet`
+    elif get_origin(annotation) is tuple:  # several words, as a shell expands `*.parquet`
         options |= {"nargs": "+", "action": "extend"}  # the flag may be given again too
     group.add_argument(name if name == "picture" else _flag(name), **options)
 
@@ -273,7 +274,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
             if name in settings:
                 raise RequestError(f"--config {path}: {shortened(str(key))} is set twice")
             settings[name] = None if value in ("", "~", "null") else value
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RequestError(
             f"--config {path}: is not YAML of `key: value` lines: {shortened(one_line(error))}"
         ) from None

@@ -46,7 +46,7 @@ class JobConfig(BaseModel):
                 super().__init__(**fields)
             except ValidationError as error:
                 known = type(self).model_fields
-                raise RequestError(explain(error, str, known)) from error
+                raise RequestError(explain_fields(error, str, known)) from error
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -68,7 +68,9 @@ class JobConfig(BaseModel):
         return texts if is_list else texts[0]
 
 
-def explain(error: ValidationError, shown: Callable[[str], str], known: Iterable[str]) -> str:
+def explain_fields(
+    error: ValidationError, shown: Callable[[str], str], known: Iterable[str]
+) -> str:
     """One line on all fields that are wrong or missing; `shown` makes the name of a field."""
     problems: dict[str, list[str]] = defaultdict(list)
     for found in error.errors():
@@ -100,8 +102,8 @@ _RECIPES: Final[dict[str, tuple[Any, Any, Any]]] = {
 
 FEW_ROWS: Final = 20_000
 
-# An epoch of few rows has few steps, so its batches are smaller, and `quick` and `long` have more
-# epochs. Few steps need a higher learning rate and label smoothing.
+# An epoch of few rows has few steps, so batches are smaller, and `quick` and `long` have more
+# epochs. `short` is then the same as `quick`, whose learning rate and smoothing few steps need.
 _RECIPES_OF_FEW_ROWS: Final = _RECIPES | {
     "epochs": (3, 3, 40),
     "batch_size": (64, 64, 64),
@@ -271,7 +273,7 @@ class ExportPairsConfig(LabelledDataConfig):
     """Config of an export of pairs."""
 
     split: Literal["train", "validation", "test"] = "test"
-    """split whose rows are exported, in their order"""
+    """split whose rows are exported"""
     output: Place
     """folder or URI for the files; it must be empty or not exist"""
     rows: int = Field(default=10_000, ge=1)

@@ -68,7 +68,7 @@ def _pairs(source: Source, split: str, seed: int, say: Callable[[str], None]) ->
         dataset = read_rows(source, seed=0, skip_bad_rows=False).datasets[split]
         batches = dataset.iterator().iter_batches(batch_size=_ROW_GROUP, batch_format="pyarrow")
     for repetition in count():
-        for batch in batches:
+        for batch in batches:  # Ray's iterable begins anew each time
             ids = batch["row_id"].to_numpy()
             images = one_chunk(batch["image"]).to_numpy_ndarray()
             columns = {

@@ -253,6 +253,7 @@ WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
     (ScoreConfig, "--batch-size 0", "", ["--model: req", "--input: req", "--output: req", "got"]),
     (ScoreConfig, "--label-column=image", "", ["--image-column: is the number's or the label's"]),
     (TrainConfig, "", "epohs: 3", ["key 'epohs' of the config file", "; did you mean epochs?"]),
+    (TrainConfig, "", "[" * 3000, ["is not YAML of `key: value` lines"]),
     (TrainConfig, "", "- epochs", ["is not YAML of `key: value` lines"]),
     (TrainConfig, "", "batch-size: 3\nbatch_size: 4", ["batch_size is set twice"]),
     (TrainConfig, "", "data: null", ["input should be a valid string, got 'null'"]),

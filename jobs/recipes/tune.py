@@ -36,8 +36,8 @@ tuner = tune.Tuner(
     tune_config=tune.TuneConfig(
         metric="validation/sum_accuracy",
         mode="max",
-        # Beyond the last epoch, so that Tune ends only bad trials: such a one keeps its CPUs until
-        # Ray has asked its dashboard, and without a dashboard for ever.
+        # Beyond the last epoch, so that good trials end by themselves. The workers of a trial that
+        # Tune ends keep their CPUs until Ray's dashboard shows that it has ended.
         scheduler=ASHAScheduler(time_attr="epoch", max_t=args.epochs + 1),
         max_concurrent_trials=args.at_once,
     ),

@@ -146,10 +146,11 @@ def _cpus(workers: int) -> int:
     cpus_of_nodes = sorted((cpus for cpus in found if cpus), reverse=True)
     if not cpus_of_nodes:  # nodes will come, and nobody knows of which size
         return 1
-    nodes_used = cpus_of_nodes[:workers]  # the largest ones
-    workers_of_node = math.ceil(workers / len(nodes_used))
-    cpus = min(nodes_used) // workers_of_node
-    if len(cpus_of_nodes) > 1 and len(nodes_used) == len(cpus_of_nodes):
+    cpus_of_used = cpus_of_nodes[:workers]  # of the largest nodes, with a worker or more on each
+    workers_of_node = math.ceil(workers / len(cpus_of_used))
+    cpus = min(cpus_of_used) // workers_of_node
+    all_used = len(cpus_of_used) == len(cpus_of_nodes)
+    if len(cpus_of_nodes) > 1 and all_used:
         cpus -= 1  # stays free for the tasks that read again what was lost with a node
     return max(1, cpus)
 

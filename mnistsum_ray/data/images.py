@@ -300,7 +300,11 @@ def _read_grey(picture: Picture) -> tuple[str, npt.NDArray[np.float32]]:
             with warnings.catch_warnings():  # a few bytes may unfold to any number of pixels
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
+        if picture.mode[0] in "IF" or 0 in picture.size:  # Pillow would cut off brighter values
+            raise RequestError(f"{name}: has no pixels, or pixels of more than 8 bits")
         image = ImageOps.exif_transpose(picture).convert("RGBA")
+    except RequestError:
+        raise
     except Exception as error:  # Pillow's decoders raise many types
         problem = f"cannot be read as a picture ({type(error).__name__})"
         raise RequestError(f"{name}: {problem}; save it as PNG") from None

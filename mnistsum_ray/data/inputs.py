@@ -5,8 +5,9 @@ A glob means the same on a disk and in an object store: files are listed, and th
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -25,7 +26,7 @@ class Inputs(NamedTuple):
     """The files that some values name."""
 
     root: Location  # the deepest folder that contains all files
-    files: dict[str, Entry]  # by name relative to `root`, as of `printable`, and in this order
+    files: dict[str, Entry]  # by name, and sorted by it: relative to `root`, `printable`
     skipped: list[str]  # paths that are left out, as `report_skipped` says
 
 
@@ -63,7 +64,7 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
     files: dict[str, Entry] = {}
     skipped = []
     seen = set()
-    links = {path for path in found if root.is_local and Path(path).is_symlink()}
+    links = set(_links(root.path, found)) if root.is_local else set()
     odd = {path for path in found if ODD_CHARACTERS.search(path)}
     # In this order, since of two with one name, or one inode, the first is taken.
     for path in sorted(found.keys() - links - odd) + sorted(links - odd) + sorted(odd):
@@ -78,6 +79,18 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
             seen.add(file.e_tag or path)  # a pipe has no ETag
             files[name] = file
     return Inputs(root, dict(sorted(files.items())), sorted(skipped))
+
+
+def _links(root: str, paths: Iterable[str]) -> Iterator[str]:
+    """Those of the paths that a link leads to, or to a folder of theirs below `root`."""
+    real_root = os.path.realpath(root)
+
+    @cache
+    def is_linked(folder: str) -> bool:
+        below = folder.removeprefix(root).lstrip("/")
+        return os.path.realpath(folder) != str(Path(real_root, below))
+
+    return (path for path in paths if Path(path).is_symlink() or is_linked(str(Path(path).parent)))
 
 
 def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:

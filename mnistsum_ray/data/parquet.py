@@ -16,7 +16,7 @@ _ParquetFile: TypeAlias = pq.ParquetFile  # noqa: TID251
 _TAIL_BYTES: Final = 64 * 1024
 """Read from the end of a file in the first request: most footers are shorter."""
 
-_MOST_ROWS_OF_BYTE: Final = 1000
+_MOST_ROWS_PER_BYTE: Final = 1000
 """A page of equal values holds some 20,000 rows in 30 bytes. A damaged footer may claim 2^50."""
 
 
@@ -89,7 +89,7 @@ def _read_metadata(stream: Any) -> pq.FileMetaData:
     groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     if sum(groups) != metadata.num_rows:
         raise UnusableFileError("has a damaged footer (its rows do not add up); write it again")
-    if metadata.num_rows > _MOST_ROWS_OF_BYTE * size:
+    if metadata.num_rows > _MOST_ROWS_PER_BYTE * size:
         claimed = f"{metadata.num_rows:,} rows in {size:,} bytes"
         raise UnusableFileError(f"has a damaged footer ({claimed}); write it again")
     return metadata

@@ -126,7 +126,7 @@ class RowTotals:
         return cls(len(ids), int(mix_ids(ids).sum()))
 
     def check(self, rows: int, id_sum: int, where: str) -> None:
-        """Raise RowCountError unless these are the rows that were seen."""
+        """Raise RowCountError unless so many rows with this sum, which were seen, are these."""
         if rows == self.rows and (id_sum - self.id_sum) % 2**64 == 0:
             return
         seen = "other rows than planned"

@@ -269,7 +269,8 @@ def _describe(
     """What the footer of an input file says. RequestError: the file cannot be used."""
     name, entry = listed
     file = root / name
-    if not name.partition("?")[0].lower().endswith(SUFFIXES):  # Ray Data would leave it out
+    # Ray Data looks for the suffix before a question mark, and would leave other files out.
+    if not name.partition("?")[0].lower().endswith(SUFFIXES):
         ends = f"its name must end in {', '.join(SUFFIXES)}, and hold no question mark"
         raise RequestError(f"{file.display}: {ends}; rename it")
     try:

@@ -39,7 +39,7 @@ def describe_model(weights: Weights, *, epoch: int, metrics: dict[str, Any]) -> 
     return {
         "format": MODEL_FORMAT,
         "network": TwoHeadCNN.__name__,
-        "parameters": sum(parameter.numel() for parameter in make_network().parameters()),
+        "parameters": sum(values.numel() for values in weights.values()),
         "sha256": checksum(weights),
         "input": {
             "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",

@@ -69,8 +69,7 @@ class AnswerCounts:
         for index, truth in enumerate(true_classes(batch["digit"], logits)):
             is_right = logits[index].argmax(2) == truth
             counts.append(is_right.expand(-1, NUMBERS).sum())  # a digit's answer is for all pairs
-            answers = logits[index].flatten(0, 1)
-            loss = F.cross_entropy(answers, truth.flatten(), reduction="sum")
+            loss = F.cross_entropy(logits[index].flatten(0, 1), truth.flatten(), reduction="sum")
             answers_of_row = truth.size(1)  # NUMBERS, or 1 of the digit
             self._losses[index] += loss / answers_of_row
         self._counts += torch.stack(counts)
@@ -216,7 +215,7 @@ def finish_model(
 
     The rows are on the CPU. The same trained model and rows give the same finished one each time.
     """
-    # A copy without the hooks of DDP, which would wait for the other workers.
+    # A copy on the CPU, where the rows are. Folding would change the one that is trained.
     model = make_network()
     model.load_state_dict(trained.state_dict())
     # Two runs are compared by these bits, those before calibration.

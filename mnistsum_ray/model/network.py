@@ -60,7 +60,7 @@ def distort(images: Tensor, matrices: Tensor) -> Tensor:
 
 
 class TwoHeadCNN(nn.Module):
-    """The original's network: 220,125 trainable parameters.
+    """The network of the original, a course assignment (see README): 220,125 parameters.
 
     The module draws no random numbers, as `nn.Dropout` would: a resumed run would draw others.
     """

@@ -55,7 +55,8 @@ if not LOG.handlers:  # a program has set none
 class Progress:
     """Counts finished items, and shows how far the work is at most every UPDATE_SECONDS.
 
-    `show` takes `what`, `done` and `total`, as `Console.progress` and `Events.count` do.
+    `show` takes `what`, `done` and `total`, as `Console.progress` does, and `Events.count` in a
+    training.
     """
 
     def __init__(self, show: Callable[..., None], what: str, total: int) -> None:

@@ -104,8 +104,8 @@ def score_on_ray(
     options.target_max_block_size = 1  # with small blocks each answer comes at once
     options.execution_no_progress_timeout_s = _SILENT_SECONDS
     if not free:
-        # One worker is to start. With more there is no such wait: Ray would wait for all of them,
-        # and two jobs that begin together, each with half of its workers, for each other.
+        # The initial size is 1 below. With a larger one no wait is set: Ray would wait for all of
+        # these workers, and two jobs that begin together, each with half of its, for each other.
         options.wait_for_min_actors_s = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     dataset = dataset.map_batches(
         ScoreParts,
@@ -271,7 +271,8 @@ def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, has_gpu: boo
         gpus = max(1, int(cluster.total("GPU")))
         each = {"GPU": 1 / min(4, ceil((config.num_workers or 4 * gpus) / gpus))}
     fitting = cluster.workers_that_fit(each)
-    plan = WorkerPlan(1, config.num_workers or max(1, fitting), each, threads=None)
+    most = config.num_workers or max(1, fitting)
+    plan = WorkerPlan(least=1, most=most, per_worker=each, threads=None)
     if plan.most > fitting and not cluster.can_grow:
         fit = f"only {fitting} of them fit, with {plan.needed} each"
         raise RequestError(f"--num-workers {plan.most}: {fit} ({cluster})")

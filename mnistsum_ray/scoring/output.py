@@ -225,6 +225,8 @@ def _say_result(
         console.say(f"rejected, null in the output: {bad.describe()}")
     if labelled_rows:
         console.say(f"right: {accuracies(totals)} ({counted(labelled_rows, 'labelled row')})")
+    elif "digit_accuracy" in totals:
+        console.say("--label-column: no scored row has a digit there, so no accuracy is known")
     for notice in notices:
         console.say(notice)
     predictions, report = output / PREDICTIONS, output / REPORT

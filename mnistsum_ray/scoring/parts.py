@@ -35,7 +35,7 @@ PART_KEY: Final = b"mnistsum_ray.part"
 NOT_OURS: Final = "is not a file of this program; move it away, or choose another folder"
 START_OVER: Final = "--overwrite deletes that output and scores everything again"
 
-_FILE_ROWS: Final = 32
+_PART_COST_ROWS: Final = 32
 """Fixed cost of a part, which is to open and to write files, in rows of work."""
 
 
@@ -97,7 +97,7 @@ def first_parts(planned: Mapping[str, Part], max_rows: int | None) -> Mapping[st
 
 def make_tasks(parts: Sequence[Part], usual_rows: int, workers: int) -> list[list[Part]]:
     """Group consecutive parts: each worker gets several tasks, of about `usual_rows` or fewer."""
-    total = sum(part.rows + _FILE_ROWS for part in parts)
+    total = sum(part.rows + _PART_COST_ROWS for part in parts)
     # Four tasks a worker, so that no long one runs alone at the end; but a core scores 4,096 rows
     # while a worker starts, so a worker for fewer would not pay.
     balanced_rows = max(4_096, ceil(total / (4 * workers)))
@@ -110,7 +110,7 @@ def make_tasks(parts: Sequence[Part], usual_rows: int, workers: int) -> list[lis
             tasks.append([])
             rows = 0
         tasks[-1].append(part)
-        rows += part.rows + _FILE_ROWS
+        rows += part.rows + _PART_COST_ROWS
     return tasks
 
 
@@ -119,10 +119,10 @@ class FoundParts:
     """What the output folder holds of a plan, by the footers of its parts."""
 
     done: set[str] = field(default_factory=set)  # planned parts that are whole and of this run
-    # Sums of the counts of `done`, numbers and arrays (`count_rows`, `count_right`).
+    # Sums of the counts of `done`, numbers and arrays (`count_rows`, `count_right` in actor.py).
     counts: defaultdict[str, Any] = field(default_factory=lambda: defaultdict(int))
     bad: ReasonCounts = field(default_factory=ReasonCounts)  # the rejected rows of `done`
-    # The surest mistakes of `done`: `file`, `row` and what `surest_mistakes` says.
+    # The surest mistakes of `done`: `file`, `row` and what `surest_mistakes` (actor.py) says.
     mistakes: list[dict[str, Any]] = field(default_factory=list)
     stale: dict[str, str] = field(default_factory=dict)  # by part, its file that has changed
     gone: dict[str, str] = field(default_factory=dict)  # by part, its file that is not in --input

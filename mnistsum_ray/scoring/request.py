@@ -136,5 +136,6 @@ def _schema_error(schema: pa.Schema, config: ScoreConfig) -> str | None:
         problem = column and column_error(schema, column, flag, type_error)
         if problem:
             return problem
-    taken = clashing_column(schema.names, config.probabilities)
+    passed_on = [name for name in schema.names if name != config.image_column]
+    taken = clashing_column(passed_on, config.probabilities)
     return f"has a column {taken!r}, which scoring would add; rename it" if taken else None

@@ -142,7 +142,7 @@ class Location:
 
         with self.storage_errors("read"):
             file = pa.OSFile(self.path)
-            # Not by the name, which another file may take: the open one stays readable.
+            # Not of the name, which may be another file's by now: the open one stays readable.
             opened = _disk_entry(self.path, os.fstat(file.fileno()))
         if opened.e_tag != listed.e_tag:
             file.close()
@@ -172,7 +172,7 @@ class Location:
             keys = arrow_keys(self)
 
         def look(key: str) -> Entry:
-            with suppress(ValueError):  # obstore takes no odd key
+            with suppress(ValueError):  # what obstore raises for an odd key that it is given
                 return self.at(key).file_entry() or Entry(key)
             return Entry(key)
 
@@ -198,7 +198,8 @@ class Location:
     def create(self, data: Data) -> None:
         """Write the whole file, but only if there is none; else raise ConflictError.
 
-        The file may be this process's own: a request whose answer is lost is sent again.
+        After that error the file may be this process's own: a request whose answer is lost is sent
+        again.
         """
         self._put(data, "create")
 
@@ -214,12 +215,12 @@ class Location:
 
     def delete_files(self, names: Sequence[str]) -> None:
         """Delete files in this folder; missing ones are no error."""
+        paths = [(self / name).path for name in names]
         with self.storage_errors("deleted"):
             if self.is_local:
-                for name in names:
-                    Path(self.path, name).unlink(missing_ok=True)
+                for path in paths:
+                    Path(path).unlink(missing_ok=True)
                 return
-            paths = [(self / name).path for name in names]
             try:
                 ask_again(lambda: self.store.delete(paths))
             except FileNotFoundError:  # from all but S3, and the rest may not be deleted yet

@@ -32,7 +32,11 @@ _USER_INFO: Final = re.compile(
 _KEY: Final = re.compile(
     r"(?i)(^(?=.*;)|[?&,;]|%(26|2c|3b|3f))[\w.-]*(key|secret|token|sig|password)[\w.-]*="
 )
-"""An option that names a secret. A path may begin with a folder `key=3`, but then has no `;`."""
+"""An option that names a secret.
+
+At the start of a text only if a `;` follows, as in a connection string of Azure
+(`AccountKey=...;...`): else it is a folder such as `key=3`.
+"""
 
 _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
 """Other names of schemes, and what obstore and Arrow both call them."""
@@ -43,6 +47,8 @@ ODD_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 def locate(text: str, flag: str, base: Path | None = None) -> Location:
     """Resolve a URI, or a path from `base` or the working folder, or raise RequestError."""
+    if not text:
+        raise RequestError(f"{flag}: is empty")  # an unset variable of a shell; "." is this folder
     if may_hold_secrets(text):
         raise RequestError(f"{flag}: {SECRETS_REFUSED}")
     if ODD_CHARACTERS.search(text):

@@ -202,7 +202,8 @@ def run_trainer(
     follower = EventFollower(console, metrics, record.add_epoch)
     wait_seconds = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     console.say(f"training with {plan}")
-    begun_again = late_starts = 0
+    begun_again = 0
+    timeouts = 0  # starts that timed out one after the other, without an epoch between
     tried = plan
     with (
         follower.following(),
@@ -221,11 +222,11 @@ def run_trainer(
                 if plan.is_elastic and _START_TIMED_OUT in str(error):
                     epochs_before = len(start.history)
                     start = find_start(request, console)
-                    late_starts = 1 if len(start.history) > epochs_before else late_starts + 1
-                    # This goes on without end. First all again: Ray may not know yet that a node
-                    # is lost. Then one fewer each time: Ray counts as free what other jobs hold.
-                    # After the least number all again.
-                    fewer = (late_starts - 1) % (plan.most - plan.least + 1)
+                    timeouts = 1 if len(start.history) > epochs_before else timeouts + 1
+                    # First all again: Ray may not know yet that a node is lost. Then one fewer each
+                    # time: Ray counts as free what other jobs hold. After the least number all
+                    # again, and so on without end.
+                    fewer = (timeouts - 1) % (plan.most - plan.least + 1)
                     tried = replace(plan, most=plan.most - fewer)
                     console.say(f"the workers have not come in time; trying with {tried}")
                     continue
@@ -234,6 +235,7 @@ def run_trainer(
                 begun_again += 1
                 console.say(f"Ray Train gave up: {root_cause(error)}; trying again")
                 start = find_start(request, console)
+                tried = plan
 
 
 def find_start(request: TrainRequest, console: Console) -> Start:

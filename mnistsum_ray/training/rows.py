@@ -236,12 +236,12 @@ def _key_ranges(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyR
     for source_split, index in indexes.items():
         good = index.filter(index["reason"].is_null())
         keys = np.sort(split_keys(good["row_id"].to_numpy()))
-        count = held_out_rows(len(keys)) if source_split == "train" else 0
+        rows_of_held_out = held_out_rows(len(keys)) if source_split == "train" else 0  # of each
         held_out = {}
         # The smallest keys are those of the first split, the next ones of the second.
-        for split in source.held_out_splits if count else []:
-            held_out[split] = _range_of(source_split, keys[:count], source.max_rows)
-            keys = keys[count:]
+        for split in source.held_out_splits if rows_of_held_out else []:
+            held_out[split] = _range_of(source_split, keys[:rows_of_held_out], source.max_rows)
+            keys = keys[rows_of_held_out:]
         ranges[source_split] = _range_of(source_split, keys, source.max_rows)
         ranges |= held_out
     return ranges

@@ -68,8 +68,8 @@ class TrainRequest:
         return f"checkpoints are kept, and this command resumes: {command}"
 
 
-def check_request(config: TrainConfig, progress: StartProgress | None = None) -> TrainRequest:
-    """Check the request and fill in its defaults; `progress` shows how many footers are read."""
+def check_request(config: TrainConfig, start_progress: StartProgress | None = None) -> TrainRequest:
+    """Check the request and fill in its defaults; a progress shows how many footers are read."""
     storage = locate(config.storage_path, "--storage-path", output_base_folder())
     name = config.name or f"mnistsum-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = storage / name
@@ -86,7 +86,7 @@ def check_request(config: TrainConfig, progress: StartProgress | None = None) ->
             config = _resumed(config, stored_config)
         else:
             _check_free(folder, name, begun)
-    source = open_source(config, progress).limited(config.max_rows)
+    source = open_source(config, start_progress).limited(config.max_rows)
     recipe = recipe_defaults(config.recipe, few_rows=source.train_rows < FEW_ROWS)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}
     # Absolute paths, so that --resume from another folder finds the same data.
@@ -101,8 +101,10 @@ def _check_free(folder: Location, name: str, begun: bool) -> None:
     taken = f"--name {name}: {folder.display}"
     if begun:
         raise RequestError(f"{taken} exists; go on with --resume, or choose another name")
+    is_file = folder.file_entry() is not None
     names = [file.path.removeprefix(folder.path).lstrip("/") for file in folder.files()]
-    if folder.file_entry() is not None or not all(map(is_hidden, names)):
+    visible = [name for name in names if not is_hidden(name)]  # `_lock` and `.probe` are ours
+    if is_file or visible:
         raise RequestError(f"{taken} holds other files, and no run; choose another name")
 
 
@@ -133,6 +135,10 @@ def _read_run(folder: Location) -> tuple[dict[str, Any], TrainConfig]:
         config = TrainConfig(**manifest["config"])
         if not {"fingerprint", "location", "notice"} <= set(manifest["data"]):
             raise KeyError("data")
+        # What a finished run has chosen. Its config.yaml has it too, and may be given again.
+        config = config.model_copy(
+            update={"precision": manifest.get("precision", config.precision)}
+        )
     except MissingFileError:
         problem = f"there is no run in {folder.display} (no {MANIFEST}); start it without --resume"
         raise RequestError(f"--resume: {problem}") from None
@@ -147,7 +153,7 @@ def check_storage(run: Location) -> None:
 
     Keys that have expired look to Ray Train like workers that fail.
     """
-    probe = run / ".probe"  # the manifest may be written by the driver in this moment
+    probe = run / ".probe"  # a file of its own, since the driver may be writing the manifest now
     probe.write({})
     probe.delete()
 

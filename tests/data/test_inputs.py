@@ -139,6 +139,11 @@ def test_a_file_that_is_there_under_two_names_is_taken_once(folder: Path) -> Non
     inputs = find(folder, folder / "0.parquet")
     assert [*inputs.files] == [*NAMES, "first.parquet"]
     assert {str(folder / "0.parquet"), str(folder / "second.parquet")} <= set(inputs.skipped)
+    (folder.parent / "latest").symlink_to(folder)
+    inputs = find(folder, folder.parent / "latest")
+    assert [name for name in inputs.files if name.startswith("latest")] == []
+    assert str(folder.parent / "latest" / NAMES[0]) in inputs.skipped
+    assert len(find(folder.parent / "latest").files) == len(NAMES) + 1, "alone it is taken"
 
 
 def test_a_folder_that_may_not_be_read_is_named_and_not_left_out(

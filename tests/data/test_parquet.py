@@ -120,6 +120,6 @@ def test_a_footer_that_claims_more_rows_than_a_file_can_hold_is_damaged(
     path = tmp_path / "in.parquet"
     pq.write_table(pa.table({"id": [7] * 10**6}), path)  # some 5 rows a byte
     assert len(read(path, range(2))[0]) == 2
-    monkeypatch.setattr(parquet, "_MOST_ROWS_OF_BYTE", 1)
+    monkeypatch.setattr(parquet, "_MOST_ROWS_PER_BYTE", 1)
     with pytest.raises(UnusableFileError, match="has a damaged footer \\(1,000,000 rows in"):
         read(path, range(2))

@@ -82,6 +82,8 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
         (tmp_path / "nowhere.png", "is not there"),
         (giant(1)[:45], "cannot be read as a picture"),  # cut off
         (giant(10_000), "cannot be read as a picture"),  # Pillow by itself only warns
+        (Image.new("I;16", (50, 50)), "has no pixels, or pixels of more than 8 bits"),
+        (Image.new("L", (0, 0)), "has no pixels, or pixels of more than 8 bits"),
     ]
     for picture, said in refused:
         name = str(picture) if isinstance(picture, Path) else "the picture"

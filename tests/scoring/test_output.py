@@ -68,6 +68,17 @@ def test_each_input_row_is_one_output_row_in_its_order(example: Example) -> None
     ]
 
 
+def test_labels_none_of_which_is_a_digit_are_said_to_be_none(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(CONSOLE, "say", lines.append)
+    for name in ("deep/b.pq", "none.parquet"):  # which have no such column
+        (example.input / name).unlink()
+    assert example.score(label_column="view").digit_accuracy is None
+    assert "--label-column: no scored row has a digit there, so no accuracy is known" in lines
+
+
 def test_counts_of_a_fresh_run_and_of_a_resumed_one_are_those_of_its_rows(example: Example) -> None:
     """And the report shows them."""
     example.score(label_column="label")

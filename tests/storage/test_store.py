@@ -71,6 +71,15 @@ def test_files_are_deleted_and_missing_ones_are_no_error(bucket: Location) -> No
             read(folder / "bb")
 
 
+def test_a_file_at_the_top_of_a_disk_is_not_taken_for_one_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no-such-file").touch()
+    (Location("/") / "no-such-file").delete()
+    assert (tmp_path / "no-such-file").exists()
+
+
 def test_ranges_are_read_of_the_file_that_was_listed_and_of_no_other(bucket: Location) -> None:
     place = bucket / "opened" / "file"
     place.write(bytes(range(100)))

@@ -59,6 +59,8 @@ def test_a_path_is_refused_with_the_reason() -> None:
     ):
         with pytest.raises(RequestError, match=f"^--output {text}: {said}"):
             locate(text, "--output")
+    with pytest.raises(RequestError, match=r"^--output: is empty$"):  # of an unset variable
+        locate("", "--output")
 
 
 KEYS = """

@@ -70,6 +70,12 @@ def test_a_resumed_run_keeps_what_is_not_given_or_null_and_the_model_that_it_beg
         assert TrainConfig.model_validate(config) == config
 
 
+def test_a_finished_run_takes_the_precision_that_its_config_file_names(stored: TrainConfig) -> None:
+    file = Path("mine", "manifest.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"precision": "fp32"}))
+    assert asked(resume=True, precision="fp32").config.epochs == stored.epochs
+
+
 FIXED = [
     ({"learning_rate": 0.02}, "--learning-rate 0.02: the run mine has 0.5"),
     ({"precision": "bf16"}, "--precision bf16: the run mine has null"),
