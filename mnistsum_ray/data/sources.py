@@ -51,7 +51,8 @@ class LabelledFile(NamedTuple):
     rows: int
     image: str  # name of the column of images
     label: str  # name of the column of labels
-    types: tuple[str, ...]  # of both: Ray Data reads files together whose names and types agree
+    schema: pa.Schema  # of both columns; Ray Data reads files together where these agree
+    label_is_folder: bool  # a folder `label=3` says the label, and no column
 
 
 @dataclass(frozen=True)
@@ -278,23 +279,24 @@ def _describe(
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     schema = footer.schema_arrow
-    # Ray Data makes a column of each folder `name=value`. Its type here is large_string, which no
-    # footer gives, so that files in such a folder and files with such a column are read apart.
-    for folder in {*re.findall(r"([^/=]+)=[^/]*/", name)} - {*schema.names}:
-        schema = schema.append(pa.field(folder, pa.large_string()))
+    of_folders = {*re.findall(r"([^/=]+)=[^/]*/", name)} - {*schema.names}
+    for folder in of_folders:  # Ray Data makes a column of each folder `name=value`
+        schema = schema.append(pa.field(folder, pa.string()))
     names = [config.label_column] if config.label_column else ["digit", "label"]
     label = next((one for one in names if one in schema.names), names[0])
-    types = []
     for flag, column, type_error in (
         ("--image-column", config.image_column, image_type_error),
         ("--label-column", label, number_type_error),
     ):
         problem = column_error(schema, column, flag, type_error)
+        if column in ("path", "row_hash"):
+            problem = f"column {column!r} has the name of one that Ray Data adds; rename it"
         if problem:
             raise RequestError(f"{file.display}: {problem}")
-        types.append(str(schema.field(column).type))
-    rows = footer.metadata.num_rows
-    return LabelledFile(file, name, entry.e_tag, rows, config.image_column, label, tuple(types))
+    image, rows = config.image_column, footer.metadata.num_rows
+    of_both = pa.schema([schema.field(image), schema.field(label)])
+    is_folder = label in of_folders
+    return LabelledFile(file, name, entry.e_tag, rows, image, label, of_both, is_folder)
 
 
 def _split_of_name(file: str) -> str:

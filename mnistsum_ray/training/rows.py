@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import ray.data
 import ray.exceptions
 from ray.data import Dataset
+from ray.data.datasource import Partitioning
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.workarounds import default_environment
@@ -155,15 +156,19 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
     """Read and decode Parquet files by the tasks of Ray Data."""
     groups: dict[tuple[object, ...], list[LabelledFile]] = {}
     for file in files:
-        groups.setdefault((file.image, file.label, file.types), []).append(file)
+        groups.setdefault((file.schema, file.label_is_folder), []).append(file)
     datasets = []
     for group in groups.values():
+        first = group[0]
         places = [arrow_place(file.path) for file in group]
         filesystem, _ = places[0]
         actors = min(32, 1 + len(group) // _FILES_OF_ACTOR)
         with default_environment({"RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": str(actors)}):
             rows = ray.data.read_parquet(  # noqa: TID251 - it refuses pickles: test_security.py
                 [path for _, path in places],
+                schema=first.schema,  # the types of other columns may differ from file to file
+                # Else a folder `digit=3` would replace the column of this name.
+                partitioning=Partitioning("hive") if first.label_is_folder else None,
                 filesystem=filesystem,
                 file_extensions=[suffix.lstrip(".") for suffix in SUFFIXES],  # else .parquet
                 include_paths=True,
@@ -173,7 +178,7 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
         rows.context.execution_options.preserve_order = True
         # The console says what is read; Ray's bars and plans would repeat it.
         rows.context.enable_progress_bars = rows.context.print_on_execution_start = False
-        names = {"image": group[0].image, "label": group[0].label}
+        names = {"image": first.image, "label": first.label}
         rows = rows.select_columns([*names.values(), "path", "row_hash"])
         datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=names))
     decoded = datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
@@ -290,13 +295,12 @@ def _first_bad_rows(file: LabelledFile, count: int) -> list[BadRow]:
     The file is read again, since Ray Data reads the row groups of a large one in another order.
     """
     image, label = file.image, file.label
-    # Ray Data makes a column of a folder such as label=7, and so does this.
     label_folder = re.search(rf"(?:^|/){re.escape(label)}=([^/]*)/", file.name)
     found: list[BadRow] = []
     first_row = 0
     with open_parquet(file.path) as parquet:
         for batch in parquet.iter_batches(8192, columns=[image, label]):
-            if label_folder and label not in batch.schema.names:
+            if label_folder and file.label_is_folder:
                 labels = pa.repeat(label_folder[1], len(batch))
             else:
                 labels = batch[label]

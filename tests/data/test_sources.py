@@ -129,6 +129,12 @@ def test_a_folder_that_will_not_do_is_refused_by_its_footers(
         opened(tmp_path)
 
 
+def test_a_column_of_a_name_that_ray_data_adds_is_refused(tmp_path: Path, sample: pa.Table) -> None:
+    pq.write_table(sample.rename_columns({"digit": "path"}), tmp_path / "a.parquet")
+    with pytest.raises(RequestError, match="column 'path' has the name of one that Ray Data adds"):
+        open_source(LabelledDataConfig(data=str(tmp_path), label_column="path"))
+
+
 NAMES = [
     ("train-00000-of-00001.parquet", "validation-0.parquet", "test-0.parquet"),
     ("training/a.parquet", "val/a.parquet", "testing/a.parquet"),

@@ -193,6 +193,16 @@ def test_columns_have_other_names_and_folders_say_the_label_as_hive_writes(tmp_p
     assert all_rows(found, 300) == list(range(300))
 
 
+def test_columns_say_what_is_read_and_neither_folders_nor_other_columns(tmp_path: Path) -> None:
+    rows = marked(300)
+    for index, other in enumerate([pa.nulls(150, pa.int8()), pa.nulls(150, pa.string())]):
+        folder = tmp_path / f"digit={index}" / "digit=3"
+        folder.mkdir(parents=True)
+        table = rows[150 * index :][:150].append_column("other", other)
+        pq.write_table(table, folder / "a.parquet")
+    assert all_rows(read(tmp_path), 300) == list(range(300))
+
+
 def test_bad_rows_are_counted_by_reason_and_named_by_file_and_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
