@@ -213,7 +213,7 @@ def draw_scoring(drawing: Drawing, top: float) -> None:
         *("task", 172, rows, 172, BOX_HEIGHT),
         "Ray Data",
         "from_items(plan):",
-        "a row is a task, some",
+        "each row names some",
         "parts of files; no image",
         "passes through here",
     )

@@ -61,6 +61,8 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     with Console() as console:
         start_progress = partial(Progress, console.progress)  # of what is counted, and its total
         request = check_request(config, start_progress)
+        if request.source.notice:
+            console.say(request.source.notice)
         with _on_cluster(console, str(request.config.name)):
             from mnistsum_ray.training.job import train
 

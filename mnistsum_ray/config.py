@@ -171,7 +171,8 @@ class TrainConfig(LabelledDataConfig):
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPUs and threads of a worker, which decide the last bits [all CPUs of a node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
-    """failures to recover from in the whole run; nodes that announce their end do not count"""
+    """failures of workers to recover from; failed starts and storage are counted apart, nodes
+    that announce their end not at all"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
     storage_path: Place = "runs"
@@ -269,11 +270,14 @@ class ScoreConfig(JobConfig):
         return value
 
 
-class ExportPairsConfig(LabelledDataConfig):
+class ExportPairsConfig(JobConfig):
     """Config of an export of pairs."""
 
+    data: Place = "auto"
+    """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist
+    (never the sample), or a folder of MNIST's files"""
     split: Literal["train", "validation", "test"] = "test"
-    """split whose rows are exported"""
+    """split whose rows are exported, in their order"""
     output: Place
     """folder or URI for the files; it must be empty or not exist"""
     rows: int = Field(default=10_000, ge=1)

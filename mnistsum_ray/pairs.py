@@ -6,12 +6,12 @@ from typing import Final
 
 import pyarrow as pa
 
-from mnistsum_ray.config import ExportPairsConfig
+from mnistsum_ray.config import ExportPairsConfig, LabelledDataConfig
 from mnistsum_ray.data.images import IMAGE_TYPE, one_chunk
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.randomness import random_numbers
 from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.errors import RunInterrupted
+from mnistsum_ray.errors import RequestError, RunInterrupted
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import as_request_error, empty_output
 
@@ -31,17 +31,19 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
     """Write the files, the same for the same flags; return their folder, and the images' source."""
     output = empty_output(config.output)
     try:
-        source = open_source(config)
+        source = open_source(LabelledDataConfig(data=config.data))
+        if not source.tables:
+            advice = "is Parquet already; give it a column of numbers, and score it"
+            raise RequestError(f"--data {config.data}: {advice}")
         if source.notice:
             say(source.notice)
-        pairs = _pairs(source, config.split, config.seed, say)
+        pairs = _pairs(source, config.split, config.seed)
         table = SCHEMA.empty_table()
         for index in range(config.files):
             rows_so_far = config.rows * (index + 1) // config.files
             rows = rows_so_far - config.rows * index // config.files
             while table.num_rows < rows:
-                with as_request_error("--data"):
-                    table = pa.concat_tables([table, next(pairs)])
+                table = pa.concat_tables([table, next(pairs)])
             with as_request_error("--output"):
                 data = to_parquet(table[:rows], row_group_size=_ROW_GROUP)
                 (output / f"part-{index:05d}.parquet").write(data)
@@ -54,27 +56,18 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
     return output, source
 
 
-def _pairs(source: Source, split: str, seed: int, say: Callable[[str], None]) -> Iterator[pa.Table]:
+def _pairs(source: Source, split: str, seed: int) -> Iterator[pa.Table]:
     """The rows of a split, again and again; each repetition has other numbers."""
-    from mnistsum_ray.cluster.connection import connect
-    from mnistsum_ray.cluster.resources import wait_for_cpu
-    from mnistsum_ray.training.rows import read_rows, rows_in_memory
+    from mnistsum_ray.training.rows import rows_in_memory  # imports Ray
 
-    if source.tables:
-        batches = [rows_in_memory(source)[split]]
-    else:
-        connect()
-        wait_for_cpu(600, say)  # the tasks that read would wait without a word
-        dataset = read_rows(source, seed=0, skip_bad_rows=False).datasets[split]
-        batches = dataset.iterator().iter_batches(batch_size=_ROW_GROUP, batch_format="pyarrow")
+    rows = rows_in_memory(source)[split]
+    ids = rows["row_id"].to_numpy()
+    images = one_chunk(rows["image"]).to_numpy_ndarray()
+    columns = {
+        "row_id": ids,
+        "image": [image.tobytes() for image in images],
+        "digit": rows["digit"],
+    }
     for repetition in count():
-        for batch in batches:  # Ray's iterable begins anew each time
-            ids = batch["row_id"].to_numpy()
-            images = one_chunk(batch["image"]).to_numpy_ndarray()
-            columns = {
-                "row_id": ids,
-                "image": [image.tobytes() for image in images],
-                "number": random_numbers(seed, repetition, ids),
-                "digit": batch["digit"],
-            }
-            yield pa.table(columns).cast(SCHEMA)
+        numbers = random_numbers(seed, repetition, ids)
+        yield pa.table(columns | {"number": numbers}).select(SCHEMA.names).cast(SCHEMA)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from mnistsum_ray import __version__, cli
 from mnistsum_ray.cli import parse
@@ -185,12 +184,9 @@ def test_a_result_that_nobody_gets_is_an_error_and_what_is_said_beside_it_may_be
 
 
 def test_a_picture_is_answered_and_a_terminal_gets_json_when_asked(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, shown = tmp_path / "one.png", []
-    picture = Image.new("L", (300, 400), 255)
-    picture.paste(0, (140, 50, 160, 350))
-    picture.save(file)
+    file, shown = ROOT / ".readme" / "seven.png", []
 
     def run(job: Any, show_json: bool) -> int:
         shown.append((show_json, job()))

@@ -155,13 +155,15 @@ def _cpus(workers: int) -> int:
     return max(1, cpus)
 
 
-def wait_for_cpu(seconds: float, say: Callable[[str], None]) -> None:
-    """Wait until a task gets a CPU, else TryAgainError: Ray Data would wait without a word."""
+def wait_for(wanted: Resources, purpose: str, seconds: float, say: Callable[[str], None]) -> None:
+    """Wait until a task gets these, else TryAgainError: Ray Data would wait without a word."""
     seconds = max(seconds, _REPORT_SECONDS)  # a process may have to start
-    needed = "1 CPU, for the tasks that read rows"
+    needed = f"{_format(wanted)}, for {purpose}"
     # Outside the placement group of a trial of Ray Tune, if this process is one.
     strategy = PlacementGroupSchedulingStrategy(None)
-    probe = ray.remote(num_cpus=1, scheduling_strategy=strategy)(lambda _: None)
+    cpus, gpus = wanted.get("CPU", 0), wanted.get("GPU", 0)
+    options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
+    probe = ray.remote(**options)(lambda _: None)
     # 1 MiB, which the task must fetch: a node that has just come may not reach this process yet.
     argument = ray.put(bytes(2**20))
     started = time.monotonic()

@@ -29,6 +29,7 @@ from mnistsum_ray.data.images import (
 from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
 from mnistsum_ray.data.parquet import column_error, open_parquet, read_footer
 from mnistsum_ray.errors import RequestError, UnusableFileError, did_you_mean, one_line
+from mnistsum_ray.storage.bucket import check_ray_reaches
 from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing
 
@@ -130,6 +131,7 @@ def open_source(config: LabelledDataConfig, start_progress: StartProgress | None
     if folder is not None:
         return _mnist(folder)
     with as_request_error("--data"):
+        check_ray_reaches(location)
         return _parquet(config, location, start_progress)
 
 

@@ -53,6 +53,7 @@ def report_page(
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
     cards.append((f"{speed:,.0f}", "training images per second"))
     cards.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
+    on_sample = " (on the sample)" if data["notice"] else ""
     tested = f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number."
     run = shlex.quote(manifest["metrics"]["run"])
     command = f"mnistsum score --model {run} --input PAIRS --output SCORED"
@@ -64,7 +65,7 @@ def report_page(
     ]
     return _render(
         pictures,
-        title=f"{manifest['config']['name']}: {accuracies(test)}",
+        title=f"{manifest['config']['name']}: {accuracies(test)}{on_sample}",
         lines=[data["notice"], tested],
         cards=cards,
         tables=tables,

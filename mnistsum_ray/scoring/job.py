@@ -7,7 +7,6 @@ for each input row in order, nor a file that is whole or not there, nor to go on
 `jobs/benchmark.py score` measures both: 6,447 rows/s here and 3,344 there, on two cores (README).
 """
 
-import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ import ray.exceptions
 import torch
 
 from mnistsum_ray.cluster import resources
-from mnistsum_ray.cluster.connection import ended_without_head
+from mnistsum_ray.cluster.connection import ended_without_head, started_cluster
 from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
@@ -53,9 +52,6 @@ from mnistsum_ray.storage.uri import as_request_error
 
 _SILENT_SECONDS: Final = 7200.0
 """Longest wait for an answer: two million rows, the most of a part, take a slow CPU an hour."""
-
-_LEAST_WAIT_SECONDS: Final = 30.0
-"""Least wait for a worker: some of it is the start of its process."""
 
 
 def score(request: ScoreRequest, console: Console) -> ScoreResult:
@@ -91,6 +87,9 @@ def score_on_ray(
 
     TryAgainError: the cluster does not give a worker within `--wait-seconds`, or no worker answers.
     """
+    if not started_cluster():
+        wait_seconds = request.config.wait_seconds
+        resources.wait_for(plan.per_worker, "the first worker", wait_seconds, console.say)
     # Ray says how much is free, but not on which nodes: take all for one node.
     free = ClusterResources((ray.available_resources(),)).workers_that_fit(plan.per_worker)
     rows = []
@@ -103,10 +102,6 @@ def score_on_ray(
     options.raise_original_map_exception = True  # `score` looks at its type
     options.target_max_block_size = 1  # with small blocks each answer comes at once
     options.execution_no_progress_timeout_s = _SILENT_SECONDS
-    if not free:
-        # The initial size is 1 below. With a larger one no wait is set: Ray would wait for all of
-        # these workers, and two jobs that begin together, each with half of its, for each other.
-        options.wait_for_min_actors_s = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     dataset = dataset.map_batches(
         ScoreParts,
         fn_constructor_args=(replace(request, files=[]), "cuda" if plan.use_gpu else "cpu"),
@@ -140,12 +135,8 @@ def score_on_ray(
                 for row in block.to_pylist():
                     yield Answer(**row)
             return
-        except ray.exceptions.GetTimeoutError:
-            waited = options.wait_for_min_actors_s
-        except ray.data.exceptions.ExecutionTimeoutError:
-            waited = _SILENT_SECONDS
-    gc.collect()  # the error's traceback holds the actor that still asks for resources
-    raise TryAgainError(resources.shortage(plan.needed, waited))
+        except ray.data.exceptions.ExecutionTimeoutError as error:
+            raise TryAgainError(resources.shortage(plan.needed, _SILENT_SECONDS)) from error
 
 
 def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreResult:

@@ -101,9 +101,15 @@ def begin(request: ScoreRequest) -> str:
 
 
 def delete_output(output: Location, console: Console) -> None:
-    """Delete an earlier output, run.json last: until then all files are known to be ours."""
+    """Delete an earlier output, run.json last: until then all files are known to be ours.
+
+    RequestError, and nothing is deleted: a file is not ours.
+    """
     if read_run(output):
         names = [f"{PREDICTIONS}/{name}" for name, *_ in read_footers(output, console)]
+        others = output.visible_files().keys() - {MANIFEST, FILES_TABLE, REPORT, RUN_FILE, *names}
+        if others:
+            raise refusal(output, f"{min(others)} {NOT_OURS}")
         (output / MANIFEST).delete()
         output.delete_files([FILES_TABLE, REPORT, *names])
         (output / RUN_FILE).delete()
@@ -136,7 +142,7 @@ def check_complete(
     missing = sorted(asked - found.done)
     strange = [*found.stale, *(found.gone.keys() - before.gone.keys())]
     if read_run(request.output).get("id") != request.run_id:
-        problem = f"{RUN_FILE} is of another run now"
+        problem = f"{RUN_FILE} is gone, or of another run now"
     elif missing:
         problem = f"{PREDICTIONS}/{missing[0]} is not there"
         if request.output.is_local and not started_cluster():

@@ -107,19 +107,33 @@ def arrow_uri(location: "Location") -> str:
 
 
 def arrow_place(location: "Location") -> tuple[Any, str]:
-    """The file system of Arrow, and the path in it, as Ray Data takes them."""
-    file_system, root = _arrow_root(arrow_uri(location.at("/" if location.is_local else "")))
+    """The file system of Arrow, and the path in it, as Ray Data takes them.
+
+    StorageError: Arrow does not reach the bucket. For Azure it wants the account in the URI.
+    """
+    top = location.at("/" if location.is_local else "")
+    try:
+        file_system, root = _arrow_root(arrow_uri(top))
+    except ValueError as error:
+        reason = f"Ray, which uses Arrow, does not reach it: {first_line(error)}"
+        raise StorageError(f"{top.display}: {reason}") from None
     return file_system, f"{root}/{location.path.lstrip('/')}"
+
+
+def check_ray_reaches(location: "Location") -> None:
+    """StorageError: a training reads or writes by Arrow there, which wants more than obstore.
+
+    That is the account of Azure, which obstore takes from the environment too.
+    """
+    if location.bucket.startswith("abfs:"):
+        arrow_place(location)
 
 
 def arrow_keys(location: "Location") -> list[str]:
     """All keys below a prefix, odd ones too. StorageError: Arrow does not reach the bucket."""
     from pyarrow.fs import FileSelector  # noqa: TID251
 
-    try:
-        file_system, folder = arrow_place(location)
-    except ValueError as error:  # for Azure Arrow wants the account in the URI
-        raise StorageError(f"{location.display}: an odd key, and {first_line(error)}") from None
+    file_system, folder = arrow_place(location)
     bucket = folder.removesuffix(location.path)
     found = file_system.get_file_info(FileSelector(folder.rstrip("/"), recursive=True))
     return [file.path.removeprefix(bucket) for file in found if file.is_file]

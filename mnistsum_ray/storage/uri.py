@@ -54,6 +54,8 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
     if ODD_CHARACTERS.search(text):
         raise RequestError(f"{flag} {text}: holds control characters, or is not UTF-8")
     scheme, colon, rest = text.partition("://")
+    if scheme == "file" and colon and not rest.startswith(("/", "~")):
+        raise RequestError(f"{flag} {text}: must be file:/// and an absolute path")
     if not colon or scheme == "file":
         # Not pathlib: the name of an unknown user stays as it is.
         path = os.path.expanduser(rest if colon else text)  # noqa: PTH111

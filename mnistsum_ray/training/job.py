@@ -4,17 +4,13 @@
 
 Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, from the last
 checkpoint, and its timeout of the start ends a run that cannot get them. `run_trainer` begins again
-where Ray Train does not: a worker has died at its start, those of an elastic run have not come, or
-the storage has not taken Ray Train's list of checkpoints.
+where Ray Train does not (see failures.py): a worker has died at its start, or the storage has not
+taken Ray Train's list of checkpoints.
 """
 
 import secrets
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -28,27 +24,20 @@ from mnistsum_ray.cluster.connection import ended_without_head, started_cluster
 from mnistsum_ray.cluster.resources import (
     WorkerPlan,
     plan_training,
-    shortage,
     usable_nodes,
-    wait_for_cpu,
+    wait_for,
 )
 from mnistsum_ray.cluster.workarounds import default_environment
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.sources import check_unchanged
 from mnistsum_ray.errors import (
-    RepeatingError,
     RequestError,
     RowCountError,
-    RunError,
     RunInterrupted,
-    StorageError,
-    TryAgainError,
     counted,
-    ended_by_storage,
-    one_line,
     root_cause,
 )
-from mnistsum_ray.model.folder import load_model
+from mnistsum_ray.model.folder import WEIGHTS_FILE, load_model
 from mnistsum_ray.model.metrics import FinishedModel
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
@@ -56,6 +45,12 @@ from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
+from mnistsum_ray.training.failures import (
+    ctrl_c_as_before,
+    errors_in_one_line,
+    explain_end,
+    is_worth_a_try,
+)
 from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower, FailureLines, explain_silence
 from mnistsum_ray.training.rows import Rows, WholeShards, read_rows
@@ -63,11 +58,6 @@ from mnistsum_ray.training.run import RunRecord, TrainRequest, check_storage
 
 _LEAST_WAIT_SECONDS: Final = 10.0
 """Least wait for workers: Ray needs a moment for them also where all is free."""
-
-_FAILED_START: Final = "failed to initialize"
-_START_TIMED_OUT: Final = "startup timed out"
-"""What Ray Train 2.60 says of two errors whose types are private; test_faults.py and test_train.py
-would see other words."""
 
 Callbacks = Sequence[ray.train.UserCallback]
 
@@ -102,8 +92,8 @@ def make_trainer(
                 max_failures=request.config.max_failures,
                 max_preemption_failures=-1,
                 # No second try of a start that has timed out: the timeout is `--wait-seconds`.
-                # (`run_trainer` starts an elastic run again.)
-                controller_failure_limit=0,
+                # An elastic run is tried again without end.
+                controller_failure_limit=-1 if plan.is_elastic else 0,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
@@ -116,17 +106,18 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     config, parameters = request.config, request.hyperparameters
     how_to_begin = "nothing was begun; the same command tries again"
     with folder_lock(request.folder, "--name"):
-        with _errors_in_one_line(console, how_to_begin):
+        with errors_in_one_line(console, how_to_begin):
             stored = request.stored
             if stored:
                 _check_same_data(request)
-            if stored.get("status") == "finished":  # a cron job resumes it each time
+            has_model = (request.folder / "model" / WEIGHTS_FILE).exists()
+            if stored.get("status") == "finished" and has_model:  # cron resumes it each time
                 console.say("the run is finished")
                 return TrainResult(**stored["metrics"])
             start = find_start(request, console)
             # The tasks that read files need a CPU, and a plan needs to see a node.
             if request.source.files or not usable_nodes():
-                wait_for_cpu(config.wait_seconds, console.say)
+                wait_for({"CPU": 1}, "the tasks that read rows", config.wait_seconds, console.say)
             plan = plan_training(config, parameters.batch_size, console.say)
             threads = stored.get("threads")
             if threads and threads != plan.threads:
@@ -137,7 +128,7 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             rows = read(request, plan, console)
             record = RunRecord(request, plan, start.history)
             record.begin(rows, start.init_from)
-        with _errors_in_one_line(console, request.how_to_resume):
+        with errors_in_one_line(console, request.how_to_resume):
             try:
                 finished = run_trainer(request, plan, rows, start, record, console, callbacks)
                 return record.publish(finished, time.monotonic() - started, console.say)
@@ -149,25 +140,9 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
                 raise
 
 
-@contextmanager
-def _errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
-    """Raise errors of Ray and of the storage in the block as a RunError that says how to go on."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:  # some are OSErrors too
-        console.say_lines(str(error))
-        raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
-    except ray.data.exceptions.ExecutionTimeoutError as error:
-        raise TryAgainError(f"Ray Data has read no row for long; {how_to_go_on}") from error
-    except StorageError as error:
-        raise ended_by_storage(error, how_to_go_on) from error
-
-
 def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
     """Read the rows into the object store, and say which there are, and which are left out."""
     source, config, say = request.source, request.config, console.say
-    if source.notice:
-        say(source.notice)
     report_skipped(source.skipped, say)
     with console.waiting_for("the tasks that read rows", explain_silence):
         try:
@@ -203,8 +178,6 @@ def run_trainer(
     wait_seconds = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
     console.say(f"training with {plan}")
     begun_again = 0
-    timeouts = 0  # starts that timed out one after the other, without an epoch between
-    tried = plan
     with (
         follower.following(),
         default_environment(_environment(plan, wait_seconds)),
@@ -212,30 +185,18 @@ def run_trainer(
     ):
         while True:
             loop = LoopConfig(parameters, plan.threads, rows.totals, follower.queue, start)
-            trainer = make_trainer(request, tried, rows, loop, callbacks)
+            trainer = make_trainer(request, plan, rows, loop, callbacks)
             try:
-                with _ctrl_c_as_before():
+                with ctrl_c_as_before():
                     finished: FinishedModel = trainer.fit().return_value
                     return finished
             except ray.train.TrainingFailedError as error:
                 check_storage(request.folder)
-                if plan.is_elastic and _START_TIMED_OUT in str(error):
-                    epochs_before = len(start.history)
-                    start = find_start(request, console)
-                    timeouts = 1 if len(start.history) > epochs_before else timeouts + 1
-                    # First all again: Ray may not know yet that a node is lost. Then one fewer each
-                    # time: Ray counts as free what other jobs hold. After the least number all
-                    # again, and so on without end.
-                    fewer = (timeouts - 1) % (plan.most - plan.least + 1)
-                    tried = replace(plan, most=plan.most - fewer)
-                    console.say(f"the workers have not come in time; trying with {tried}")
-                    continue
-                if not _is_worth_a_try(error) or begun_again == max_failures:
-                    raise _explained(error, request, plan, wait_seconds, console) from error
+                if not is_worth_a_try(error) or begun_again == max_failures:
+                    raise explain_end(error, request, plan, wait_seconds, console) from error
                 begun_again += 1
                 console.say(f"Ray Train gave up: {root_cause(error)}; trying again")
                 start = find_start(request, console)
-                tried = plan
 
 
 def find_start(request: TrainRequest, console: Console) -> Start:
@@ -265,34 +226,6 @@ def _check_same_data(request: TrainRequest) -> None:
         )
 
 
-def _is_worth_a_try(error: ray.train.TrainingFailedError) -> bool:
-    """Whether Ray Train gave up on a failure that it does not count against `max_failures`.
-
-    A worker has died while its group started. Or it died a moment later, which reaches us as the
-    error of an actor or of a task. Or Arrow could not write the list of checkpoints, after 6 s.
-    """
-    cause = getattr(error, "controller_failure", None)
-    if isinstance(cause, ray.exceptions.RayError) or type(cause) is OSError:  # as Arrow's are
-        return True
-    return _FAILED_START in str(error)
-
-
-@contextmanager
-def _ctrl_c_as_before() -> Iterator[None]:
-    """Restore the handler of SIGINT when Ray Train has replaced it, in the main thread.
-
-    Ray's ends the workers and then the process, with exit code 0: that becomes an interrupt.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
-
-
 def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
     """Options that Ray Train reads only from environment variables."""
     joined = "0" if started_cluster() else "1"
@@ -306,29 +239,4 @@ def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
         # takes a second to start.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": joined,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-        # Attempts, workers and their logs, at /api/train/v2/runs/v1 of the dashboard. They are kept
-        # by a process of 250 MiB that stays on the head; the first run of a cluster starts it, in
-        # 3 s. A cluster of this process has no dashboard.
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": joined,
     }
-
-
-def _explained(
-    error: Exception, request: TrainRequest, plan: WorkerPlan, wait_seconds: float, console: Console
-) -> RunError | RequestError:
-    """Why Ray Train has given up, in one line."""
-    resume = request.how_to_resume
-    if isinstance(error, ray.train.WorkerGroupError):
-        failures = counted(request.config.max_failures + 1, "failure")
-        return RunError(f"gave up after {failures} of workers, see above; {resume}")
-    cause = getattr(error, "controller_failure", error)
-    if isinstance(cause, RepeatingError):
-        return RunError(str(cause))
-    if isinstance(cause, StorageError):
-        return ended_by_storage(cause, resume)
-    if type(cause).__name__ == "InsufficientClusterResourcesError":  # its type is private too
-        return RequestError(f"--num-workers {plan.least}: {one_line(cause)}")
-    if _START_TIMED_OUT in str(cause):
-        return TryAgainError(f"{shortage(plan.needed, wait_seconds)}; {resume}")
-    console.say_lines(str(error))
-    return RunError(f"{type(cause).__name__}: {root_cause(cause)}; {resume}")

@@ -49,6 +49,7 @@ from mnistsum_ray.errors import (
     root_cause,
 )
 from mnistsum_ray.storage.bucket import arrow_place
+from mnistsum_ray.storage.store import in_threads
 
 _BLOCKS_OF_RANK: Final = 64
 _LEAST_BLOCK_ROWS: Final = 32
@@ -96,7 +97,7 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
         cause = getattr(error, "cause", error)  # what a task has raised
         if not isinstance(cause, OSError | ValueError):
             raise  # no fault of the data, such as want of memory
-        _refuse_damaged_file(source)
+        _refuse_damaged_file(source, str(error))
         problem = f"--data {source.location}: {root_cause(error)}"
         if isinstance(cause, ValueError | FileNotFoundError | PermissionError):
             raise RequestError(problem) from error
@@ -314,12 +315,21 @@ def _first_bad_rows(file: LabelledFile, count: int) -> list[BadRow]:
     return found[:count]
 
 
-def _refuse_damaged_file(source: Source) -> None:
-    """RequestError that names the file which cannot be read, if there is one."""
-    for file in itertools.chain(*source.files.values()):
+def _refuse_damaged_file(source: Source, said: str) -> None:
+    """RequestError that names the file which cannot be read, if there is one.
+
+    Only the files that Ray Data's error names are read, or all if it names none.
+    """
+    files = [*itertools.chain(*source.files.values())]
+    named = [file for file in files if arrow_place(file.path)[1] in said]
+
+    def read_again(file: LabelledFile) -> None:
         with _refused_if_damaged(file), open_parquet(file.path) as parquet:
             for _ in parquet.iter_batches(columns=[file.image, file.label]):
                 pass
+
+    for _ in in_threads(files[0].path, read_again, named or files):
+        pass
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from mnistsum_ray.errors import (
     spelled,
 )
 from mnistsum_ray.reporting.results import MANIFEST, HeldOutMetrics, SplitRows, TrainResult
+from mnistsum_ray.storage.bucket import check_ray_reaches
 from mnistsum_ray.storage.store import Location, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
 
@@ -78,6 +79,7 @@ def check_request(config: TrainConfig, start_progress: StartProgress | None = No
         config = config.model_copy(update={"init_from": model})
     stored: dict[str, Any] = {}
     with as_request_error("--storage-path"):
+        check_ray_reaches(storage)
         # A run that was killed before it wrote its manifest has done nothing: its name is free.
         begun = (folder / MANIFEST).exists()
         resume = begun if config.resume == "auto" else config.resume
@@ -179,7 +181,6 @@ class RunRecord:
             "config": request.config.model_dump(mode="json", exclude={"resume"}),
             "versions": versions(),
             "workers": str(plan),
-            "num_workers": [plan.least, plan.most],
             "threads": plan.threads,
             "data": {
                 "source": source.name,

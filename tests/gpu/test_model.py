@@ -62,17 +62,6 @@ def test_three_steps_are_those_of_the_cpu() -> None:
         assert (ours[name] - theirs[name]).norm() < 0.02 * (theirs[name] - start).norm(), name
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_worker_without_rows_has_gradients_of_zero(bf16: bool) -> None:
-    model = make_model(CUDA)
-    images, digits, numbers = (values.to(CUDA) for values in random_rows(0))
-    loss, _ = Objective(model, 0.05, bf16=bf16)(prepare_images(images), numbers, digits, None)
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert not parameter.grad.any(), name
-
-
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
 def test_predictions_are_those_of_the_cpu(precision: str, tolerance: float) -> None:
     images, _, numbers = (values.numpy() for values in random_rows(1_000))

@@ -93,6 +93,12 @@ def test_a_column_that_is_missing_in_a_file_becomes_nulls(tmp_path: Path) -> Non
     assert sorted(numbers, key=str) == [1, None]
 
 
+def test_small_files_become_one_block(tmp_path: Path) -> None:
+    for number in range(8):
+        pq.write_table(pa.table({"row": np.arange(1000)}), tmp_path / f"{number}.parquet")
+    assert ray.data.read_parquet(str(tmp_path)).materialize().num_blocks() == 1
+
+
 def test_one_damaged_file_ends_a_job(tmp_path: Path) -> None:
     pq.write_table(pa.table({"number": [1]}), tmp_path / "0.parquet")
     (tmp_path / "1.parquet").write_bytes(b"PAR1 and no more PAR1")

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from mnistsum_ray import load_model
 from mnistsum_ray.data.images import Pixels
@@ -31,10 +30,7 @@ def folder(model: Path, tmp_path: Path) -> Path:
     """The working folder, with the run runs/mine, the rows of a training, and a picture."""
     shutil.copytree(model, tmp_path / "runs" / "mine")
     write_sample(tmp_path / "rows.parquet", 500)
-    pixels = np.full((100, 100), 255, np.uint8)
-    pixels[20:28, 30:70] = 0  # a dark seven on a light background
-    pixels[28:80, 62:70] = 0
-    Image.fromarray(pixels).save(tmp_path / "seven.png")
+    shutil.copy(ROOT / ".readme" / "seven.png", tmp_path)
     return tmp_path
 
 
@@ -75,6 +71,10 @@ def test_plain_pytorch_as_in_the_document(folder: Path, monkeypatch: pytest.Monk
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["sum_logits"].shape == (3, 19)
+
+
+def test_a_task_of_ones_own_counts_each_row(folder: Path) -> None:
+    assert run_recipe(folder, "own_task").endswith("each epoch had all 1001 rows\n")
 
 
 @pytest.mark.nightly
@@ -194,8 +194,8 @@ def test_a_delta_table_is_scored_without_the_rows_that_it_has_removed(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("what", ["train", "score"])
-def test_the_benchmark_measures_four_ways(what: str) -> None:
+def test_the_benchmark_measures_five_ways(what: str) -> None:
     """A minute each."""
     ways = run_job("benchmark", what, "--rows", "600").line["rows_per_second"]
-    assert list(ways) == ["original", "bare", "guide", "project"]
+    assert list(ways) == ["original", "bare", "guide", "tuned", "project"]
     assert min(ways.values()) > 0

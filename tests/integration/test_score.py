@@ -13,6 +13,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray import TryAgainError, load_model, predict_rows
+from mnistsum_ray.cluster import resources
 from mnistsum_ray.scoring import job
 from tests.integration.conftest import Result, metrics_of, score_here
 from tests.jobs import wait_until
@@ -116,11 +117,11 @@ def test_each_row_is_predicted_or_says_why_not(
 def test_a_busy_cluster_is_waited_for_until_the_time_limit(
     model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_LEAST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(resources, "_REPORT_SECONDS", 1.0)
     held = placement_group([{"CPU": 2}])
     assert held.wait(30)
     wait_until(lambda: ray.available_resources().get("CPU", 0) == 0)
-    said = "^needs 1 CPU, but after 3 s only 0 CPUs and 0 GPUs are free .2 CPUs and 0 GPUs on 1"
+    said = "^needs 1 CPU, for the first worker, but after 3 s only 0 CPUs and 0 GPUs are free "
     with pytest.raises(TryAgainError, match=said):
         score_here(model, tmp_path / "out", source, wait_seconds=3)
     remove_placement_group(held)

@@ -101,9 +101,11 @@ def test_the_loss_is_the_mean_of_the_heads_and_reported_without_smoothing() -> N
         assert (gradient.dtype, gradient.stride()) == (torch.float32, parameter.stride())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_worker_without_rows_has_gradients_of_zero(bf16: bool) -> None:
-    model, (images, digits, numbers) = new_model(), random_rows(0)
+def test_a_worker_without_rows_has_gradients_of_zero(bf16: bool, device: str) -> None:
+    model = new_model().to(device)
+    images, digits, numbers = (values.to(device) for values in random_rows(0))
     loss, _ = Objective(model, 0.05, bf16=bf16)(prepare_images(images), numbers, digits, None)
     loss.backward()
     for name, parameter in model.named_parameters():

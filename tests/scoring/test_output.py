@@ -333,6 +333,15 @@ def test_a_run_in_which_nothing_can_be_scored_fails_and_says_why(
     assert not (example.output / "manifest.json").exists()
 
 
+def test_overwrite_deletes_nothing_beside_a_file_of_somebody_else(example: Example) -> None:
+    example.score()
+    (example.output / "notes.txt").touch()
+    before = example.files()
+    with pytest.raises(RequestError, match=r"notes.txt is not a file of this program; move it"):
+        example.score(overwrite=True)
+    assert example.files() == before
+
+
 def test_a_column_of_a_type_that_is_of_use_in_no_file_is_refused(example: Example) -> None:
     for path in (example.file, example.input / "deep" / "b.pq", example.input / "none.parquet"):
         write_rows(path, range(3), image=[1, 2, 3])
@@ -363,7 +372,7 @@ OTHER_RUNS = [
     (lambda example: (example.output / OF_A[1]).unlink(), f"{OF_A[1]} is not there; no manifest"),
     (lose_rows, f"{OF_A[1]} is not there; no manifest"),
     (another_run_begins_and_scores, "of another run than run.json, which it was not before; wait"),
-    (another_run_begins, "is of another run"),
+    (another_run_begins, "run.json is gone, or of another run"),
 ]
 
 

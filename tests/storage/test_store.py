@@ -127,7 +127,9 @@ def test_a_network_disk_that_is_gone_may_come_again() -> None:
 
 
 def test_a_store_that_arrow_does_not_reach_is_one_line() -> None:
-    with pytest.raises(StorageError, match=r"^abfs://b/x: an odd key, and Azure.* account name$"):
+    with pytest.raises(
+        StorageError, match=r"^abfs://b: Ray, which uses Arrow, does not reach it: Azure.* name$"
+    ):
         arrow_keys(Location("x", "abfs://b"))
 
 

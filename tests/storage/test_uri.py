@@ -52,6 +52,7 @@ def test_a_submitted_job_writes_to_the_home_folder(
 def test_a_path_is_refused_with_the_reason() -> None:
     for text, said in (
         ("nonsense://x/y", "there is no storage nonsense://, but s3://, gs:// and abfs://"),
+        ("file://host/a", "must be file:/// and an absolute path"),
         ("/tmp/caf\udce9", "holds control characters, or is not UTF-8"),
         ("/tmp/a\0b", "holds control characters, or is not UTF-8"),
         ("s3://b/a//b", "a name in it is empty, or is . or .."),

@@ -18,7 +18,6 @@ import torch
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.images import Pixels
 from mnistsum_ray.data.randomness import Purpose, RowTotals, random_numbers, step_seed
-from mnistsum_ray.errors import RepeatingError
 from mnistsum_ray.model.folder import checksum, copy_weights
 from mnistsum_ray.model.metrics import FinishedModel
 from mnistsum_ray.model.network import Objective, make_network, prepare_images
@@ -214,15 +213,6 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
     assert (progress["rows"], progress["of_rows"], progress["epoch"]) == (96, 96, 1)
     assert progress["rows_per_second"] == 96 / 4
     assert progress["loss"] == line["train_loss"]
-
-
-def test_an_infinite_loss_is_not_tried_again(
-    images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
-) -> None:
-    with pytest.raises(
-        RepeatingError, match=r"the loss is nan; lower --learning-rate \(now 1e\+30"
-    ):
-        Training(images, digits, replace(parameters, learning_rate=1e30))
 
 
 def test_a_line_says_that_the_workers_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import folder_lock, locate
-from mnistsum_ray.training import job
+from mnistsum_ray.training import failures, job
 from mnistsum_ray.training.progress import FailureLines
 from mnistsum_ray.training.rows import Rows, rows_in_memory
 from mnistsum_ray.training.run import RunRecord, TrainRequest, check_request
@@ -125,6 +125,19 @@ def test_a_folder_without_a_run_is_neither_taken_nor_resumed(tmp_path: Path) -> 
             asked(storage_path=str(tmp_path), resume=True)
 
 
+def test_a_store_that_ray_does_not_reach_is_refused_before_rows_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For Azure Arrow wants the account in the URI; in the environment it is enough for scoring."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    for given in ({"storage_path": "abfs://container/runs"}, {"data": "abfs://container/rows"}):
+        with pytest.raises(
+            RequestError, match=r"abfs://container: Ray, which uses Arrow, does not"
+        ):
+            asked(**given)
+
+
 def test_a_run_that_cannot_begin_is_to_be_tried_again_and_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +177,7 @@ def test_a_run_that_ray_train_gives_up_ends_in_one_line(tmp_path: Path) -> None:
     of_callback = ray.train.ControllerError(ConnectionError("the tracking server is gone"))
 
     def explained(failed: Exception) -> RunError | RequestError:
-        return job._explained(failed, request, plan, 30.0, Console(io.StringIO()))
+        return failures.explain_end(failed, request, plan, 30.0, Console(io.StringIO()))
 
     error = explained(of_callback)
     assert type(error) is RunError
@@ -195,7 +208,7 @@ def test_a_storage_that_refuses_ends_a_run_at_the_first_failure_of_a_worker(
     with pytest.raises(StorageError, match="ExpiredToken") as raised:
         lines.after_exception(None, of_worker)
     ended = ray.train.ControllerError(raised.value)
-    error = job._explained(ended, request, plan, 30.0, Console(io.StringIO()))
+    error = failures.explain_end(ended, request, plan, 30.0, Console(io.StringIO()))
     assert str(error).startswith("cannot be written: ExpiredToken; checkpoints are kept, and")
 
 
@@ -203,7 +216,7 @@ def test_what_ray_train_gives_up_is_tried_again_if_it_was_the_storage_or_a_start
     of_callback = ray.train.ControllerError(ConnectionError("the tracking server is gone"))
     of_storage = ray.train.ControllerError(OSError("AWS Error SLOW_DOWN"))
     of_worker = ray.train.ControllerError(ray.exceptions.ActorDiedError())
-    tried = [job._is_worth_a_try(error) for error in (of_callback, of_storage, of_worker)]
+    tried = [failures.is_worth_a_try(error) for error in (of_callback, of_storage, of_worker)]
     assert tried == [False, True, True]
 
 
