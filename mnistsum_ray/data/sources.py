@@ -123,6 +123,8 @@ def open_source(config: LabelledDataConfig, start_progress: StartProgress | None
         return _sample()
     if config.data in ("auto", "mnist"):
         return _full_mnist(fall_back=config.data == "auto")
+    with as_request_error("--data"):
+        check_ray_reaches(locate(config.data, "--data"))
     location = locate_existing(config.data, "--data")
     hint = did_you_mean(config.data, ("auto", "mnist", "sample"))
     if hint and not location.exists():
@@ -131,7 +133,6 @@ def open_source(config: LabelledDataConfig, start_progress: StartProgress | None
     if folder is not None:
         return _mnist(folder)
     with as_request_error("--data"):
-        check_ray_reaches(location)
         return _parquet(config, location, start_progress)
 
 

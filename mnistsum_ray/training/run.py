@@ -88,6 +88,8 @@ def check_request(config: TrainConfig, start_progress: StartProgress | None = No
             config = _resumed(config, stored_config)
         else:
             _check_free(folder, name, begun)
+            if config.init_from and not locate(config.init_from, "--init-from").exists():
+                raise RequestError(f"--init-from {config.init_from}: is not there")
     source = open_source(config, start_progress).limited(config.max_rows)
     recipe = recipe_defaults(config.recipe, few_rows=source.train_rows < FEW_ROWS)
     chosen = {key: value for key, value in recipe.items() if getattr(config, key) is None}

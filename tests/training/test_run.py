@@ -50,7 +50,11 @@ def asked(**given: Any) -> TrainRequest:
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The config of a run that was started and killed."""
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=r"^--init-from \S*/base: is not there"):
+        asked(**SETTINGS, init_from="base")
+    (tmp_path / "base").mkdir()
     request = asked(**SETTINGS, init_from="base")
+    (tmp_path / "base").rmdir()  # it is needed no more
     data = {"fingerprint": request.source.fingerprint, "location": "sample", "notice": ""}
     (tmp_path / "mine").mkdir()
     manifest = {"config": request.config.model_dump(mode="json", exclude={"resume"}), "data": data}
