@@ -45,7 +45,9 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     """Train a model, as `mnistsum train` does.
 
     Runs on the cluster that this process is connected to, else on the one that `connect` joins or
-    starts; that connection stays open. Progress goes to standard error.
+    starts; that connection stays open. Progress goes to standard error. If the head of a cluster is
+    lost that this process has joined, the process ends with exit code 75: Ray's own core would end
+    it too.
 
     `callbacks` are called by Ray Train in a process of its own, after an epoch with the metrics
     `epoch`, `train_loss`, `validation` and `test`. What one raises ends the run.
