@@ -61,7 +61,7 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     from mnistsum_ray.training.run import check_request
 
     with Console() as console:
-        start_progress = partial(Progress, console.progress)  # of what is counted, and its total
+        start_progress = partial(Progress, console.progress)  # takes what is counted, and its total
         request = check_request(config, start_progress)
         if request.source.notice:
             console.say(request.source.notice)
@@ -98,7 +98,8 @@ def _on_cluster(console: Console, run: str) -> Iterator[None]:
     loggers = [logging.getLogger("ray"), logging.getLogger("ray.data")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        # Ray 2.60 has no other way to limit how often a process is started again.
+        # Of `max_restarts` in scoring: Ray 2.60 has no other way to limit how often a process is
+        # started again.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         try:
             for logger in loggers:

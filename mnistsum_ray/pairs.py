@@ -32,7 +32,7 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
     output = empty_output(config.output)
     try:
         source = open_source(LabelledDataConfig(data=config.data))
-        if not source.tables:
+        if source.files:
             advice = "is Parquet already; give it a column of numbers, and score it"
             raise RequestError(f"--data {config.data}: {advice}")
         if source.notice:

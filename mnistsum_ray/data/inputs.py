@@ -82,7 +82,7 @@ def _sort_out(root: Location, found: dict[str, Entry | None]) -> Inputs:
 
 
 def _links(root: str, paths: Iterable[str]) -> Iterator[str]:
-    """Those of the paths that a link leads to, or to a folder of theirs below `root`."""
+    """Those of the paths that are links, or lie below `root` in a folder reached by a link."""
     real_root = os.path.realpath(root)
 
     @cache

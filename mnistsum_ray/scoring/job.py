@@ -3,8 +3,8 @@
 input files ──▶ parts, less those that are there ──tasks──▶ ScoreParts ──answers──▶ count, publish
 
 Why this is not `read_parquet -> map_batches -> write_parquet`: those promise neither one output row
-for each input row in order, nor a file that is whole or not there, nor to go on after a kill.
-`jobs/benchmark.py score` measures both: 6,447 rows/s here and 3,344 there, on two cores (README).
+for each input row in order, nor a file that is whole or not there. `jobs/benchmark.py score`
+measures the speed of both (README).
 """
 
 import time
@@ -80,65 +80,6 @@ def _how_to_go_on(config: ScoreConfig) -> str:
     return f"what is scored is kept, and {again} goes on"
 
 
-def score_on_ray(
-    request: ScoreRequest, plan: WorkerPlan, tasks: Sequence[Sequence[Part]], console: Console
-) -> Iterator[Answer]:
-    """Score tasks with actors of Ray Data; their answers come at once, in any order.
-
-    TryAgainError: the cluster does not give a worker within `--wait-seconds`, or no worker answers.
-    """
-    if not started_cluster():
-        wait_seconds = request.config.wait_seconds
-        resources.wait_for(plan.per_worker, "the first worker", wait_seconds, console.say)
-    # Ray says how much is free, but not on which nodes: take all for one node.
-    free = ClusterResources((ray.available_resources(),)).workers_that_fit(plan.per_worker)
-    rows = []
-    for number, task in enumerate(tasks):
-        rows.append({"task": number, "parts": [part._asdict() for part in task]})
-    # Not `from_arrow`: its tasks, which reserve a CPU each, would look at the tables first.
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    options = dataset.context
-    options.enable_progress_bars = options.print_on_execution_start = False
-    options.raise_original_map_exception = True  # `score` looks at its type
-    options.target_max_block_size = 1  # with small blocks each answer comes at once
-    options.execution_no_progress_timeout_s = _SILENT_SECONDS
-    dataset = dataset.map_batches(
-        ScoreParts,
-        fn_constructor_args=(replace(request, files=[]), "cuda" if plan.use_gpu else "cpu"),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1,
-            max_size=plan.most,
-            initial_size=max(1, min(plan.most, free)),
-            max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits
-        ),
-        num_cpus=plan.per_worker.get("CPU", 0),
-        num_gpus=plan.per_worker.get("GPU", 0),
-        # Ray Data limits neither restarts nor retries. A worker that dies at each start must end
-        # the job; a task uses up any number of retries in the second before Ray knows that its node
-        # is gone. Ray prints that arguments of a restarted actor may be lost: this process owns
-        # them until the end.
-        max_restarts=10,
-        max_task_retries=-1,
-    )
-    dataset.set_name("score-files")
-    # No prefetch: each answer would wait for the one after it, which a task that dies never gives.
-    blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    silent = "they are being started or replaced, or wait for data"
-    with (
-        ended_without_head(console.say, _how_to_go_on(request.config)),
-        console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"),
-    ):
-        try:
-            for block in blocks:
-                for row in block.to_pylist():
-                    yield Answer(**row)
-            return
-        except ray.data.exceptions.ExecutionTimeoutError as error:
-            raise TryAgainError(resources.shortage(plan.needed, _SILENT_SECONDS)) from error
-
-
 def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreResult:
     started = time.monotonic()
     predictions = request.output / PREDICTIONS
@@ -165,8 +106,8 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
             unusable, scoring_seconds = _score_parts(request, plan, todo, console)
             failures |= unusable
             if unusable:
-                # Some parts of such a file may be there. Only those as planned are deleted: others
-                # are of a later run, which has listed the file as it is now.
+                # Its parts that are `done`, so as planned, are deleted. Those of another version of
+                # the file stay: a later run has put them, and `check_complete` ends this one.
                 useless = {name for name, part in planned.items() if part.input in unusable}
                 done = _read_again(request, planned, console).done
                 predictions.delete_files(list(useless & done))
@@ -247,6 +188,65 @@ def _score_parts(
             f"{_how_to_go_on(request.config)}"
         ) from error
     return unusable, seconds
+
+
+def score_on_ray(
+    request: ScoreRequest, plan: WorkerPlan, tasks: Sequence[Sequence[Part]], console: Console
+) -> Iterator[Answer]:
+    """Score tasks with actors of Ray Data; their answers come at once, in any order.
+
+    TryAgainError: the cluster does not give a worker within `--wait-seconds`, or no worker answers.
+    """
+    if not started_cluster():
+        wait_seconds = request.config.wait_seconds
+        resources.wait_for(plan.per_worker, "the first worker", wait_seconds, console.say)
+    # Ray says how much is free, but not on which nodes: take all for one node.
+    free = ClusterResources((ray.available_resources(),)).workers_that_fit(plan.per_worker)
+    rows = []
+    for number, task in enumerate(tasks):
+        rows.append({"task": number, "parts": [part._asdict() for part in task]})
+    # Not `from_arrow`: its tasks, which reserve a CPU each, would look at the tables first.
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    options = dataset.context
+    options.enable_progress_bars = options.print_on_execution_start = False
+    options.raise_original_map_exception = True  # `score` looks at its type
+    options.target_max_block_size = 1  # with small blocks each answer comes at once
+    options.execution_no_progress_timeout_s = _SILENT_SECONDS
+    dataset = dataset.map_batches(
+        ScoreParts,
+        fn_constructor_args=(replace(request, files=[]), "cuda" if plan.use_gpu else "cpu"),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=plan.most,
+            initial_size=max(1, min(plan.most, free)),
+            max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits
+        ),
+        num_cpus=plan.per_worker.get("CPU", 0),
+        num_gpus=plan.per_worker.get("GPU", 0),
+        # Ray Data limits neither restarts nor retries. A worker that dies at each start must end
+        # the job; a task uses up any number of retries in the second before Ray knows that its node
+        # is gone. Ray prints that arguments of a restarted actor may be lost: this process owns
+        # them until the end.
+        max_restarts=10,
+        max_task_retries=-1,
+    )
+    dataset.set_name("score-files")
+    # No prefetch: each answer would wait for the one after it, which a task that dies never gives.
+    blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    silent = "they are being started or replaced, or wait for data"
+    with (
+        ended_without_head(console.say, _how_to_go_on(request.config)),
+        console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"),
+    ):
+        try:
+            for block in blocks:
+                for row in block.to_pylist():
+                    yield Answer(**row)
+            return
+        except ray.data.exceptions.ExecutionTimeoutError as error:
+            raise TryAgainError(resources.shortage(plan.needed, _SILENT_SECONDS)) from error
 
 
 def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, has_gpu: bool) -> WorkerPlan:

@@ -161,7 +161,12 @@ class Location:
                 paths = _walk(self.path, enter) if Path(self.path).is_dir() else ()
                 return sorted(self.at(path).file_entry() or Entry(path) for path in paths)
             entries = self._objects()
-            folders = {self.path, *(entry.path.rpartition("/")[0] for entry in entries)}
+            folders = {self.path, ""}
+            for entry in entries:
+                folder = entry.path.rpartition("/")[0]
+                while folder not in folders:
+                    folders.add(folder)
+                    folder = folder.rpartition("/")[0]
             # An empty object with the name of a folder only marks it: consoles make those.
             return sorted(entry for entry in entries if entry.size or entry.path not in folders)
 

@@ -49,13 +49,14 @@ def errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
 def is_worth_a_try(error: ray.train.TrainingFailedError) -> bool:
     """Whether Ray Train gave up on a failure that it does not count against `max_failures`.
 
-    A worker has died while its group started. Or it died a moment later, which reaches us as the
-    error of an actor or of a task. Or Arrow could not write the list of checkpoints, after 6 s.
+    A worker has died a moment after the start of its group, which reaches us as the error of an
+    actor or of a task. Or Arrow could not write the list of checkpoints, after 6 s. Or a worker has
+    died while its group started.
     """
     cause = getattr(error, "controller_failure", None)
     if isinstance(cause, ray.exceptions.RayError) or type(cause) is OSError:  # as Arrow's are
         return True
-    return _FAILED_START in str(error)
+    return _FAILED_START in str(cause)  # not of `error`, which may quote a worker's own words
 
 
 @contextmanager

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-import ray
-import ray.data.exceptions
 import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
@@ -111,7 +109,7 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             if stored:
                 _check_same_data(request)
             has_model = (request.folder / "model" / WEIGHTS_FILE).exists()
-            if stored.get("status") == "finished" and has_model:  # cron resumes it each time
+            if stored.get("status") == "finished" and has_model:  # else it is made again
                 console.say("the run is finished")
                 return TrainResult(**stored["metrics"])
             start = find_start(request, console)
@@ -236,7 +234,7 @@ def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
         # more of each run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         # Some clouds give only 30 s of notice before they take a node away. The process that asks
-        # takes a second to start.
+        # takes a second to start, and a cluster of this job alone loses no node.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": joined,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     }

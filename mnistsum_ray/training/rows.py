@@ -117,8 +117,8 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
         if len(ids):
             rows.datasets[split] = _dataset(decoded[read_from], key_range, rows_of_block)
     _check_splits(source, rows)
-    # Files may be sorted by digit: then neither a rank nor the buffer in which it shuffles gets one
-    # digit alone.
+    # Files may be sorted by digit. In a random order of blocks neither a rank nor the buffer in
+    # which it shuffles gets one digit alone.
     train = rows.datasets["train"].randomize_block_order(seed=seed)
     rows.datasets["train"] = train.materialize()
     return rows
@@ -242,14 +242,15 @@ def _key_ranges(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyR
     for source_split, index in indexes.items():
         good = index.filter(index["reason"].is_null())
         keys = np.sort(split_keys(good["row_id"].to_numpy()))
-        rows_of_held_out = held_out_rows(len(keys)) if source_split == "train" else 0  # of each
         held_out = {}
-        # The smallest keys are those of the first split, the next ones of the second.
-        for split in source.held_out_splits if rows_of_held_out else []:
-            held_out[split] = _range_of(source_split, keys[:rows_of_held_out], source.max_rows)
-            keys = keys[rows_of_held_out:]
+        count = held_out_rows(len(keys))  # for each split that no file is named for
+        if source_split == "train" and count:
+            # The smallest keys are those of the first of these splits, the next ones of the second.
+            for split in source.held_out_splits:
+                held_out[split] = _range_of(source_split, keys[:count], source.max_rows)
+                keys = keys[count:]
         ranges[source_split] = _range_of(source_split, keys, source.max_rows)
-        ranges |= held_out
+        ranges |= held_out  # after train, as the console names them
     return ranges
 
 

@@ -186,6 +186,9 @@ def test_a_store_is_listed_as_a_disk_and_a_table_of_delta_lake_is_refused_in_bot
             for glob in ("table", "table/*.parquet", "**/*.parquet"):
                 with pytest.raises(RequestError, match=said):
                     list_inputs([(place / glob).display])
+        for key, data in (("d.parquet", b""), ("d.parquet/day=1/p.parquet", b"x")):
+            (place / "marked" / key).write(data)  # the first only marks a folder
+        assert [*list_inputs([(place / "marked").display]).files] == ["d.parquet/day=1/p.parquet"]
 
 
 def test_an_odd_key_is_left_out_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

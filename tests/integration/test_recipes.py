@@ -73,8 +73,23 @@ def test_plain_pytorch_as_in_the_document(folder: Path, monkeypatch: pytest.Monk
     assert names["sum_logits"].shape == (3, 19)
 
 
-def test_a_task_of_ones_own_counts_each_row(folder: Path) -> None:
-    assert run_recipe(folder, "own_task").endswith("each epoch had all 1001 rows\n")
+def test_a_task_of_ones_own_counts_each_row(tmp_path: Path) -> None:
+    assert "with all 1001 rows in each epoch" in run_recipe(tmp_path, "own_task")
+
+
+@pytest.mark.nightly
+def test_a_task_of_ones_own_learns_the_same_when_it_is_killed(tmp_path: Path) -> None:
+    for name in ("calm", "killed"):
+        (tmp_path / name).mkdir()
+    killed = Job("recipes/own_task", cwd=tmp_path / "killed")
+    checkpoints = tmp_path / "killed" / "runs" / "own_task"
+    killed.wait_until(lambda: len([*checkpoints.glob("checkpoint_*/state.pt")]) > 2)
+    killed.kill()
+    results = [
+        run_recipe(tmp_path / name, "own_task").splitlines()[-1] for name in ("calm", "killed")
+    ]
+    assert results[0] == results[1]
+    assert results[0].startswith("2 and 1 are learnt as ")
 
 
 @pytest.mark.nightly
