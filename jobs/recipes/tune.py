@@ -16,7 +16,7 @@ from mnistsum_ray import TrainConfig, fit
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", default="sample", help="a name, or an absolute path or URI")
 parser.add_argument("--epochs", type=int, default=3)
-parser.add_argument("--at-once", type=int, default=1, help="trials, of a CPU each")
+parser.add_argument("--at-once", type=int, default=1, help="trials, of a CPU or a GPU each")
 args = parser.parse_args()
 storage = str(Path("tuned").resolve())
 
