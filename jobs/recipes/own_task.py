@@ -2,8 +2,9 @@
 
 python jobs/recipes/own_task.py     (kill it with kill -9, and give the same command again)
 
-Each row is trained on once an epoch, and counted, on any number of workers. What was killed goes on
-from its newest checkpoint. This imports nothing of the project, which adds all that else can fail.
+Each row is trained on once an epoch, and counted, on any number of workers. A run that was killed
+goes on from its newest checkpoint, with as many workers as before; to train anew, delete its folder
+runs/own_task. This imports nothing of the project, which handles what else can fail.
 """
 
 import tempfile
