@@ -169,7 +169,7 @@ def draw_training(drawing: Drawing, top: float) -> None:
         *("worker", 560, rows, 196, BOX_HEIGHT),
         "training workers",
         "iter_torch_batches",
-        "pair with numbers, distort",
+        "the task's augment",
         "forward, backward, DDP",
         "evaluate, checkpoint",
         copies=3,
@@ -220,7 +220,7 @@ def draw_scoring(drawing: Drawing, top: float) -> None:
     drawing.box(
         *("worker", 382, rows, 374, BOX_HEIGHT),
         "actors: map_batches(ScoreParts)",
-        "read a part and decode it, each bad row with a reason",
+        "read a part and decode it; rejected rows have a reason",
         "predict in batches of one shape",
         "append the predictions to the columns of the input",
         "put the file whole, and only if there is none",

@@ -2,11 +2,12 @@
 
 python jobs/benchmark.py train
 python jobs/benchmark.py score --rows 400000
+python jobs/benchmark.py train --task jobs/examples/shapes.py:Shapes     (without `original`)
 
 original  the way of the original: one row at a time through a DataLoader, float32, Adam
-bare      this project's network and step on rows in memory, without Ray
-guide     Ray's guides for Ray Train with Ray Data, and for batch inference, with this project's
-          network and step, and with the CPUs and threads that they need here
+bare      the task's network and this project's step on rows in memory, without Ray
+guide     Ray's guides for Ray Train with Ray Data, and for batch inference, with the same network
+          and step, and with the CPUs and threads that they need here
 tuned     the same with one more call of Ray Data: `materialize` before the training, so that rows
           are decoded once, or `repartition` before the scoring, so that all actors have rows
 project   `fit` or `score`
@@ -19,28 +20,31 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from random import randrange
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import ray.train.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from mnistsum_ray import ScoreConfig, TrainConfig, fit, load_model, save_model, score
-from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.data.randomness import distortions
-from mnistsum_ray.model import network
+from mnistsum_ray import Draws, ScoreConfig, Task, TrainConfig, fit, load_model, save_model, score
+from mnistsum_ray.cluster.connection import send_by_value
+from mnistsum_ray.data.columns import Arrays, Column, decode_columns
+from mnistsum_ray.mnist.pairs import ExportPairsConfig, export_pairs
 from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
-from mnistsum_ray.model.inference import Predictor
-from mnistsum_ray.model.optimizer import MuonAdamW
-from mnistsum_ray.pairs import export_pairs
+from mnistsum_ray.model.inference import Predictor, append_predictions
+from mnistsum_ray.task import BUILT_IN, Batch
+from mnistsum_ray.task_loader import load_task
+from mnistsum_ray.training.trainer import Objective
 
 EPOCHS = 3
 BATCH = 256
@@ -50,19 +54,19 @@ SCORED_BATCH = 2048 if CUDA else 1024  # Ray Data's default; on a GPU the rows o
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
-def random_rows(count: int) -> tuple[Tensor, Tensor]:
-    """Images uint8[n, 28, 28] and digits int64[n]: the speed depends on no values."""
-    rows = min(count, 10_000)
-    images = torch.randint(0, 256, (rows, 28, 28), dtype=torch.uint8)
-    return images, torch.randint(0, 10, (rows,))
+def random_rows(task: Task, count: int) -> Arrays:
+    """Inputs and labels of so many rows, 10,000 at most: the speed depends on no values."""
+    generator, rows = np.random.default_rng(0), min(count, 10_000)
+    columns = {**task.inputs, **task.labels}
+    return {key: column.random(rows, generator) for key, column in columns.items()}
 
 
-def decode(images: Iterable[bytes]) -> np.ndarray:
-    return np.frombuffer(bytearray(b"".join(images)), np.uint8).reshape(-1, 28, 28)
+def decode(columns: Mapping[str, Column], table: pa.Table) -> Arrays:
+    return decode_columns(columns, table, {key: key for key in columns})[0]
 
 
-def timed(epochs: Iterable[Iterable[Any]], step: Callable[..., object]) -> float:
-    """Take a step for each batch; return the rows per second without the first epoch."""
+def timed(epochs: Iterable[Iterable[Any]], step: Callable[[Any], object]) -> float:
+    """Take a step for each batch, a dict; return the rows per second without the first epoch."""
     rows, started = 0, 0.0
     for epoch, batches in enumerate(epochs):
         if epoch == 1:
@@ -70,117 +74,123 @@ def timed(epochs: Iterable[Iterable[Any]], step: Callable[..., object]) -> float
                 torch.cuda.synchronize()
             rows, started = 0, time.perf_counter()
         for batch in batches:
-            step(*batch)
-            rows += len(batch[0])
+            step(batch)
+            rows += len(next(iter(batch.values())))
     if CUDA:
         torch.cuda.synchronize()
     return rows / (time.perf_counter() - started)
 
 
-def project_step() -> Callable[[Tensor, Tensor], None]:
-    """A step as in `fit`, on images uint8[n, 28, 28] and digits int64[n] on the device."""
+def project_step(task: Task) -> Callable[[Batch], None]:
+    """A step as in `fit`, on a batch of inputs and labels on the device."""
     tune_malloc()
-    matrices = torch.from_numpy(distortions(0, 0, np.arange(BATCH), 0.5)).to(DEVICE)
-    bf16 = faster_with_bf16(DEVICE)
-    model = network.make_network().to(DEVICE)
-    objective = network.Objective(model, 0.0, bf16=bf16)
-    optimizer = MuonAdamW(model, 0.01, bf16=bf16)
-    optimizer.set_learning_rate(0.01)
+    augmented = task.augment(random_rows(task, BATCH), Draws(0, 0, np.arange(BATCH)))
+    drawn = {key: torch.tensor(values, device=DEVICE) for key, values in augmented.items()}
+    drawn["row_id"] = torch.arange(BATCH, device=DEVICE)
+    bf16 = task.bf16 and faster_with_bf16(DEVICE)
+    network = task.network().to(DEVICE)
+    objective = Objective(task, network, bf16=bf16)
+    optimizer = task.optimizer(network, 0.01, bf16=bf16)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group.get("factor", 1.0)
 
-    def step(pixels: Tensor, digits: Tensor) -> None:
+    def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        numbers = torch.randint(0, 10, digits.shape, device=DEVICE)
-        images = network.distort(network.prepare_images(pixels), matrices[: len(digits)])
-        loss, _ = objective(images, numbers, digits, None)
-        torch.autograd.backward(loss / BATCH)
+        rows = len(next(iter(batch.values())))
+        whole = {key: values[:rows] for key, values in drawn.items()} | batch
+        torch.autograd.backward(objective(whole, rows) / BATCH)
         optimizer.step()
 
     return step
 
 
-def original(what: str, folder: str, rows: int) -> float:
+def original(task: Task, what: str, folder: str, rows: int) -> float:
     """A row is made when it is read, with a random number."""
     is_training = what == "train"
-    model = network.TwoHeadCNN().to(DEVICE)
+    model = task.network().to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters())
 
-    def collate(rows: Any) -> Any:
-        return default_collate([(image[None] / 255, randrange(10), digit) for image, digit in rows])
+    def collate(rows: Any) -> Batch:
+        made = [{"image": row[0], "number": randrange(10), "digit": row[1]} for row in rows]
+        return dict(default_collate(made))
 
-    def step(*batch: Tensor) -> None:
-        images, numbers, digits = (values.to(DEVICE) for values in batch)
-        digit_logits, sum_logits = model(images, numbers)
+    def step(batch: Batch) -> None:
+        batch = {key: values.to(DEVICE) for key, values in batch.items()}
+        digit_logits, sum_logits = model(batch)
         if not is_training:
             digit_logits.argmax(1).cpu(), sum_logits.argmax(1).cpu()
             return
         optimizer.zero_grad()
-        loss = F.cross_entropy(digit_logits, digits) + F.cross_entropy(sum_logits, digits + numbers)
+        digits, sums = batch["digit"], batch["digit"] + batch["number"]
+        loss = F.cross_entropy(digit_logits, digits) + F.cross_entropy(sum_logits, sums)
         torch.autograd.backward(loss / 2)
         optimizer.step()
 
-    pairs: Any = list(zip(*random_rows(rows), strict=True))
+    columns = random_rows(task, rows)
+    pairs: Any = list(zip(columns["image"], columns["digit"], strict=True))
     batches = DataLoader(pairs, BATCH, shuffle=True, collate_fn=collate)
     with torch.set_grad_enabled(is_training):
         return timed([batches] * EPOCHS, step)
 
 
-def bare(what: str, folder: str, rows: int) -> float:
+def bare(task: Task, what: str, folder: str, rows: int) -> float:
     size = BATCH if what == "train" else SCORED_BATCH
-    images, digits = (torch.split(column.to(DEVICE), size) for column in random_rows(rows))
-    batches = list(zip(images, digits, strict=True))
+    columns = random_rows(task, rows)
+    starts = range(0, len(next(iter(columns.values()))), size)
+    arrays = [{key: c[start : start + size] for key, c in columns.items()} for start in starts]
     if what == "train":
-        return timed([batches] * EPOCHS, project_step())
-    predictor = Scorer(folder).predictor
+        read, put = task.training_columns, partial(torch.tensor, device=DEVICE)
+        batches = [{key: put(batch[key]) for key in read} for batch in arrays]
+        return timed([batches] * EPOCHS, project_step(task))
+    predictor = Scorer(task, folder).predictor
     torch.set_num_threads(CORES)  # the predictor has set one, since there is one for each core
-    arrays = [(images.cpu().numpy(), digits.cpu().numpy()) for images, digits in batches]
     return timed([arrays] * EPOCHS, predictor.predict)
 
 
 class Scorer:
     """The project's predictor of a batch; the actor of the guide."""
 
-    def __init__(self, folder: str) -> None:
-        weights = load_model(f"{folder}/model").state_dict()
+    def __init__(self, task: Task, folder: str) -> None:
+        weights = load_model(f"{folder}/model", type(task)).state_dict()
         precision = "bf16" if faster_with_bf16(DEVICE) else "fp32"
-        self.predictor = Predictor(weights, DEVICE, precision, None)
+        self.predictor = Predictor(task, weights, DEVICE, precision, None)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        numbers = batch["number"].astype(np.int64)
-        found = self.predictor.predict(decode(batch["image"]), numbers)
-        return {"row_id": batch["row_id"], "number": numbers, **found}
+    def __call__(self, table: pa.Table) -> pa.Table:
+        task = self.predictor.task
+        found = self.predictor.predict(decode(task.inputs, table))
+        wide = [key for key, column in task.inputs.items() if column.shape]
+        return append_predictions(task, table.drop_columns(wide), found, {})
 
 
-def guide(what: str, folder: str, rows: int, *, is_tuned: bool = False) -> float | None:
+def guide(task: Task, what: str, folder: str, rows: int, *, is_tuned: bool = False) -> float | None:
     # Tasks that read and write need CPUs beside workers on all cores: else they wait for ever.
     ray.init(address="local", num_cpus=CORES + 3, log_to_driver=False)
+    send_by_value(type(task))
     dataset = ray.data.read_parquet(f"{folder}/rows")  # noqa: TID251 - it is what is measured
     if what == "train":
-        return train_by_guide(folder, dataset, is_tuned)
+        return train_by_guide(task, folder, dataset, is_tuned)
     if is_tuned:  # else Ray Data makes two blocks of 200,000 rows, of which one has most
         dataset = dataset.repartition(target_num_rows_per_block=4 * SCORED_BATCH)
     pool = ray.data.ActorPoolStrategy(size=1 if CUDA else CORES)
-    options = {"fn_constructor_args": [folder], "compute": pool, "num_gpus": int(CUDA)}
-    scored = dataset.map_batches(Scorer, batch_size=SCORED_BATCH, **options)
-    scored.write_parquet(f"{folder}/{is_tuned}")
+    options = {"fn_constructor_args": [task, folder], "compute": pool, "num_gpus": int(CUDA)}
+    options |= {"batch_size": SCORED_BATCH, "batch_format": "pyarrow"}
+    dataset.map_batches(Scorer, **options).write_parquet(f"{folder}/{is_tuned}")
     return None
 
 
-def tuned(what: str, folder: str, rows: int) -> float | None:
-    return guide(what, folder, rows, is_tuned=True)
+def tuned(task: Task, what: str, folder: str, rows: int) -> float | None:
+    return guide(task, what, folder, rows, is_tuned=True)
 
 
-def train_by_guide(folder: str, dataset: ray.data.Dataset, is_tuned: bool) -> float:
+def train_by_guide(task: Task, folder: str, dataset: ray.data.Dataset, is_tuned: bool) -> float:
     def worker() -> float:
         torch.set_num_threads(CORES)  # Ray sets one, with which two cores train half as fast
         shard = ray.train.get_dataset_shard("train")
         batches = shard.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=16 * BATCH)
-        epochs = (map(itemgetter("image", "digit"), batches) for _ in range(EPOCHS))
-        return timed(epochs, project_step())
+        return timed((batches for _ in range(EPOCHS)), project_step(task))
 
-    def prepared(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"image": decode(batch["image"]), "digit": batch["digit"].astype(np.int64)}
-
-    prepared_rows = dataset.map_batches(prepared)
+    prepare = partial(decode, task.training_columns)
+    prepared_rows = dataset.map_batches(prepare, batch_format="pyarrow")
     trainer = ray.train.torch.TorchTrainer(
         worker,
         scaling_config=ray.train.ScalingConfig(use_gpu=CUDA),
@@ -190,32 +200,45 @@ def train_by_guide(folder: str, dataset: ray.data.Dataset, is_tuned: bool) -> fl
     return float(trainer.fit().return_value)
 
 
-def project(what: str, folder: str, rows: int) -> float | None:
+def project(task: Task, what: str, folder: str, rows: int) -> float | None:
     source, output = f"{folder}/rows", f"{folder}/out"
     if what == "train":
-        settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": BATCH, "distortion": 0.5}
-        config = TrainConfig(data=source, storage_path=output, num_workers=1, **settings)
+        settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": BATCH, "num_workers": 1}
+        config = TrainConfig(task=type(task), data=source, storage_path=output, **settings)
         return fit(config).images_per_second
-    score(ScoreConfig(model=f"{folder}/model", input=(source,), output=output))
+    score(ScoreConfig(task=type(task), model=f"{folder}/model", input=source, output=output))
     return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="See the top of this file.")
     parser.add_argument("what", choices=["train", "score"])
+    parser.add_argument("--task", default=BUILT_IN, help="file.py:Class or module:Class")
     parser.add_argument("--rows", type=int, help="to train with or to score (20000, 400000)")
     args = parser.parse_args()
     rows = args.rows or {"train": 20_000, "score": 400_000}[args.what]
     os.environ["RAY_ADDRESS"] = "local"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every way has one GPU
+    kind = load_task(args.task)
+    defaults, settings = kind().defaults(rows), kind.Settings.model_fields
+    task = kind(kind.Settings(**{key: defaults[key] for key in settings if key in defaults}))
+    measures: list[Any] = [bare, guide, tuned, project]
     ways = {}
     with TemporaryDirectory() as folder:
-        pairs = ExportPairsConfig(data="sample", rows=rows, output=f"{folder}/rows")
-        export_pairs(pairs, print)
-        save_model(network.make_network(), f"{folder}/model")  # the speed depends on no weights
-        for measure in (original, bare, guide, tuned, project):
+        if args.task == BUILT_IN:
+            measures.insert(0, original)
+            pairs = ExportPairsConfig(data="sample", rows=rows, output=f"{folder}/rows")
+            export_pairs(pairs, print)
+        else:
+            columns, arrays = {**task.inputs, **task.labels}, random_rows(task, rows)
+            table = pa.table({key: columns[key].to_arrow(arrays[key]) for key in columns})
+            Path(folder, "rows").mkdir()
+            repeated = table.take(pa.array(np.arange(rows) % len(table)))
+            pq.write_table(repeated, f"{folder}/rows/all.parquet")
+        save_model(task.network(), f"{folder}/model", task)  # the speed depends on no weights
+        for measure in measures:
             started = time.perf_counter()
-            rate = measure(args.what, folder, rows)  # None: all seconds count
+            rate = measure(task, args.what, folder, rows)  # None: all seconds count
             way = measure.__name__
             ways[way] = rate or rows / (time.perf_counter() - started)
             ray.shutdown()

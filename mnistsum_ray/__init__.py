@@ -1,4 +1,7 @@
-"""Train a two-head MNIST network on Ray and score Parquet files with it; every row is counted.
+"""Train a network on Ray and score Parquet files with it; every row is counted.
+
+What is learnt is a task. The built-in one is a two-head network for MNIST; write a `Task` for rows
+of your own, of columns `Images`, `Photos`, `Whole` and `Floats`, and give it as `task=Shapes`.
 
 The Python API does what the jobs do from a shell:
 
@@ -24,33 +27,50 @@ __version__: Final = "0.1.0"
 if TYPE_CHECKING:
     from mnistsum_ray.api import fit as fit
     from mnistsum_ray.api import load_model as load_model
-    from mnistsum_ray.api import predict as predict
     from mnistsum_ray.api import predict_rows as predict_rows
     from mnistsum_ray.api import save_model as save_model
     from mnistsum_ray.api import score as score
     from mnistsum_ray.cli import parse as parse
     from mnistsum_ray.config import ScoreConfig as ScoreConfig
     from mnistsum_ray.config import TrainConfig as TrainConfig
-    from mnistsum_ray.data.images import prepare_picture as prepare_picture
+    from mnistsum_ray.data.columns import Column as Column
+    from mnistsum_ray.data.columns import Floats as Floats
+    from mnistsum_ray.data.columns import Whole as Whole
+    from mnistsum_ray.data.images import Images as Images
+    from mnistsum_ray.data.images import Photos as Photos
+    from mnistsum_ray.data.randomness import Draws as Draws
     from mnistsum_ray.errors import RequestError as RequestError
     from mnistsum_ray.errors import RowCountError as RowCountError
     from mnistsum_ray.errors import RunError as RunError
     from mnistsum_ray.errors import RunInterrupted as RunInterrupted
+    from mnistsum_ray.errors import TaskError as TaskError
     from mnistsum_ray.errors import TryAgainError as TryAgainError
-    from mnistsum_ray.model.network import TwoHeadCNN as TwoHeadCNN
-    from mnistsum_ray.model.network import prepare_images as prepare_images
-    from mnistsum_ray.reporting.results import PicturePrediction as PicturePrediction
+    from mnistsum_ray.mnist.network import TwoHeadCNN as TwoHeadCNN
+    from mnistsum_ray.mnist.network import prepare_images as prepare_images
+    from mnistsum_ray.mnist.picture import PicturePrediction as PicturePrediction
+    from mnistsum_ray.mnist.picture import predict as predict
+    from mnistsum_ray.mnist.picture import prepare_picture as prepare_picture
+    from mnistsum_ray.mnist.task import MnistSum as MnistSum
     from mnistsum_ray.reporting.results import ScoreResult as ScoreResult
     from mnistsum_ray.reporting.results import TrainResult as TrainResult
+    from mnistsum_ray.task import Findings as Findings
+    from mnistsum_ray.task import NamedData as NamedData
+    from mnistsum_ray.task import Settings as Settings
+    from mnistsum_ray.task import Task as Task
 
 _NAMES: Final = {
-    "api": "fit load_model predict predict_rows save_model score",
+    "api": "fit load_model predict_rows save_model score",
     "cli": "parse",
     "config": "ScoreConfig TrainConfig",
-    "data.images": "prepare_picture",
-    "errors": "RequestError RowCountError RunError RunInterrupted TryAgainError",
-    "model.network": "TwoHeadCNN prepare_images",
-    "reporting.results": "PicturePrediction ScoreResult TrainResult",
+    "data.columns": "Column Floats Whole",
+    "data.images": "Images Photos",
+    "data.randomness": "Draws",
+    "errors": "RequestError RowCountError RunError RunInterrupted TaskError TryAgainError",
+    "mnist.network": "TwoHeadCNN prepare_images",
+    "mnist.picture": "PicturePrediction predict prepare_picture",
+    "mnist.task": "MnistSum",
+    "reporting.results": "ScoreResult TrainResult",
+    "task": "Findings NamedData Settings Task",
 }
 """Exported names by module."""
 

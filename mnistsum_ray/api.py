@@ -10,35 +10,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-import numpy as np
 import pyarrow as pa
 
-from mnistsum_ray.cluster.connection import connect, head_answers
+from mnistsum_ray.cluster.connection import connect, head_answers, send_by_value
 from mnistsum_ray.config import ScoreConfig, TrainConfig
-from mnistsum_ray.data.images import (
-    Picture,
-    decode_images,
-    decode_numbers,
-    image_type_error,
-    join_reasons,
-    number_type_error,
-    prepare_picture,
-)
-from mnistsum_ray.data.randomness import NUMBERS
+from mnistsum_ray.data.columns import decode_columns, name_in_file
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError, one_line, shortened
-from mnistsum_ray.model.heads import HEADS, clashing_column
 from mnistsum_ray.reporting.console import Console, Progress
-from mnistsum_ray.reporting.results import SURE, PicturePrediction, ScoreResult, TrainResult
+from mnistsum_ray.reporting.results import ScoreResult, TrainResult
 from mnistsum_ray.storage.uri import as_request_error, empty_output, locate_existing
+from mnistsum_ray.task import BUILT_IN, Task
+from mnistsum_ray.task_loader import code_of, load_task
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import
     from ray.data import Dataset
     from ray.train import UserCallback
+    from torch import nn
 
-    from mnistsum_ray.model.network import TwoHeadCNN
+    from mnistsum_ray.model.folder import LoadedModel
 
-Model: TypeAlias = "TwoHeadCNN | str | Path"
-"""A model of `load_model`, or what that takes."""
+TaskName: TypeAlias = type[Task] | str
+"""A class of Task, or its name: `file.py:Class` or `module:Class`."""
 
 
 def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainResult:
@@ -63,9 +55,10 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     with Console() as console:
         start_progress = partial(Progress, console.progress)  # takes what is counted, and its total
         request = check_request(config, start_progress)
-        if request.source.notice:
-            console.say(request.source.notice)
-        with _on_cluster(console, str(request.config.name)):
+        for notice in (request.source.notice, request.notice):
+            if notice:
+                console.say(notice)
+        with _on_cluster(console, str(request.config.name), config.task_class):
             from mnistsum_ray.training.job import train
 
             return train(request, console, callbacks)
@@ -80,20 +73,21 @@ def score(config: ScoreConfig) -> ScoreResult:
 
     with Console() as console:
         request = check_request(config, console)
-        with _on_cluster(console, Path(request.output.path).name):
+        with _on_cluster(console, Path(request.output.path).name, config.task_class):
             from mnistsum_ray.scoring import job
 
             return job.score(request, console)
 
 
 @contextmanager
-def _on_cluster(console: Console, run: str) -> Iterator[None]:
+def _on_cluster(console: Console, run: str, task: type[Task]) -> Iterator[None]:
     """Join a cluster or start one; if its head is gone, a RunError becomes a TryAgainError.
 
     Ray's warnings are hidden: they advise what the user of a job cannot do, or repeat its console.
     """
     console.run = run
     console.say(connect())
+    send_by_value(task)
     import_module("ray.data")  # now, since its import sets the level of its logger
     loggers = [logging.getLogger("ray"), logging.getLogger("ray.data")]
     levels = [logger.level for logger in loggers]
@@ -114,35 +108,40 @@ def _on_cluster(console: Console, run: str) -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def load_model(model: str | Path) -> "TwoHeadCNN":
+def load_model(model: str | Path, task: TaskName = BUILT_IN) -> "nn.Module":
     """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI).
 
-    The network is in evaluation mode, on the CPU. It takes float32[n, 1, 28, 28] of
-    `model.network.prepare_images` and numbers int64[n], and returns the logits of the
-    digits [n, 10] and of the sums [n, 19].
+    The network is in evaluation mode, on the CPU. It takes a batch of its task: a dict of tensors
+    by the names of `inputs`.
 
     Raises:
-        RequestError: there is no such model, it is damaged, or it is of another network.
+        RequestError: there is no such model, it is damaged, or it is of another task.
         TryAgainError: the storage does not answer.
     """
+    return _load(model, load_task(task)).network
+
+
+def _load(model: str | Path, task: type[Task]) -> "LoadedModel":
     from mnistsum_ray.model.folder import load_model as load_folder
 
-    return load_folder(locate_existing(str(model), "model"))[0]
+    return load_folder(locate_existing(str(model), "model"), task)
 
 
-def save_model(model: "TwoHeadCNN", folder: str | Path) -> None:
+def save_model(model: "nn.Module", folder: str | Path, task: TaskName | Task = BUILT_IN) -> None:
     """Write a network as a model folder, which `load_model`, scoring and `--init-from` take.
 
+    A task whose network depends on its settings must be given with them: `Shapes(settings)`.
+
     Raises:
-        RequestError: the folder cannot be written, or is not empty; or the model is of another
-            network, and could not be loaded again.
+        RequestError: the folder cannot be written, or is not empty; or the model is another
+            network than that of the task, and could not be loaded again.
         TryAgainError: the storage does not answer.
     """
     from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
-    from mnistsum_ray.model.network import make_network
 
     output = empty_output(str(folder), "folder")
-    copy = make_network()
+    made = task if isinstance(task, Task) else load_task(task)()
+    copy = made.network()
     try:
         copy.load_state_dict(model.state_dict())
     except RuntimeError as error:
@@ -152,105 +151,92 @@ def save_model(model: "TwoHeadCNN", folder: str | Path) -> None:
         ) from None
     weights = copy_weights(copy)
     with as_request_error("folder"):
-        write_model(output, weights, describe_model(weights, epoch=0, metrics={}))
-
-
-def predict(model: Model, picture: Picture, number: int) -> PicturePrediction:
-    """Predict the digit of a picture, and digit + number, in this process.
-
-    `prepare_picture` makes of the picture what the network was trained on.
-
-    Raises:
-        RequestError: no such picture or model, nothing is drawn on the picture, or the number is
-            out of range.
-        TryAgainError: the storage does not answer.
-        RunError: the model's logits are not finite.
-    """
-    if number not in range(NUMBERS):
-        raise RequestError(f"the number is {number}, not one of 0..{NUMBERS - 1}")
-    pixels = prepare_picture(picture)  # before the import of PyTorch: a refusal comes at once
-    network = _loaded(model)
-
-    from mnistsum_ray.model.inference import predict_pairs
-
-    found = predict_pairs(network, pixels[None], np.array([number]), batch_size=1)
-    answers: dict[str, Any] = {"number": int(number)}
-    for head in HEADS:
-        answers[head.name] = found[f"pred_{head.name}"][0].item()
-        answers[f"{head.name}_prob"] = found[f"{head.name}_prob"][0].item()
-    answers["consistent"] = answers["sum"] == answers["digit"] + number
-    return PicturePrediction(**answers, unsure=answers["digit_prob"] < SURE)
+        write_model(output, weights, describe_model(made, weights, code_of(type(made)), epoch=0))
 
 
 @overload
 def predict_rows(
-    model: Model,
+    model: "nn.Module | str | Path",
     rows: "Dataset",
-    image_column: str = ...,
-    number_column: str = ...,
+    task: TaskName | Task = ...,
     *,
     probabilities: bool = ...,
+    **columns: str,
 ) -> "Dataset": ...
 @overload
 def predict_rows(  # type: ignore[overload-cannot-match]  # mypy here knows no Ray
-    model: Model,
+    model: "nn.Module | str | Path",
     rows: Any,
-    image_column: str = ...,
-    number_column: str = ...,
+    task: TaskName | Task = ...,
     *,
     probabilities: bool = ...,
+    **columns: str,
 ) -> pa.Table: ...
 def predict_rows(
-    model: Model,
+    model: "nn.Module | str | Path",
     rows: Any,
-    image_column: str = "image",
-    number_column: str = "number",
+    task: TaskName | Task = BUILT_IN,
     *,
     probabilities: bool = False,
+    **columns: str,
 ) -> Any:
-    """Predict the digit and the sum of each row of a table, as scoring does.
+    """Predict each row of a table, as scoring does.
 
     The table is a Ray Dataset, which is scored as it is read, or what `pyarrow.table` takes: frames
-    of pandas, Polars and DuckDB, tables of Arrow, a dict of columns.
+    of pandas, Polars and DuckDB, tables of Arrow, a dict of columns. Other names of the task's
+    inputs there are given as `image_column="pixels"`.
 
     Returns:
         A Ray Dataset for one, else an Arrow table: all rows in their order, with the columns that
         scoring adds.
 
     Raises:
-        TypeError: `rows` is something else.
+        TypeError: `rows` is something else, or a keyword names no column of the task.
         KeyError: a column is not there, or twice.
         ValueError: a column cannot be read, or has the name of one that is added.
         RequestError, TryAgainError: of `load_model`, where the model is named.
-        RunError: the model's logits are not finite.
+        RunError: a prediction is not finite.
     """
-    network = _loaded(model)
+    made = task if isinstance(task, Task) else load_task(task)()
+    if isinstance(model, str | Path):
+        made, network, _ = _load(model, type(made))  # the task with the model's settings
+    else:
+        network = model
     if "ray.data" in sys.modules and isinstance(rows, sys.modules["ray.data"].Dataset):
         from mnistsum_ray.cluster.workarounds import in_order
 
+        send_by_value(type(made))
+
         def predict_block(block: pa.Table) -> pa.Table:
-            columns = (image_column, number_column)
-            return predict_rows(network, block, *columns, probabilities=probabilities)
+            return predict_rows(network, block, made, probabilities=probabilities, **columns)
 
         return in_order(rows).map_batches(predict_block, batch_format="pyarrow")
 
-    from mnistsum_ray.model.inference import append_predictions, predict_pairs
+    from mnistsum_ray.model.inference import append_predictions, clashing_column
+    from mnistsum_ray.model.inference import predict_rows as predict_arrays
 
     table = pa.table(rows)  # a TypeError says what it takes
-    clashing = clashing_column(table.column_names, probabilities)
+    names = _names_in(table, made, columns)
+    clashing = clashing_column(made, table.column_names, probabilities=probabilities)
     if clashing:
         raise ValueError(f"column {clashing!r} would be added; rename it")
-    for name, type_error in ((image_column, image_type_error), (number_column, number_type_error)):
-        error = type_error(table[name].type)
+    arrays, reasons = decode_columns(made.inputs, table, names)
+    batch_size = 64  # to which a small table is padded: padding to 256 takes four times as long
+    found = predict_arrays(made, network, arrays, batch_size, probabilities=probabilities)
+    return append_predictions(made, table, found, reasons)
+
+
+def _names_in(table: pa.Table, task: Task, given: dict[str, str]) -> dict[str, str]:
+    """The names of the task's inputs in a table; errors as of `predict_rows`."""
+    flags = {column.flag or f"{key}_column": key for key, column in task.inputs.items()}
+    unknown = given.keys() - flags.keys()
+    if unknown:
+        raise TypeError(f"{min(unknown)} is none of {', '.join(flags)}")
+    names = {}
+    for flag, key in flags.items():
+        name = name_in_file(task.inputs[key], key, table.column_names, given.get(flag))
+        error = task.inputs[key].type_error(table[name].type)
         if error:
             raise ValueError(f"column {name!r} {error}")
-    images, bad_images = decode_images(table[image_column])
-    numbers, bad_numbers = decode_numbers(table[number_column])
-    batch_size = 64  # to which a small table is padded: padding to 256 takes four times as long
-    predictions = predict_pairs(network, images, numbers, batch_size, probabilities)
-    reasons = join_reasons(bad_images, bad_numbers)
-    return append_predictions(table, predictions, numbers, reasons)
-
-
-def _loaded(model: Model) -> "TwoHeadCNN":
-    return load_model(model) if isinstance(model, str | Path) else model
+        names[key] = name
+    return names

@@ -17,20 +17,14 @@ from contextlib import redirect_stdout
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 import yaml
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
-from mnistsum_ray.config import (
-    ExportPairsConfig,
-    JobConfig,
-    PredictConfig,
-    ScoreConfig,
-    TrainConfig,
-    explain_fields,
-)
+from mnistsum_ray.config import JobConfig, ScoreConfig, TaskConfig, TrainConfig, explain_fields
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -44,6 +38,8 @@ from mnistsum_ray.errors import (
     shortened,
     spelled,
 )
+from mnistsum_ray.mnist.pairs import ExportPairsConfig
+from mnistsum_ray.mnist.picture import PredictConfig
 from mnistsum_ray.storage.uri import as_request_error, hide_secrets, locate
 
 _HELP: Final = """
@@ -56,17 +52,18 @@ holds), 128 + N stopped by signal N, 1 anything else.
 """What `--help` says of every command."""
 
 _GROUPS: Final = {
+    "task": "task",
     "data": "data",
     "input": "data",
     "picture": "data",
     "init_from": "model",
     "model": "model",
-    "recipe": "optimization",
+    "epochs": "optimization",
     "num_workers": "cluster",
     "storage_path": "run",
     "output": "run",
 }
-"""The groups of flags in --help, by the field at which each begins."""
+"""The groups of flags in --help, by the field at which each begins; those of a task are one."""
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -74,15 +71,16 @@ Line = dict[str, Any]
 """The fields of the last line."""
 
 # The docstring of a command is its --help. Each command imports what it needs, since --help and a
-# wrong flag need neither NumPy, torch nor Ray.
+# wrong flag need neither torch nor Ray.
 
 
 def train(config: TrainConfig) -> Line:
-    """Train the two-head MNIST network: the digit of an image, and digit + number.
+    """Train a network: without --task, for the digit of an image, and digit + number.
 
     mnistsum train --data sample                takes half a minute on two cores
     mnistsum train --name mine --resume auto    begins, or goes on after a kill
     mnistsum train --config runs/mine/config.yaml     trains the same again
+    mnistsum train --task shapes.py:Shapes --data shapes/     rows of your own
     """
     from mnistsum_ray.api import fit
 
@@ -109,7 +107,7 @@ def export_pairs(config: ExportPairsConfig) -> Line:
 
     mnistsum export-pairs --output pairs/
     """
-    from mnistsum_ray import pairs
+    from mnistsum_ray.mnist import pairs
 
     output, source = pairs.export_pairs(config, _say)
     rows, files = counted(config.rows, "row"), counted(config.files, "file")
@@ -127,15 +125,13 @@ def predict(config: PredictConfig) -> Line:
     and nothing else on it. Below a probability of 90 % a line says that the answer
     is unsure. No Ray is started.
     """
-    from mnistsum_ray.api import predict as predict_picture
-    from mnistsum_ray.model.heads import HEADS, SUM
-    from mnistsum_ray.reporting.results import SURE
+    from mnistsum_ray.mnist.picture import SURE
+    from mnistsum_ray.mnist.picture import predict as predict_picture
 
     found = predict_picture(config.model, config.picture, config.number).line()
     texts = []
-    for head in HEADS:
-        question = f"digit + {config.number}" if head is SUM else head.name
-        texts.append(f"{question}: {found[head.name]} ({percent(found[f'{head.name}_prob'])})")
+    for head, question in (("digit", "digit"), ("sum", f"digit + {config.number}")):
+        texts.append(f"{question}: {found[head]} ({percent(found[f'{head}_prob'])})")
     _say(", ".join(texts))
     if found["unsure"]:
         _say(f"unsure: the digit's probability is below {100 * SURE:.0f} %")
@@ -143,7 +139,7 @@ def predict(config: PredictConfig) -> Line:
 
 
 COMMANDS: Final[dict[str, tuple[Callable[[Any], Line], Any, str]]] = {
-    "train": (train, TrainConfig, "train the network"),
+    "train": (train, TrainConfig, "train a network"),
     "score": (score, ScoreConfig, "score Parquet files with a trained model"),
     "export-pairs": (export_pairs, ExportPairsConfig, "write example input for scoring"),
     "predict": (predict, PredictConfig, "answer for one picture and a number"),
@@ -177,8 +173,9 @@ def main(argv: list[str] | None = None) -> int:
 class Parser(ArgumentParser):
     """A parser whose errors are RequestErrors. A flag that is not given has no value."""
 
-    def __init__(self, command: str, description: str) -> None:
+    def __init__(self, command: str, description: str, *, add_help: bool = True) -> None:
         super().__init__(
+            add_help=add_help,
             prog=command,
             usage=f"{command} [flags]",
             description=description,
@@ -194,19 +191,28 @@ class Parser(ArgumentParser):
 def parse(kind: type[Config], argv: list[str], description: str = "", command: str = "") -> Config:
     """Make a config from the command line and the YAML file of `--config`; the command line wins.
 
+    The flags of a task's columns and settings follow from `--task`, which is looked for first.
+
     RequestError: an unknown flag or key, an invalid value, an unreadable file.
     SystemExit: `--help` is printed: the description, then the flags of the command.
     """
+    if issubclass(kind, TaskConfig):
+        first = Parser("", "", add_help=False)
+        first.add_argument("--task")
+        named = vars(first.parse_known_args(argv)[0]).get("task")
+        kind = cast(type[Config], kind.of_task(named))
     parser = Parser(command, description)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of these settings; flags win"
     )
     parser.add_argument("--json", action="store_true", help="print the result on a terminal too")
     group: Any = parser
+    groups: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
         if name in _GROUPS:
-            group = parser.add_argument_group(_GROUPS[name])
-        _add_flag(group, name, field)
+            group = groups[_GROUPS[name]] = parser.add_argument_group(_GROUPS[name])
+        is_of_task = "task" in groups and name not in _own_fields(kind)
+        _add_flag(groups["task"] if is_of_task else group, name, field)
     given, unknown = parser.parse_known_args(argv)
     problems = []
     unknown_flags = [word for word in unknown if word.startswith("--")]
@@ -218,6 +224,9 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     flags.pop("json", None)  # see `main`
     file = flags.pop("config", None)
     settings = _read_yaml(file) if file is not None else {}
+    if "task" in settings:
+        advice = "give it as --task: no code is loaded because a file says so"
+        raise RequestError(f"key 'task' of the config file: {advice}")
     try:
         config = kind(**settings | flags)
     except RequestError as error:
@@ -226,11 +235,18 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
         def shown(setting: str) -> str:
             return f"key {setting!r} of the config file" if setting in in_file else _flag(setting)
 
-        invalid: Any = error.__cause__  # pydantic's error: see JobConfig
-        problems.append(explain_fields(invalid, shown, kind.model_fields) + " (see --help)")
+        text = str(error)
+        if isinstance(error.__cause__, ValidationError):  # see JobConfig
+            text = explain_fields(error.__cause__, shown, kind.model_fields)
+        problems.append(f"{text} (see --help)")
     if problems:
         raise RequestError("; ".join(problems))
     return config
+
+
+def _own_fields(kind: Any) -> Any:
+    """The fields of a config without those of its task."""
+    return kind.__mro__[1].model_fields
 
 
 def _add_flag(group: Any, name: str, field: FieldInfo) -> None:

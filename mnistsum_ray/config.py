@@ -7,8 +7,9 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -16,11 +17,16 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    create_model,
     field_validator,
 )
 
+from mnistsum_ray.data.columns import Column
+from mnistsum_ray.data.images import Images, Photos
 from mnistsum_ray.errors import RequestError, did_you_mean, shortened, spelled
 from mnistsum_ray.storage.uri import SECRETS_REFUSED, hide_secrets, may_hold_secrets
+from mnistsum_ray.task import BUILT_IN, Settings, Task
+from mnistsum_ray.task_loader import load_task, task_name
 
 if TYPE_CHECKING:  # a program may pass a Path, or a list: `_check_texts` makes texts of them
     Place: TypeAlias = str | Any
@@ -88,82 +94,139 @@ def explain_fields(
     return "; ".join(f"{name}: {', or '.join(texts)}" for name, texts in problems.items())
 
 
-RecipeName = Literal["quick", "short", "long"]
+class TaskConfig(JobConfig):
+    """Base of the configs of a job that has a task.
 
-_RECIPES: Final[dict[str, tuple[Any, Any, Any]]] = {
-    "epochs": (1, 5, 30),
-    "batch_size": (128, 256, 128),
-    "learning_rate": (0.05, 0.02, 0.02),
-    "distortion": (0.5, 0.5, 1.0),
-    "label_smoothing": (0.05, 0.0, 0.05),
-    "dropout": (0.0, 0.0, 0.25),
-}
-"""What each recipe sets, in the order of RecipeName."""
+    Made with a task, a config is of a subclass that also has the task's columns and settings as
+    fields: `TrainConfig(task=Shapes, dropout=0.2)`.
+    """
 
-FEW_ROWS: Final = 20_000
+    task_class: ClassVar[type[Task]]
+    column_fields: ClassVar[dict[str, str]] = {}
+    """Fields for the names of columns, by the columns' names in the task."""
+    setting_fields: ClassVar[tuple[str, ...]] = ()
 
-# An epoch of few rows has few steps, so batches are smaller, and `quick` and `long` have more
-# epochs. `short` is then the same as `quick`, whose learning rate and smoothing few steps need.
-_RECIPES_OF_FEW_ROWS: Final = _RECIPES | {
-    "epochs": (3, 3, 40),
-    "batch_size": (64, 64, 64),
-    "learning_rate": (0.05, 0.05, 0.02),
-    "label_smoothing": (0.05, 0.05, 0.05),
-}
-"""The same with fewer than FEW_ROWS training rows."""
+    task: str = BUILT_IN
+    """file.py:Class or module:Class, for rows and a network of your own"""
+
+    def __new__(cls, **fields: Any) -> Self:
+        """Make the config of the task's own class."""
+        return object.__new__(cls.of_task(fields.get("task")))
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, **fields: Any) -> None:
+            super().__init__(**fields)
+            self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        """RequestError: a column of pictures would be another column of the task too."""
+        columns = self.columns_of(self.task_class)
+        names = {key: name or _usual(key, columns[key][0]) for key, name in self.columns.items()}
+        for key, (column, _) in columns.items():
+            others = [other for other in names if other != key and names[other] == names[key]]
+            if others and isinstance(column, Images | Photos):
+                what = f"is the column of the {others[0]} too; pictures need their own"
+                raise RequestError(f"{self.flag_of(key)}: {what}")
+
+    def __reduce__(self) -> Any:  # a class that `of_task` makes has no place in a module
+        kind = type(self).__mro__[1]
+        return _make_again, (kind, self.task_class, self.__dict__, self.__pydantic_fields_set__)
+
+    @classmethod
+    def of_task(cls, named: Any) -> type[Self]:
+        """The class of configs for a task: a class of Task, or its name. RequestError: it is none.
+
+        This is where a task's code is loaded.
+        """
+        if "task_class" in cls.__dict__:  # a class that this method has made
+            return cls
+        task: Any = load_task(BUILT_IN if named is None else named)
+        made: type[Self] = _config_class(cls, task)
+        return made
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _name_task(cls, value: Any) -> str:
+        return task_name(cls.task_class)
+
+    @classmethod
+    def columns_of(cls, task: type[Task]) -> dict[str, tuple[Column, str]]:
+        """The task's columns that this job reads, each with what an unset flag means."""
+        raise NotImplementedError
+
+    @classmethod
+    def settings_of(cls, task: type[Task]) -> type[Settings] | None:
+        """The settings of a task that are fields here."""
+        return None
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """By the name of a column in the task its name in files; None where it is not given."""
+        return {key: getattr(self, field) for key, field in self.column_fields.items()}
+
+    @classmethod
+    def flag_of(cls, key: str) -> str:
+        """The flag for the name of a task's column."""
+        return f"--{cls.column_fields[key].replace('_', '-')}"
 
 
-def recipe_defaults(name: RecipeName, *, few_rows: bool) -> dict[str, Any]:
-    """Hyperparameters that a recipe sets; `few_rows` for fewer than FEW_ROWS training rows."""
-    recipe = get_args(RecipeName).index(name)
-    table = _RECIPES_OF_FEW_ROWS if few_rows else _RECIPES
-    return {field: values[recipe] for field, values in table.items()}
+@cache
+def _config_class(kind: Any, task: Any) -> Any:
+    """The subclass of a config with the columns and settings of a task as fields."""
+    fields: dict[str, Any] = {}
+    column_fields: dict[str, str] = {}
+    for key, (column, unset) in kind.columns_of(task).items():
+        field = column.flag or f"{key}_column"
+        text = f"column of the {key}: {column.form} [{unset}]"
+        fields[field] = (str | None, Field(default=None, min_length=1, description=text))
+        column_fields[key] = field
+    if task.data_names and issubclass(kind, TrainConfig):
+        meanings = [f"{name} ({meaning})" for name, meaning in task.data_names.items()]
+        text = f"folder or URI of Parquet files, or {', '.join(meanings)}"
+        fields["data"] = (Place, Field(default=next(iter(task.data_names)), description=text))
+    settings = kind.settings_of(task)
+    setting_fields = settings.model_fields if settings else {}
+    for name in [*column_fields.values(), *setting_fields]:
+        if name in kind.model_fields or (name in fields and name in setting_fields):
+            flag = f"--{name.replace('_', '-')}"
+            raise RequestError(f"--task {task_name(task)}: two flags are {flag}; rename one")
+    fields |= {name: (field.annotation, field) for name, field in setting_fields.items()}
+    made = create_model(kind.__name__, __base__=kind, __module__=kind.__module__, **fields)
+    made.task_class, made.column_fields = task, column_fields
+    made.setting_fields = tuple(setting_fields)
+    return made
 
 
-def _recipe(field: str, text: str, **limits: Any) -> Any:
-    """An optional field that the recipe sets: its help is the text, and the recipes' values."""
-    quick, short, long = _RECIPES[field]
-    few = ", ".join(f"{value:g}" for value in _RECIPES_OF_FEW_ROWS[field])
-    values = f"quick {quick:g}, short {short:g}, long {long:g}; under {FEW_ROWS:,} rows {few}"
-    return Field(default=None, description=f"{text} [{values}]", **limits)
+def _make_again(kind: Any, task: Any, fields: dict[str, Any], given: set[str]) -> TaskConfig:
+    made: TaskConfig = _config_class(kind, task).model_construct(_fields_set=given, **fields)
+    return made
 
 
-class LabelledDataConfig(JobConfig):
-    """Where images with their digits are from."""
+class TrainConfig(TaskConfig):
+    """Config of a training run. Unset fields follow from the task, the data and the cluster."""
 
-    data: Place = "auto"
-    """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist
-    (never the sample), or a folder or URI of MNIST's files or Parquet"""
-    image_column: str = Field(default="image", min_length=1)
-    """column of the images in Parquet"""
-    label_column: str | None = Field(default=None, min_length=1)
-    """column of the digits in Parquet: integers, whole floats or their text [digit or label]"""
-
-
-class TrainConfig(LabelledDataConfig):
-    """Config of a training run. Unset fields follow from the data and the cluster."""
-
+    data: Place | None = None
+    """folder or URI of Parquet files [those of the run that is resumed]"""
     skip_bad_rows: bool = False
     """train without the rows that cannot be used, and count them in manifest and report"""
     max_rows: int | None = Field(default=None, ge=1)
     """most rows of each split, for a first try with large data; of the first files [all]"""
     init_from: Place | None = None
     """run or model folder (or URI) whose weights the training begins with [new weights]"""
-    dropout: float | None = _recipe("dropout", "dropout rate of the last hidden layer", ge=0, lt=1)
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
-    recipe: RecipeName = "short"
-    """quick: the original's accuracy in less time; long: the highest, in more epochs"""
-    epochs: int | None = _recipe("epochs", "passes over the training rows", ge=1, le=1000)
-    # conv2 makes 50,176 values of a row, and kernels of GPUs count to 2^31.
-    batch_size: int | None = _recipe("batch_size", "rows of a step of all workers", ge=1, le=32_768)
-    learning_rate: float | None = _recipe("learning_rate", "highest rate of Muon", gt=0, lt=1e6)
+    epochs: int | None = Field(default=None, ge=1, le=1000)
+    """passes over the training rows [the task's]"""
+    # A layer may make 50,000 values of a row, and kernels of GPUs count to 2^31.
+    batch_size: int | None = Field(default=None, ge=1, le=32_768)
+    """rows of a step of all workers [the task's]"""
+    learning_rate: float | None = Field(default=None, gt=0, lt=1e6)
+    """highest learning rate [the task's]"""
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     """decoupled weight decay"""
-    distortion: float | None = _recipe("distortion", "strength of random distortions", ge=0, le=4)
-    label_smoothing: float | None = _recipe("label_smoothing", "share of other labels", ge=0, lt=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """seed of initial weights, order, numbers, distortions and dropout"""
+    """seed of initial weights, order, and all that is random in training"""
     num_workers: int | tuple[int, int] | None = None
     """workers: N, or MIN,MAX if elastic [one per GPU with 256 rows a batch; without GPUs, one]"""
     use_gpu: bool | None = None
@@ -181,6 +244,31 @@ class TrainConfig(LabelledDataConfig):
     """name of the run and of its folder [a new unique name]"""
     resume: bool | Literal["auto"] = False
     """continue the run --name from its last checkpoint; auto: begin it if there is none"""
+    changed_task: bool = False
+    """resume although the task's file has changed: the numbers of the run are then of both"""
+
+    if TYPE_CHECKING:  # a task's settings are fields, too
+
+        def __init__(self, *, task: type[Task] | str = ..., **fields: Any) -> None: ...
+
+    @classmethod
+    def columns_of(cls, task: type[Task]) -> dict[str, tuple[Column, str]]:
+        read = {key: column for key, column in task.inputs.items() if key not in task.drawn}
+        columns = {**read, **task.labels}
+        return {key: (column, _usual(key, column)) for key, column in columns.items()}
+
+    @classmethod
+    def settings_of(cls, task: type[Task]) -> type[Settings] | None:
+        return task.Settings
+
+    @property
+    def settings(self) -> Any:
+        """The task's settings. RequestError: they are wrong together."""
+        given = {name: getattr(self, name) for name in self.setting_fields}
+        try:
+            return self.task_class.Settings(**given)
+        except ValidationError as error:
+            raise RequestError(explain_fields(error, str, self.setting_fields)) from error
 
     @field_validator("num_workers", mode="wrap")
     @classmethod
@@ -202,41 +290,32 @@ class TrainConfig(LabelledDataConfig):
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Settings of TrainConfig that the trained weights depend on, besides the data."""
+    """What the trained weights depend on, besides the task, its settings and the data."""
 
     epochs: int
     batch_size: int
     learning_rate: float
     weight_decay: float
-    distortion: float
-    label_smoothing: float
-    dropout: float
     seed: int
     precision: str | None  # None: bf16 if it is faster on all workers, else fp32
 
 
-class ScoreConfig(JobConfig):
+class ScoreConfig(TaskConfig):
     """Config of a scoring run. Unset fields follow from the cluster."""
 
     input: Places = Field(min_length=1)
     """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
-    number_column: str = Field(default="number", min_length=1)
-    """column of the numbers, integers in 0..9"""
-    label_column: str | None = Field(default=None, min_length=1)
-    """column of the true digits, to measure accuracy; any other value counts as unknown [none]"""
-    image_column: str = Field(default="image", min_length=1, validate_default=True)
-    """column of the images"""
     max_rows: int | None = Field(default=None, ge=1)
     """stop after the output files that hold the first so many rows, for a first try [all]"""
     model: Place
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32"] | None = None
-    """precision of the network, fixed for an output [bf16 if it is faster, else fp32]"""
-    # Far below 2^31 values, where kernels of GPUs end: conv2 makes 50,176 of a row.
+    """precision of the network, fixed for an output [fp32 if it was trained so; else the faster]"""
+    # Far below 2^31 values, where kernels of GPUs end: a layer may make 50,000 of a row.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
-    """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
+    """rows per forward pass [256 on CPUs, 2048 on GPUs, and fewer if they are large]"""
     probabilities: bool = False
-    """add the probabilities of all digits and sums: lists digit_probs and sum_probs"""
+    """add the task's lists, such as the probabilities of all classes"""
     output: Place
     """folder or URI for the predictions; the same command continues after a kill"""
     strict: bool = False
@@ -247,9 +326,9 @@ class ScoreConfig(JobConfig):
     """score files again that have changed since they were scored; unset, they are refused"""
     keep_gone: bool = False
     """leave the output of files that are no longer in the input; unset, such output is refused"""
-    # Arrow's limit of 2^31 bytes is 2.7 million images of 784.
+    # Arrow's limit of 2^31 bytes is 2 million rows of a KiB.
     max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
-    """most rows of an output file, and what a kill costs [a quarter of the input, 8192 to 32768]"""
+    """most rows of an output file, and what a kill costs [a quarter of a file, of 8 to 32 MiB]"""
     num_workers: int | None = Field(default=None, ge=1)
     """scoring workers [four per GPU; without GPUs, one per CPU]"""
     use_gpu: bool | None = None
@@ -262,38 +341,16 @@ class ScoreConfig(JobConfig):
     def _one_or_more(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | Path) else value
 
-    @field_validator("image_column")
+    if TYPE_CHECKING:  # a task's columns are fields, too
+
+        def __init__(self, *, task: type[Task] | str = ..., **fields: Any) -> None: ...
+
     @classmethod
-    def _check_images(cls, value: str, info: ValidationInfo) -> str:
-        if value in (info.data.get("number_column"), info.data.get("label_column")):
-            raise ValueError("is the number's or the label's column too; images need their own")
-        return value
+    def columns_of(cls, task: type[Task]) -> dict[str, tuple[Column, str]]:
+        inputs = {key: (column, _usual(key, column)) for key, column in task.inputs.items()}
+        unread = "not read; where it is named, it measures accuracy, and other values are unknown"
+        return inputs | {key: (column, unread) for key, column in task.labels.items()}
 
 
-class ExportPairsConfig(JobConfig):
-    """Config of an export of pairs."""
-
-    data: Place = "auto"
-    """auto (full MNIST if it is found or can be downloaded, else the bundled sample), sample, mnist
-    (never the sample), or a folder of MNIST's files"""
-    split: Literal["train", "validation", "test"] = "test"
-    """split whose rows are exported, in their order"""
-    output: Place
-    """folder or URI for the files; it must be empty or not exist"""
-    rows: int = Field(default=10_000, ge=1)
-    """total rows; beyond the end of the split it repeats with other numbers"""
-    files: int = Field(default=8, ge=1, le=1_000_000)
-    """number of files, of about equal size"""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """seed of the numbers"""
-
-
-class PredictConfig(JobConfig):
-    """Config of a prediction for one picture."""
-
-    picture: Place
-    """file or URI of a picture of one digit, of any size, darker or lighter than its background"""
-    number: int
-    """number that is added to the digit, in 0..9"""
-    model: Place
-    """folder or URI of a training run, or of its model folder"""
+def _usual(key: str, column: Column) -> str:
+    return " or ".join(column.names or (key,))

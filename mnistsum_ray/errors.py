@@ -24,6 +24,10 @@ class RepeatingError(RunError):
     """All workers have failed at the same step, and another attempt would fail there again."""
 
 
+class TaskError(RunError):
+    """A task breaks its promises; the message names the task, the method and what was expected."""
+
+
 class RowCountError(RunError):
     """Rows were lost or repeated, so results computed from them are wrong."""
 

@@ -9,12 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mnistsum_ray.data.images import Pixels, one_chunk, pixels_view
-from mnistsum_ray.data.sources import SAMPLE
+from mnistsum_ray import load_model
+from mnistsum_ray.data.columns import Array, one_chunk
+from mnistsum_ray.data.images import Images
+from mnistsum_ray.mnist.datasets import SAMPLE
+from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.model import folder as model_folder
-from mnistsum_ray.model.folder import copy_weights, describe_model, load_model
-from mnistsum_ray.model.network import make_network, prepare_images
+from mnistsum_ray.model.folder import copy_weights, describe_model
 from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.task_loader import code_of
 from tests.jobs import end_jobs
 
 
@@ -45,9 +48,9 @@ def sample() -> pa.Table:
 
 
 @pytest.fixture(scope="session")
-def pixels(sample: pa.Table) -> Pixels:
+def pixels(sample: pa.Table) -> Array:
     """The images of the sample, uint8[5000, 28, 28]."""
-    return pixels_view(one_chunk(sample["image"]))
+    return Images(28, 28).view(one_chunk(sample["image"]))
 
 
 def write_sample(path: Path, rows: int) -> Path:
@@ -58,12 +61,12 @@ def write_sample(path: Path, rows: int) -> Path:
 
 
 def write_model(folder: Path, seed: int) -> Path:
-    """Write a model folder with random weights."""
+    """Write a model folder of the built-in task with random weights."""
     torch.manual_seed(seed)
-    weights = copy_weights(make_network())
+    weights = copy_weights(MnistSum().network())
     accuracies = dict.fromkeys(("loss", "digit_accuracy", "sum_accuracy"), 0.0)
     metrics = {split: {"rows": 500} | accuracies for split in ("validation", "test")}
-    description = describe_model(weights, epoch=1, metrics=metrics)
+    description = describe_model(MnistSum(), weights, code_of(MnistSum), epoch=1, **metrics)
     model_folder.write_model(locate(str(folder), "--model"), weights, description)
     return folder
 
@@ -77,10 +80,10 @@ def plain_predictions(
     model: Path, images: np.ndarray, numbers: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Predictions of plain PyTorch for uint8[n, 28, 28] and int64[n]."""
-    network, _ = load_model(locate(str(model), "--model"))
+    batch = {"image": torch.tensor(images), "number": torch.tensor(numbers)}
     with torch.inference_mode():
-        heads = network(prepare_images(torch.tensor(images)), torch.tensor(numbers))
-    (digit_prob, digit), (sum_prob, total), *_ = (head.softmax(1).max(1) for head in heads)
+        heads = load_model(model)(batch)
+    (digit_prob, digit), (sum_prob, total) = (head.softmax(1).max(1) for head in heads)
     return {
         "pred_digit": digit.numpy(),
         "digit_prob": digit_prob.numpy(),

@@ -13,8 +13,9 @@ import pytest
 
 from mnistsum_ray import __version__, cli
 from mnistsum_ray.cli import parse
-from mnistsum_ray.config import JobConfig, PredictConfig, ScoreConfig, TrainConfig
+from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.mnist.picture import PredictConfig
 from tests.jobs import ROOT, default_signals
 
 MNISTSUM = Path(sys.executable).with_name("mnistsum")
@@ -67,7 +68,7 @@ for words in (["--version"], [], *([command, "--help"] for command in COMMANDS))
     with suppress(SystemExit):
         main(words)
 assert main(["train", "--nonsense"]) == 2
-print([name for name in ("numpy", "pyarrow", "ray", "torch") if name in sys.modules])
+print([name for name in ("ray", "torch", "torchvision", "matplotlib") if name in sys.modules])
 """
 
 
@@ -237,6 +238,7 @@ def test_the_command_line_and_below_it_the_config_file_fill_the_config(
     assert {name: getattr(made, name) for name in expected} == expected
 
 
+PLACES = "--model=m --input=i --output=o"
 WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
     (TrainConfig, "--epohs=3", "", ["--epohs: there is no such flag; did you mean --epochs?"]),
     (TrainConfig, "--epohs 3 --bathc --seed x", "", ["--epohs: there", "--bathc: there", "--seed"]),
@@ -247,7 +249,12 @@ WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
     (TrainConfig, f"--data a {'x' * 5000}", "", ["xxx…"]),
     (PredictConfig, "--number 5 --model m", "", ["PICTURE: required"]),
     (ScoreConfig, "--batch-size 0", "", ["--model: req", "--input: req", "--output: req", "got"]),
-    (ScoreConfig, "--label-column=image", "", ["--image-column: is the number's or the label's"]),
+    (
+        ScoreConfig,
+        "--label-column=image --model=m --input=i --output=o",
+        "",
+        ["--image-column: is the column of the digit too"],
+    ),
     (TrainConfig, "", "epohs: 3", ["key 'epohs' of the config file", "; did you mean epochs?"]),
     (TrainConfig, "", "[" * 3000, ["is not YAML of `key: value` lines"]),
     (TrainConfig, "", "- epochs", ["is not YAML of `key: value` lines"]),
@@ -271,10 +278,9 @@ def test_all_that_is_wrong_is_said_in_one_short_line_by_flag_or_key(
 
 
 def test_in_python_a_path_may_be_a_path_and_help_says_what_a_field_means() -> None:
-    """mypy knows the fields, or it would call the `ignore` unused."""
     config = ScoreConfig(input=[Path("a"), "b"], model=Path("m"), output="o")
     assert (config.input, config.model) == (("a", "b"), "m")
     assert "keep_gone: leave the output of files" in str(ScoreConfig.__doc__)
     said = r"^seed: input should be .*; epohs: there is no such setting; did you mean epochs\?$"
     with pytest.raises(RequestError, match=said):
-        TrainConfig(epohs=2, seed=-1)  # type: ignore[call-arg]
+        TrainConfig(epohs=2, seed=-1)

@@ -6,9 +6,13 @@ import shlex
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from mnistsum_ray.cli import COMMANDS, parse
-from mnistsum_ray.config import recipe_defaults
+from mnistsum_ray.mnist.task import FEW_ROWS, MnistSum
+from mnistsum_ray.model.trial import try_task
 from tests.jobs import ROOT
 
 PACKAGE = ROOT / "mnistsum_ray"
@@ -27,10 +31,14 @@ def test_the_figure_of_readme_is_that_of_its_script(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == (ROOT / ".readme" / name).read_text()
 
 
-def test_a_command_that_is_shown_parses() -> None:
+def test_a_command_that_is_shown_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where files of tasks are
+    Path("jobs").symlink_to(ROOT / "jobs")
+    shutil.copy(ROOT / "jobs/examples/shapes.py", tmp_path)
+    Path("adamw.py").write_text(blocks_of(ROOT / ".readme/recipes.md")[1])
     files = [*DOCUMENTS, ROOT / "cluster.yaml", PACKAGE / "cli.py"]
     files += [*ROOT.glob(".deploy/*"), *ROOT.glob("jobs/**/*.py")]
-    texts = [re.sub(r"\\\n#?", " ", file.read_text()) for file in files]
+    texts = [re.sub(r"\\+\n#? *", " ", file.read_text()) for file in files]
     commands = {command for text in texts for command in SHOWN.findall(text)}
     assert len(commands) > 20
     for job, words in commands:
@@ -45,8 +53,33 @@ def test_a_command_that_is_shown_parses() -> None:
 def test_the_recipes_have_the_epochs_that_readme_says() -> None:
     text = (ROOT / "README.md").read_text()
     for recipe in ("quick", "short", "long"):
-        epochs = recipe_defaults(recipe, few_rows=False)["epochs"]
+        task = MnistSum(MnistSum.Settings(recipe=recipe))
+        epochs = task.defaults(FEW_ROWS)["epochs"]
         assert re.search(rf"`{recipe}` \({epochs}\b", text), recipe
+
+
+def blocks_of(document: Path) -> list[str]:
+    """The blocks of Python in a document."""
+    return re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+
+
+def test_the_task_on_the_page_is_that_of_its_file_and_keeps_its_promises() -> None:
+    """But for the file's docstring, and what draws pictures with its imports."""
+    (shown,) = [block for block in blocks_of(ROOT / "README.md") if "(Task):" in block]
+    in_file = (ROOT / "jobs/examples/shapes.py").read_text()
+    task = in_file.partition('"""\n\n')[2].partition("\n\n\ndef draw(")[0] + "\n"
+    of_drawing = ["import sys", "from pathlib import Path", "import pyarrow.parquet as pq", ""]
+    lines = [line for line in task.splitlines() if line not in of_drawing]
+    assert [line for line in shown.splitlines() if line] == lines
+    names: dict[str, Any] = {"__name__": "a_page"}
+    exec(shown, names)
+    assert try_task(names["Shapes"]()) == ("accuracy",)
+
+
+def test_a_task_of_the_examples_page_keeps_its_promises() -> None:
+    names: dict[str, Any] = {"__name__": "a_page"}
+    exec(blocks_of(ROOT / ".readme/recipes.md")[1], names)
+    try_task(names["WithAdamW"]())
 
 
 def test_every_relative_link_leads_somewhere() -> None:
@@ -56,9 +89,15 @@ def test_every_relative_link_leads_somewhere() -> None:
         links += re.findall(r'(?:src|srcset)="([^":]+)"', text)
         for link in links:
             assert (document.parent / link).exists(), (document, link)
-        titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
-        anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-        assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors, document
+        for link, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)]+)\)", text):
+            target = document.parent / link if link else document
+            assert anchor in anchors_of(target), (document, link, anchor)
+
+
+def anchors_of(document: Path) -> set[str]:
+    """What a link into a document may name, by its titles."""
+    titles = re.findall(r"^##+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 def test_every_test_that_is_named_is_there() -> None:

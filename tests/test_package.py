@@ -27,11 +27,29 @@ def test_what_is_exported_is_there_and_documents_and_recipes_need_no_more() -> N
     for name in mnistsum_ray.__all__:
         assert getattr(mnistsum_ray, name).__name__ == name
     documents = [ROOT / "README.md", ROOT / ".readme" / "recipes.md"]
-    for file in [*(ROOT / "jobs" / "recipes").glob("*.py"), *documents]:
+    for file in [*(ROOT / "jobs" / "examples").glob("*.py"), *documents]:
         imports = re.findall(r"^from (mnistsum_ray\S*) import (.+)", file.read_text(), re.MULTILINE)
         for module, names in imports:
             assert module == "mnistsum_ray", file
             assert {*names.split(", ")} <= {*mnistsum_ray.__all__}, file
+
+
+OF_MNIST = re.compile(
+    r"\bdigit|\b28\b(?<!\*\*28)|\b784\b|(?-i:HEADS|NUMBERS)|pred_sum|sum_acc|mnist(?!sum)|two.head",
+    re.IGNORECASE,
+)
+
+
+def test_the_machine_knows_no_word_of_the_built_in_task() -> None:
+    """But the place of that task, and what the command line and the package offer of it."""
+    package = ROOT / "mnistsum_ray"
+    words = []
+    for file in [*package.rglob("*.py"), *package.rglob("*.j2")]:
+        place = file.relative_to(package)
+        if place.parts[0] not in ("mnist", "cli.py", "__init__.py"):
+            text = file.read_text().replace("mnistsum_ray.mnist.task:MnistSum", "")
+            words += [f"{place}: {found}" for found in OF_MNIST.findall(text)]
+    assert words == []
 
 
 @pytest.mark.nightly  # mypy reads all of PyTorch
@@ -39,7 +57,7 @@ def test_programs_of_users_are_checked_strictly(tmp_path: Path) -> None:
     """That of README, and the recipes."""
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "program.py").write_text(program)
-    for recipe in (ROOT / "jobs" / "recipes").glob("*.py"):
+    for recipe in (ROOT / "jobs" / "examples").glob("*.py"):
         shutil.copy(recipe, tmp_path)
     said = run(tmp_path, "mypy", "--strict", *sorted(tmp_path.glob("*.py")))
     assert re.search(r"^(Success|Found)", said, re.MULTILINE), said

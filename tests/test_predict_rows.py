@@ -12,11 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
-from mnistsum_ray import RequestError, RunError, load_model, predict, predict_rows, save_model
-from mnistsum_ray.data.images import Pixels, prepare_picture
-from mnistsum_ray.model.heads import PREDICTION_FIELDS
-from mnistsum_ray.model.inference import predict_pairs
-from mnistsum_ray.model.network import TwoHeadCNN
+from mnistsum_ray import (
+    RequestError,
+    RunError,
+    TwoHeadCNN,
+    load_model,
+    predict,
+    predict_rows,
+    prepare_picture,
+    save_model,
+)
+from mnistsum_ray.data.columns import Array, Arrays
+from mnistsum_ray.mnist.task import MnistSum
+from mnistsum_ray.model import inference
+from tests.tasks import Points, PointSettings, points
 
 ROWS = 30
 BAD = [3, 5]
@@ -30,7 +39,7 @@ def network(model: Path) -> TwoHeadCNN:
 
 
 @pytest.fixture(scope="module")
-def table(pixels: Pixels) -> pa.Table:
+def table(pixels: Array) -> pa.Table:
     """BAD rows have no image or no number."""
     images = [image.tobytes() for image in pixels[:ROWS]]
     images[3] = b"no image"
@@ -38,19 +47,24 @@ def table(pixels: Pixels) -> pa.Table:
     return pa.table({"id": range(ROWS), "image": pa.array(images), "number": numbers})
 
 
+def plain(network: TwoHeadCNN, images: Array, numbers: list[int], rows: int) -> Arrays:
+    given = {"image": images, "number": np.array(numbers)}
+    return inference.predict_rows(MnistSum(), network, given, rows, probabilities=True)
+
+
 def test_rows_come_back_with_predictions(
-    network: TwoHeadCNN, table: pa.Table, pixels: Pixels
+    network: TwoHeadCNN, table: pa.Table, pixels: Array
 ) -> None:
     done = predict_rows(network, table.to_reader(max_chunksize=7), probabilities=True)
-    predicted = [*PREDICTION_FIELDS.names, "digit_probs", "sum_probs"]
+    predicted = MnistSum.outputs.names
     assert done.column_names == [*table.column_names, *predicted, "reason"]
     assert done.select(table.column_names).to_pylist() == table.to_pylist()
     reasons = done["reason"].to_pylist()
     assert [row for row, reason in enumerate(reasons) if reason] == BAD
     assert reasons[5] == "the number is null; fill it in or drop the row"
     good = [row for row in range(ROWS) if row not in BAD]
-    numbers = np.array(table["number"].take(good).to_pylist())
-    expected = predict_pairs(network, pixels[good], numbers, len(good), probabilities=True)
+    numbers = table["number"].take(good).to_pylist()
+    expected = plain(network, pixels[good], numbers, len(good))
     for name in predicted:
         values = done[name].to_pylist()
         assert [row for row, value in enumerate(values) if value is None] == BAD, name
@@ -65,13 +79,13 @@ def test_rows_come_back_with_predictions(
 
 
 def test_a_picture_is_answered_from_a_file_or_from_memory(
-    network: TwoHeadCNN, model: Path, pixels: Pixels, tmp_path: Path
+    network: TwoHeadCNN, model: Path, pixels: Array, tmp_path: Path
 ) -> None:
     picture, file = Image.fromarray(pixels[0]), tmp_path / "one.png"
     picture.save(file)
     found = predict(model, file, 5)
     assert found == predict(network, picture, 5) == predict(network, str(file), 5)
-    expected = predict_pairs(network, prepare_picture(file)[None], np.array([5]), 1)
+    expected = plain(network, prepare_picture(file)[None], [5], 1)
     assert (found.digit, found.sum) == (expected["pred_digit"][0], expected["pred_sum"][0])
     assert (found.number, found.consistent) == (5, found.sum == found.digit + 5)
     assert found.unsure, "the weights are random"
@@ -95,10 +109,12 @@ def test_what_does_not_fit_is_an_error(network: TwoHeadCNN, table: pa.Table) -> 
             predict_rows(network, frame, probabilities=True)
     assert predict_rows(network, sums).num_rows == ROWS
     with pytest.raises(KeyError, match="picture"):
-        predict_rows(network, table, "picture")
+        predict_rows(network, table, image_column="picture")
+    with pytest.raises(TypeError, match=r"^picture_column is none of image_column, number_column$"):
+        predict_rows(network, table, picture_column="image")
     broken = deepcopy(network)
     torch.nn.init.constant_(broken.conv1.weight, 3e38)
-    with pytest.raises(RunError, match="scores are infinite or NaN for some image"):
+    with pytest.raises(RunError, match="digit_prob is infinite or NaN for some row"):
         predict_rows(broken, table)
 
 
@@ -112,3 +128,17 @@ def test_a_model_that_could_not_be_loaded_again_is_not_saved(
     save_model(deepcopy(network).bfloat16(), tmp_path / "rounded")
     weight = load_model(tmp_path / "rounded" / "model.safetensors").get_parameter("conv1.weight")
     assert torch.equal(weight, network.conv1.weight.bfloat16().float())
+
+
+def test_a_task_of_ones_own_is_predicted_with_its_settings(tmp_path: Path) -> None:
+    task, places = Points(PointSettings(hidden=5)), points(6)["place"].numpy()
+    torch.manual_seed(0)
+    network = task.network().eval()
+    save_model(network, tmp_path / "m", task)
+    rows = {"where": [*places.tolist(), None]}
+    by_model = predict_rows(tmp_path / "m", rows, Points, place_column="where")
+    assert by_model == predict_rows(network, rows, task, place_column="where")
+    expected = network(points(6)).argmax(1).tolist()
+    assert by_model["pred_side"].to_pylist() == [*expected, None]
+    with pytest.raises(RequestError, match="its task is points, and not mnistsum; give its --task"):
+        load_model(tmp_path / "m")

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Any, Final
 
 from mnistsum_ray.errors import RequestError, TryAgainError, one_line, root_cause, shortened
+from mnistsum_ray.task import Task
 
 _TIMEOUT_SECONDS: Final = 3.0
 """Longest wait for a head to accept a connection."""
@@ -180,3 +182,14 @@ def _answers(address: str) -> bool:
     except (OSError, OverflowError, UnicodeError):  # a port of more than 16 bits, a host like a..b
         return False
     return True
+
+
+def send_by_value(task: type[Task]) -> None:
+    """Let Ray send the code of a task to its workers, which may have no such file."""
+    from ray import cloudpickle
+
+    module = sys.modules[task.__module__]
+    is_installed = "site-packages" in (getattr(module, "__file__", None) or "")
+    is_ours = task.__module__.partition(".")[0] == __name__.partition(".")[0]
+    if not is_ours and not is_installed and task.__module__ != "__main__":  # which goes by value
+        cloudpickle.register_pickle_by_value(module)

@@ -134,7 +134,7 @@ def _list(top: Location, glob: list[str], flag: str) -> dict[str, Entry | None]:
     for file in top.listing(enter):
         below = names(file.path)
         if _DELTA_LOG in below and _may_hold(glob, below[: below.index(_DELTA_LOG)]):
-            advice = "its log says which files are part of it; jobs/recipes/dataset.py scores one"
+            advice = "its log says which files are part of it; jobs/examples/dataset.py scores one"
             raise RequestError(f"{flag} {top.display}: holds a table of Delta Lake; {advice}")
         if not file.is_file and not top.is_local:  # an odd key, such as a//b
             found[file.path] = None

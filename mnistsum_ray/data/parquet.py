@@ -95,10 +95,15 @@ def _read_metadata(stream: Any) -> pq.FileMetaData:
     return metadata
 
 
-def read_ranges(parquet: _ParquetFile, ranges: Sequence[range]) -> Iterator[pa.Table]:
-    """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory."""
+def read_ranges(
+    parquet: _ParquetFile, ranges: Sequence[range], batch_rows: int
+) -> Iterator[pa.Table]:
+    """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory.
+
+    Of a row group so many rows are decompressed at once.
+    """
     schema = parquet.read_row_groups([]).schema
-    batches = _read_batches(parquet, ranges)
+    batches = _read_batches(parquet, ranges, batch_rows)
     batch_start, batch = 0, pa.RecordBatch.from_pylist([], schema)
     for rows in ranges:
         slices = []
@@ -113,7 +118,7 @@ def read_ranges(parquet: _ParquetFile, ranges: Sequence[range]) -> Iterator[pa.T
 
 
 def _read_batches(
-    parquet: _ParquetFile, ranges: Sequence[range]
+    parquet: _ParquetFile, ranges: Sequence[range], batch_rows: int
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Batches of the row groups that hold rows of the ranges, and the row that each begins with."""
     group_start = 0
@@ -121,8 +126,7 @@ def _read_batches(
         group_stop = group_start + parquet.metadata.row_group(group).num_rows
         if any(rows.start < group_stop and group_start < rows.stop for rows in ranges):
             batch_start = group_start
-            # 8,192 rows are decompressed at once.
-            for batch in parquet.iter_batches(8192, row_groups=[group], use_threads=False):
+            for batch in parquet.iter_batches(batch_rows, row_groups=[group], use_threads=False):
                 yield batch_start, batch
                 batch_start += batch.num_rows
             if batch_start != group_stop:

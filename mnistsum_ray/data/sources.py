@@ -1,59 +1,54 @@
-"""What `--data` names: MNIST, the bundled sample, or Parquet files; and the split of each row.
+"""What `--data` names: rows that the task finds by itself, or Parquet files; their splits.
 
-MNIST and the sample are read at once, of Parquet files only the footers. Rows of files are read
-later, by Ray Data.
+Rows that a task finds are in memory at once, of Parquet files only the footers. Rows of files are
+read later, by Ray Data.
 """
 
 import hashlib
 import re
-import socket
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from mnistsum_ray.config import LabelledDataConfig
-from mnistsum_ray.data.images import (
-    SIDE,
-    Numbers,
-    Pixels,
-    decode_images,
-    image_type_error,
-    number_type_error,
-)
+from mnistsum_ray.data.columns import Column, name_in_file
 from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
-from mnistsum_ray.data.parquet import column_error, open_parquet, read_footer
-from mnistsum_ray.errors import RequestError, UnusableFileError, did_you_mean, one_line
+from mnistsum_ray.data.parquet import column_error, read_footer
+from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.storage.bucket import check_ray_reaches
 from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing
 
-SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
+if TYPE_CHECKING:  # a task is made of columns, and not the other way round
+    from mnistsum_ray.task import NamedData, Task
 
 SPLITS: Final = ("train", "validation", "test")
 
 _SPLIT_WORD: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(?![a-z])")
 """A word in the name of a file or folder, in lower case, that names a split."""
 
-_MNIST_FILE: Final = "train-images-idx3-ubyte"
+
+class ColumnInFiles(NamedTuple):
+    """A column of a task that a training reads, and what its flags say of it."""
+
+    column: Column
+    flag: str  # that names it
+    given: str | None  # its name, as the flag gives it
 
 
-class LabelledFile(NamedTuple):
-    """A Parquet file with images and digits, as its footer describes it."""
+class DataFile(NamedTuple):
+    """A Parquet file of a training, as its footer describes it."""
 
     path: Location
     name: str  # relative to the folder that was listed
     e_tag: str  # when its footer was read
     rows: int
-    image: str  # name of the column of images
-    label: str  # name of the column of labels
-    schema: pa.Schema  # of both columns; Ray Data reads files together where these agree
-    label_is_folder: bool  # a folder `label=3` says the label, and no column
+    columns: dict[str, str]  # by the columns' names in the task, the names in the file
+    schema: pa.Schema  # of these columns; Ray Data reads files together where they agree
+    of_folders: tuple[str, ...]  # names of columns whose value a folder `name=3` says
 
 
 @dataclass(frozen=True)
@@ -63,21 +58,25 @@ class Source:
     Either the rows are in memory (`tables`), or they are in `files`.
     """
 
-    name: str  # sample, mnist or parquet
+    name: str  # a name that the task knows, or parquet
+    data: str  # the value of `--data` that finds the same rows again
     location: str
     fingerprint: str  # SHA-256 of the content or, for files, of their paths, sizes and ETags
-    # By split: `image` uint8[28, 28] and `digit`, with `path` and `row_hash` as of Ray Data.
+    # By split: the task's columns, with `path` and `row_hash` as of Ray Data.
     tables: dict[str, pa.Table] = field(default_factory=dict)
-    files: dict[str, list[LabelledFile]] = field(default_factory=dict)  # by split
+    files: dict[str, list[DataFile]] = field(default_factory=dict)  # by split
     notice: str = ""  # message for the console about the choice of source
     skipped: list[str] = field(default_factory=list)  # as of `Inputs`
     max_rows: int | None = None  # most rows of each split; None: all
+
+    def __str__(self) -> str:
+        return self.name if self.name == self.data else f"{self.name} ({self.location})"
 
     def limited(self, max_rows: int | None) -> "Source":
         """The same with so many rows a split at most, and no more files than these need."""
         if max_rows is None:
             return self
-        files: dict[str, list[LabelledFile]] = {}
+        files: dict[str, list[DataFile]] = {}
         for split, of_split in self.files.items():
             rows = 0
             for file in of_split:
@@ -114,128 +113,61 @@ StartProgress = Callable[[str, int], Callable[[int], None]]
 """From what is counted, and its total, to the function that adds to the count."""
 
 
-def open_source(config: LabelledDataConfig, start_progress: StartProgress | None = None) -> Source:
+def open_source(
+    task: "Task",
+    data: str,
+    columns: Mapping[str, ColumnInFiles],
+    start_progress: StartProgress | None = None,
+) -> Source:
     """Find what `--data` names; `start_progress` shows how many footers have been read.
 
     RequestError: the data is missing or unusable. TryAgainError: the storage does not answer.
     """
-    if config.data == "sample":
-        return _sample()
-    if config.data in ("auto", "mnist"):
-        return _full_mnist(fall_back=config.data == "auto")
+    found = task.named_data(data)
+    if found is not None:
+        return _in_memory(task, found)
     with as_request_error("--data"):
-        check_ray_reaches(locate(config.data, "--data"))
-    location = locate_existing(config.data, "--data")
-    hint = did_you_mean(config.data, ("auto", "mnist", "sample"))
-    if hint and not location.exists():
-        raise RequestError(f"--data {config.data}: there is no such file or folder{hint}")
-    folder = _find_mnist(Path(location.path)) if location.is_local else None
-    if folder is not None:
-        return _mnist(folder)
+        check_ray_reaches(locate(data, "--data"))
+    location = locate_existing(data, "--data")
     with as_request_error("--data"):
-        return _parquet(config, location, start_progress)
+        return _parquet(data, columns, location, start_progress)
 
 
-def _sample() -> Source:
-    with open_parquet(locate(str(SAMPLE), "--data")) as parquet:
-        table = parquet.read()
-    images, _ = decode_images(table["image"])
-    return _in_memory("sample", str(SAMPLE), {"train": (images, table["digit"].to_numpy())})
-
-
-def _full_mnist(*, fall_back: bool) -> Source:
-    """MNIST from ./data, the cache or a download; with `fall_back` else the sample."""
-    cache = Path.home() / ".cache" / "mnistsum_ray"
-    folder = _find_mnist(Path("data").resolve()) or _find_mnist(cache)
-    try:
-        return _mnist(folder or _download_mnist(cache))
-    except (OSError, RuntimeError) as error:
-        missing = f"not in ./data or {cache}, and it cannot be downloaded ({one_line(error)})"
-    if not fall_back:
-        raise RequestError(f"--data mnist: {missing}; name its folder, or take --data sample")
-    sample = _sample()
-    notice = f"NOT the full MNIST: it is {missing}. "
-    notice += f"Going on with the bundled sample of {sample.rows_of('train'):,} images; "
-    return replace(sample, notice=notice + "--data FOLDER names a copy of the full set.")
-
-
-def _find_mnist(root: Path) -> Path | None:
-    """The folder with MNIST's files: `root`/MNIST/raw or /raw, as in torchvision, or `root`."""
-    for folder in (root / "MNIST" / "raw", root / "raw", root):
-        if (folder / _MNIST_FILE).exists():
-            return folder
-    return None
-
-
-def _mnist(folder: Path) -> Source:
-    """MNIST in the files of this folder. RequestError: one is missing or damaged."""
-    from torchvision.datasets import MNIST  # takes seconds to import
-
-    class MnistHere(MNIST):
-        raw_folder = str(folder)
-
-    rows = {}
-    for split, is_train in (("train", True), ("test", False)):
-        try:
-            found = MnistHere(str(folder), train=is_train)
-            images, digits = found.data.numpy(), found.targets.numpy()
-            if images.shape != (*digits.shape, SIDE, SIDE):  # torchvision takes what it finds
-                raise ValueError(f"images and labels have shapes {images.shape}, {digits.shape}")
-        except Exception as error:  # torchvision raises many types on damaged files
-            problem = f"holds no whole MNIST ({one_line(error)}); get its four files again"
-            raise RequestError(f"--data {folder}: {problem}") from None
-        rows[split] = (images, digits)
-    return _in_memory("mnist", str(folder), rows)
-
-
-def _download_mnist(root: Path) -> Path:
-    """Download MNIST to `root`/MNIST/raw, which appears only when it is complete.
-
-    OSError, RuntimeError: no mirror has some file, or they cannot be written.
-    """
-    from torchvision.datasets import MNIST
-
-    root.mkdir(parents=True, exist_ok=True)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(3)  # of each read: without a network torchvision would wait minutes
-    try:
-        with tempfile.TemporaryDirectory(dir=root) as temporary:
-            MNIST(temporary, download=True)
-            if _find_mnist(root) is None:  # otherwise another run was faster
-                Path(temporary, "MNIST").rename(root / "MNIST")
-    finally:
-        socket.setdefaulttimeout(before)
-    return root / "MNIST" / "raw"
-
-
-def _in_memory(name: str, location: str, rows: dict[str, tuple[Pixels, Numbers]]) -> Source:
-    """A source of these images and digits, by split. Row ids count over all splits."""
+def _in_memory(task: "Task", found: "NamedData") -> Source:
+    """A source of rows that a task has found. Row ids count over all splits."""
     digest = hashlib.sha256()
     tables = {}
     first = 0
-    for split, (images, digits) in rows.items():
-        last = first + len(digits)
-        columns = {
-            "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
-            "digit": digits,
-            "row_hash": np.arange(first, last),
-            "path": [f"{name} ({split})"] * len(digits),
-        }
+    for split, arrays in found.splits.items():
+        rows = len(next(iter(arrays.values())))
+        columns = {}
+        for key, column in task.training_columns.items():
+            columns[key] = column.to_arrow(arrays[key])
+            digest.update(np.ascontiguousarray(column.load(arrays[key])).tobytes())
+        columns["row_hash"] = np.arange(first, first + rows)
+        columns["path"] = [f"{found.name} ({split})"] * rows
         tables[split] = pa.table(columns)
-        first = last
-        digest.update(images.tobytes())
-        digest.update(digits.astype(np.int64).tobytes())
-    return Source(name, location, digest.hexdigest(), tables)
+        first += rows
+    return Source(
+        name=found.name,
+        data=found.data,
+        location=found.location,
+        fingerprint=digest.hexdigest(),
+        tables=tables,
+        notice=found.notice,
+    )
 
 
 def _parquet(
-    config: LabelledDataConfig, location: Location, start_progress: StartProgress | None
+    data: str,
+    columns: Mapping[str, ColumnInFiles],
+    location: Location,
+    start_progress: StartProgress | None,
 ) -> Source:
-    mnist = f"MNIST's files ({_MNIST_FILE}, …, not gzipped) on a local disk"
-    found = list_inputs([config.data], flag="--data", if_none=f"holds neither {mnist} nor Parquet")
-    describe = partial(_describe, config, found.root)
+    found = list_inputs([data], flag="--data", if_none="holds no Parquet")
+    describe = partial(_describe, columns, found.root)
     count = start_progress("footers read", len(found.files)) if start_progress else None
-    files: dict[str, list[LabelledFile]] = {}
+    files: dict[str, list[DataFile]] = {}
     for file in in_threads(found.root, describe, list(found.files.items()), count):
         files.setdefault(_split_of_name(file.name), []).append(file)
     unnamed = files.pop("", [])
@@ -248,6 +180,7 @@ def _parquet(
         digest.update(f"{name}\n{entry.size}\n{entry.e_tag}\n".encode())
     return Source(
         name="parquet",
+        data=location.display,
         location=location.display,
         fingerprint=digest.hexdigest(),
         files=files or {"train": unnamed},
@@ -255,11 +188,11 @@ def _parquet(
     )
 
 
-def check_unchanged(config: LabelledDataConfig, source: Source) -> None:
+def check_unchanged(source: Source) -> None:
     """RequestError: a file is not the one whose footer was read: its rows may be of both."""
     if not source.files:
         return
-    now = list_inputs([config.data], flag="--data").files
+    now = list_inputs([source.data], flag="--data").files
     for files in source.files.values():
         for file in files:
             if file.name not in now or now[file.name].e_tag != file.e_tag:
@@ -268,8 +201,8 @@ def check_unchanged(config: LabelledDataConfig, source: Source) -> None:
 
 
 def _describe(
-    config: LabelledDataConfig, root: Location, listed: tuple[str, Entry]
-) -> LabelledFile:
+    columns: Mapping[str, ColumnInFiles], root: Location, listed: tuple[str, Entry]
+) -> DataFile:
     """What the footer of an input file says. RequestError: the file cannot be used."""
     name, entry = listed
     file = root / name
@@ -285,21 +218,28 @@ def _describe(
     of_folders = {*re.findall(r"([^/=]+)=[^/]*/", name)} - {*schema.names}
     for folder in of_folders:  # Ray Data makes a column of each folder `name=value`
         schema = schema.append(pa.field(folder, pa.string()))
-    names = [config.label_column] if config.label_column else ["digit", "label"]
-    label = next((one for one in names if one in schema.names), names[0])
-    for flag, column, type_error in (
-        ("--image-column", config.image_column, image_type_error),
-        ("--label-column", label, number_type_error),
-    ):
-        problem = column_error(schema, column, flag, type_error)
-        if column in ("path", "row_hash"):
-            problem = f"column {column!r} has the name of one that Ray Data adds; rename it"
+    names: dict[str, str] = {}
+    for key, (column, flag, given) in columns.items():
+        name_there = name_in_file(column, key, schema.names, given)
+        problem = column_error(schema, name_there, flag, column.type_error)
+        if name_there in ("path", "row_hash"):
+            problem = f"column {name_there!r} has the name of one that Ray Data adds; rename it"
+        if name_there in names.values():
+            problem = (
+                f"column {name_there!r} would be two columns of the task; {flag} names another"
+            )
         if problem:
             raise RequestError(f"{file.display}: {problem}")
-    image, rows = config.image_column, footer.metadata.num_rows
-    of_both = pa.schema([schema.field(image), schema.field(label)])
-    is_folder = label in of_folders
-    return LabelledFile(file, name, entry.e_tag, rows, image, label, of_both, is_folder)
+        names[key] = name_there
+    return DataFile(
+        path=file,
+        name=name,
+        e_tag=entry.e_tag,
+        rows=footer.metadata.num_rows,
+        columns=names,
+        schema=pa.schema([schema.field(one) for one in names.values()]),
+        of_folders=tuple(sorted(of_folders & {*names.values()})),
+    )
 
 
 def _split_of_name(file: str) -> str:

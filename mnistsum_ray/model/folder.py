@@ -2,31 +2,38 @@
 
 import hashlib
 import json
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
-from mnistsum_ray.data.randomness import NUMBERS
 from mnistsum_ray.errors import RequestError, one_line, shortened
-from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.model.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN, make_network
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import as_request_error
+from mnistsum_ray.task import Task
 
-MODEL_FORMAT: Final = "mnistsum_ray/5"
-"""A model of another format is refused: another network needs another number."""
+MODEL_FORMAT: Final = "mnistsum_ray/6"
+"""A model of another format is refused."""
 WEIGHTS_FILE: Final = "model.safetensors"
 DESCRIPTION_FILE: Final = "model.json"
 HEADER_KEY: Final = "mnistsum_ray"
 
 Weights = dict[str, Tensor]
-"""float32, by the names of the parameters."""
+"""By the names of the parameters and buffers."""
 
 
-def copy_weights(model: TwoHeadCNN) -> Weights:
+class LoadedModel(NamedTuple):
+    """A model, and what its folder says of it."""
+
+    task: Task  # with the settings of the model
+    network: nn.Module  # in evaluation mode, on the CPU
+    description: dict[str, Any]  # contents of model.json
+
+
+def copy_weights(model: nn.Module) -> Weights:
     """A copy of the weights on the CPU, contiguous."""
     copied = {}
     for name, value in model.state_dict().items():
@@ -34,23 +41,18 @@ def copy_weights(model: TwoHeadCNN) -> Weights:
     return copied
 
 
-def describe_model(weights: Weights, *, epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The description of weights of an epoch; `metrics` are by split."""
+def describe_model(task: Task, weights: Weights, code: str = "", **entries: Any) -> dict[str, Any]:
+    """The description of the weights of a task's network, whose `code_of` the driver knows.
+
+    `entries` are added.
+    """
     return {
         "format": MODEL_FORMAT,
-        "network": TwoHeadCNN.__name__,
+        "task": {"name": task.name, "code": code},
+        "settings": task.settings.model_dump(mode="json"),
         "parameters": sum(values.numel() for values in weights.values()),
         "sha256": checksum(weights),
-        "input": {
-            "image": "28 x 28 grayscale, uint8, 0 background, 255 ink",
-            "scaled": "(image / 255 - mean) / std",
-            "mean": PIXEL_MEAN,
-            "std": PIXEL_STD,
-            "number": f"0..{NUMBERS - 1}",
-        },
-        "output": {head.name: f"{head.classes} scores" for head in HEADS},
-        "epoch": epoch,
-        **metrics,
+        **entries,
     }
 
 
@@ -61,10 +63,10 @@ def write_model(folder: Location, weights: Weights, description: dict[str, Any])
     (folder / WEIGHTS_FILE).write(save_tensors(weights, header))
 
 
-def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
-    """The network, in evaluation mode, and its description, of a model folder or of a run.
+def load_model(place: Location, task: type[Task]) -> LoadedModel:
+    """The model in a model folder, in a run, or in the file of the weights itself.
 
-    The place may also be the file of the weights itself. Errors are those of `api.load_model`.
+    Errors are those of `api.load_model`; a model of another task is refused.
     """
     # The place itself comes last: some stores say of a folder that it is an empty file.
     candidates = (place / WEIGHTS_FILE, place / "model" / WEIGHTS_FILE, place)
@@ -80,12 +82,27 @@ def load_model(place: Location) -> tuple[TwoHeadCNN, dict[str, Any]]:
             raise ValueError(f"its format is not {MODEL_FORMAT!r}; train again with this version")
         if checksum(weights) != description["sha256"]:
             raise ValueError("it is damaged (the SHA-256 of its weights differs)")
-        network = make_network().eval()
+        name = description["task"]["name"]
+        if name != task.name:
+            raise ValueError(f"its task is {name}, and not {task.name}; give its --task")
+        made = task(make_settings(task, description["settings"]))
+        network = made.network().eval()
         network.load_state_dict(weights)
     except Exception as error:  # libraries raise many types for bytes that anybody may have written
         reason = shortened(one_line(error))
         raise RequestError(f"{file.display}: cannot be used: {reason}") from None
-    return network, description
+    return LoadedModel(made, network, description)
+
+
+def make_settings(task: type[Task], stored: dict[str, Any]) -> Any:
+    """The settings that a model was trained with. ValueError: the task has them no longer."""
+    try:
+        return task.Settings(**stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        problem = f"its setting {name!r} is not one of the task's now ({first['msg']})"
+        raise ValueError(f"{problem}; give the task's file as it was") from None
 
 
 def read_header(data: bytes) -> dict[str, Any]:

@@ -1,59 +1,78 @@
 """Inference: batched prediction on a device, and predictions as columns of a table."""
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mnistsum_ray.data.images import SIDE, Numbers, Pixels
+from mnistsum_ray.data.columns import Array, Arrays, Reasons, rows_in
 from mnistsum_ray.errors import RunError
+from mnistsum_ray.model.calls import calling, forward
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc
-from mnistsum_ray.model.heads import HEADS, PREDICTION_FIELDS, PROBABILITY_FIELDS, SUM
-from mnistsum_ray.model.network import Logits, TwoHeadCNN, compute_digit_logits, make_network
+from mnistsum_ray.task import Task
 
 CPU_BATCH: Final = 256
 """Rows of a forward pass on CPUs: 3 to 7 % faster than 64 on two cores, and as fast as more."""
 GPU_BATCH: Final = 2048
 
-Predictions = dict[str, npt.NDArray[Any]]
-"""Arrays of n rows: by name `pred_<head>`, the most likely class, and `<head>_prob`, its
-probability float32[n]; where asked for also `<head>_probs`, of all classes float32[n, classes]."""
+_BATCH_BYTES: Final = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+"""Most bytes of a batch by default: the values that a network makes of a row are many more."""
+
+
+def clashing_column(task: Task, names: list[str], *, probabilities: bool) -> str | None:
+    """The first of a table's columns whose name an added one would have too; None: there is none.
+
+    Upper and lower case are one: DuckDB and Spark do not tell them apart.
+    """
+    added = {field.name.lower() for field in added_fields(task, probabilities=probabilities)}
+    return next((name for name in names if name.lower() in {*added, "reason"}), None)
+
+
+def added_fields(task: Task, *, probabilities: bool) -> list[pa.Field]:
+    """The columns of a task's outputs; its lists only with `probabilities`."""
+    return [one for one in task.outputs if probabilities or not pa.types.is_list(one.type)]
 
 
 def append_predictions(
-    table: pa.Table, predictions: Predictions, numbers: Numbers, reasons: Mapping[int, str]
+    task: Task, table: pa.Table, predictions: Arrays, reasons: Reasons
 ) -> pa.Table:
     """The table of these rows, and after its columns those that scoring adds.
 
-    `numbers` are the rows' own; `reasons` say of rows why they cannot be scored: their predictions
-    are null.
+    `reasons` say of rows why they cannot be scored: their predictions are null.
+
+    RunError: a prediction of another row is infinite or NaN.
     """
     reason_column = pa.array([reasons.get(row) for row in range(table.num_rows)], pa.string())
-    is_bad = reason_column.is_valid()
-    mask = is_bad.to_numpy(zero_copy_only=False)
-    consistent = predictions["pred_sum"] == SUM.target(predictions["pred_digit"], numbers)
-    columns = {"consistent": consistent, **predictions}
-    for field in PREDICTION_FIELDS:
-        table = table.append_column(field, pa.array(columns[field.name], field.type, mask=mask))
-    for field in PROBABILITY_FIELDS:
-        if field.name in columns:
-            rows, classes = columns[field.name].shape
-            offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * classes)
-            flat = pa.array(columns[field.name].reshape(-1))
-            lists = pa.ListArray.from_arrays(offsets, flat, type=field.type, mask=is_bad)
+    is_rejected = reason_column.is_valid()
+    mask = is_rejected.to_numpy(zero_copy_only=False)
+    for field in task.outputs:
+        if field.name not in predictions:  # lists that nobody has asked for
+            continue
+        values = predictions[field.name]
+        if values.dtype.kind == "f" and not np.isfinite(values[~mask]).all():
+            problem = f"{field.name} is infinite or NaN for some row; train again"
+            raise RunError(f"task {task.name}: {problem}")
+        if pa.types.is_list(field.type):
+            rows, length = values.shape
+            offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * length)
+            flat = pa.array(values.reshape(-1), field.type.value_type)
+            lists = pa.ListArray.from_arrays(offsets, flat, type=field.type, mask=is_rejected)
             table = table.append_column(field, lists)
+        else:
+            table = table.append_column(field, pa.array(values, field.type, mask=mask))
     return table.append_column("reason", reason_column)
 
 
 class Predictor:
-    """The network on one device. PyTorch's settings change with it: a process has one."""
+    """A task's network on one device. PyTorch's settings change with it: a process has one."""
 
     def __init__(
         self,
+        task: Task,
         weights: dict[str, Tensor],
         device: torch.device,
         precision: str,
@@ -64,55 +83,86 @@ class Predictor:
             # One process a core is faster than several threads, which wait for each other.
             torch.set_num_threads(1)
         disable_tf32()
-        self._model = make_network()
-        self._model.load_state_dict(weights)
-        self._model.eval().to(device)
+        self.task = task
+        self._network = task.network()
+        self._network.load_state_dict(weights)
+        self._network.eval().to(device)
         self._bf16 = precision == "bf16"
-        self._batch_size = batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+        self.batch_size = batch_size or default_batch_size(task, device)
         # A device that does not work, or a batch too large for its memory, fails here.
-        images = np.zeros((self._batch_size, SIDE, SIDE), np.uint8)
-        self.predict(images, np.zeros(self._batch_size, np.int64))
+        rows = {key: column.zeros(self.batch_size) for key, column in task.inputs.items()}
+        self.predict(rows)
 
-    def predict(self, images: Pixels, numbers: Numbers, probabilities: bool = False) -> Predictions:
-        size, bf16 = self._batch_size, self._bf16
-        return predict_pairs(self._model, images, numbers, size, probabilities, bf16)
+    def predict(self, rows: Arrays, *, probabilities: bool = False) -> Arrays:
+        return predict_rows(
+            self.task,
+            self._network,
+            rows,
+            self.batch_size,
+            probabilities=probabilities,
+            bf16=self._bf16,
+        )
+
+
+def default_batch_size(task: Task, device: torch.device) -> int:
+    """Rows of a forward pass on this device."""
+    most = CPU_BATCH if device.type == "cpu" else GPU_BATCH
+    return min(most, rows_in(_BATCH_BYTES[device.type], task.inputs.values()))
 
 
 @torch.inference_mode()
-def predict_pairs(
-    model: TwoHeadCNN,
-    images: Pixels,
-    numbers: Numbers,
+def predict_rows(
+    task: Task,
+    network: nn.Module,
+    rows: Arrays,
     batch_size: int,
+    *,
     probabilities: bool = False,
     bf16: bool = False,
-) -> Predictions:
-    """Predict uint8[n, 28, 28] with numbers int64[n]; with `probabilities` all probabilities too.
+) -> Arrays:
+    """Predict rows, inputs as their columns' `decode` returns them, by column of `outputs`.
 
     The last batch is filled up with zeros: kernels are chosen by the size of a batch, so a row has
     the same bits whatever rows are scored with it.
     """
-    device = next(model.parameters()).device
-    logits_of_batches: list[Logits] = []
-    for start in range(0, max(1, len(images)), batch_size):  # torch.cat needs at least one batch
-        rows = slice(start, start + batch_size)
-        batch = [array_to_device(values[rows], device) for values in (images, numbers)]
-        missing = batch_size - len(batch[0])
-        if missing:
-            zeros = [values.new_zeros(missing, *values.shape[1:]) for values in batch]
-            batch = [torch.cat(parts) for parts in zip(batch, zeros, strict=True)]
-        digit_logits = compute_digit_logits(model, batch[0], bf16=bf16)
-        # The other heads, a thousandth of the work, run in float32, as in the evaluation.
-        logits_of_batches.append(model.logits(digit_logits.float(), batch[1]))
-    found: Predictions = {}
-    for index, head in enumerate(HEADS):
-        logits = torch.cat([of_batch[index] for of_batch in logits_of_batches])[: len(images)]
-        of_classes = logits.softmax(1)
-        probability, answer = of_classes.max(1)
-        found[f"{head.name}_prob"] = probability.cpu().numpy()
-        found[f"pred_{head.name}"] = answer.cpu().numpy().astype(np.int8)
-        if probabilities:
-            found[f"{head.name}_probs"] = of_classes.cpu().numpy()
-        if not np.isfinite(found[f"{head.name}_prob"]).all():
-            raise RunError("the model's scores are infinite or NaN for some image; train again")
-    return found
+    device = device_of(network)
+    names = [field.name for field in added_fields(task, probabilities=probabilities)]
+    count = len(next(iter(rows.values())))
+    found: dict[str, list[Array]] = {name: [] for name in names}
+    for start in range(0, max(1, count), batch_size):
+        batch = {}
+        for key, column in task.inputs.items():
+            values = rows[key][start : start + batch_size]
+            missing = batch_size - len(values)
+            if missing:
+                values = np.concatenate([values, column.zeros(missing)])
+            batch[key] = array_to_device(column.load(values), device)
+        outputs = forward(task, network, batch, bf16=bf16)
+        with calling(task, "predict"):
+            predicted = task.predict(outputs, batch)
+        for name in names:
+            found[name].append(predicted[name][: count - start].cpu().numpy())
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
+def sum_metrics(
+    task: Task, predictions: Arrays, rows: Arrays, is_labelled: npt.NDArray[np.bool_]
+) -> dict[str, float]:
+    """Sums of `judge` over the labelled rows, which have predictions, inputs and labels."""
+    predicted = _as_tensors(predictions, is_labelled, lambda key, values: values)
+    columns = {**task.inputs, **task.labels}
+    batch = _as_tensors(rows, is_labelled, lambda key, values: columns[key].load(values))
+    with calling(task, "judge"):
+        judged = task.judge(predicted, batch)
+    return {name: float(values.double().sum()) for name, values in judged.items()}
+
+
+def _as_tensors(
+    rows: Arrays, is_taken: npt.NDArray[np.bool_], load: Callable[[str, Array], Array]
+) -> dict[str, Tensor]:
+    return {key: torch.from_numpy(load(key, values[is_taken])) for key, values in rows.items()}
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the parameters of a network are."""
+    return next(network.parameters(), torch.zeros(())).device

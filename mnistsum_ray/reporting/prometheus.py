@@ -18,7 +18,7 @@ COUNTERS: Final = {
 GAUGES: Final = {
     "mnistsum_rows_per_second": "Rate, all workers together.",
     "mnistsum_epoch": "Epoch that is trained, from 1.",
-    "mnistsum_loss": "Mean loss a row of this epoch, in nats.",
+    "mnistsum_loss": "Mean loss a row of this epoch.",
 }
 
 

@@ -1,41 +1,28 @@
-"""The page report.html of a run and of a scored output, and its pictures.
+"""The page report.html of a run, its pictures, and what the page of a scored output has too.
 
 `manifest` is the content of manifest.json, `description` that of model.json, `history` are the
-lines of history.jsonl, and `pictures` are PNG files by their names.
+lines of history.jsonl, and `pictures` are titles and PNG files by the names of the files.
 """
 
-import io
 import platform
 import shlex
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import jinja2
-from markupsafe import Markup
-from PIL import Image
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.errors import counted, one_line, percent, spelled
-from mnistsum_ray.model.heads import HEADS, Head
-from mnistsum_ray.reporting.console import accuracies
+from mnistsum_ray.errors import one_line, spelled
+from mnistsum_ray.reporting.console import describe_metrics, metric_value, short_name
 from mnistsum_ray.storage.store import Location
+from mnistsum_ray.task import BUILT_IN, Findings, Table
 
 REPORT: Final = "report.html"
 
-PICTURES: Final = {
-    "history.png": "Loss and error by epoch",
-    "confusion.png": "Digits: confusion matrix",
-    "mistakes.png": "The most confident mistakes",
-    "reliability.png": "Reliability: accuracy by predicted probability, with numbers of answers",
-}
-"""Titles of the pictures by their file names."""
-
-Table = tuple[str, tuple[Any, ...], list[tuple[Any, ...]]]
-"""Title, names of the columns, and rows. One without rows is not shown."""
+Pictures: TypeAlias = dict[str, tuple[str, bytes]]
 
 
 def versions() -> dict[str, str]:
@@ -44,115 +31,61 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "mnistsum_ray": __version__} | packages
 
 
+def how_to_score(command: str, task: str, model: str) -> str:
+    """The command that scores with a model; `task` is the text that names its task."""
+    named = task.replace("__main__:", "FILE.py:")  # of a notebook, which no command can name
+    of_task = "" if task == BUILT_IN else f" --task {shlex.quote(named)}"
+    return f"{command}{of_task} --model {shlex.quote(model)} --input ROWS --output SCORED"
+
+
 def report_page(
-    manifest: dict[str, Any], description: dict[str, Any], pictures: dict[str, bytes]
+    manifest: dict[str, Any],
+    description: dict[str, Any],
+    findings: Findings,
+    pictures: Pictures,
 ) -> str:
-    """Render the HTML page of a finished training: accuracies, pictures, configuration."""
+    """Render the HTML page of a finished training: metrics, pictures, configuration."""
     data, test = manifest["data"], description["test"]
-    cards = [(percent(test[f"{head.name}_accuracy"]), f"{head.name} correct") for head in HEADS]
+    cards = metric_cards(test)
     speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
-    cards.append((f"{speed:,.0f}", "training images per second"))
+    cards.append((f"{speed:,.0f}", "training rows per second"))
     cards.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
     on_sample = " (on the sample)" if data["notice"] else ""
-    tested = f"Epoch {description['epoch']}, on {test['rows']:,} test images with every number."
-    run = shlex.quote(manifest["metrics"]["run"])
-    command = f"mnistsum score --model {run} --input PAIRS --output SCORED"
+    counts = [f"{value:,} {name}" for name, value in test.items() if isinstance(value, int)]
+    tested = f"Epoch {description['epoch']}, on the test split: {', '.join(counts)}."
+    command = how_to_score("mnistsum score", manifest["config"]["task"], manifest["metrics"]["run"])
     weights = {key: description[key] for key in ("parameters", "sha256")}
     tables = [
-        _accuracy_table(manifest["error_analysis"]["confusion"]),
-        _reasons_table("Rows left out", data["bad_rows"]),
-        _settings_table(manifest, weights),
+        *findings.tables,
+        reasons_table("Rejected rows", data["bad_rows"]),
+        settings_table(manifest, weights),
     ]
-    return _render(
+    metrics = describe_metrics(test, counts=False)
+    return render(
         pictures,
-        title=f"{manifest['config']['name']}: {accuracies(test)}{on_sample}",
-        lines=[data["notice"], tested],
+        title=f"{manifest['config']['name']}: {metrics}{on_sample}",
+        lines=[data["notice"], findings.notice, tested],
         cards=cards,
         tables=tables,
         command=command,
     )
 
 
-def scored_page(manifest: dict[str, Any], mistake_images: Sequence[Pixels]) -> str:
-    """Render the HTML page of a scored output, with the images of the manifest's mistakes."""
-    totals, counts = manifest["totals"], manifest["counts"]
-    all_rows = totals["input_rows"] + totals.get("left_rows", 0)
-    cards = [
-        (f"{totals['rejected_rows']:,}", "rows rejected"),
-        (f"{totals['failed_files']:,}", f"files not usable, with {totals['failed_rows']:,} rows"),
-    ]
-    if counts.get("labelled_rows"):
-        for head in HEADS:
-            correct = f"{head.name} correct, of {counts['labelled_rows']:,} labelled rows"
-            cards.append((percent(totals[f"{head.name}_accuracy"]), correct))
-    cards.append((f"{totals['rows_per_second']:,.0f}", "rows per second"))
-    failures = list(manifest["failures"].items())
-    if len(failures) < totals["failed_files"]:
-        failures.append((f"all {totals['failed_files']:,}", "are in files.parquet"))
-    digits = enumerate(counts.get("predicted_digits", []))
-    mistakes = []
-    for mistake, image in zip(manifest["mistakes"], mistake_images, strict=True):
-        answers = [_answer(mistake, head) for head in HEADS]
-        mistakes.append((_image_cell(image), *answers, mistake["file"], f"{mistake['row']:,}"))
-    tenths = []
-    if "predicted_digits" in counts:  # not where nothing is scored
-        for tenth in range(10):
-            of_heads = [f"{counts[f'{head.name}_probabilities'][tenth]:,}" for head in HEADS]
-            tenths.append((f"{tenth / 10} to {(tenth + 1) / 10}", *of_heads))
-    tables = [
-        ("Files that cannot be used", ("file", "reason"), failures),
-        _reasons_table("Rejected rows", manifest["bad_rows"]),
-        ("Predicted digits", ("digit", "rows"), [(digit, f"{rows:,}") for digit, rows in digits]),
-        ("Probabilities", ("probability", *(f"{head.name}, rows" for head in HEADS)), tenths),
-        (PICTURES["mistakes.png"], ("", *(head.name for head in HEADS), "file", "row"), mistakes),
-        _confusion_table(counts.get("confusion", [])),
-        _settings_table(manifest, manifest["model"]),
-    ]
-    return _render(
-        {},
-        title=f"{totals['scored_rows']:,} of {all_rows:,} rows scored",
-        lines=[f"{totals['output']}, from {counted(totals['files'], 'file')}", manifest["notice"]],
-        cards=cards,
-        tables=tables,
-    )
+def metric_cards(metrics: dict[str, Any], of_rows: str = "") -> list[tuple[str, str]]:
+    """A card for each metric: its value and its meaning."""
+    cards = []
+    for name, value in metrics.items():
+        if value is None or isinstance(value, int) or name == "loss":
+            continue
+        meaning = short_name(name)
+        if name.endswith("_accuracy"):
+            meaning = f"{meaning} correct"
+        cards.append((metric_value(name, value), meaning + of_rows))
+    return cards
 
 
-def _answer(mistake: dict[str, Any], head: Head) -> str:
-    """What a head has answered, how sure it was, and what is true."""
-    predicted = mistake[f"pred_{head.name}"]
-    true = head.target(mistake["digit"], mistake["number"])
-    wrong = "" if predicted == true else f", not {true}"
-    return f"{predicted} ({percent(mistake[f'{head.name}_prob'])}){wrong}"
-
-
-def _image_cell(image: Pixels) -> Markup:
-    """An image in a cell. Drawing by matplotlib would cost each scoring a second."""
-    png = io.BytesIO()
-    Image.fromarray(image).save(png, "PNG")
-    source = f"data:image/png;base64,{b64encode(png.getvalue()).decode()}"
-    return Markup('<img alt="" width="56" src="{}">').format(source)
-
-
-def _accuracy_table(confusion: list[list[int]]) -> Table:
-    """Rows and share correct by true digit, which the picture of the confusion matrix has not."""
-    rows = []
-    for digit, *predicted, correct in _confusion_table(confusion)[2]:
-        rows.append((digit, f"{sum(predicted):,}", correct))
-    return "Accuracy by digit", ("digit", "rows", "correct"), rows
-
-
-def _confusion_table(confusion: list[list[int]]) -> Table:
-    """Rows by true digit (down) and predicted digit (across), and how many of them are correct."""
-    rows = []
-    for digit, predicted in enumerate(confusion):
-        correct = percent(predicted[digit] / sum(predicted)) if any(predicted) else ""
-        rows.append((digit, *predicted, correct))
-    columns = ("", *range(len(confusion)), "correct")
-    return "Digits: true (down) and predicted (across)", columns, rows
-
-
-def _reasons_table(title: str, counts: dict[str, Any]) -> Table:
-    """Bad rows by reason, and which are the first five; `counts`: of `ReasonCounts`."""
+def reasons_table(title: str, counts: dict[str, Any]) -> Table:
+    """Rejected rows by reason, and which are the first five; `counts`: of `ReasonCounts`."""
     rows = []
     for reason, count in Counter(counts["reasons"]).most_common():
         examples = [(file, row) for file, row, why in counts["examples"] if why == reason]
@@ -161,7 +94,7 @@ def _reasons_table(title: str, counts: dict[str, Any]) -> Table:
     return title, ("rows", "reason", "for example"), rows
 
 
-def _settings_table(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
+def settings_table(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
     """Settings and what the run has chosen, without what is unset or has a table of its own."""
     keys = ("started", "finished", "workers", "precision", "data", "hardware", "versions")
     # The manifest knows what the config has left open, as its precision.
@@ -178,10 +111,11 @@ def _settings_table(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
     return "Configuration", (), rows
 
 
-def _render(pictures: dict[str, bytes], **values: Any) -> str:
+def render(pictures: Pictures, **values: Any) -> str:
+    """The page with its pictures, title, lines, cards, tables and maybe a command."""
     loader = jinja2.PackageLoader("mnistsum_ray.reporting", ".")
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
-    shown = [(PICTURES[name], b64encode(png).decode()) for name, png in pictures.items()]
+    shown = [(title, b64encode(png).decode()) for title, png in pictures.values()]
     return template.render(pictures=shown, **values)
 
 
@@ -189,24 +123,22 @@ def write_report(
     folder: Location,
     manifest: dict[str, Any],
     description: dict[str, Any],
-    history: list[dict[str, Any]],
-    mistake_images: Pixels,
+    history: Sequence[dict[str, Any]],
+    findings: Findings,
     say: Callable[[str], None],
 ) -> None:
     """Write the pictures and report.html of a run; what cannot be drawn never costs the run."""
-    analysis = manifest["error_analysis"]
     rate = manifest["config"]["learning_rate"]
-    pictures = {}
+    pictures: Pictures = {}
     try:
         from mnistsum_ray.reporting import plots  # takes a second, and may be what fails
 
-        draw = plots.draw_png
-        pictures["history.png"] = draw(plots.draw_history, history, rate)
-        pictures["confusion.png"] = draw(plots.draw_confusion, analysis["confusion"])
-        pictures["mistakes.png"] = draw(plots.draw_mistakes, analysis["mistakes"], mistake_images)
-        pictures["reliability.png"] = draw(plots.draw_reliability, analysis["probabilities"])
+        png = plots.draw_png(plots.draw_history, history, rate)
+        pictures["history.png"] = ("Loss and metrics by epoch", png)
+        for name, (title, draw) in findings.pictures.items():
+            pictures[name] = (title, plots.draw_png(draw))
     except Exception as error:  # such as of a font that a user's settings name
         say(f"a picture cannot be drawn: {one_line(error)}; {REPORT} is without it")
-    for name, picture in pictures.items():
-        (folder / name).write(picture)
-    (folder / REPORT).write(report_page(manifest, description, pictures).encode())
+    for name, (_, png) in pictures.items():
+        (folder / name).write(png)
+    (folder / REPORT).write(report_page(manifest, description, findings, pictures).encode())

@@ -1,14 +1,11 @@
 """Results of the jobs: `fit` and `score` return them, and the commands print them as JSON."""
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
 MANIFEST: Final = "manifest.json"
 """A run has one from its start, with its `status`; an output has one when it is finished."""
-
-SURE: Final = 0.9
-"""Probability of a digit from which on an answer is sure."""
 
 
 class Result(BaseModel):
@@ -22,7 +19,7 @@ class Result(BaseModel):
 
 
 class SplitRows(Result):
-    """Rows of each split, and their source: `sample`, `mnist` or `parquet`."""
+    """Rows of each split, and their source: `parquet`, or a name that the task knows."""
 
     source: str
     train_rows: int
@@ -31,30 +28,19 @@ class SplitRows(Result):
 
 
 class HeldOutMetrics(Result):
-    """Quality on the test rows, each with every number. Accuracies are in 0..1."""
+    """Quality on the test rows: with `loss`, the mean of the task's metrics by their names.
 
-    rows: int
-    pairs: int
-    loss: float
-    """Mean of the heads' cross-entropies, in nats."""
-    digit_accuracy: float
-    sum_accuracy: float
-
-
-class PicturePrediction(Result):
-    """The answers for one picture and a number. A further head of the network adds its fields."""
+    Accuracies are in 0..1.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    number: int
-    digit: int
-    digit_prob: float
-    sum: int
-    sum_prob: float
-    consistent: bool
-    """Whether sum = digit + number."""
-    unsure: bool
-    """Whether the digit's probability is below SURE."""
+    rows: int
+    loss: float
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> float: ...
 
 
 class TrainResult(Result):
@@ -71,7 +57,12 @@ class TrainResult(Result):
 
 
 class ScoreResult(Result):
-    """Result of a finished scoring. input_rows = scored_rows + rejected_rows + failed_rows."""
+    """Result of a finished scoring. input_rows = scored_rows + rejected_rows + failed_rows.
+
+    Where a label column was named, also the task's metrics, None without a labelled row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     output: str
     """A folder or URI."""
@@ -89,6 +80,7 @@ class ScoreResult(Result):
     failed_files: int
     rows_per_second: float
     seconds: float
-    digit_accuracy: float | None = None
-    """Accuracies in 0..1, where a label column was named; None without a labelled row."""
-    sum_accuracy: float | None = None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> float | None: ...

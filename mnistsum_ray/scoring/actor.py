@@ -1,4 +1,4 @@
-"""What an actor of Ray Data does with a task: read its parts, predict, put each, and answer."""
+"""What an actor does with a task of Ray Data: read its parts, predict, put each, and answer."""
 
 import itertools
 import json
@@ -12,28 +12,19 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from mnistsum_ray.data.images import (
-    DIGITS,
-    Numbers,
-    Pixels,
-    ReasonCounts,
-    Reasons,
-    decode_images,
-    decode_numbers,
-    join_reasons,
-)
+from mnistsum_ray.data.columns import Arrays, ReasonCounts, Reasons, decode_columns
 from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import ConflictError, UnusableFileError, one_line
-from mnistsum_ray.model.heads import HEADS, SUM
-from mnistsum_ray.model.inference import Predictions, Predictor, append_predictions
-from mnistsum_ray.model.metrics import MAX_MISTAKES
-from mnistsum_ray.scoring.parts import PART_KEY, PREDICTIONS, Part
+from mnistsum_ray.model.calls import calling
+from mnistsum_ray.model.inference import Predictor, append_predictions, sum_metrics
+from mnistsum_ray.scoring.parts import MIB, PART_KEY, PREDICTIONS, Part, as_numbers
 from mnistsum_ray.scoring.request import ScoreRequest
 from mnistsum_ray.storage.store import Entry
+from mnistsum_ray.task import Task
 
-_BATCH_ROWS: Final = 2048
-"""Small parts are predicted together, up to so many rows or a larger `--batch-size`: a forward pass
-on ten rows, filled up to a batch, wastes most of its time."""
+_JOINED_BYTES: Final = 2 * MIB
+"""Small parts are predicted together, up to so much or a larger batch: a forward pass on ten rows,
+filled up to a batch, wastes most of its time."""
 
 
 class Answer(NamedTuple):
@@ -48,13 +39,14 @@ class Answer(NamedTuple):
 
 
 class DecodedPart(NamedTuple):
-    """The n rows of a part; in place of an image or a number that cannot be decoded are zeros."""
+    """The n rows of a part; in place of a value that cannot be decoded are zeros."""
 
     part: Part
     table: pa.Table  # of every input column
-    images: Pixels
-    numbers: Numbers
+    arrays: Arrays  # inputs, and labels that flags name, by their names in the task
     reasons: Reasons  # why each rejected row cannot be scored, by its index in the part
+    is_scored: npt.NDArray[np.bool_]  # the others
+    is_labelled: npt.NDArray[np.bool_]  # those of them whose labels are all known
 
 
 class ScoreParts:
@@ -62,10 +54,9 @@ class ScoreParts:
 
     def __init__(self, request: ScoreRequest, device: str) -> None:
         """Load the model on `device`, `cpu` or `cuda`."""
-        self._request, config = request, request.config
-        self._predictor = Predictor(
-            request.weights, torch.device(device), str(config.precision), config.batch_size
-        )
+        self._request = request
+        settings = (str(request.config.precision), request.config.batch_size)
+        self._predictor = Predictor(request.task, request.weights, torch.device(device), *settings)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Take one task, which is a row, and yield its answers, each as soon as it is known.
@@ -79,13 +70,13 @@ class ScoreParts:
 
     def _score(self, task: int, parts: Sequence[Part]) -> Iterator[Answer]:
         yield Answer(task)
-        most_rows = max(_BATCH_ROWS, self._request.config.batch_size or 0)
+        most_rows = max(self._request.rows_in(_JOINED_BYTES), self._predictor.batch_size)
         batch: list[DecodedPart] = []
         for name, group in itertools.groupby(parts, lambda part: part.input):
             try:
                 for decoded in read_file(self._request, list(group)):
                     batch.append(decoded)
-                    if sum(len(one.images) for one in batch) >= most_rows:
+                    if sum(one.part.rows for one in batch) >= most_rows:
                         yield from self._predict_and_put(task, batch)
                         batch = []
             except UnusableFileError as error:
@@ -97,10 +88,11 @@ class ScoreParts:
 
     def _predict_and_put(self, task: int, batch: Sequence[DecodedPart]) -> Iterator[Answer]:
         """Predict the rows of several parts together, and put each part."""
-        images = np.concatenate([decoded.images for decoded in batch])
-        numbers = np.concatenate([decoded.numbers for decoded in batch])
+        rows: Arrays = {}
+        for key in self._request.task.inputs:
+            rows[key] = np.concatenate([decoded.arrays[key] for decoded in batch])
         probabilities = self._request.config.probabilities
-        predictions = self._predictor.predict(images, numbers, probabilities)
+        predictions = self._predictor.predict(rows, probabilities=probabilities)
         rejected_rows = start = 0
         for decoded in batch:
             end = start + decoded.part.rows
@@ -112,7 +104,7 @@ class ScoreParts:
                 reason = f"cannot be written again: {one_line(error)}"
                 yield Answer(task, file=decoded.part.input, reason=reason)
             start = end
-        yield Answer(task, len(images), rejected_rows)
+        yield Answer(task, start, rejected_rows)
 
 
 def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedPart]:
@@ -120,95 +112,77 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
 
     UnusableFileError: it cannot be read, or decoded, although its footer could be read.
     """
-    config = request.config
     file = request.root / parts[0].input
     listed = Entry(file.path, parts[0].size, parts[0].e_tag)
     ranges = [range(part.first_row, part.first_row + part.rows) for part in parts]
+    batch_rows = request.rows_in(8 * MIB)
     with open_parquet(file, listed) as parquet:
-        for part, table in zip(parts, read_ranges(parquet, ranges), strict=True):
+        for part, table in zip(parts, read_ranges(parquet, ranges, batch_rows), strict=True):
             # Requests for an object name its ETag, but a file on a disk may be rewritten meanwhile.
             if file.is_local and file.file_entry() != listed:
                 raise ConflictError  # of which open_parquet says that the file has changed
-            images, bad_images = decode_images(table[config.image_column])
-            numbers, bad_numbers = decode_numbers(table[config.number_column])
-            yield DecodedPart(part, table, images, numbers, join_reasons(bad_images, bad_numbers))
+            yield decode_part(request, part, table)
 
 
-def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Predictions) -> None:
+def decode_part(request: ScoreRequest, part: Part, table: pa.Table) -> DecodedPart:
+    """Decode the inputs and labels of a part's rows."""
+    names = request.names_in(table.column_names)
+    arrays, reasons = decode_columns(request.task.inputs, table, names)
+    is_scored = np.ones(part.rows, bool)
+    is_scored[list(reasons)] = False
+    is_labelled = is_scored & bool(request.labels)
+    for key, column in request.labels.items():
+        values = table[names[key]]
+        if column.type_error(values.type):  # no label is known
+            arrays[key], is_labelled[:] = column.zeros(part.rows), False
+        else:
+            arrays[key], unknown = column.decode(values, key)
+            is_labelled[list(unknown)] = False
+    return DecodedPart(part, table, arrays, reasons, is_scored, is_labelled)
+
+
+def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Arrays) -> None:
     """Put the output file of a part if there is none. StorageError: it cannot be written."""
     part = decoded.part
-    table = decoded.table.drop_columns([request.config.image_column])
-    table = append_predictions(table, predictions, decoded.numbers, decoded.reasons)
+    table = decoded.table.drop_columns([*request.images_in(decoded.table.column_names)])
+    with calling(request.task, "predict"):  # of which a value may not fit the type in `outputs`
+        table = append_predictions(request.task, table, predictions, decoded.reasons)
     rejected = ReasonCounts()
     examples = [(part.input, part.first_row + row, why) for row, why in decoded.reasons.items()]
     rejected.add(Counter(decoded.reasons.values()), examples)
     footer: dict[str, Any] = {"run": request.run_id, "part": part._asdict()}
     footer |= {"reasons": rejected.reasons, "examples": rejected.examples}
-    footer["counts"] = count_rows(decoded, predictions)
-    label_column = request.config.label_column
-    if label_column:
-        labels, unknown = decode_numbers(decoded.table[label_column], DIGITS)
-        is_known = np.ones(len(labels), bool)
-        is_known[[*unknown, *decoded.reasons]] = False
-        footer["counts"] |= count_right(decoded, predictions, labels, is_known)
-        footer["mistakes"] = surest_mistakes(decoded, predictions, labels, is_known)
+    footer |= count_part(request, decoded, predictions)
     # Not the input's metadata: Spark may have named its columns there, and would see no others.
     table = table.replace_schema_metadata({PART_KEY: json.dumps(footer)})
     with suppress(ConflictError):  # a process that died, or a second run, has put it
         (request.output / PREDICTIONS / part.output).create(to_parquet(table))
 
 
-def count_rows(decoded: DecodedPart, predictions: Predictions) -> dict[str, Any]:
-    """Counts of a part's rows: numbers, and lists of them by digit or by tenth of probability."""
-    is_scored = np.ones(len(decoded.images), bool)
-    is_scored[list(decoded.reasons)] = False
-    scored = {name: values[is_scored] for name, values in predictions.items()}
-    consistent = SUM.target(scored["pred_digit"], decoded.numbers[is_scored]) == scored["pred_sum"]
-    top_and_bottom = decoded.images[:, [0, -1]]
-    counts: dict[str, Any] = {
-        "rows": len(is_scored),
-        "rejected_rows": len(decoded.reasons),
-        "consistent_rows": int(consistent.sum()),
-        # No image of MNIST has a light edge: these are black on white.
-        "light_rows": int((top_and_bottom[is_scored].mean((1, 2)) > 127).sum()),
-        "predicted_digits": np.bincount(scored["pred_digit"], minlength=DIGITS).tolist(),
-    }
-    for head in HEADS:
-        tenths = (10 * scored[f"{head.name}_prob"]).astype(np.int64).clip(max=9)
-        counts[f"{head.name}_probabilities"] = np.bincount(tenths, minlength=10).tolist()
-    return counts
+def count_part(request: ScoreRequest, decoded: DecodedPart, predictions: Arrays) -> dict[str, Any]:
+    """Of a part's rows the `counts`, the machine's and the task's, and sums of the `metrics`."""
+    task, arrays, is_labelled = request.task, decoded.arrays, decoded.is_labelled
+    inputs = {key: arrays[key] for key in task.inputs}
+    counts, metrics = count_rows(task, predictions, inputs, decoded.is_scored), {}
+    if is_labelled.any():
+        # What is counted of all rows is not counted again of these.
+        counts = count_rows(task, predictions, arrays, is_labelled) | counts
+        with calling(task, "judge"):
+            metrics = as_numbers(sum_metrics(task, predictions, arrays, is_labelled))
+    counts |= {"rows": decoded.part.rows, "rejected_rows": len(decoded.reasons)}
+    if request.labels:
+        counts["labelled_rows"] = int(is_labelled.sum())
+    return {"counts": counts, "metrics": metrics}
 
 
-def count_right(
-    decoded: DecodedPart, predictions: Predictions, labels: Numbers, is_known: npt.NDArray[np.bool_]
+def count_rows(
+    task: Task, predictions: Arrays, arrays: Arrays, is_counted: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """Counts of a part's scored rows whose true digit is known: of these, how many are right."""
-    labels, numbers = labels[is_known], decoded.numbers[is_known]
-    counts: dict[str, Any] = {"labelled_rows": len(labels)}
-    for head in HEADS:
-        is_right = predictions[f"pred_{head.name}"][is_known] == head.target(labels, numbers)
-        counts[f"{head.name}_right"] = int(is_right.sum())
-    cells = DIGITS * labels + predictions["pred_digit"][is_known]
-    counts["confusion"] = np.bincount(cells, minlength=DIGITS**2).reshape(DIGITS, -1).tolist()
-    return counts
-
-
-def surest_mistakes(
-    decoded: DecodedPart, predictions: Predictions, labels: Numbers, is_known: npt.NDArray[np.bool_]
-) -> list[dict[str, Any]]:
-    """The rows with a known digit whose wrong answers are the surest, the surest first."""
-    confidence = np.zeros(len(labels))
-    for head in HEADS:
-        is_wrong = predictions[f"pred_{head.name}"] != head.target(labels, decoded.numbers)
-        confidence = np.maximum(confidence, predictions[f"{head.name}_prob"] * is_wrong)
-    confidence[~is_known] = 0
-    mistakes = []
-    for row in np.argsort(-confidence, kind="stable")[:MAX_MISTAKES].tolist():
-        if confidence[row]:
-            mistake = {"row": decoded.part.first_row + row, "confidence": confidence[row]}
-            mistake |= {"digit": int(labels[row]), "number": int(decoded.numbers[row])}
-            for head in HEADS:
-                for name in (f"pred_{head.name}", f"{head.name}_prob"):
-                    mistake[name] = predictions[name][row].item()
-            mistakes.append(mistake)
-    return mistakes
+    """What a task counts of some rows, if it counts and there are any."""
+    if type(task).count is Task.count or not is_counted.any():  # photos would be decoded again
+        return {}
+    columns = {**task.inputs, **task.labels}
+    predicted = {name: values[is_counted] for name, values in predictions.items()}
+    batch = {key: columns[key].load(values[is_counted]) for key, values in arrays.items()}
+    with calling(task, "count"):
+        return as_numbers(task.count(predicted, batch))

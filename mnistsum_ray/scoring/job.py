@@ -39,6 +39,7 @@ from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
 from mnistsum_ray.scoring import output
 from mnistsum_ray.scoring.actor import Answer, ScoreParts
 from mnistsum_ray.scoring.parts import (
+    MIB,
     PREDICTIONS,
     FoundParts,
     Part,
@@ -83,13 +84,13 @@ def _how_to_go_on(config: ScoreConfig) -> str:
 def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreResult:
     started = time.monotonic()
     predictions = request.output / PREDICTIONS
-    planned = split_into_parts(request.files, request.config.max_rows_per_file)
+    planned = split_into_parts(request)
     if request.config.overwrite:
         if not planned:
             raise RequestError("--overwrite: no file of --input can be used; nothing was deleted")
         output.delete_output(request.output, console)
     with as_request_error("--output"):
-        request = replace(request, run_id=output.begin(request))
+        request = replace(request, run_id=output.begin(request, console))
     failures = {file.name: file.error for file in request.files if file.error}
     for name, reason in failures.items():
         console.say(f"cannot be used: {name}: {reason}")
@@ -148,7 +149,7 @@ def _score_parts(
     """
     total, known = sum(part.rows for part in todo), sum(file.rows or 0 for file in request.files)
     # Some seconds of work: a task costs the driver 7 to 9 ms.
-    tasks = make_tasks(todo, 262_144 if plan.use_gpu else 32_768, plan.most)
+    tasks = make_tasks(request, todo, (256 if plan.use_gpu else 32) * MIB, plan.most)
     plan = replace(plan, most=min(plan.most, len(tasks)))
     console.say(
         f"{total:,} of {counted(known, 'row')} to score; "
@@ -271,10 +272,15 @@ def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, has_gpu: boo
 
 
 def _choose_precision(request: ScoreRequest, plan: WorkerPlan, gpu_precision: str | None) -> str:
-    """The precision that is given, else that of the output's run, else the faster one."""
+    """The given precision, else that of the output's run, else the model's or the faster one."""
+    if not request.task.bf16:
+        return "fp32"
+    trained_in = request.description.get("precision")  # not known of a model of `save_model`
     begun = {} if request.config.overwrite else output.read_run(request.output)
     if plan.use_gpu:
         faster = gpu_precision or "fp32"  # GPUs that are still to come may be too old for bfloat16
     else:  # the CPU of this machine stands in for those of the nodes that score
         faster = "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
+    if trained_in == "fp32":  # whoever has trained in full wants it so, or had no bfloat16
+        faster = "fp32"
     return request.config.precision or begun.get("--precision") or faster

@@ -18,38 +18,38 @@ import pyarrow as pa
 
 from mnistsum_ray import __version__
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.data.images import SIDE, Pixels, ReasonCounts, decode_images
-from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
+from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import (
     ConflictError,
     MissingFileError,
     RunError,
-    StorageError,
     TryAgainError,
-    UnusableFileError,
     counted,
-    percent,
     spelled,
 )
-from mnistsum_ray.model.heads import HEADS
-from mnistsum_ray.reporting.console import Console, accuracies
-from mnistsum_ray.reporting.report import REPORT, scored_page, versions
+from mnistsum_ray.model.calls import calling
+from mnistsum_ray.reporting.console import Console, describe_metrics
+from mnistsum_ray.reporting.report import REPORT, versions
 from mnistsum_ray.reporting.results import MANIFEST, ScoreResult
+from mnistsum_ray.reporting.scored_report import scored_page
 from mnistsum_ray.scoring.parts import (
     NOT_OURS,
     PREDICTIONS,
     START_OVER,
     FoundParts,
+    as_numbers,
     read_footers,
     refusal,
 )
 from mnistsum_ray.scoring.request import ScoreRequest
 from mnistsum_ray.storage.store import Location
+from mnistsum_ray.task import Findings
+from mnistsum_ray.task_loader import code_of
 
 RUN_FILE: Final = "run.json"
 FILES_TABLE: Final = "files.parquet"
 
-RUN_FORMAT: Final = "mnistsum_ray.score/5"
+RUN_FORMAT: Final = "mnistsum_ray.score/6"
 """Format of run.json and the manifest, of the footers, and of how files are cut into parts."""
 
 FILES_TABLE_SCHEMA: Final = pa.schema(
@@ -75,19 +75,20 @@ def read_run(output: Location) -> dict[str, Any]:
     raise refusal(output, f"{RUN_FILE} {NOT_OURS}")
 
 
-def begin(request: ScoreRequest) -> str:
+def begin(request: ScoreRequest, console: Console) -> str:
     """Create run.json, or check that the one in the folder holds this request; return its id.
 
     RequestError, and nothing is changed: here is the output of another request or program.
     """
     output = request.output
     wanted = {"format": RUN_FORMAT} | request.identity
+    task_code = code_of(type(request.task))
     if not read_run(output):
         others = output.visible_files()
         if others and RUN_FILE not in others:  # a second run may have begun just now
             raise refusal(output, f"{next(iter(others))} {NOT_OURS}")
         with suppress(ConflictError):
-            run = {"id": secrets.token_hex(8), "version": __version__}
+            run = {"id": secrets.token_hex(8), "version": __version__, "task_code": task_code}
             (output / RUN_FILE).create(wanted | run)
     begun = read_run(output)
     if not begun:
@@ -97,6 +98,9 @@ def begin(request: ScoreRequest) -> str:
             begun_with = spelled(begun.get(flag))
             differs = f"was begun with {flag} {begun_with}, and this run has {spelled(value)}"
             raise refusal(output, f"{differs}; give the same again, or {START_OVER}")
+    if begun["task_code"] != task_code:
+        differs = "its code has changed since this output was begun, and what is there stays"
+        console.say(f"--task {request.config.task}: {differs}")
     return str(begun["id"])
 
 
@@ -168,15 +172,16 @@ def publish(
 
     RunError, and no manifest: nothing was scored, or with `--strict` something cannot be used.
     """
-    output, bad = request.output, found.bad
+    output, rejected = request.output, found.rejected
     counts = {name: np.array(count).tolist() for name, count in found.counts.items()}
+    metrics = _metrics(request, found)
     files = _rows_of_files(request, failures, found)
-    totals = _totals(files, counts) | {"output": output.display} | run_figures
-    notices = []
-    scored_rows = counts.get("rows", 0) - counts.get("rejected_rows", 0)
-    if counts.get("light_rows", 0) > scored_rows / 2:
-        light = f"{percent(counts['light_rows'] / scored_rows)} of the images are light"
-        notices.append(f"{light} at their edges; the model was trained on white on black")
+    totals = metrics | _totals(files) | {"output": output.display} | run_figures
+    findings = Findings()
+    if counts.get("rows", 0) > rejected.total:
+        with calling(request.task, "describe"):
+            findings = request.task.describe(counts)
+    notices = [findings.notice] if findings.notice else []
     left_rows = run_figures.get("left_rows", 0)
     if left_rows:
         left = f"{counted(left_rows, 'row')} of the input are left, and no {MANIFEST} is written"
@@ -187,20 +192,21 @@ def publish(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "totals": totals,
         "counts": counts,
+        "metrics": metrics,
         "notice": "; ".join(notices),
-        "bad_rows": {"reasons": bad.reasons, "examples": bad.examples},
-        "mistakes": found.mistakes,
+        "bad_rows": {"reasons": rejected.reasons, "examples": rejected.examples},
         "failures": dict(islice(failures.items(), 100)),  # files.parquet has all
         "config": request.config.model_dump(mode="json"),
-        "model": {key: request.description[key] for key in ("sha256", "epoch", "parameters")},
+        "model": {key: request.description.get(key) for key in ("sha256", "epoch", "parameters")},
         "versions": versions(),
     }
     (output / FILES_TABLE).write(to_parquet(pa.Table.from_pylist(files, FILES_TABLE_SCHEMA)))
-    images = _read_images(request, found.mistakes, console)
-    (output / REPORT).write(scored_page(manifest, images).encode())
-    _say_result(output, manifest, bad, notices, console)
-    if bad.total or failures:
-        unusable = f"{counted(bad.total, 'row')} and {counted(len(failures), 'file')}"
+    (output / REPORT).write(scored_page(manifest, findings.tables).encode())
+    _say_result(request, manifest, console)
+    if rejected.total:
+        console.say(f"rejected, null in the output: {rejected.describe()}")
+    if rejected.total or failures:
+        unusable = f"{counted(rejected.total, 'row')} and {counted(len(failures), 'file')}"
         unusable += f" cannot be used; {REPORT} and {FILES_TABLE} say why"
         if request.config.strict or not totals["scored_rows"]:
             (output / MANIFEST).delete()  # that of a run without --strict
@@ -214,51 +220,31 @@ def publish(
     return ScoreResult(**totals)
 
 
-def _say_result(
-    output: Location,
-    manifest: Mapping[str, Any],
-    bad: ReasonCounts,
-    notices: Sequence[str],
-    console: Console,
-) -> None:
-    """Say what was scored and how well, what was rejected, and where the output is."""
+def _say_result(request: ScoreRequest, manifest: Mapping[str, Any], console: Console) -> None:
+    """Say what was scored and how well, and where the output is."""
     totals, labelled_rows = manifest["totals"], manifest["counts"].get("labelled_rows", 0)
     rows = counted(totals["input_rows"] + totals.get("left_rows", 0), "row")
     files = counted(totals["files"], "file")
     exactly = ", each exactly once" if totals["scored_rows"] else ""
     console.say(f"scored {totals['scored_rows']:,} of {rows} in {files}{exactly}")
-    if bad.total:
-        console.say(f"rejected, null in the output: {bad.describe()}")
-    if labelled_rows:
-        console.say(f"right: {accuracies(totals)} ({counted(labelled_rows, 'labelled row')})")
-    elif "digit_accuracy" in totals:
-        console.say("--label-column: no scored row has a digit there, so no accuracy is known")
-    for notice in notices:
-        console.say(notice)
-    predictions, report = output / PREDICTIONS, output / REPORT
+    if request.labels:
+        known = describe_metrics(manifest["metrics"]) if labelled_rows else "not known"
+        console.say(f"metrics: {known} ({counted(labelled_rows, 'labelled row')})")
+    if manifest["notice"]:
+        console.say(manifest["notice"])
+    predictions, report = request.output / PREDICTIONS, request.output / REPORT
     console.say(f"predictions: {predictions.display}; report: {report.display}")
 
 
-def _read_images(
-    request: ScoreRequest, mistakes: Sequence[Mapping[str, Any]], console: Console
-) -> list[Pixels]:
-    """The images of these rows, read from the input again; blank where a file has changed."""
-    entries = {file.name: file.entry for file in request.files}
-    rows_of_files: dict[str, list[int]] = {}
-    for mistake in mistakes:
-        rows_of_files.setdefault(mistake["file"], []).append(mistake["row"])
-    images: dict[tuple[str, int], Pixels] = {}
-    for name, rows in rows_of_files.items():
-        ranges = [range(row, row + 1) for row in sorted(rows)]
-        try:
-            with open_parquet(request.root / name, entries[name]) as parquet:
-                for row, table in zip(sorted(rows), read_ranges(parquet, ranges), strict=True):
-                    decoded, _ = decode_images(table[request.config.image_column])
-                    images[name, row] = decoded[0]
-        except (UnusableFileError, StorageError) as error:
-            console.say(f"the report shows no images of {name}: {error}")
-    blank = np.zeros((SIDE, SIDE), np.uint8)
-    return [images.get((mistake["file"], mistake["row"]), blank) for mistake in mistakes]
+def _metrics(request: ScoreRequest, found: FoundParts) -> dict[str, float | None]:
+    """Metrics by name where labels are named; None where no scored row has known ones."""
+    if not request.labels:
+        return {}
+    labelled_rows = int(found.counts.get("labelled_rows", 0))
+    sums = found.metrics if labelled_rows else dict.fromkeys(request.metric_names, 1.0)
+    with calling(request.task, "metrics"):
+        metrics = as_numbers(request.task.metrics(max(1, labelled_rows), sums))
+    return metrics if labelled_rows else dict.fromkeys(metrics)
 
 
 def _rows_of_files(
@@ -283,16 +269,12 @@ def _rows_of_files(
     return [dict(zip(FILES_TABLE_SCHEMA.names, row, strict=True)) for row in sorted(rows)]
 
 
-def _totals(files: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the result that follow from the rows of files.parquet and the counts."""
+def _totals(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of the result that follow from the rows of files.parquet."""
     of_input = [file for file in files if file["status"] != "gone"]
     totals: dict[str, Any] = {"input_rows": sum(file["rows"] or 0 for file in of_input)}
     for kind in ("scored", "rejected", "failed"):
         totals[f"{kind}_rows"] = sum(file[kind] or 0 for file in of_input)
     totals["files"] = len(of_input)
     totals["failed_files"] = sum(file["status"] == "failed" for file in of_input)
-    if "labelled_rows" in counts:
-        for head in HEADS:
-            right, known = counts[f"{head.name}_right"], counts["labelled_rows"]
-            totals[f"{head.name}_accuracy"] = right / known if known else None
     return totals

@@ -6,21 +6,20 @@ second run at the same time change nothing. Its footer says what it holds, and c
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
-from operator import itemgetter
 from pathlib import PurePosixPath
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from mnistsum_ray.data.images import ReasonCounts
+from mnistsum_ray.data.columns import ReasonCounts
 from mnistsum_ray.data.parquet import read_footer
-from mnistsum_ray.errors import RequestError, UnusableFileError
-from mnistsum_ray.model.metrics import MAX_MISTAKES
+from mnistsum_ray.errors import RequestError, UnusableFileError, shortened
+from mnistsum_ray.model.calls import calling
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.request import InputFile, ScoreRequest
 from mnistsum_ray.storage.store import Location, in_threads
@@ -30,13 +29,16 @@ PREDICTIONS: Final = "predictions"
 
 PART_KEY: Final = b"mnistsum_ray.part"
 """Key in the footer of a part's Parquet file, where it says as JSON what it is: the `run`, the
-`part`, `counts` of its rows, and its rejected rows by `reasons` with `examples`."""
+`part`, `counts` of its rows, sums of their `metrics`, and its rejected rows by `reasons` with
+`examples`."""
 
 NOT_OURS: Final = "is not a file of this program; move it away, or choose another folder"
 START_OVER: Final = "--overwrite deletes that output and scores everything again"
 
-_PART_COST_ROWS: Final = 32
-"""Fixed cost of a part, which is to open and to write files, in rows of work."""
+MIB: Final = 2**20
+
+_PART_COST_BYTES: Final = MIB // 32
+"""Fixed cost of a part, which is to open and to write files, in bytes of rows that take as long."""
 
 
 class Part(NamedTuple):
@@ -50,31 +52,30 @@ class Part(NamedTuple):
     rows: int
 
 
-def split_into_parts(files: Sequence[InputFile], max_rows_per_file: int | None) -> dict[str, Part]:
+def split_into_parts(request: ScoreRequest) -> dict[str, Part]:
     """The parts of usable files by the names of their output. RequestError: two need one name."""
     parts: dict[str, Part] = {}
-    for file in files:
+    for file in request.files:
         if file.error is None:
-            for part in _parts_of(file, max_rows_per_file):
+            for part in _parts_of(file, request):
                 if part.output in parts:
                     both = f"{parts[part.output].input} and {part.input}"
                     raise RequestError(f"--input: {both} need one name in the output; rename one")
                 parts[part.output] = part
     for output, part in parts.items():
-        folder = output.rpartition("/")[0]
-        while folder:
+        for folder in map(str, PurePosixPath(output).parents):
             if folder in parts:
                 problem = f"{parts[folder].input} needs the name of a folder of {part.input}"
                 raise RequestError(f"--input: {problem} in the output; rename one")
-            folder = folder.rpartition("/")[0]
     return parts
 
 
-def _parts_of(file: InputFile, max_rows_per_file: int | None) -> Iterator[Part]:
+def _parts_of(file: InputFile, request: ScoreRequest) -> Iterator[Part]:
     """The parts of a file, equally long but for the last; a file of no rows is one part."""
     rows = file.rows or 0
-    # A kill costs the rows of a part: 32,768 are 10 s of a CPU core.
-    part_rows = max_rows_per_file or min(32_768, max(8_192, ceil(rows / 4)))
+    # A kill costs the rows of a part: at most 10 s of a CPU core, if the network is small.
+    least, most = request.rows_in(8 * MIB), request.rows_in(32 * MIB)
+    part_rows = request.config.max_rows_per_file or min(most, max(least, ceil(rows / 4)))
     count = max(1, ceil(rows / part_rows))
     path = PurePosixPath(file.name)
     for index in range(count):
@@ -95,14 +96,17 @@ def first_parts(planned: Mapping[str, Part], max_rows: int | None) -> Mapping[st
     return first
 
 
-def make_tasks(parts: Sequence[Part], usual_rows: int, workers: int) -> list[list[Part]]:
-    """Group consecutive parts: each worker gets several tasks, of about `usual_rows` or fewer."""
-    total = sum(part.rows + _PART_COST_ROWS for part in parts)
-    # Four tasks a worker, so that no long one runs alone at the end; but a core scores 4,096 rows
-    # while a worker starts, so a worker for fewer would not pay.
-    balanced_rows = max(4_096, ceil(total / (4 * workers)))
+def make_tasks(
+    request: ScoreRequest, parts: Sequence[Part], usual_bytes: int, workers: int
+) -> list[list[Part]]:
+    """Group consecutive parts into tasks of Ray Data: several a worker, of this size or less."""
+    part_cost = request.rows_in(_PART_COST_BYTES)
+    total = sum(part.rows + part_cost for part in parts)
+    # Four tasks a worker, so that no long one runs alone at the end; but a core scores 4 MiB while
+    # a worker starts, so a worker for less would not pay.
+    balanced_rows = max(request.rows_in(4 * MIB), ceil(total / (4 * workers)))
     # Ray Data needs 0.5 ms a task before the first one starts: 16,384 tasks at most.
-    task_rows = max(ceil(total / 16_384), min(balanced_rows, usual_rows))
+    task_rows = max(ceil(total / 16_384), min(balanced_rows, request.rows_in(usual_bytes)))
     tasks: list[list[Part]] = []
     rows = task_rows  # so that the first part begins a task
     for part in parts:
@@ -110,8 +114,22 @@ def make_tasks(parts: Sequence[Part], usual_rows: int, workers: int) -> list[lis
             tasks.append([])
             rows = 0
         tasks[-1].append(part)
-        rows += part.rows + _PART_COST_ROWS
+        rows += part.rows + part_cost
     return tasks
+
+
+def as_numbers(counted: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task has counted or summed, as numbers and lists of them, which can be added up.
+
+    ValueError: it is something else, or infinite or NaN.
+    """
+    numbers = {}
+    for name, count in counted.items():
+        values = np.asarray(count)
+        if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+            raise ValueError(f"{name} is {shortened(str(count))}, and must be of finite numbers")
+        numbers[name] = (values + 0).tolist()  # True + True is True, and 2 is meant
+    return numbers
 
 
 @dataclass
@@ -119,15 +137,23 @@ class FoundParts:
     """What the output folder holds of a plan, by the footers of its parts."""
 
     done: set[str] = field(default_factory=set)  # planned parts that are whole and of this run
-    # Sums of the counts of `done`, numbers and arrays (`count_rows`, `count_right` in actor.py).
-    counts: defaultdict[str, Any] = field(default_factory=lambda: defaultdict(int))
-    bad: ReasonCounts = field(default_factory=ReasonCounts)  # the rejected rows of `done`
-    # The surest mistakes of `done`: `file`, `row` and what `surest_mistakes` (actor.py) says.
-    mistakes: list[dict[str, Any]] = field(default_factory=list)
+    # Sums of the counts of `done`, numbers and arrays, and of the metrics (actor.count_part).
+    counts: dict[str, Any] = field(default_factory=dict)
+    metrics: Counter[str] = field(default_factory=Counter)
+    rejected: ReasonCounts = field(default_factory=ReasonCounts)  # the rejected rows of `done`
     stale: dict[str, str] = field(default_factory=dict)  # by part, its file that has changed
     gone: dict[str, str] = field(default_factory=dict)  # by part, its file that is not in --input
     rows_by_file: Counter[str] = field(default_factory=Counter)  # of `done` and `gone`
     rejected_by_file: Counter[str] = field(default_factory=Counter)
+
+    def add_counts(self, counts: Mapping[str, Any]) -> None:
+        """Add the counts of a part. ValueError: a task has counted lists of different lengths."""
+        for name, count in counts.items():
+            values = np.array(count)
+            total = self.counts.setdefault(name, np.zeros_like(values))
+            if values.shape != total.shape:  # NumPy would repeat a list of one number
+                raise ValueError(f"{name} has different lengths; give np.bincount a minlength")
+            self.counts[name] = total + values
 
 
 def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> FoundParts:
@@ -144,14 +170,11 @@ def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Cons
         part = Part(**footer["part"])
         if part == planned.get(name) and rows == part.rows:
             found.done.add(name)
-            for what, count in footer["counts"].items():
-                found.counts[what] += np.array(count)
+            with calling(request.task, "count"):
+                found.add_counts(footer["counts"])
+            found.metrics.update(footer["metrics"])
             examples = [tuple(example) for example in footer["examples"]]
-            found.bad.add(footer["reasons"], examples)
-            mistakes = [{"file": part.input, **mistake} for mistake in footer.get("mistakes", [])]
-            mistakes += found.mistakes
-            mistakes.sort(key=itemgetter("confidence"), reverse=True)
-            found.mistakes = mistakes[:MAX_MISTAKES]
+            found.rejected.add(footer["reasons"], examples)
         elif part.input in inputs:
             found.stale[name] = part.input
         else:

@@ -1,23 +1,23 @@
 """The checked request of a scoring run: model, input files with their footers, output folder."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.data.images import image_type_error, number_type_error
+from mnistsum_ray.data.columns import Column, name_in_file, rows_in
+from mnistsum_ray.data.images import Images, Photos
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import column_error, read_footer
 from mnistsum_ray.errors import MissingFileError, RequestError, UnusableFileError, counted
-from mnistsum_ray.model.heads import clashing_column
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
-
-if TYPE_CHECKING:  # importing torch takes seconds, and a wrong flag should not wait for that
-    from torch import Tensor
+from mnistsum_ray.task import Task
+from mnistsum_ray.task_loader import code_of
 
 
 class InputFile(NamedTuple):
@@ -35,11 +35,13 @@ class ScoreRequest:
     """A checked request."""
 
     config: ScoreConfig
+    task: Task  # with the settings of the model
+    metric_names: tuple[str, ...]  # of `judge`
     description: dict[str, Any]  # contents of the model's `model.json`
-    weights: "dict[str, Tensor]"
+    weights: dict[str, Any]  # tensors by their names
     root: Location  # the deepest folder that holds all input files
-    files: list[InputFile]
     output: Location
+    files: list[InputFile] = field(default_factory=list)
     run_id: str = ""  # of run.json in the output; empty until the run has begun there
 
     @property
@@ -47,19 +49,39 @@ class ScoreRequest:
         """What determines the output, by flag, as run.json keeps it: another request is refused."""
         config = self.config
         return {
+            "--task": self.task.name,
             "--model with SHA-256": self.description["sha256"],
             "--input in": self.root.display,
             "--precision": config.precision,
-            "--image-column": config.image_column,
-            "--number-column": config.number_column,
-            "--label-column": config.label_column,
+            **{config.flag_of(key): given for key, given in config.columns.items()},
             "--probabilities": config.probabilities,
             "--max-rows-per-file": config.max_rows_per_file,
         }
 
+    @property
+    def labels(self) -> dict[str, Column]:
+        """The task's labels, where flags name their columns, else none."""
+        given = self.config.columns
+        return {key: column for key, column in self.task.labels.items() if given[key] is not None}
+
+    def names_in(self, present: Collection[str]) -> dict[str, str]:
+        """Names of the inputs and `labels` in a file that has these columns."""
+        given, columns = self.config.columns, {**self.task.inputs, **self.labels}
+        return {key: name_in_file(columns[key], key, present, given[key]) for key in columns}
+
+    def images_in(self, present: Collection[str]) -> set[str]:
+        """Which of a file's columns are left out of the output: all others are passed on."""
+        names, columns = self.names_in(present), {**self.task.inputs, **self.labels}
+        return {names[key] for key in names if isinstance(columns[key], Images | Photos)}
+
+    def rows_in(self, size: int) -> int:
+        """How many rows so many bytes are, once they are decoded."""
+        return rows_in(size, self.task.inputs.values())
+
 
 def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     """Check everything that can be checked without a cluster."""
+    _check_flags(config)
     output = locate(config.output, "--output", output_base_folder())
     with as_request_error("--output"):
         if output.file_entry():
@@ -67,27 +89,42 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     inputs = list_inputs(config.input, output)
     report_skipped(inputs.skipped, console.say)
     model = locate_existing(config.model, "--model")
+    # Importing torch takes seconds, and a wrong flag should not wait for that.
     from mnistsum_ray.model.folder import copy_weights, load_model
+    from mnistsum_ray.model.trial import try_task
 
     try:
-        network, description = load_model(model)
+        task, network, description = load_model(model, config.task_class)
     except RequestError as error:
         raise RequestError(f"--model {error}") from None
-    with as_request_error("--input"):
-        files = _inspect_files(inputs, config, console)
+    if description["task"]["code"] != code_of(config.task_class):
+        console.say(f"--task {config.task}: its code has changed since the model was trained")
+    metric_names = try_task(task, network)
     # As the manifest names both.
     config = config.model_copy(update={"model": model.display, "output": output.display})
     weights = copy_weights(network)
-    return ScoreRequest(config, description, weights, inputs.root, files, output)
+    request = ScoreRequest(config, task, metric_names, description, weights, inputs.root, output)
+    with as_request_error("--input"):
+        return replace(request, files=_inspect_files(request, inputs, console))
 
 
-def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> list[InputFile]:
+def _check_flags(config: ScoreConfig) -> None:
+    """RequestError: flags do not go together with the task."""
+    task = config.task_class
+    if config.precision == "bf16" and not task.bf16:
+        raise RequestError(f"--precision bf16: task {task.name} needs fp32, as its `bf16` says")
+    unnamed = [config.flag_of(key) for key in task.labels if config.columns[key] is None]
+    if 0 < len(unnamed) < len(task.labels):
+        raise RequestError(f"{unnamed[0]}: metrics need all labels, so name this one too, or none")
+
+
+def _inspect_files(request: ScoreRequest, inputs: Inputs, console: Console) -> list[InputFile]:
     """Read and check the footers of all input files.
 
     RequestError: no readable file can be scored, so a flag is wrong and not a file.
     """
     progress = Progress(console.progress, "footers read", len(inputs.files))
-    inspect = partial(_inspect_file, inputs, config)
+    inspect = partial(_inspect_file, request, inputs)
     inspected = list(in_threads(inputs.root, inspect, list(inputs.files), progress))
     files = [file for file in inspected if file]
     if len(files) < len(inspected):
@@ -104,7 +141,7 @@ def _inspect_files(inputs: Inputs, config: ScoreConfig, console: Console) -> lis
     return files
 
 
-def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile | None:
+def _inspect_file(request: ScoreRequest, inputs: Inputs, name: str) -> InputFile | None:
     """What the footer says of a file; None: it is gone since the input was listed."""
     entry = inputs.files[name]
     try:
@@ -121,21 +158,22 @@ def _inspect_file(inputs: Inputs, config: ScoreConfig, name: str) -> InputFile |
         return InputFile(name, entry, error=str(error))
     columns = map(footer.schema.column, range(len(footer.schema)))
     int96 = tuple(column.path for column in columns if column.physical_type == "INT96")
-    problem = _schema_error(footer.schema_arrow, config)
+    problem = _schema_error(request, footer.schema_arrow)
     return InputFile(name, entry, footer.metadata.num_rows, problem, int96)
 
 
-def _schema_error(schema: pa.Schema, config: ScoreConfig) -> str | None:
+def _schema_error(request: ScoreRequest, schema: pa.Schema) -> str | None:
     """Why a file with these columns cannot be scored; None if it can."""
-    columns: list[tuple[str, str | None, Any]] = [
-        ("--image-column", config.image_column, image_type_error),
-        ("--number-column", config.number_column, number_type_error),
-        ("--label-column", config.label_column, lambda _: None),
-    ]
-    for flag, column, type_error in columns:
-        problem = column and column_error(schema, column, flag, type_error)
+    from mnistsum_ray.model.inference import clashing_column
+
+    config, inputs = request.config, request.task.inputs
+    for key, name in request.names_in(schema.names).items():
+        # A label of any type is taken: where it cannot be decoded, it is unknown.
+        type_error = inputs[key].type_error if key in inputs else lambda _: None
+        problem = column_error(schema, name, config.flag_of(key), type_error)
         if problem:
             return problem
-    passed_on = [name for name in schema.names if name != config.image_column]
-    taken = clashing_column(passed_on, config.probabilities)
+    images = request.images_in(schema.names)
+    passed_on = [name for name in schema.names if name not in images]
+    taken = clashing_column(request.task, passed_on, probabilities=config.probabilities)
     return f"has a column {taken!r}, which scoring would add; rename it" if taken else None

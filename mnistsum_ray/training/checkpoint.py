@@ -13,11 +13,11 @@ import torch
 from ray.train import CheckpointUploadMode
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from mnistsum_ray.errors import MissingFileError, RequestError, RunError
-from mnistsum_ray.model.folder import HEADER_KEY, Weights, copy_weights, read_header
-from mnistsum_ray.model.network import TwoHeadCNN
-from mnistsum_ray.model.optimizer import MuonAdamW
+from mnistsum_ray.errors import MissingFileError, RequestError, RunError, TaskError
+from mnistsum_ray.model.folder import HEADER_KEY, copy_weights, read_header
 from mnistsum_ray.storage.store import Location
 
 CHECKPOINTS: Final = "checkpoints"
@@ -28,7 +28,7 @@ read again. So each attempt of a job has a new name for Ray, and the newest whol
 looked for here.
 """
 
-STATE_FORMAT: Final = "mnistsum_ray/14"
+STATE_FORMAT: Final = "mnistsum_ray/15"
 STATE_FILE: Final = "trainer.safetensors"
 STATE_DIGEST: Final = "trainer.sha256"
 
@@ -44,25 +44,36 @@ class TrainerState:
     epochs_done: int
     history: list[dict[str, Any]]  # lines of history.jsonl, one an epoch
     precision: str
+    task: str = ""  # its name
+    code: str = ""  # as of `code_of`
 
 
 def save_checkpoint(
-    folder: Path, state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW
+    folder: Path, state: TrainerState, network: nn.Module, optimizer: Optimizer
 ) -> None:
     """Write the state into a local folder: one file of tensors with a header, and its SHA-256."""
-    tensors = {f"model.{name}": value for name, value in copy_weights(model).items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            copy = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            tensors[f"optimizer.{name}.{key}"] = copy
-    header = {"format": STATE_FORMAT, "state": asdict(state)}
-    data = save_tensors(tensors, {HEADER_KEY: json.dumps(header)})
+    tensors = {f"model.{name}": value for name, value in copy_weights(network).items()}
+    scalars = {}
+    for name, parameter in network.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                copy = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                tensors[f"optimizer.{name}.{key}"] = copy
+            else:
+                scalars[f"optimizer.{name}.{key}"] = value
+    header = {"format": STATE_FORMAT, "state": asdict(state), "scalars": scalars}
+    try:
+        text = json.dumps(header)
+    except (TypeError, ValueError) as error:
+        keeps = "the optimizer keeps what is neither a tensor nor a number, and cannot be saved"
+        raise TaskError(f"task {state.task}: {keeps} ({error})") from None
+    data = save_tensors(tensors, {HEADER_KEY: text})
     (folder / STATE_FILE).write_bytes(data)
     (folder / STATE_DIGEST).write_text(hashlib.sha256(data).hexdigest())
 
 
-def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
-    """The state in a checkpoint folder, and the tensors for `restore`.
+def read_checkpoint(folder: Location) -> tuple[TrainerState, dict[str, Any]]:
+    """The state in a checkpoint folder, and the tensors and numbers for `restore`.
 
     CheckpointError: a file is missing or damaged. RequestError: it is of another version.
     """
@@ -79,17 +90,21 @@ def read_checkpoint(folder: Location) -> tuple[TrainerState, Weights]:
     if header["format"] != STATE_FORMAT:
         other = f"it is of another version ({header['format']}, not {STATE_FORMAT})"
         raise RequestError(f"--resume: {unusable} {other}; resume with that version")
-    return TrainerState(**header["state"]), load_tensors(data)
+    return TrainerState(**header["state"]), load_tensors(data) | header["scalars"]
 
 
-def restore(tensors: Weights, model: TwoHeadCNN, optimizer: MuonAdamW) -> None:
-    """Load the tensors of a checkpoint into model and optimizer, in place, on their device."""
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
-    for name, parameter in model.named_parameters():
+def restore(saved: dict[str, Any], network: nn.Module, optimizer: Optimizer) -> None:
+    """Load a checkpoint's tensors and numbers into network and optimizer, in place."""
+    network.load_state_dict({name: saved[f"model.{name}"] for name in network.state_dict()})
+    for name, parameter in network.named_parameters():
         prefix = f"optimizer.{name}."
-        keys = [key for key in tensors if key.startswith(prefix)]
-        state = {key.removeprefix(prefix): tensors[key] for key in keys}
-        optimizer.load_state(parameter, state)
+        for key in (key for key in saved if key.startswith(prefix)):
+            value = saved[key]
+            if isinstance(value, Tensor):
+                value = value.to(parameter.device)
+                if value.shape == parameter.shape:  # AdamW needs momenta in its memory format
+                    value = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
+            optimizer.state[parameter][key.removeprefix(prefix)] = value
 
 
 def newest_checkpoint(
@@ -115,8 +130,8 @@ def newest_checkpoint(
     return None
 
 
-def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights | None]:
-    """State that a worker goes on from, and its tensors for `restore`; None at the beginning.
+def latest_state(resumed: Location | None) -> tuple[TrainerState, dict[str, Any] | None]:
+    """State that a worker goes on from, and what is in it for `restore`; None at the beginning.
 
     They are those of the last checkpoint of this attempt, or else of the one that it resumed.
     """
@@ -129,7 +144,7 @@ def latest_state(resumed: Location | None) -> tuple[TrainerState, Weights | None
     return TrainerState(0, [], ""), None
 
 
-def report_epoch(state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW, rank: int) -> None:
+def report_epoch(state: TrainerState, network: nn.Module, optimizer: Optimizer, rank: int) -> None:
     """Report the last epoch to Ray Train on every worker, with a checkpoint that rank 0 writes.
 
     Ray Train uploads it in the background; a worker ends after its uploads.
@@ -137,7 +152,7 @@ def report_epoch(state: TrainerState, model: TwoHeadCNN, optimizer: MuonAdamW, r
     checkpoint = None
     if rank == 0:
         folder = Path(tempfile.mkdtemp())  # which Ray Train deletes
-        save_checkpoint(folder, state, model, optimizer)
+        save_checkpoint(folder, state, network, optimizer)
         checkpoint = ray.train.Checkpoint.from_directory(folder)
     line = state.history[-1]
     ray.train.report(

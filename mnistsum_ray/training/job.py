@@ -35,13 +35,14 @@ from mnistsum_ray.errors import (
     counted,
     root_cause,
 )
+from mnistsum_ray.model.finished import FinishedModel
 from mnistsum_ray.model.folder import WEIGHTS_FILE, load_model
-from mnistsum_ray.model.metrics import FinishedModel
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
+from mnistsum_ray.task_loader import code_of
 from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
 from mnistsum_ray.training.failures import (
     ctrl_c_as_before,
@@ -145,17 +146,20 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
     with console.waiting_for("the tasks that read rows", explain_silence):
         try:
             rows = read_rows(
-                source, config.seed, skip_bad_rows=config.skip_bad_rows, workers=plan.most
+                source,
+                request.task.training_columns,
+                config.seed,
+                skip_bad_rows=config.skip_bad_rows,
+                workers=plan.most,
             )
         except (RequestError, RowCountError):
-            check_unchanged(config, source)  # which may be the reason
+            check_unchanged(source)  # which may be the reason
             raise
-    check_unchanged(config, source)
-    if rows.bad.total:
-        say(f"left out: {counted(rows.bad.total, 'row')}: {rows.bad.describe()}")
+    check_unchanged(source)
+    if rows.rejected.total:
+        say(f"rejected: {counted(rows.rejected.total, 'row')}: {rows.rejected.describe()}")
     counts = ", ".join(f"{totals.rows:,} {split}" for split, totals in rows.totals.items())
-    where = source.name if source.name == "sample" else f"{source.name} ({source.location})"
-    say(f"run {config.name}: {counts} rows of {where}")
+    say(f"run {config.name}: {counts} rows of {source}")
     return rows
 
 
@@ -182,7 +186,15 @@ def run_trainer(
         ended_without_head(console.say, request.how_to_resume),
     ):
         while True:
-            loop = LoopConfig(parameters, plan.threads, rows.totals, follower.queue, start)
+            loop = LoopConfig(
+                task=request.task,
+                code=code_of(type(request.task)),
+                hyperparameters=parameters,
+                threads=plan.threads,
+                totals=rows.totals,
+                queue=follower.queue,
+                start=start,
+            )
             trainer = make_trainer(request, plan, rows, loop, callbacks)
             try:
                 with ctrl_c_as_before():
@@ -202,15 +214,18 @@ def find_start(request: TrainRequest, console: Console) -> Start:
     found = newest_checkpoint(request.folder, console.say)
     if found is not None:
         checkpoint, state = found
+        if state.task != request.task.name:
+            other = f"is of the task {state.task}, and not {request.task.name}"
+            raise RequestError(f"--resume: checkpoint {checkpoint.display} {other}")
         return Start(checkpoint, state.history)
     if request.stored:
         console.say("no checkpoint can be used, so the run starts from the beginning")
     model = request.config.init_from
     if model is None:
         return Start()
-    network, description = load_model(locate(model, "--init-from"))
-    init_from = {"model": model, "sha256": description["sha256"]}
-    return Start(weights=network.state_dict(), init_from=init_from)
+    loaded = load_model(locate(model, "--init-from"), type(request.task))
+    init_from = {"model": model, "sha256": loaded.description["sha256"]}
+    return Start(weights=loaded.network.state_dict(), init_from=init_from)
 
 
 def _check_same_data(request: TrainRequest) -> None:

@@ -15,10 +15,13 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.util.queue import Queue
+from torch import Tensor, nn
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.randomness import RowTotals
+from mnistsum_ray.data.columns import rows_in
+from mnistsum_ray.data.randomness import RowTotals, mix_ids
 from mnistsum_ray.errors import RepeatingError, RequestError, RunError, counted
+from mnistsum_ray.model.calls import calling, forward, map_tensors
 from mnistsum_ray.model.device import (
     all_reduce_sum,
     broadcast_state,
@@ -27,32 +30,26 @@ from mnistsum_ray.model.device import (
     faster_with_bf16,
     tune_malloc,
 )
+from mnistsum_ray.model.finished import FinishedModel, finish_model
 from mnistsum_ray.model.folder import Weights
-from mnistsum_ray.model.metrics import (
-    AnswerCounts,
-    FinishedModel,
-    LabelledRows,
-    Metrics,
-    RowsWithDigitLogits,
-    finish_model,
-)
-from mnistsum_ray.model.network import TwoHeadCNN, compute_digit_logits
 from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.storage.store import Location
+from mnistsum_ray.task import Batch, Evaluated, Task
 from mnistsum_ray.training.checkpoint import CheckpointError, latest_state, report_epoch, restore
 from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.trainer import ToTensors, Trainer
 
 _BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
-"""Held-out rows that are evaluated together."""
+_BATCH_BYTES: Final = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+"""Held-out rows that are evaluated together: so many, and no more bytes."""
 
-_KEPT_ROWS: Final = 200_000
-"""Most rows of a held-out split that workers keep on their devices, 0.8 KB each. A larger split is
-read again after each epoch."""
+_KEPT_BYTES: Final = 200_000 * 1024
+"""Most bytes of a held-out split that workers keep on their devices: 200,000 small rows. A larger
+split is read again after each epoch."""
 
-_ANALYSED_ROWS: Final = {"validation": 5_000, "test": 100_000}
-"""About so many rows calibrate the model (validation) and show its errors (test). Metrics count all
-rows."""
+_ANALYSED_BYTES: Final = {"validation": 5_000 * 1024, "test": 100_000 * 1024}
+"""About so many bytes of rows, 5,000 and 100,000 small ones, calibrate the model (validation) and
+show its errors (test). Metrics count all rows."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,8 @@ class Start:
 class LoopConfig:
     """Configuration of the training loop, the same for every worker."""
 
+    task: Task
+    code: str  # what tells versions of the task's file apart
     hyperparameters: Hyperparameters
     threads: int | None  # of a CPU worker
     totals: dict[str, RowTotals]  # by split: what the driver has counted
@@ -96,48 +95,55 @@ def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | None
 
 def _train(config: LoopConfig) -> FinishedModel | None:
     """Train the epochs that are left, and finish the model."""
-    parameters = config.hyperparameters
+    task, parameters = config.task, config.hyperparameters
     device = ray.train.torch.get_device()
     _set_up_process(device, config.threads)
     events = Events(config.queue, ray.train.get_context().get_world_rank())
     state, tensors = latest_state(config.start.checkpoint)
-    state.precision = state.precision or parameters.precision or _best_precision(device)
-    trainer = Trainer(parameters, config.totals["train"], device, state.precision, events)
+    state.task, state.code = task.name, config.code
+    state.precision = state.precision or parameters.precision or _best_precision(task, device)
+    trainer = Trainer(task, parameters, config.totals["train"], device, state.precision, events)
     begins = "beginning"
     if tensors is not None:
-        restore(tensors, trainer.model, trainer.optimizer)
+        restore(tensors, trainer.network, trainer.optimizer)
         begins = f"going on after epoch {state.epochs_done}"
     elif config.start.weights is not None:
-        trainer.model.load_state_dict(config.start.weights)
+        trainer.network.load_state_dict(config.start.weights)
     workers = counted(trainer.world_size, "worker")
     threads = counted(torch.get_num_threads(), "thread")
     events.note(f"{begins}, on {workers} of {threads}, in {state.precision}")
     held_out = {
-        split: HeldOutRows(split, config.totals[split], device, events)
+        split: HeldOutRows(task, split, config.totals[split], device, events)
         for split in ("validation", "test")
     }
     while state.epochs_done < parameters.epochs:
         figures = trainer.train_epoch(state.epochs_done)
-        broadcast_state(trainer.model)  # CPUs of other kinds round differently
+        broadcast_state(trainer.network)  # CPUs of other kinds round differently
         state.epochs_done += 1
         started = time.perf_counter()
         for split, rows in held_out.items():
-            figures[split] = rows.evaluate(trainer.model, bf16=trainer.bf16)
+            figures[split] = rows.evaluate(trainer.network, bf16=trainer.bf16)
             where = f"epoch {state.epochs_done}: the loss on {split} rows is"
             trainer.check_finite(figures[split]["loss"], where)
         figures["evaluation_seconds"] = time.perf_counter() - started
         line = {"epoch": state.epochs_done, "workers": trainer.world_size, **figures}
         state.history.append(line)
         events.send("epoch", **line)
-        report_epoch(state, trainer.model, trainer.optimizer, trainer.rank)
+        report_epoch(state, trainer.network, trainer.optimizer, trainer.rank)
     analysed = {}
     for split, rows in held_out.items():
-        analysed[split] = rows.gather_analysed(trainer.model, bf16=trainer.bf16)
+        analysed[split] = rows.gather_analysed(trainer.network, bf16=trainer.bf16)
     if trainer.rank > 0:
         return None
-    events.note("analysing the model's answers on the test rows")
+    events.note("finishing the model")
     return finish_model(
-        trainer.model, analysed["validation"], analysed["test"], state.history, state.precision
+        task,
+        trainer.network,
+        analysed["validation"],
+        analysed["test"],
+        state.history,
+        state.precision,
+        config.code,
     )
 
 
@@ -151,58 +157,87 @@ def _set_up_process(device: torch.device, threads: int | None) -> None:
         tune_malloc()
 
 
-def _best_precision(device: torch.device) -> str:
-    """bf16 if it is faster on all workers, else fp32."""
-    votes = torch.tensor(float(faster_with_bf16(device)), device=device)
+def _best_precision(task: Task, device: torch.device) -> str:
+    """bf16 if it is precise enough for the task and faster on all workers, else fp32."""
+    votes = torch.tensor(float(task.bf16 and faster_with_bf16(device)), device=device)
     world_size = ray.train.get_context().get_world_size()
     return "bf16" if all_reduce_sum(votes).item() == world_size else "fp32"
 
 
 class HeldOutRows:
-    """The held-out rows of a split in the shard of this rank, undistorted and without numbers."""
+    """The held-out rows of a split in the shard of this rank, as they were read."""
 
-    def __init__(self, split: str, totals: RowTotals, device: torch.device, events: Events) -> None:
+    def __init__(
+        self, task: Task, split: str, totals: RowTotals, device: torch.device, events: Events
+    ) -> None:
+        self._task = task
         self._split = split
         self._totals = totals
         self._device = device
         self._events = events
         self._world_size = ray.train.get_context().get_world_size()
         self._shard = ray.train.get_dataset_shard(split)
-        self._kept = list(self._read()) if totals.rows <= _KEPT_ROWS else None
-        self._analysed: RowsWithDigitLogits | None = None
+        columns = task.training_columns.values()
+        self._batch_rows = min(
+            _BATCH_ROWS[device.type], rows_in(_BATCH_BYTES[device.type], columns)
+        )
+        is_kept = totals.rows <= rows_in(_KEPT_BYTES, columns)
+        self._kept = list(self._read()) if is_kept else None
+        analysed_rows = rows_in(_ANALYSED_BYTES[split], columns)
+        # Evenly spaced, since the first rows of sorted files all have one label.
+        self._analysed_every = ceil(totals.rows / analysed_rows)
+        self._analysed: Evaluated | None = None
 
-    def _read(self) -> Iterator[LabelledRows]:
+    def _read(self) -> Iterator[Batch]:
         return iter(
             self._shard.iter_torch_batches(
-                batch_size=_BATCH_ROWS[self._device.type],
-                collate_fn=ToTensors(),
+                batch_size=self._batch_rows,
+                collate_fn=ToTensors(self._task.training_columns),
                 pin_memory=self._device.type == "cuda",
             )
         )
 
-    def evaluate(self, model: TwoHeadCNN, *, bf16: bool) -> Metrics:
-        """Metrics with all numbers, over all workers. RowCountError: a row was lost or repeated."""
+    def evaluate(self, network: nn.Module, *, bf16: bool) -> dict[str, float]:
+        """Metrics of all rows, over all workers. RowCountError: a row was lost or repeated."""
         self._analysed = []
         progress = Progress(self._events.count, f"{self._split} rows", self._totals.rows)
-        every = ceil(self._totals.rows / _ANALYSED_ROWS[self._split])
-        counts = AnswerCounts(self._device)
+        network.eval()
+        # A rank without rows must know the names of the metrics, too.
+        no_rows = ToTensors(self._task.training_columns).zeros(2)
+        no_rows = {key: values.to(self._device) for key, values in no_rows.items()}
+        _, of_no_row = self._evaluate_batch(network, no_rows, bf16=bf16)
+        names = list(of_no_row)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
+        counts = torch.zeros(2, dtype=torch.int64, device=self._device)
         for index, batch in enumerate(self._read() if self._kept is None else self._kept):
-            digit_logits = compute_digit_logits(model, batch["image"], bf16=bf16)
-            counts.add(batch, model.logits_of_all_numbers(digit_logits))
-            # Evenly spaced, since the first rows of sorted files all show one digit.
-            if index % every == 0:
-                self._analysed.append((batch, digit_logits))
-            progress(len(digit_logits) * self._world_size)  # the others are about as far
-        counts.all_reduce()
-        return counts.metrics(self._totals)
+            outputs, of_rows = self._evaluate_batch(network, batch, bf16=bf16)
+            sums += torch.stack([of_rows[name].double().sum() for name in names])
+            ids = batch["row_id"]
+            counts += torch.stack([torch.ones_like(ids).sum(), mix_ids(ids).sum()])
+            if index % self._analysed_every == 0:
+                self._analysed.append((batch, outputs))
+            progress(len(ids) * self._world_size)  # the others are about as far
+        rows, id_sum = all_reduce_sum(counts).tolist()
+        self._totals.check(rows, id_sum, "evaluation")
+        of_names = dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
+        return {"rows": rows, **self._task.metrics(rows, of_names)}
 
-    def gather_analysed(self, model: TwoHeadCNN, *, bf16: bool) -> RowsWithDigitLogits:
-        """Rows of all ranks, with the digit logits of the last evaluation, on the CPU."""
+    @torch.no_grad()
+    def _evaluate_batch(
+        self, network: nn.Module, batch: Batch, *, bf16: bool
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The network's outputs for a batch, and the loss and the metrics of each row."""
+        outputs = forward(self._task, network, batch, bf16=bf16)
+        with calling(self._task, "evaluate"):
+            return outputs, self._task.evaluate(network, outputs, batch)
+
+    def gather_analysed(self, network: nn.Module, *, bf16: bool) -> Evaluated:
+        """Rows of all ranks with the outputs of the last evaluation, on the CPU, for `finish`."""
+        if type(self._task).finish is Task.finish:  # nothing would look at them
+            return []
         if self._analysed is None:  # a run that was lost after its last epoch
-            self.evaluate(model, bf16=bf16)
-        own = []
-        for batch, digit_logits in self._analysed or []:
-            own.append(({name: values.cpu() for name, values in batch.items()}, digit_logits.cpu()))
+            self.evaluate(network, bf16=bf16)
+        own = map_tensors(lambda tensor: tensor.cpu(), self._analysed)
         of_ranks: list[Any] = [own]
         if self._world_size > 1:
             of_ranks = [None] * self._world_size

@@ -19,7 +19,7 @@ from ray.util.queue import Empty, Queue
 
 from mnistsum_ray.cluster.resources import describe_free, on_node
 from mnistsum_ray.errors import RepeatingError, one_line, root_cause
-from mnistsum_ray.reporting.console import Console, accuracies
+from mnistsum_ray.reporting.console import Console, describe_metrics
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training.run import check_storage
@@ -131,7 +131,8 @@ class EventFollower:
             self._metrics.set(**{name: event[name] for name in names})
         elif kind == "epoch":
             line = {key: value for key, value in event.items() if key != "kind"}
-            result = f"loss {line['train_loss']:.4f}, test {accuracies(line['test'])}"
+            metrics = describe_metrics(line["test"], counts=False)
+            result = f"loss {line['train_loss']:.4f}, test {metrics}"
             rate = f"{line['rows_per_second']:,.0f} rows/s"
             self._console.say(f"epoch {line['epoch']}: {result}, {rate}")
             self._add_epoch(line)

@@ -1,7 +1,7 @@
 """The rows of a run, by Ray Data: read, decoded, split, and dealt to the workers.
 
     read_parquet ─▶ map_batches(decode) ─▶ materialize ─┬─▶ train        randomize_block_order
-    MNIST, the sample ─▶ decode ─▶ from_blocks ─────────┼─▶ validation
+    rows in memory ─▶ decode ─▶ from_blocks ────────────┼─▶ validation
                                                         └─▶ test
 
 The three Datasets lie in Ray's object store, which spills to disk what memory does not hold. From
@@ -12,7 +12,7 @@ may hold all CPUs. PyTorch is not imported here, since the processes that read w
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -27,19 +27,18 @@ from ray.data.datasource import Partitioning
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.workarounds import default_environment
-from mnistsum_ray.data.images import (
-    DIGITS,
-    BadRow,
+from mnistsum_ray.data.columns import (
+    Column,
     ReasonCounts,
-    decode_images,
-    decode_numbers,
-    join_reasons,
+    RejectedRow,
+    decode_columns,
     one_chunk,
+    rows_in,
 )
 from mnistsum_ray.data.inputs import SUFFIXES
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.data.randomness import Bits, RowTotals, split_keys
-from mnistsum_ray.data.sources import SPLITS, LabelledFile, Source, held_out_rows
+from mnistsum_ray.data.sources import SPLITS, DataFile, Source, held_out_rows
 from mnistsum_ray.errors import (
     RequestError,
     RowCountError,
@@ -53,8 +52,8 @@ from mnistsum_ray.storage.store import in_threads
 
 _BLOCKS_OF_RANK: Final = 64
 _LEAST_BLOCK_ROWS: Final = 32
-_MOST_BLOCK_ROWS: Final = 8192
-"""The rows are cut into some 64 blocks a rank, of 32 to 8,192 rows. Ranks get whole blocks, so
+_MOST_BLOCK_BYTES: Final = 8 * 2**20
+"""The rows are cut into some 64 blocks a rank, of 32 rows to 8 MiB. Ranks get whole blocks, so
 their shards differ by the rows of a block or two; a block costs a worker 1 ms an epoch."""
 
 _FILES_OF_ACTOR: Final = 1000
@@ -70,15 +69,22 @@ Decoded: TypeAlias = "pa.Table | Dataset"
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a run, by split: `image` uint8[28, 28], `digit` and `row_id` int64."""
+    """The rows of a run, by split: the task's columns, and `row_id` int64."""
 
     datasets: dict[str, Dataset]
     totals: dict[str, RowTotals]
-    bad: ReasonCounts  # of rows that are in no split, since they cannot be used
+    rejected: ReasonCounts  # of rows that are in no split, since they cannot be used
 
 
-def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 1) -> Rows:
-    """Read and decode all rows into the object store, and split them.
+def read_rows(
+    source: Source,
+    columns: Mapping[str, Column],
+    seed: int,
+    *,
+    skip_bad_rows: bool,
+    workers: int = 1,
+) -> Rows:
+    """Read and decode the columns of all rows into the object store, and split the rows.
 
     `seed` is that of the order of the blocks; at most `workers` train with them.
 
@@ -86,12 +92,15 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
     RowCountError: files hold more or fewer rows than their footers say.
     """
     rows_of_block = source.train_rows // (_BLOCKS_OF_RANK * workers)
-    rows_of_block = min(max(rows_of_block, _LEAST_BLOCK_ROWS), _MOST_BLOCK_ROWS)
-    decoded: dict[str, Decoded] = {split: decode(rows) for split, rows in source.tables.items()}
+    most_rows = rows_in(_MOST_BLOCK_BYTES, columns.values())
+    rows_of_block = min(max(rows_of_block, _LEAST_BLOCK_ROWS), most_rows)
+    decoded: dict[str, Decoded] = {}
+    for split, table in source.tables.items():
+        decoded[split] = decode(table, columns, {key: key for key in columns})
     try:
         for split, files in source.files.items():
             if source.rows_of(split):
-                decoded[split] = _read_files(files)
+                decoded[split] = _read_files(files, columns)
         indexes = {split: _index(rows) for split, rows in decoded.items()}
     except (ray.exceptions.RayTaskError, OSError, ValueError) as error:
         cause = getattr(error, "cause", error)  # what a task has raised
@@ -103,13 +112,13 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
             raise RequestError(problem) from error
         raise TryAgainError(f"{problem}; no file is damaged") from error
     _check_counts(source, indexes)
-    bad = _bad_rows(source, indexes)
-    if bad.total and not skip_bad_rows:
+    rejected = _rejected_rows(source, columns, indexes)
+    if rejected.total and not skip_bad_rows:
         all_rows = counted(sum(index.num_rows for index in indexes.values()), "row")
-        unusable = f"{bad.total:,} of {all_rows} cannot be used: {bad.describe()}"
+        unusable = f"{rejected.total:,} of {all_rows} cannot be used: {rejected.describe()}"
         advice = "correct them, or train with --skip-bad-rows, which leaves them out"
         raise RequestError(f"--data {source.location}: {unusable}; {advice}")
-    rows = Rows({}, {}, bad)
+    rows = Rows({}, {}, rejected)
     for split, key_range in _key_ranges(source, indexes).items():
         read_from = key_range.source_split
         ids = key_range.select(indexes[read_from])["row_id"].to_numpy()
@@ -117,8 +126,8 @@ def read_rows(source: Source, seed: int, *, skip_bad_rows: bool, workers: int = 
         if len(ids):
             rows.datasets[split] = _dataset(decoded[read_from], key_range, rows_of_block)
     _check_splits(source, rows)
-    # Files may be sorted by digit. In a random order of blocks neither a rank nor the buffer in
-    # which it shuffles gets one digit alone.
+    # Files may be sorted by label. In a random order of blocks neither a rank nor the buffer in
+    # which it shuffles gets one label alone.
     train = rows.datasets["train"].randomize_block_order(seed=seed)
     rows.datasets["train"] = train.materialize()
     return rows
@@ -139,25 +148,27 @@ def _check_splits(source: Source, rows: Rows) -> None:
     counts = {split: rows.totals[split].rows for split in SPLITS if split in rows.totals}
     present = ", ".join(f"{count:,} {split}" for split, count in counts.items()) or "none"
     problem = f"has too few rows ({present}); each split needs some"
-    if rows.bad.total:
-        problem += f"; {rows.bad.total:,} cannot be used: {rows.bad.describe()}"
+    if rows.rejected.total:
+        problem += f"; {rows.rejected.total:,} cannot be used: {rows.rejected.describe()}"
     raise RequestError(f"--data {source.location}: {problem}")
 
 
-def rows_in_memory(source: Source) -> dict[str, pa.Table]:
+def rows_in_memory(source: Source, columns: Mapping[str, Column]) -> dict[str, pa.Table]:
     """The rows of a source that is in memory, by split, without Ray."""
-    decoded = {split: decode(rows) for split, rows in source.tables.items()}
+    names = {key: key for key in columns}
+    decoded = {split: decode(rows, columns, names) for split, rows in source.tables.items()}
     selected = {}
     for split, key_range in _key_ranges(source, decoded).items():
         selected[split] = key_range.select(decoded[key_range.source_split])
     return selected
 
 
-def _read_files(files: list[LabelledFile]) -> Dataset:
+def _read_files(files: list[DataFile], columns: Mapping[str, Column]) -> Dataset:
     """Read and decode Parquet files by the tasks of Ray Data."""
-    groups: dict[tuple[object, ...], list[LabelledFile]] = {}
+    groups: dict[tuple[object, ...], list[DataFile]] = {}
     for file in files:
-        groups.setdefault((file.schema, file.label_is_folder), []).append(file)
+        key = (file.schema, *file.columns.items(), file.of_folders)
+        groups.setdefault(key, []).append(file)
     datasets = []
     for group in groups.values():
         first = group[0]
@@ -168,8 +179,8 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
             rows = ray.data.read_parquet(  # noqa: TID251 - it refuses pickles: test_security.py
                 [path for _, path in places],
                 schema=first.schema,  # the types of other columns may differ from file to file
-                # Else a folder `digit=3` would replace the column of this name.
-                partitioning=Partitioning("hive") if first.label_is_folder else None,
+                # Else a folder `label=3` would replace the column of this name.
+                partitioning=Partitioning("hive") if first.of_folders else None,
                 filesystem=filesystem,
                 file_extensions=[suffix.lstrip(".") for suffix in SUFFIXES],  # else .parquet
                 include_paths=True,
@@ -179,33 +190,26 @@ def _read_files(files: list[LabelledFile]) -> Dataset:
         rows.context.execution_options.preserve_order = True
         # The console says what is read; Ray's bars and plans would repeat it.
         rows.context.enable_progress_bars = rows.context.print_on_execution_start = False
-        names = {"image": first.image, "label": first.label}
-        rows = rows.select_columns([*names.values(), "path", "row_hash"])
-        datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=names))
+        rows = rows.select_columns([*first.columns.values(), "path", "row_hash"])
+        arguments = {"columns": columns, "names": first.columns}
+        datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=arguments))
     decoded = datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
     decoded.set_name("read-rows")
     return decoded.materialize()
 
 
-def decode(rows: pa.Table, image: str = "image", label: str = "digit") -> pa.Table:
-    """Decode images and labels; `path` and `row_hash` say which row it is, as Ray Data names them.
+def decode(rows: pa.Table, columns: Mapping[str, Column], names: Mapping[str, str]) -> pa.Table:
+    """Decode columns, which have these names; `path` and `row_hash` are those of Ray Data.
 
-    Returns `image` as tensors uint8[28, 28], `digit` and `row_id` int64; `path`; and `reason`,
-    which is null but in rows that cannot be used.
+    Returns the columns by their names in the task; `row_id` int64; `path`; and `reason`, which is
+    null but in rows that cannot be used.
     """
-    images, bad_images = decode_images(one_chunk(rows[image]))
-    digits, bad_digits = decode_numbers(one_chunk(rows[label]), DIGITS)
-    reasons = join_reasons(bad_images, bad_digits, "digit")
-    reason = pa.array([reasons.get(row) for row in range(len(digits))], pa.string())
-    return pa.table(
-        {
-            "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
-            "digit": digits,
-            "row_id": one_chunk(rows["row_hash"]).to_numpy().view(np.int64),
-            "reason": reason,
-            "path": one_chunk(rows["path"]).dictionary_encode(),
-        }
-    )
+    arrays, reasons = decode_columns(columns, rows, names)
+    decoded = {key: columns[key].to_arrow(values) for key, values in arrays.items()}
+    decoded["row_id"] = one_chunk(rows["row_hash"]).to_numpy().view(np.int64)
+    decoded["reason"] = pa.array([reasons.get(row) for row in range(len(rows))], pa.string())
+    decoded["path"] = one_chunk(rows["path"]).dictionary_encode()
+    return pa.table(decoded)
 
 
 def _index(decoded: Decoded) -> pa.Table:
@@ -272,44 +276,46 @@ def _dataset(decoded: Decoded, key_range: _KeyRange, rows_of_block: int) -> Data
     return of_split.repartition(target_num_rows_per_block=rows_of_block).materialize()
 
 
-def _bad_rows(source: Source, indexes: dict[str, pa.Table]) -> ReasonCounts:
+def _rejected_rows(
+    source: Source, columns: Mapping[str, Column], indexes: dict[str, pa.Table]
+) -> ReasonCounts:
     """Count the rows that cannot be used by reason, and name the first of them."""
     counts = ReasonCounts()
     for split, index in indexes.items():
-        is_bad = index["reason"].is_valid().to_numpy()
-        if not is_bad.any():
+        is_rejected = index["reason"].is_valid().to_numpy()
+        if not is_rejected.any():
             continue
-        bad = index.filter(is_bad)
-        examples: list[BadRow] = []  # none of rows in memory: MNIST and the sample have no bad ones
-        paths = {*pc.unique(bad["path"]).to_pylist()}
+        rejected = index.filter(is_rejected)
+        examples: list[RejectedRow] = []  # none of rows in memory, which the task has made
+        paths = {*pc.unique(rejected["path"]).to_pylist()}
         for file in source.files.get(split, []):
             _, path = arrow_place(file.path)
             if path in paths and len(examples) < _NAMED_ROWS:
                 with _refused_if_damaged(file):  # Ray Data does not check the CRC of pages
-                    examples += _first_bad_rows(file, _NAMED_ROWS - len(examples))
-        counts.add(Counter(bad["reason"].to_pylist()), examples)
+                    examples += _first_rejected_rows(file, columns, _NAMED_ROWS - len(examples))
+        counts.add(Counter(rejected["reason"].to_pylist()), examples)
     return counts
 
 
-def _first_bad_rows(file: LabelledFile, count: int) -> list[BadRow]:
+def _first_rejected_rows(
+    file: DataFile, columns: Mapping[str, Column], count: int
+) -> list[RejectedRow]:
     """The first rows of a file that cannot be used: so many at most.
 
     The file is read again, since Ray Data reads the row groups of a large one in another order.
     """
-    image, label = file.image, file.label
-    label_folder = re.search(rf"(?:^|/){re.escape(label)}=([^/]*)/", file.name)
-    found: list[BadRow] = []
+    of_folders = dict(re.findall(r"(?:^|(?<=/))([^/=]+)=([^/]*)/", file.name))
+    in_file = [name for name in file.columns.values() if name not in file.of_folders]
+    batch_rows = rows_in(_MOST_BLOCK_BYTES, columns.values())
+    found: list[RejectedRow] = []
     first_row = 0
     with open_parquet(file.path) as parquet:
-        for batch in parquet.iter_batches(8192, columns=[image, label]):
-            if label_folder and file.label_is_folder:
-                labels = pa.repeat(label_folder[1], len(batch))
-            else:
-                labels = batch[label]
-            _, bad_images = decode_images(batch[image])
-            _, bad_digits = decode_numbers(labels, DIGITS)
-            reasons = join_reasons(bad_images, bad_digits, "digit")
-            found += [(file.name, first_row + row, reasons[row]) for row in sorted(reasons)]
+        for batch in parquet.iter_batches(batch_rows, columns=in_file):
+            table = pa.Table.from_batches([batch])
+            for folder in file.of_folders:
+                table = table.append_column(folder, pa.repeat(of_folders[folder], len(batch)))
+            _, reasons = decode_columns(columns, table, file.columns)
+            found += [(file.name, first_row + row, reason) for row, reason in reasons.items()]
             if len(found) >= count:
                 break
             first_row += len(batch)
@@ -324,9 +330,10 @@ def _refuse_damaged_file(source: Source, said: str) -> None:
     files = [*itertools.chain(*source.files.values())]
     named = [file for file in files if arrow_place(file.path)[1] in said]
 
-    def read_again(file: LabelledFile) -> None:
+    def read_again(file: DataFile) -> None:
         with _refused_if_damaged(file), open_parquet(file.path) as parquet:
-            for _ in parquet.iter_batches(columns=[file.image, file.label]):
+            in_file = [name for name in file.columns.values() if name not in file.of_folders]
+            for _ in parquet.iter_batches(columns=in_file):
                 pass
 
     for _ in in_threads(files[0].path, read_again, named or files):
@@ -334,7 +341,7 @@ def _refuse_damaged_file(source: Source, said: str) -> None:
 
 
 @contextmanager
-def _refused_if_damaged(file: LabelledFile) -> Iterator[None]:
+def _refused_if_damaged(file: DataFile) -> Iterator[None]:
     """RequestError that names the file if the block cannot read it."""
     try:
         yield

@@ -1,7 +1,7 @@
 """A worker's part in an epoch: its rows in batches, the steps, and the count of all rows."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, isfinite
 from typing import Any, Final
@@ -11,37 +11,21 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.data.collate_fn import NumpyBatchCollateFn
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.images import SIDE
-from mnistsum_ray.data.randomness import (
-    Purpose,
-    RowTotals,
-    distortions,
-    mix_ids,
-    random_numbers,
-    step_seed,
-)
-from mnistsum_ray.errors import RunError
-from mnistsum_ray.model.device import all_reduce_sum
-from mnistsum_ray.model.network import (
-    Objective,
-    distort,
-    dropout_factors,
-    make_network,
-    prepare_images,
-)
-from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
+from mnistsum_ray.data.columns import Arrays, Column, rows_in
+from mnistsum_ray.data.randomness import Draws, Purpose, RowTotals, mix_ids, seeds
+from mnistsum_ray.errors import RunError, TaskError
+from mnistsum_ray.model.calls import calling, forward
+from mnistsum_ray.model.device import all_reduce_sum, seed_generators
+from mnistsum_ray.model.schedule import one_cycle
+from mnistsum_ray.task import Batch, Task
 from mnistsum_ray.training.progress import Events
 
-Batch = dict[str, Tensor]
-"""image uint8[n, 28, 28], digit, number and row_id int64[n] and, with --distortion, affine
-float32[n, 6]."""
-
-_SHUFFLED_ROWS: Final = 1_000_000
-"""Most rows that are shuffled together. A shard of no more is shuffled as a whole. Ray holds 1.5
-times as many in each worker, 1.2 GB."""
+_SHUFFLED_BYTES: Final = 1_000_000 * 1024
+"""Most bytes of rows that are shuffled together. A shard of no more, a million small rows, is
+shuffled as a whole. Ray holds 1.5 times as much in each worker."""
 
 _CHECK_STEPS: Final = 20
 """Steps between two looks at the loss, each of which waits for the device and the other ranks."""
@@ -49,11 +33,9 @@ _CHECK_STEPS: Final = 20
 _CURVE_POINTS: Final = 100
 """Most losses of an epoch in history.jsonl."""
 
-_NO_ROWS: Final[dict[str, np.ndarray]] = {
-    "image": np.empty((0, SIDE, SIDE), np.uint8),
-    "digit": np.empty(0, np.int64),
-    "row_id": np.empty(0, np.int64),
-}
+_NO_ROWS: Final = 2
+"""Rows of zeros, of weight 0, in the batch of a rank that has no rows left: many layers fail on a
+batch of none, and some on a batch of one."""
 
 
 @dataclass(frozen=True)
@@ -87,48 +69,94 @@ class EpochSteps:
 
 
 class ToTensors(NumpyBatchCollateFn):
-    """Collates a batch of Ray Data: images, digits and row ids as tensors."""
+    """Collates a batch of Ray Data: the task's columns and row ids as tensors."""
 
-    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
+    def __init__(self, columns: Mapping[str, Column]) -> None:
+        self._columns = columns
+
+    def __call__(self, rows: Arrays) -> Batch:
+        return _as_tensors(self._load(rows), rows["row_id"])
+
+    def _load(self, rows: Arrays) -> Arrays:
         # Copied by NumPy: in this thread of Ray Data's, PyTorch would start threads of its own,
         # which spin on the cores that the steps need.
-        return {name: torch.from_numpy(rows[name].copy()) for name in ("image", "digit", "row_id")}
+        loaded = {}
+        for key, column in self._columns.items():
+            values = column.load(rows[key])
+            loaded[key] = values.copy() if values is rows[key] else values
+        return loaded
+
+    def zeros(self, rows: int) -> Batch:
+        """A batch of rows of zeros."""
+        arrays: Arrays = {key: column.zeros(rows) for key, column in self._columns.items()}
+        return self(arrays | {"row_id": np.zeros(rows, np.int64)})
 
 
-class PairWithNumbers(ToTensors):
-    """Collates a batch of Ray Data: pairs each row with its number and distortion of an epoch.
+class Augment(ToTensors):
+    """Collates a training batch: what the task's `augment` makes of the rows in an epoch.
 
-    They follow from seed, epoch and row id, so that it does not matter which worker has the row.
+    It follows from seed, epoch and row id, so that it does not matter which worker has the row.
     """
 
-    def __init__(self, seed: int, epoch: int, distortion: float) -> None:
-        self._seed, self._epoch, self._distortion = seed, epoch, distortion
+    def __init__(self, task: Task, seed: int, epoch: int) -> None:
+        super().__init__(task.training_columns)
+        self._task, self._seed, self._epoch = task, seed, epoch
 
-    def __call__(self, rows: dict[str, np.ndarray]) -> Batch:
-        batch, ids = super().__call__(rows), rows["row_id"]
-        numbers = random_numbers(self._seed, self._epoch, ids)
-        batch["number"] = torch.from_numpy(numbers.astype(np.int64))
-        if self._distortion:  # the images are distorted on the device
-            matrices = distortions(self._seed, self._epoch, ids, self._distortion)
-            batch["affine"] = torch.from_numpy(matrices)
-        return batch
+    def __call__(self, rows: Arrays) -> Batch:
+        loaded, ids = self._load(rows), rows["row_id"]
+        with calling(self._task, "augment"):
+            augmented = self._task.augment(loaded, Draws(self._seed, self._epoch, ids))
+            missing = {*self._task.inputs, *self._task.labels} - {*augmented}
+            for key, values in augmented.items():
+                if len(values) != len(ids):
+                    raise ValueError(f"{key} has {len(values)} rows, and not {len(ids)}")
+        if missing:
+            raise TaskError(f"task {self._task.name}: augment must return {min(missing)!r} too")
+        return _as_tensors(augmented, ids)
+
+
+def _as_tensors(arrays: Arrays, row_ids: np.ndarray) -> Batch:
+    return {
+        key: torch.from_numpy(np.ascontiguousarray(values))
+        for key, values in (arrays | {"row_id": row_ids.copy()}).items()
+    }
+
+
+class Objective(nn.Module):
+    """The network with the task's loss: what DDP wraps."""
+
+    def __init__(self, task: Task, network: nn.Module, *, bf16: bool) -> None:
+        super().__init__()
+        self._task, self.network, self._bf16 = task, network, bf16
+
+    def forward(self, batch: Batch, rows: int) -> Tensor:
+        """The sum of the losses of the first so many rows."""
+        outputs = forward(self._task, self.network, batch, bf16=self._bf16)
+        with calling(self._task, "loss"):
+            losses = self._task.loss(outputs, batch)
+            if losses.shape != batch["row_id"].shape:
+                wanted = f"a loss for each of {len(batch['row_id'])} rows"
+                raise ValueError(f"must return {wanted}, not {list(losses.shape)}")
+        return losses[:rows].sum()
 
 
 class Trainer:
     """The network, its optimizer, its DDP wrapper and the training rows of one worker.
 
-    The state of a checkpoint may be loaded into `model` and `optimizer`, on all workers alike,
+    The state of a checkpoint may be loaded into `network` and `optimizer`, on all workers alike,
     before the first step.
     """
 
     def __init__(
         self,
+        task: Task,
         parameters: Hyperparameters,
         totals: RowTotals,
         device: torch.device,
         precision: str,
         events: Events,
     ) -> None:
+        self.task = task
         self.parameters = parameters
         self.bf16 = precision == "bf16"
         self._totals = totals
@@ -137,10 +165,13 @@ class Trainer:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         torch.manual_seed(parameters.seed)
-        self.model = make_network().to(device)
-        self.optimizer = MuonAdamW(self.model, parameters.weight_decay, bf16=self.bf16)
-        self._objective: Callable[..., tuple[Tensor, Tensor]] = ray.train.torch.prepare_model(
-            Objective(self.model, parameters.label_smoothing, bf16=self.bf16),
+        with calling(task, "network"):
+            self.network = task.network().to(device)
+        with calling(task, "optimizer"):
+            weight_decay = parameters.weight_decay
+            self.optimizer = task.optimizer(self.network, weight_decay, bf16=self.bf16)
+        self._objective: Callable[[Batch, int], Tensor] = ray.train.torch.prepare_model(
+            Objective(task, self.network, bf16=self.bf16),
             parallel_strategy_kwargs={"gradient_as_bucket_view": True},
         )
         if self.world_size > 1:
@@ -157,22 +188,24 @@ class Trainer:
         in another order, and a run that goes on would have other bits. `zero_grad` drops the
         gradients.
         """
-        numbers = torch.zeros(2, dtype=torch.int64, device=self._device)
-        pixels = numbers.new_zeros(len(numbers), SIDE, SIDE, dtype=torch.uint8)
-        loss, _ = self._objective(prepare_images(pixels), numbers, numbers, None)
-        torch.autograd.backward(loss)
+        rows = self._to_device(Augment(self.task, self.parameters.seed, epoch=0).zeros(_NO_ROWS))
+        torch.autograd.backward(self._objective(rows, _NO_ROWS))
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {key: values.to(self._device) for key, values in batch.items()}
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         """The rows of this rank on its device, in the order of an epoch."""
-        parameters, share = self.parameters, self._steps.share(self.rank)
-        rows = self._steps.shards[self.rank]
-        seed = step_seed(parameters.seed, epoch, self.rank, Purpose.ROW_ORDER)
+        share, rows = self._steps.share(self.rank), self._steps.shards[self.rank]
+        seed = self.parameters.seed
+        (order_seed,) = seeds(seed, epoch, Purpose.ROW_ORDER, range(self.rank, self.rank + 1))
+        shuffled = min(rows, rows_in(_SHUFFLED_BYTES, self.task.training_columns.values()))
         return iter(
             self._shard.iter_torch_batches(
                 batch_size=share,
-                local_shuffle_buffer_size=max(share, min(rows, _SHUFFLED_ROWS)),
-                local_shuffle_seed=seed,
-                collate_fn=PairWithNumbers(parameters.seed, epoch, parameters.distortion),
+                local_shuffle_buffer_size=max(share, shuffled),
+                local_shuffle_seed=order_seed,
+                collate_fn=Augment(self.task, seed, epoch),
                 pin_memory=self._device.type == "cuda",
             )
         )
@@ -180,23 +213,29 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """Train an epoch, counted from 0; return its figures for history.jsonl.
 
-        `train_loss` is the mean a row, in nats; `step_losses` are pairs of a step and the mean of
+        `train_loss` is the mean a row; `step_losses` are pairs of a step and the mean of
         the rows in the `_CHECK_STEPS` steps or fewer up to it. A RunError says that the loss is
         infinite, or that rows were lost or repeated.
         """
         parameters, steps = self.parameters, self._steps
         batches = self._batches(epoch)
-        no_rows = PairWithNumbers(parameters.seed, epoch, parameters.distortion)(_NO_ROWS)
-        no_rows = {name: values.to(self._device) for name, values in no_rows.items()}
+        no_rows = self._to_device(Augment(self.task, parameters.seed, epoch).zeros(_NO_ROWS))
+        indexes = range(self.rank, steps.count * self.world_size, self.world_size)
+        step_seeds = seeds(parameters.seed, epoch, Purpose.STEP, indexes)
+        self.network.train()
         counter = EpochCounter(self._device)
         curve = []
         started = time.perf_counter()
         for step in range(steps.count):
-            batch = next(batches, no_rows)  # a rank whose shard is used up has none
+            batch = next(batches, None)
+            rows = 0 if batch is None else len(batch["row_id"])  # 0: the shard is used up
             step_of_run = epoch * steps.count + step
             rate = one_cycle(step_of_run, steps.count * parameters.epochs, parameters.learning_rate)
-            loss = self._step(batch, epoch, step, steps.batch_rows(step), rate)
-            counter.add(batch, loss)
+            # A run that goes on draws what it would have drawn, such as for nn.Dropout.
+            seed_generators(self._device, step_seeds[step])
+            loss = self._step(batch or no_rows, rows, steps.batch_rows(step), rate)
+            if batch is not None:
+                counter.add(batch["row_id"], loss)
             done = step + 1
             if done % _CHECK_STEPS and done < steps.count:
                 continue
@@ -226,33 +265,21 @@ class Trainer:
             "seconds": seconds,
         }
 
-    def _step(
-        self, batch: Batch, epoch: int, step: int, global_rows: int, learning_rate: float
-    ) -> Tensor:
-        """Update the parameters with this worker's share of a global batch of so many rows.
+    def _step(self, batch: Batch, rows: int, global_rows: int, learning_rate: float) -> Tensor:
+        """Update the parameters with this worker's rows of a global batch of so many.
 
-        Returns the loss without label smoothing, summed over this worker's rows.
+        Returns the loss, summed over this worker's rows.
         """
         self.optimizer.zero_grad()
-        images = prepare_images(batch["image"])
-        if "affine" in batch:
-            images = distort(images, batch["affine"])
-        dropout = self._dropout(epoch, step, len(images))
-        loss, exact_loss = self._objective(images, batch["number"], batch["digit"], dropout)
+        loss = self._objective(batch, rows)
         # DDP averages over workers, whose shares differ: this makes it the mean over the rows of
         # the global batch.
         torch.autograd.backward(loss * (self.world_size / global_rows))
-        self.optimizer.set_learning_rate(learning_rate)
-        self.optimizer.step()
-        return exact_loss
-
-    def _dropout(self, epoch: int, step: int, rows: int) -> Tensor | None:
-        if not self.parameters.dropout:
-            return None
-        index = step * self.world_size + self.rank
-        seed = step_seed(self.parameters.seed, epoch, index, Purpose.DROPOUT)
-        generator = torch.Generator(self._device).manual_seed(seed)
-        return dropout_factors(rows, self.parameters.dropout, generator)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("factor", 1.0)
+        with calling(self.task, "optimizer"):
+            self.optimizer.step()
+        return loss.detach()
 
     def check_finite(self, loss: float, where: str) -> None:
         if not isfinite(loss):
@@ -265,17 +292,17 @@ class EpochCounter:
 
     def __init__(self, device: torch.device) -> None:
         self.rows = 0
-        """Rows of all workers up to the last `all_reduce`; `loss`, in nats, is a sum over them."""
+        """Rows of all workers up to the last `all_reduce`; `loss` is a sum over them."""
         self.loss = 0.0
         self._own_rows = 0
         self._own_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._own_ids = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, batch: Batch, loss: Tensor) -> None:
-        """Add a step: its batch and the sum of its rows' losses."""
+    def add(self, row_ids: Tensor, loss: Tensor) -> None:
+        """Add a step: the ids of its rows, and the sum of their losses."""
         self._own_loss += loss
-        self._own_ids += mix_ids(batch["row_id"]).sum()
-        self._own_rows += len(batch["row_id"])
+        self._own_ids += mix_ids(row_ids).sum()
+        self._own_rows += len(row_ids)
 
     def all_reduce(self) -> float:
         """Sum over all workers; return the mean loss a row since the last time, on each of them."""

@@ -1,8 +1,7 @@
 """Every accepted form of an image decodes to the same pixels; what is no image gives a reason."""
 
 import io
-import re
-from collections import Counter
+import zlib
 from typing import Any
 
 import numpy as np
@@ -11,20 +10,13 @@ import pytest
 from PIL import Image
 from ray.data.extensions import ArrowTensorArray
 
-from mnistsum_ray.data import images as images_module
-from mnistsum_ray.data.images import (
-    DIGITS,
-    IMAGE_TYPE,
-    Pixels,
-    ReasonCounts,
-    decode_images,
-    decode_numbers,
-    image_type_error,
-    number_type_error,
-)
-from tests.data.test_picture import giant
+from mnistsum_ray import Images, Photos
+from mnistsum_ray.data.columns import Array
 
-IMAGES: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+GREY, COLOUR = Images(28, 28), Images(20, 30, "RGB")
+RANDOM = np.random.default_rng(0)
+IMAGES: Array = RANDOM.integers(0, 256, (3, 28, 28), dtype=np.uint8)
+COLOURED: Array = RANDOM.integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
 
 
 def encoded(image: Any, form: str = "PNG", **options: Any) -> bytes:
@@ -33,13 +25,20 @@ def encoded(image: Any, form: str = "PNG", **options: Any) -> bytes:
     return data.getvalue()
 
 
+def giant(side: int) -> bytes:
+    """A PNG of a few bytes that says in its header that it has so many pixels a side."""
+    png = encoded(np.zeros((1, 1), np.uint8))
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + png[24:29]
+    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+
+
 BYTES = [image.tobytes() for image in IMAGES]
 LISTS = [image.ravel().tolist() for image in IMAGES]
 PNG = [encoded(image) for image in IMAGES]
 TENSOR = pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES)
 CHANNEL = pa.fixed_shape_tensor(pa.uint8(), [1, 28, 28])
 FORMS = {
-    "own": pa.array(BYTES, IMAGE_TYPE),
+    "fixed_size_binary": pa.array(BYTES, pa.binary(784)),
     "large_binary": pa.array(BYTES, pa.large_binary()),
     "binary_view": pa.array(BYTES, pa.binary_view()),
     "list_int64": pa.array(LISTS),
@@ -52,28 +51,36 @@ FORMS = {
     "ray_tensor": ArrowTensorArray.from_numpy(IMAGES),
     "png": pa.array(PNG),
     "huggingface": pa.array([{"bytes": data, "path": None} for data in PNG]),
+    "coloured bytes": pa.array([image.tobytes() for image in COLOURED]),
+    "coloured list": pa.array([image.ravel().tolist() for image in COLOURED]),
+    "coloured nested": pa.array(COLOURED.tolist()),
+    "coloured tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(COLOURED),
+    "coloured png": pa.array([encoded(image) for image in COLOURED]),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_pixels(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but pictures at once: value by value they take a tenth of the time of a scoring."""
-    if form not in ("png", "huggingface"):
-        monkeypatch.delattr(images_module, "_decode_image")
-    assert image_type_error(FORMS[form].type) is None
+    if "png" not in form and form != "huggingface":
+        monkeypatch.delattr(Images, "_decode_one")
+    column, expected = (COLOUR, COLOURED) if "coloured" in form else (GREY, IMAGES)
+    assert column.type_error(FORMS[form].type) is None
     for rows in (slice(0, 3), slice(1, 2)):
-        images, bad = decode_images(FORMS[form][rows])
-        assert not bad
+        images, rejected = column.decode(FORMS[form][rows], "image")
+        assert not rejected
         assert images.dtype == np.uint8
-        assert np.array_equal(images, IMAGES[rows])
+        assert np.array_equal(images, expected[rows])
+    decoded, _ = column.decode(column.to_arrow(expected), "image")
+    assert np.array_equal(decoded, expected), "as they lie in the object store"
 
 
-def test_a_picture_of_784_bytes_is_not_taken_for_pixels(pixels: Pixels) -> None:
+def test_a_picture_of_784_bytes_is_not_taken_for_pixels(pixels: Array) -> None:
     """As one in two hundred MNIST images is at quality 95."""
     jpegs = ((image, encoded(image, "JPEG", quality=95)) for image in pixels)
     image, jpeg = next((image, data) for image, data in jpegs if len(data) == 784)
-    found, bad = decode_images(pa.array([BYTES[0], jpeg, jpeg[:20] + bytes(764)]))
-    assert list(bad) == [2]
+    found, rejected = GREY.decode(pa.array([BYTES[0], jpeg, jpeg[:20] + bytes(764)]), "image")
+    assert list(rejected) == [2]
     assert np.array_equal(found[0], IMAGES[0])
     assert np.abs(found[1].astype(int) - image).max() <= 20
 
@@ -81,70 +88,67 @@ def test_a_picture_of_784_bytes_is_not_taken_for_pixels(pixels: Pixels) -> None:
 RAW, LIST, NESTED = bytes(784), [0] * 784, [[0] * 28] * 28
 UNLIKE = "the image is not 784 or 28 x 28 integers in 0..255"
 NEITHER = "neither 784 pixels nor a readable PNG"
-BAD = [
-    (RAW, None, "the image is null"),
-    (RAW, b"", f"0 bytes are {NEITHER}"),
-    (RAW, PNG[0][:60], NEITHER),
-    (RAW, encoded(np.zeros((10, 12, 3), np.uint8)), "12 x 10 pixels of mode RGB, not"),
-    (RAW, giant(20_000), "(DecompressionBombError)"),
-    (LIST, [1, 2, 3], UNLIKE),
-    (LIST, [256, *LIST[1:]], UNLIKE),
-    (LIST, [None, *LIST[1:]], UNLIKE),
-    (NESTED, [*NESTED[1:], [0] * 29], UNLIKE),
-    ({"bytes": RAW, "path": ""}, {"bytes": None, "path": "1"}, "the image is null"),
+SMALL = encoded(np.zeros((10, 12, 3), np.uint8))
+REJECTED = [
+    (GREY, RAW, None, "the image is null; fill it in or drop the row"),
+    (GREY, RAW, b"", f"0 bytes are {NEITHER}"),
+    (GREY, RAW, PNG[0][:60], NEITHER),
+    (GREY, RAW, SMALL, "12 x 10 pixels of mode RGB, not 28 x 28 of L (8-bit grayscale)"),
+    (GREY, RAW, giant(20_000), "(DecompressionBombError)"),
+    (GREY, LIST, [1, 2, 3], UNLIKE),
+    (GREY, LIST, [256, *LIST[1:]], UNLIKE),
+    (GREY, LIST, [None, *LIST[1:]], UNLIKE),
+    (GREY, NESTED, [*NESTED[1:], [0] * 29], UNLIKE),
+    (GREY, {"bytes": RAW, "path": ""}, {"bytes": None, "path": "1"}, "the image is null"),
+    (COLOUR, bytes(1800), PNG[0], "28 x 28 pixels of mode L, not 30 x 20 of RGB (8-bit colour)"),
+    (COLOUR, bytes(1800), bytes(600), "600 bytes are neither 1800 pixels nor a readable PNG"),
+    (COLOUR, [0] * 1800, [0] * 600, "is not 1800 or 20 x 30 x 3 integers in 0..255"),
 ]
 
 
-@pytest.mark.parametrize(("good", "value", "reason"), BAD)
-def test_what_is_no_image_says_why_and_is_left_out(good: Any, value: Any, reason: str) -> None:
-    images, bad = decode_images(pa.array([good, value, good]))
-    assert list(bad) == [1]
-    assert reason in bad[1]
+@pytest.mark.parametrize(("column", "good", "value", "reason"), REJECTED)
+def test_what_is_no_image_says_why_and_is_zeros(
+    column: Images, good: Any, value: Any, reason: str
+) -> None:
+    images, rejected = column.decode(pa.array([good, value, good]), "image")
+    assert list(rejected) == [1]
+    assert reason in rejected[1]
+    assert images.shape == (3, *column.shape)
     assert not images.any()
 
 
-def test_a_column_that_cannot_hold_images_or_numbers_is_named() -> None:
-    lists = [pa.list_(pa.float32()), pa.list_(pa.list_(pa.list_(pa.uint8())))]
-    for kind in (pa.string(), pa.int64(), pa.struct({"bytes": pa.int32()}), *lists):
-        assert "which holds no images" in str(image_type_error(kind)), kind
-    for kind in (pa.bool_(), pa.binary(), pa.list_(pa.int8())):
-        assert "which holds no whole numbers" in str(number_type_error(kind))
-    for kind in (pa.int8(), pa.uint64(), pa.float32(), pa.string(), pa.null()):
-        assert number_type_error(kind) is None
+def test_a_column_that_cannot_hold_images_is_named() -> None:
+    deep = pa.list_(pa.list_(pa.list_(pa.uint8())))
+    for kind in (pa.string(), pa.int64(), pa.struct({"bytes": pa.int32()}), pa.list_(pa.float32())):
+        for column in (GREY, COLOUR):
+            assert "which holds no images (lists of " in str(column.type_error(kind)), kind
+        assert "which holds no PNG or JPEG bytes" in str(Photos(8).type_error(kind)), kind
+    assert (GREY.type_error(deep) is None, COLOUR.type_error(deep) is None) == (False, True)
+    assert Photos(8).type_error(pa.list_(pa.uint8())) is not None
+    for kind in (pa.binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.null()):
+        assert GREY.type_error(kind) is Photos(8).type_error(kind) is None
 
 
-NUMBERS = [
-    (pa.array([8, 0, None, 9, 10], pa.int16()).slice(1), {0: 0, 2: 9}),
-    (pa.array([2**64 - 1, 2**63, 3], pa.uint64()), {2: 3}),
-    (pa.array([3.0, 3.5, float("nan"), float("inf"), -0.0, None, -1.0]), {0: 3, 4: 0}),
-    (pa.array(["7", "7.0", "7.5", "seven", "", None, "-1", "10", "nan", "9" * 400]), {0: 7, 1: 7}),
-    (pa.array(["3"], pa.large_string()), {0: 3}),
-    (pa.array([b"3"]), {}),
-    (pa.array([b"3", b"caf\xe9"]).view(pa.string()), {0: 3}),  # Arrow does not check texts
-]
-
-
-@pytest.mark.parametrize(("values", "right"), NUMBERS)
-def test_a_number_of_any_type_is_below_ten_or_has_a_reason(
-    values: pa.Array, right: dict[int, int]
-) -> None:
-    """Which quotes it in short."""
-    numbers, bad = decode_numbers(values, DIGITS)
-    assert sorted([*bad, *right]) == list(range(len(values)))
-    assert {row: numbers[row] for row in right} == right
-    assert not numbers[list(bad)].any()
-    wrong = r"is (null; fill it in|.{1,310}, not one of 0\.\.9; correct it) or drop the row"
-    assert all(re.fullmatch(wrong, reason) for reason in bad.values())
-
-
-def test_sums_of_reasons_stay_small() -> None:
-    """Each part has other reasons, as with labels of another kind; the rows are counted exactly."""
-    counts = ReasonCounts()
-    for part in reversed(range(50)):
-        rows = [(f"{part:02}", row, f"the digit is {100 * part + row}") for row in range(60)]
-        counts.add(Counter(reason for *_, reason in rows), rows)
-    assert len(counts.reasons) == 21
-    assert counts.total == 3000
-    assert counts.examples == [("00", row, f"the digit is {row}") for row in range(5)]
-    assert counts.describe().startswith("00: row 0: the digit is 0 | 00: row 1: ")
-    assert counts.describe().endswith(" | …")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_photos_of_any_size_are_checked_stay_encoded_and_are_stretched_when_loaded() -> None:
+    wide = np.zeros((40, 90, 3), np.uint8)
+    wide[:, 45:] = 200, 100, 0
+    good = [encoded(wide), encoded(wide, "JPEG", quality=95), encoded(wide[:, :, 0])]
+    column, values = Photos(16), [*good, None, b"", good[0][:50], giant(10_001), giant(20_000)]
+    for kind in (pa.binary(), pa.binary_view()):
+        stored, rejected = column.decode(pa.array(values, kind), "photo")
+        assert stored.tolist() == [*good, *[b""] * 5]
+        assert list(rejected) == [3, 4, 5, 6, 7]
+    said = ["the photo is null; fill it in or drop the row", "0 bytes are no readable PNG or JPEG"]
+    said += ["50 bytes are no readable PNG", "the picture has too many pixels; make it smaller"]
+    for row, text in enumerate(said, 3):
+        assert rejected[row].startswith(text)
+    again, rejected = column.decode(column.to_arrow(stored), "photo")
+    assert again.tolist()[:3] == good
+    loaded = column.load(stored)
+    assert (loaded.dtype.name, loaded.shape) == ("uint8", (8, 16, 16, 3))
+    for photo in loaded[:2]:  # a JPEG is not exact
+        assert np.abs(photo[:, :7].astype(int)).max() <= 12
+        assert np.abs(photo[:, 9:].astype(int) - [200, 100, 0]).max() <= 12
+    assert (loaded[2, :, 10:] == 200).all(), "grey photos become coloured"
+    assert not loaded[3:].any()

@@ -167,7 +167,7 @@ def test_a_store_is_listed_as_a_disk_and_a_table_of_delta_lake_is_refused_in_bot
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It holds files that its log has removed."""
-    said = r"^--input \S+: holds a table of Delta Lake; .*; jobs/recipes/dataset.py scores one$"
+    said = r"^--input \S+: holds a table of Delta Lake; .*; jobs/examples/dataset.py scores one$"
     keys = ["in/a.parquet", "in/b/c.parquet", "in/_temporary/x.parquet", "in/notes.txt"]
     keys += ["table/_delta_log/0.json", "table/a.parquet", "c.parquet"]
     found = {"in": keys[:2], "in/**/*.parquet": keys[:2], "i*/**": keys[:2], keys[0]: keys[:1]}

@@ -11,7 +11,7 @@ import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
 from mnistsum_ray.data import parquet
-from mnistsum_ray.data.images import Pixels, decode_images
+from mnistsum_ray.data.images import Images
 from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.storage.uri import locate
@@ -20,7 +20,7 @@ from mnistsum_ray.storage.uri import locate
 def read(path: Path, *ranges: range) -> list[pa.Table]:
     """The rows of these ranges of a file, or all."""
     with open_parquet(locate(str(path), "--input")) as parquet:
-        return list(read_ranges(parquet, ranges or [range(parquet.metadata.num_rows)]))
+        return list(read_ranges(parquet, ranges or [range(parquet.metadata.num_rows)], 8192))
 
 
 def test_types_of_arrow_ray_and_parquet_are_read_as_plain_ones(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_types_of_arrow_ray_and_parquet_are_read_as_plain_ones(tmp_path: Path) -
     A file with a null in a list of fixed size Arrow by itself refuses, though it has written it.
     """
     path, again = tmp_path / "in.parquet", tmp_path / "again.parquet"
-    images: Pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
     objects = ArrowPythonObjectArray.from_objects([{1}, {2}, {3}])
     ids = pa.array([b"1" * 16] * 3, pa.binary(16))
     columns = {
@@ -50,12 +50,12 @@ def test_types_of_arrow_ray_and_parquet_are_read_as_plain_ones(tmp_path: Path) -
     plain = [pa.binary(), pa.struct([("object", pa.binary())]), pa.list_(pa.string())]
     plain += [pa.string(), pa.timestamp("ns", "UTC"), pa.binary(16), pa.string()]
     assert table.schema.types[2:] == plain
-    found, bad = decode_images(table["image"])
-    assert not bad
+    found, reasons = Images(28, 28).decode(table["image"], "image")
+    assert not reasons
     assert np.array_equal(found, images)
-    found, bad = decode_images(table["fixed"])
+    found, reasons = Images(28, 28).decode(table["fixed"], "image")
     assert found[:, 0, 0].tolist() == [1, 0, 2]
-    assert bad == {1: "the image is null; fill it in or drop the row"}
+    assert reasons == {1: "the image is null; fill it in or drop the row"}
     again.write_bytes(to_parquet(table))
     assert pq.read_schema(again) == table.schema
     # A second schema of Arrow does not bring Ray's types back.

@@ -4,36 +4,48 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray.data.randomness import (
-    Purpose,
-    distortions,
-    mix_ids,
-    random_numbers,
-    split_keys,
-    step_seed,
-)
+from mnistsum_ray.data.randomness import Draws, Purpose, mix_ids, seeds, split_keys
 
 IDS = np.random.default_rng(0).integers(-(2**63), 2**63, 100_000)
 
 
 def test_pinned_values() -> None:
     """A change of these numbers is a change of every run's result."""
-    assert random_numbers(0, 0, np.arange(12)).tolist() == [1, 4, 1, 3, 4, 2, 4, 3, 4, 8, 9, 2]
-    assert random_numbers(7, 3, np.array([0, 59_999, 2**40])).tolist() == [2, 4, 0]
-    pinned = [0.9543918, -0.0486454, -0.0302301, -0.0030756, 1.0640106, 0.0707326]
-    matrices = distortions(0, 0, np.arange(2), strength=1.0)
-    assert matrices[0].tolist() == pytest.approx(pinned, abs=1e-6)
-    assert step_seed(0, 0, 0, Purpose.DROPOUT) == 5784922337503569493
-    assert step_seed(0, 0, 0, Purpose.ROW_ORDER) != step_seed(0, 0, 1, Purpose.ROW_ORDER)
+    draws = Draws(0, 0, np.arange(12))
+    assert draws.whole(1, 10).tolist() == [1, 4, 1, 3, 4, 2, 4, 3, 4, 8, 9, 2]
+    assert draws.whole("noise", 10).tolist()[:6] == [8, 9, 3, 4, 0, 6]
+    uniform = [0.4907679, 0.266621, 0.810253, 0.2396286, 0.4294631, 0.6650428]
+    assert draws.uniform(4, 6)[0].tolist() == pytest.approx(uniform, abs=1e-6)
+    assert Draws(7, 3, np.array([0, 59_999, 2**40])).whole(1, 10).tolist() == [2, 4, 0]
+    first, second = seeds(0, 0, Purpose.STEP, range(2))
+    assert first == 5784922337503569493
+    assert [second] == seeds(0, 0, Purpose.STEP, range(1, 2))
+    assert seeds(0, 0, Purpose.ROW_ORDER, range(2))[0] not in (first, second)
     assert np.argsort(split_keys(np.arange(20)))[:4].tolist() == [8, 0, 16, 5]
 
 
-def test_draws_are_uniform_and_those_of_another_seed_or_epoch_are_others() -> None:
-    first = random_numbers(0, 0, IDS)
-    for other in (random_numbers(0, 1, IDS), random_numbers(1, 0, IDS)):
-        pairs = np.bincount(first * 10 + other, minlength=100)
-        expected = len(IDS) / 100
-        assert ((pairs - expected) ** 2).sum() / expected < 150  # chi-squared: one in 1000
+def chi_squared(one: np.ndarray, other: np.ndarray) -> float:
+    """Of the pairs of two draws of 0..9."""
+    pairs, expected = np.bincount(one * 10 + other, minlength=100), len(one) / 100
+    return float(((pairs - expected) ** 2).sum() / expected)
+
+
+def test_draws_are_uniform_and_those_of_another_seed_epoch_or_purpose_are_others() -> None:
+    first = Draws(0, 0, IDS).whole(1, 10)
+    for draws, purpose in (
+        (Draws(0, 1, IDS), 1),
+        (Draws(1, 0, IDS), 1),
+        (Draws(0, 0, IDS), "number"),
+        (Draws(0, 0, IDS), "numbers"),
+    ):
+        assert chi_squared(first, draws.whole(purpose, 10)) < 150, "one in 1000"
+    uniform = Draws(0, 0, IDS).uniform("place", 2)
+    assert (uniform.dtype.name, uniform.shape) == ("float32", (len(IDS), 2))
+    assert ((uniform >= 0) & (uniform < 1)).all()
+    tenths = (10 * uniform).astype(int).T
+    assert chi_squared(*tenths) < 150
+    some = IDS[::7]
+    assert np.array_equal(Draws(0, 0, some).uniform("place", 2), uniform[::7]), "of each row alone"
 
 
 def test_scrambled_ids_are_the_same_in_numpy_and_pytorch_and_tell_sets_apart() -> None:

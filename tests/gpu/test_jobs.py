@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mnistsum_ray.config import ExportPairsConfig
-from mnistsum_ray.pairs import export_pairs
+from mnistsum_ray.mnist.pairs import ExportPairsConfig, export_pairs
 from tests.jobs import Done, Job, kill_worker, run_job, scoring, training, wait_for_files
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]

@@ -22,9 +22,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from mnistsum_ray import RunError
-from mnistsum_ray.config import ExportPairsConfig
 from mnistsum_ray.data.sources import SPLITS
-from mnistsum_ray.pairs import export_pairs
+from mnistsum_ray.mnist.pairs import ExportPairsConfig, export_pairs
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from tests.integration.conftest import (
@@ -139,7 +138,7 @@ def test_a_training_gives_the_model_of_an_undisturbed_one(
     assert Result(done.line, done.err).weights() == undisturbed.weights()
     manifest = (runs / "mine/manifest.json").read_json()
     reason = "the digit is 11, not one of 0..9; correct it or drop the row"
-    assert f"left out: 50 rows: 0.parquet: row 0: {reason}" in done.err
+    assert f"rejected: 50 rows: 0.parquet: row 0: {reason}" in done.err
     assert manifest["data"]["bad_rows"]["reasons"] == {reason: 50}
     assert [done.line["data"][f"{split}_rows"] for split in SPLITS] == [600, 75, 75]
     assert manifest["status"] == "finished"

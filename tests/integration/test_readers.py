@@ -17,7 +17,7 @@ import pytest
 import ray
 from PIL import Image
 
-from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.columns import Array
 from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import score_here
 
@@ -33,11 +33,11 @@ BAD = 8
 
 
 @pytest.fixture(scope="module")
-def rows(pixels: Pixels) -> tuple[Pixels, np.ndarray]:
+def rows(pixels: Array) -> tuple[Array, np.ndarray]:
     return pixels[np.arange(ROWS) * 83], np.arange(ROWS) % 10
 
 
-def write_with_libraries(folder: Path, images: Pixels, numbers: np.ndarray) -> None:
+def write_with_libraries(folder: Path, images: Array, numbers: np.ndarray) -> None:
     """With pandas, Polars, DuckDB, Hugging Face datasets and Ray Data."""
     flat = images.reshape(len(images), -1)
 
@@ -68,7 +68,7 @@ def write_with_libraries(folder: Path, images: Pixels, numbers: np.ndarray) -> N
 
 @pytest.fixture(scope="module")
 def predictions(
-    model: Path, rows: tuple[Pixels, np.ndarray], tmp_path_factory: pytest.TempPathFactory
+    model: Path, rows: tuple[Array, np.ndarray], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of what was made of the days and of the files of all libraries."""
     folder = tmp_path_factory.mktemp("libraries")
@@ -88,7 +88,7 @@ def predictions(
 
 
 def test_files_of_each_library_are_scored(
-    predictions: Path, model: Path, rows: tuple[Pixels, np.ndarray]
+    predictions: Path, model: Path, rows: tuple[Array, np.ndarray]
 ) -> None:
     found = {path.stem: pq.ParquetFile(path).read() for path in predictions.glob("forms/*")}
     assert len(found) == 5

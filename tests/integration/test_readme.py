@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pyarrow.parquet as pq
 import pytest
 from nbclient import NotebookClient
 
@@ -124,6 +125,29 @@ def test_the_example_in_python() -> None:
     exec(code.replace(written, 'name="mine", resume=True)'), names)  # which trains no more
     assert names["table"].num_rows == 250
     assert Path("scored-again/manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_the_task_of_the_page_trains_and_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the commands, and then in Python; with fewer rows and epochs."""
+    monkeypatch.chdir(tmp_path)
+    Path("jobs").symlink_to(ROOT / "jobs")
+    section, drawn = "For your own task", r"^python jobs/(examples/shapes)\.py (\S+) \d+$"
+    for job, folder in re.findall(drawn, blocks(section, "bash"), re.MULTILINE):
+        assert run_job(job, folder, 500, cwd=tmp_path).code == 0
+    train, score = commands_of(section)
+    assert "test accuracy" in run_command(*train, "--epochs", "1", *ONE_THREAD)
+    assert "metrics: accuracy" in run_command(*score)
+    code, written = blocks(section, "python"), "dropout=0.2)"
+    assert written in code
+    # As in a notebook, whose classes are those of `__main__`.
+    exec(code.replace(written, "dropout=0.2, epochs=1, threads=1)"), {"__name__": "__main__"})
+    columns = pq.read_schema("out-again/predictions/shapes.parquet").names
+    assert columns == ["shape", "pred_shape", "shape_prob", "reason"]
+    assert columns == pq.read_schema("out/predictions/shapes.parquet").names
 
 
 def read_notebook() -> nbformat.NotebookNode:

@@ -14,20 +14,22 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from mnistsum_ray.config import LabelledDataConfig
-from mnistsum_ray.data.images import IMAGE_TYPE
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.randomness import RowTotals, distortions, random_numbers
-from mnistsum_ray.data.sources import open_source
+from mnistsum_ray.data.randomness import Draws, RowTotals
 from mnistsum_ray.errors import RequestError, RowCountError
+from mnistsum_ray.mnist.network import affine_matrices
+from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.task import Batch
 from mnistsum_ray.training.loop import HeldOutRows
 from mnistsum_ray.training.rows import Rows, WholeShards, read_rows
-from mnistsum_ray.training.trainer import Batch, Trainer
-from tests.training import CPU, SILENT, as_worker, hyperparameters
+from tests.training import CPU, SILENT, as_worker, new_trainer, open_data
 
 pytestmark = pytest.mark.usefixtures("cluster")
 slow = pytest.mark.slow
+
+COLUMNS = MnistSum().training_columns
+IMAGE_TYPE = pa.binary(784)
 
 BLOCK = 37
 """Rows of a block of so few rows."""
@@ -50,8 +52,7 @@ def marks(images: np.ndarray) -> list[int]:
 
 
 def read(data: Path | str, skip_bad_rows: bool = False, seed: int = 0, **columns: str) -> Rows:
-    source = open_source(LabelledDataConfig(data=str(data), **columns))
-    return read_rows(source, seed, skip_bad_rows=skip_bad_rows)
+    return read_rows(open_data(data, **columns), COLUMNS, seed, skip_bad_rows=skip_bad_rows)
 
 
 def rows_of(dataset: Any, total: int) -> list[int]:
@@ -132,8 +133,8 @@ def epochs_of(shard: Any, seed: int) -> list[list[Batch]]:
     count = shard.count()
 
     def feed() -> list[list[Batch]]:
-        parameters = hyperparameters(recipe="long", batch_size=100, seed=seed, dropout=0)
-        trainer = Trainer(parameters, RowTotals(count, 0), CPU, "fp32", SILENT)
+        settings: dict[str, Any] = {"recipe": "long", "batch_size": 100, "seed": seed}
+        trainer = new_trainer(totals=RowTotals(count, 0), **settings)
         assert trainer._steps.shards == (count,)
         return [list(trainer._batches(epoch)) for epoch in (0, 1)]
 
@@ -151,8 +152,10 @@ def test_a_worker_shuffles_its_shard_anew_in_each_epoch_and_pairs_each_row(rows:
             ids = batch["row_id"].numpy()
             order += marks(batch["image"].numpy())
             assert batch["digit"].tolist() == [row * 10 // TOTAL for row in order[-len(ids) :]]
-            assert batch["number"].tolist() == random_numbers(3, epoch, ids).tolist()
-            assert np.array_equal(batch["affine"], distortions(3, epoch, ids, 1.0))
+            draws = Draws(3, epoch, ids)
+            assert batch["number"].tolist() == draws.whole(1, 10).tolist()
+            matrices = affine_matrices(draws.uniform(4, 6) * 2 - 1, 1.0)
+            assert np.array_equal(batch["affine"], matrices)
         assert sorted(order) == sorted(expected)
         orders.append(order)
     assert len({*map(tuple, orders), tuple(expected)}) == 3, "three orders"
@@ -229,8 +232,8 @@ def test_bad_rows_are_counted_by_reason_and_named_by_file_and_row(
     with pytest.raises(RequestError, match=f"^{re.escape(said)} or train with --skip-bad-rows"):
         read(tmp_path)
     rows = read(tmp_path, skip_bad_rows=True)
-    assert rows.bad.reasons == {null: 2, wrong.format(10): 2, wrong.format(-1): 1}
-    assert rows.bad.describe() == " | ".join(examples)
+    assert rows.rejected.reasons == {null: 2, wrong.format(10): 2, wrong.format(-1): 1}
+    assert rows.rejected.describe() == " | ".join(examples)
     left = [marks(batch["image"]) for of in rows.datasets.values() for batch in of.iter_batches()]
     assert sorted(chain(*left)) == [row for row in range(400) if row not in (3, 7, 150, 203, 390)]
     assert [totals.rows for totals in rows.totals.values()].count(39) == 2, "a tenth of the others"
@@ -277,11 +280,11 @@ def test_a_damaged_file_is_named_in_one_line(
 
 @pytest.mark.parametrize(("split", "count"), [("train", 5), ("test", 50)])
 def test_each_split_needs_rows(split: str, count: int) -> None:
-    sample = open_source(LabelledDataConfig(data="sample"))
+    sample = open_data("sample")
     few = replace(sample, tables={split: sample.tables["train"][:count]})
     said = rf"^--data .*: has too few rows \({count} {split}\); each split needs some"
     with pytest.raises(RequestError, match=said):
-        read_rows(few, seed=0, skip_bad_rows=False)
+        read_rows(few, COLUMNS, seed=0, skip_bad_rows=False)
 
 
 LOST: list[tuple[str, Callable[[pa.Table], list[pa.Table]]]] = [
@@ -299,11 +302,11 @@ def test_a_row_that_is_lost_repeated_or_exchanged_on_its_way_to_a_worker_is_noti
     totals = RowTotals.of(some["row_id"].to_numpy())
 
     def train() -> None:
-        trainer = Trainer(hyperparameters(), totals, CPU, "fp32", SILENT)
+        trainer = new_trainer(totals=totals)
         with pytest.raises(RowCountError, match=f"^training epoch 1 {said}"):
             trainer.train_epoch(0)
-        held_out = HeldOutRows("test", totals, CPU, SILENT)
+        held_out = HeldOutRows(trainer.task, "test", totals, CPU, SILENT)
         with pytest.raises(RowCountError, match=f"^evaluation {said}"):
-            held_out.evaluate(trainer.model, bf16=False)
+            held_out.evaluate(trainer.network, bf16=False)
 
     as_worker(train, ray.data.from_blocks(change(some)))

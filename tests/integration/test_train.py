@@ -24,18 +24,17 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, save_model
 from mnistsum_ray.cli import parse
-from mnistsum_ray.config import LabelledDataConfig
 from mnistsum_ray.data.randomness import RowTotals
-from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import TryAgainError, percent
+from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.model.device import broadcast_state
 from mnistsum_ray.model.folder import copy_weights
-from mnistsum_ray.model.network import TwoHeadCNN, make_network, prepare_images
 from mnistsum_ray.storage.uri import locate
+from mnistsum_ray.task import Batch
 from mnistsum_ray.training import job
 from mnistsum_ray.training.loop import HeldOutRows
 from mnistsum_ray.training.rows import WholeShards, decode, read_rows
-from mnistsum_ray.training.trainer import Batch, Trainer
+from mnistsum_ray.training.trainer import Trainer
 from tests.integration.conftest import (
     Result,
     joined,
@@ -46,7 +45,7 @@ from tests.integration.conftest import (
     train_here,
 )
 from tests.jobs import Job, history_of, wait_until
-from tests.training import CPU, SILENT, as_worker, hyperparameters
+from tests.training import CPU, SILENT, as_worker, hyperparameters, mnist, open_data
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +70,8 @@ def card(run: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def test_rows(cluster: str, data: Path) -> Any:
     """The test rows as a table: `image`, `digit`, `row_id`."""
-    source = open_source(LabelledDataConfig(data=str(data)))
-    rows = read_rows(source, seed=0, skip_bad_rows=False).datasets["test"]
+    columns = MnistSum().training_columns
+    rows = read_rows(open_data(data), columns, 0, skip_bad_rows=False).datasets["test"]
     return pa.concat_tables(rows.iter_batches(batch_format="pyarrow")).combine_chunks()
 
 
@@ -86,7 +85,7 @@ def test_the_result_has_these_fields_and_the_console_shows_its_figures(done: Res
     assert test.keys() == {"rows", "pairs", "loss", "digit_accuracy", "sum_accuracy"}
     assert (test["rows"], test["pairs"]) == (100, 1000)
     digit, total = (f"{100 * test[f'{head}_accuracy']:.2f} %" for head in ("digit", "sum"))
-    assert f"test: digit {digit}, sum {total} (100 rows, all 10 numbers)\n" in done.said
+    assert f"test: digit {digit}, sum {total} (100 rows, 1,000 pairs)\n" in done.said
     assert re.findall(r"epoch (\d): loss ", done.said) == ["1", "2"]
 
 
@@ -121,13 +120,14 @@ def test_prometheus_sees_the_rows_of_all_epochs(done: Result) -> None:
 def test_the_model_scores_in_plain_pytorch_what_the_run_says(
     done: Result, test_rows: pa.Table
 ) -> None:
-    images = prepare_images(torch.tensor(test_rows["image"].chunk(0).to_numpy_ndarray()))
+    images = torch.tensor(test_rows["image"].chunk(0).to_numpy_ndarray())
     digits = torch.tensor(test_rows["digit"].to_numpy())
     network = load_model(done.line["model"])
     right = 0
     with torch.no_grad():
         for number in range(10):
-            digit, total, *_ = network(images, torch.full((len(images),), number))
+            numbers = torch.full((len(images),), number)
+            digit, total = network({"image": images, "number": numbers})
             right += int((total.argmax(1) == digits + number).sum())
     accuracy = (digit.argmax(1) == digits).float().mean().item()
     assert done.line["test"]["digit_accuracy"] == pytest.approx(accuracy)
@@ -263,20 +263,21 @@ class Recorder(Trainer):
 
     def __init__(self, totals: RowTotals) -> None:
         torch.set_num_threads(1)
-        parameters = hyperparameters(batch_size=32, dropout=0, distortion=1)
-        super().__init__(parameters, totals, CPU, "fp32", SILENT)
+        task, parameters = mnist(dropout=0, distortion=1), hyperparameters(batch_size=32)
+        super().__init__(task, parameters, totals, CPU, "fp32", SILENT)
         self.steps: list[tuple[Batch, float]] = []
 
-    def _step(self, batch: Batch, epoch: int, step: int, rows: int, rate: float) -> Any:
-        self.steps.append((batch, rate))
-        return super()._step(batch, epoch, step, rows, rate)
+    def _step(self, batch: Batch, rows: int, global_rows: int, learning_rate: float) -> Any:
+        own = {name: values[:rows] for name, values in batch.items()}  # of none are two zeros
+        self.steps.append((own, learning_rate))
+        return super()._step(batch, rows, global_rows, learning_rate)
 
 
-def evaluated(model: TwoHeadCNN, totals: RowTotals) -> tuple[dict[str, float], list[int]]:
+def evaluated(trainer: Trainer, totals: RowTotals) -> tuple[dict[str, float], list[int]]:
     """The metrics of the test rows of all ranks, and the ids of those that are analysed."""
-    held_out = HeldOutRows("test", totals, CPU, SILENT)
-    metrics = held_out.evaluate(model, bf16=False)
-    analysed = held_out.gather_analysed(model, bf16=False)
+    held_out = HeldOutRows(trainer.task, "test", totals, CPU, SILENT)
+    metrics = held_out.evaluate(trainer.network, bf16=False)
+    analysed = held_out.gather_analysed(trainer.network, bf16=False)
     return metrics, sorted(torch.cat([batch["row_id"] for batch, _ in analysed]).tolist())
 
 
@@ -284,12 +285,12 @@ def train_and_evaluate(config: dict[str, Any]) -> None:
     """Train an epoch on each worker; rank 0 saves the figures, its weights and the steps of all."""
     trainer = Recorder(config["totals"])
     train_loss = trainer.train_epoch(0)["train_loss"]
-    broadcast_state(trainer.model)
-    found = evaluated(trainer.model, config["totals"])
+    broadcast_state(trainer.network)
+    found = evaluated(trainer, config["totals"])
     of_ranks: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(of_ranks, trainer.steps)
     if trainer.rank == 0:
-        torch.save((of_ranks, copy_weights(trainer.model), train_loss, found), config["file"])
+        torch.save((of_ranks, copy_weights(trainer.network), train_loss, found), config["file"])
 
 
 @pytest.mark.slow
@@ -299,7 +300,9 @@ def test_three_workers_of_unequal_shards_train_as_one_that_has_their_batches(
 ) -> None:
     """In most steps one of them has no rows. Bits: tests/integration/test_faults.py."""
     rows = sample[::30].append_column("row_hash", pa.array(range(167)))
-    rows = decode(rows.append_column("path", pa.array([""] * 167)))
+    columns = MnistSum().training_columns
+    rows = rows.append_column("path", pa.array([""] * 167))
+    rows = decode(rows, columns, {key: key for key in columns})
     totals, file = RowTotals.of(rows["row_id"].to_numpy()), str(tmp_path / "trained.pt")
     dataset = ray.data.from_blocks([rows[:70], rows[70:81], rows[81:]])
     TorchTrainer(
@@ -316,18 +319,19 @@ def test_three_workers_of_unequal_shards_train_as_one_that_has_their_batches(
 
     def compute_alone() -> Any:
         alone, loss = Recorder(totals), 0.0
-        for step, shares in enumerate(zip(*of_ranks, strict=True)):
+        for shares in zip(*of_ranks, strict=True):
             batches, (rate, *_) = zip(*shares, strict=True)
             batch = {name: torch.cat([each[name] for each in batches]) for name in batches[0]}
-            loss += alone._step(batch, 0, step, len(batch["digit"]), rate).item()
-        weights = copy_weights(alone.model)
-        alone.model.load_state_dict(trained)
-        return weights, loss / 167, evaluated(alone.model, totals)
+            count = len(batch["digit"])
+            loss += alone._step(batch, count, count, rate).item()
+        weights = copy_weights(alone.network)
+        alone.network.load_state_dict(trained)
+        return weights, loss / 167, evaluated(alone, totals)
 
     expected, expected_loss, (expected_metrics, expected_rows) = as_worker(compute_alone, dataset)
     torch.manual_seed(0)
     # With wrong weights of the ranks layers differ by 4 to 20 %, else by 0.5 %.
-    for name, start in copy_weights(make_network()).items():
+    for name, start in copy_weights(mnist().network()).items():
         change = (expected[name] - start).norm()
         assert (trained[name] - expected[name]).norm() < 0.03 * change, name
     assert train_loss == pytest.approx(expected_loss, rel=0.001)

@@ -19,14 +19,25 @@ from mnistsum_ray.model.folder import (
 )
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
-from tests.model import new_model
+from mnistsum_ray.task import Settings, Task
+from tests.tasks import Points, PointSettings
 
-WEIGHTS = copy_weights(new_model(3))
+TASK = Points(PointSettings(hidden=5))
+torch.manual_seed(3)
+WEIGHTS = copy_weights(TASK.network())
+
+
+class Other(Points):
+    name = "other"
+
+
+class Narrower(Points):
+    Settings = Settings  # type: ignore[assignment]
 
 
 def save(folder: Path, weights: Any = WEIGHTS, **changed: Any) -> Path:
     """Write a model folder; return the file of the weights."""
-    description = describe_model(weights, epoch=3, metrics={}) | changed
+    description = describe_model(TASK, weights, "code", epoch=3) | changed
     write_model(locate(str(folder), "--model"), weights, description)
     return folder / "model.safetensors"
 
@@ -38,11 +49,13 @@ def test_a_model_comes_back(tmp_path: Path) -> None:
     # A kill between the two files leaves it so: the description is in the file of the weights.
     file.write_text(json.dumps(written | {"sha256": "other"}))
     for place in (tmp_path / "run", tmp_path / "run" / "model", weights):
-        loaded, description = load_model(locate(str(place), "--model"))
-        assert checksum(copy_weights(loaded)) == checksum(WEIGHTS)
-        assert not loaded.training
-        assert description == written
-    assert (written["epoch"], written["parameters"]) == (3, 220_125)
+        loaded = load_model(locate(str(place), "--model"), Points)
+        assert checksum(copy_weights(loaded.network)) == checksum(WEIGHTS)
+        assert not loaded.network.training
+        assert loaded.description == written
+        assert loaded.task.settings == TASK.settings, "the network depends on them"
+    assert (written["epoch"], written["parameters"]) == (3, 3 * 5 + 5 + 5 * 2 + 2)
+    assert written["settings"] == {"hidden": 5, "dropout": None, "kind": "plain"}
 
 
 def change(folder: Path, changed: Callable[[bytes], bytes]) -> None:
@@ -52,10 +65,14 @@ def change(folder: Path, changed: Callable[[bytes], bytes]) -> None:
 
 
 DEEP = (100_000).to_bytes(8, "little") + b"[" * 100_000
+CHANGED: dict[str, Any] = {"settings": {"hidden": 6}}
+UNKNOWN: dict[str, Any] = {"settings": {"width": 5}}
 REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: None, "holds no model"),
-    (lambda folder: save(folder, format="else"), "its format is not 'mnistsum_ray/5'"),
-    (lambda folder: save(folder, {"x": torch.zeros(3)}), "TwoHeadCNN"),
+    (lambda folder: save(folder, format="else"), "its format is not 'mnistsum_ray/6'"),
+    (lambda folder: save(folder, {"x": torch.zeros(3)}), "PointNetwork"),
+    (lambda folder: save(folder, **CHANGED), "PointNetwork"),
+    (lambda folder: save(folder, **UNKNOWN), "its setting 'width' is not one of the task's now"),
     (lambda folder: change(folder, lambda data: data[:-100]), "cannot be used"),
     (lambda folder: change(folder, lambda data: data[:-4] + b"\0\0\0\1"), "is damaged (the SHA"),
     (lambda folder: change(folder, lambda _: DEEP), "cannot be used"),
@@ -67,9 +84,22 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
 def test_what_is_not_a_model_is_refused_in_one_line(tmp_path: Path, write: Any, said: str) -> None:
     write(tmp_path)
     with pytest.raises(RequestError, match=re.escape(said)) as error:
-        load_model(locate(str(tmp_path), "--model"))
+        load_model(locate(str(tmp_path), "--model"), Points)
     assert str(error.value).startswith(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (Other, "its task is points, and not other; give its --task"),
+        (Narrower, "its setting 'hidden' is not one of the task's now (Extra inputs are not"),
+    ],
+)
+def test_a_model_of_another_task_is_refused(tmp_path: Path, task: type[Task], said: str) -> None:
+    save(tmp_path)
+    with pytest.raises(RequestError, match=re.escape(said)):
+        load_model(locate(str(tmp_path), "--model"), task)
 
 
 def test_a_storage_that_does_not_answer_is_asked_again_later(
@@ -80,4 +110,4 @@ def test_a_storage_that_does_not_answer_is_asked_again_later(
 
     monkeypatch.setattr(Location, "read_bytes", no_answer)
     with pytest.raises(TryAgainError, match=rf"^{tmp_path}\S*: cannot be read$"):
-        load_model(locate(str(save(tmp_path)), "--model"))
+        load_model(locate(str(save(tmp_path)), "--model"), Points)

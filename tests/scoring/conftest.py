@@ -19,14 +19,15 @@ from mnistsum_ray.scoring import job, output
 from mnistsum_ray.scoring.actor import Answer, ScoreParts
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.request import ScoreRequest, check_request
+from mnistsum_ray.task import Task
 
 CONSOLE = Console(io.StringIO())
 
 TIMED = ("manifest.json", "report.html")
 """Files in which the time is."""
 
-_SCORERS: dict[str, ScoreParts] = {}
-"""By model: to load one takes longer than to score a few rows."""
+_SCORERS: dict[tuple[str, type[Task]], ScoreParts] = {}
+"""By model and task: to load one takes longer than to score a few rows."""
 
 OTHERS = {
     # pyarrow cannot take rows of views, and cannot cast a slice of structs with a null child.
@@ -44,14 +45,24 @@ def score_without_ray(
     request: ScoreRequest, _plan: WorkerPlan, tasks: Sequence[Sequence[Part]], _console: Console
 ) -> Iterator[Answer]:
     """What actors do with tasks, which are rows of a table, in this process."""
-    if request.config.model not in _SCORERS:
-        _SCORERS[request.config.model] = ScoreParts(request, "cpu")
-    actor = _SCORERS[request.config.model]
+    key = (request.config.model, type(request.task))
+    if key not in _SCORERS:
+        _SCORERS[key] = ScoreParts(request, "cpu")
+    actor = _SCORERS[key]
     actor._request = request
     for number, task in enumerate(tasks):
         row = {"task": number, "parts": [part._asdict() for part in task]}
         for answers in actor(pa.Table.from_pylist([row])):
             yield from (Answer(**row) for row in answers.to_pylist())
+
+
+def score(patch: pytest.MonkeyPatch, execute: Any = score_without_ray, **given: Any) -> ScoreResult:
+    """Score on a machine of two CPUs, without Ray."""
+    two_cpus = ClusterResources(({"CPU": 2.0},))
+    found = {"precision_of_gpu": lambda *_: None, "inspect_cluster": lambda: two_cpus}
+    patch.setattr(job, "resources", SimpleNamespace(**found))
+    patch.setattr(job, "score_on_ray", execute)
+    return job.score(check_request(ScoreConfig(**given), CONSOLE), CONSOLE)
 
 
 def write_rows(path: Path, ids: Sequence[int], **columns: Any) -> None:
@@ -70,12 +81,6 @@ class Example:
 
     def __init__(self, folder: Path, model: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.model, self._patch = folder, model, patch
-        two_cpus = ClusterResources(({"CPU": 2.0},))
-        patch.setattr(
-            job,
-            "resources",
-            SimpleNamespace(precision_of_gpu=lambda *_: None, inspect_cluster=lambda: two_cpus),
-        )
         self.input, self.output = folder / "in", folder / "out"
         self.file = self.input / "a.parquet"
         write_rows(self.file, range(10))
@@ -92,9 +97,7 @@ class Example:
         given: dict[str, Any] = {"precision": "fp32", "batch_size": 2, "max_rows_per_file": 4}
         given |= {"model": str(self.model), "output": str(self.output)}
         given |= {"input": str(self.input)} | settings
-        request = check_request(ScoreConfig(**given), CONSOLE)
-        self._patch.setattr(job, "score_on_ray", execute)
-        return job.score(request, CONSOLE)
+        return score(self._patch, execute, **given)
 
     def give_id(self, value: str) -> None:
         """Give the runs that begin from here on this id."""

@@ -1,20 +1,38 @@
 """Every row of every input file is in exactly one part, and every part in one task."""
 
 import itertools
+from typing import Any
 
 import pytest
 
+from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.data.images import Images
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.scoring.parts import make_tasks, split_into_parts
-from mnistsum_ray.scoring.request import InputFile
-from mnistsum_ray.storage.store import Entry
+from mnistsum_ray.mnist.task import MnistSum
+from mnistsum_ray.scoring.parts import MIB, make_tasks, split_into_parts
+from mnistsum_ray.scoring.request import InputFile, ScoreRequest
+from mnistsum_ray.storage.store import Entry, Location
+from mnistsum_ray.task import Task
 
+PLACE = Location("/place")
 ENTRY = Entry("file", 9, "e")
 
 
-def input_files(*rows: int, names: list[str] | None = None) -> list[InputFile]:
+class Large(MnistSum):
+    """A row has 48 KiB and a number."""
+
+    inputs = MnistSum.inputs | {"image": Images(128, 128, "RGB")}
+
+
+def request(
+    *rows: int, most: int | None = None, task: type[Task] = MnistSum, names: list[str] | None = None
+) -> ScoreRequest:
+    """A request with files of so many rows."""
     names = names or [f"f{index}.parquet" for index in range(len(rows))]
-    return [InputFile(name, ENTRY, count) for name, count in zip(names, rows, strict=True)]
+    files = [InputFile(name, ENTRY, count) for name, count in zip(names, rows, strict=True)]
+    given: Any = {"task": task, "model": "m", "input": "i", "output": "o"}
+    config = ScoreConfig(**given, max_rows_per_file=most)
+    return ScoreRequest(config, task(), (), {}, {}, PLACE, PLACE, files)
 
 
 @pytest.mark.parametrize(
@@ -25,18 +43,25 @@ def input_files(*rows: int, names: list[str] | None = None) -> list[InputFile]:
         (60_001, None, [15_001, 15_001, 15_001, 14_998]),
         (1_000_000, None, [32_768] * 30 + [16_960]),
         (15, 7, [7, 7, 1]),
-        (100_000, 10**7, [100_000]),
+        (100_000, 2_000_000, [100_000]),
     ],
 )
 def test_parts_cover_the_rows_in_order_and_are_of_one_size_but_for_the_last(
     rows: int, most: int | None, sizes: list[int]
 ) -> None:
-    both, count = [*split_into_parts(input_files(rows, rows), most).values()], len(sizes)
+    both, count = [*split_into_parts(request(rows, rows, most=most)).values()], len(sizes)
     assert [part.rows for part in both] == sizes * 2, "a file changes no other's parts"
     parts = both[:count]
     assert [part.first_row for part in parts] == [0, *itertools.accumulate(sizes[:-1])]
     names = [f"f0-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
     assert [part.output for part in parts] == (names if count > 1 else ["f0.parquet"])
+
+
+def test_a_part_of_large_rows_has_fewer() -> None:
+    """They have 8 to 32 MiB of decoded rows."""
+    sizes = [part.rows for part in split_into_parts(request(200, 10_000, task=Large)).values()]
+    assert sizes[:2] == [170, 30]
+    assert sizes[2:] == [682] * 14 + [452]
 
 
 NAMES = [
@@ -51,22 +76,23 @@ NAMES = [
 @pytest.mark.parametrize(("names", "said"), NAMES)
 def test_names_that_the_output_cannot_have_are_refused(names: list[str], said: str) -> None:
     with pytest.raises(RequestError, match=f"^--input: {said}"):
-        split_into_parts(input_files(1, 1, 20, names=names), 10)
+        split_into_parts(request(1, 1, 20, most=10, names=names))
 
 
 @pytest.mark.parametrize(
-    ("files", "max_rows", "workers", "least", "most"),
+    ("asked", "usual", "workers", "least", "most"),
     [
-        (input_files(*[10] * 2000), 32_768, 16, 20, 21),  # many small files
-        (input_files(10, 50_000, 10, 16_384, 0, 40_003), 32_768, 1, 2, 5),
-        (input_files(10**7), 262_144, 8, 32, 39),  # long tasks of a GPU
-        (input_files(*[10**8] * 30), 32_768, 64, 10_000, 16_384),
+        (request(*[10] * 2000), 32 * MIB, 16, 20, 21),  # many small files
+        (request(10, 50_000, 10, 16_384, 0, 40_003), 32 * MIB, 1, 2, 5),
+        (request(10**7), 256 * MIB, 8, 32, 39),  # long tasks of a GPU
+        (request(*[10**8] * 30), 32 * MIB, 64, 10_000, 16_384),
+        (request(10**5, task=Large), 32 * MIB, 8, 147, 147),
     ],
 )
 def test_tasks_hold_every_part_once_in_order(
-    files: list[InputFile], max_rows: int, workers: int, least: int, most: int
+    asked: ScoreRequest, usual: int, workers: int, least: int, most: int
 ) -> None:
-    parts = [*split_into_parts(files, None).values()]
-    tasks = make_tasks(parts, max_rows, workers)
+    parts = [*split_into_parts(asked).values()]
+    tasks = make_tasks(asked, parts, usual, workers)
     assert [*itertools.chain(*tasks)] == parts
     assert least <= len(tasks) <= most

@@ -1,7 +1,6 @@
 """Tests of what trains, on a worker in this process."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import ray.train
@@ -10,7 +9,9 @@ from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.randomness import RowTotals
-from mnistsum_ray.data.sources import SPLITS
+from mnistsum_ray.data.sources import SPLITS, ColumnInFiles, Source, open_source
+from mnistsum_ray.mnist.task import MnistSettings, MnistSum
+from mnistsum_ray.task import Task
 from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.run import check_request
 from mnistsum_ray.training.trainer import Trainer
@@ -46,12 +47,33 @@ def as_worker(function: Callable[[], Result], rows: Any = None) -> Result:
     return result
 
 
+def mnist(**settings: Any) -> MnistSum:
+    """The built-in task with the settings of a run with the bundled sample."""
+    task = check_request(TrainConfig(data="sample", **settings)).task
+    assert isinstance(task, MnistSum)
+    return task
+
+
+def open_data(data: object, **columns: str) -> Source:
+    """What `--data` of the built-in task names; the columns' names as of its flags."""
+    config, task = TrainConfig(data=str(data), **columns), MnistSum()
+    named = {}
+    for key, column in task.training_columns.items():
+        named[key] = ColumnInFiles(column, config.flag_of(key), config.columns[key])
+    return open_source(task, str(data), named)
+
+
 def hyperparameters(**settings: Any) -> Hyperparameters:
-    """Those of a run with the bundled sample."""
-    return check_request(TrainConfig(data="sample", **settings)).hyperparameters
+    """Those of a run with the bundled sample; settings of the task are left to `mnist`."""
+    given = {key: value for key, value in settings.items() if key not in MnistSettings.model_fields}
+    return check_request(TrainConfig(data="sample", **given)).hyperparameters
 
 
-def new_trainer(**settings: Any) -> Trainer:
+def new_trainer(
+    task: Task | None = None, totals: RowTotals | None = None, **settings: Any
+) -> Trainer:
     """The trainer of a worker on the CPU; called within `as_worker`."""
-    parameters = replace(hyperparameters(**settings), precision="fp32")
-    return Trainer(parameters, RowTotals(0, 0), CPU, "fp32", SILENT)
+    parameters = hyperparameters(**settings)
+    return Trainer(
+        task or mnist(**settings), parameters, totals or RowTotals(0, 0), CPU, "fp32", SILENT
+    )

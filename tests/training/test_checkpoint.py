@@ -2,26 +2,32 @@
 
 import hashlib
 import io
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RequestError
-from mnistsum_ray.model.optimizer import MuonAdamW
+from mnistsum_ray.errors import RequestError, TaskError
+from mnistsum_ray.mnist.optimizer import MuonAdamW
+from mnistsum_ray.model.folder import checksum, copy_weights
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training import checkpoint as saved
 from mnistsum_ray.training.checkpoint import STATE_DIGEST, STATE_FILE, STATE_FORMAT, TrainerState
 from mnistsum_ray.training.job import find_start
 from mnistsum_ray.training.run import check_request
-from tests.model import new_model
+from tests.mnist import new_model
+from tests.tasks import Points, points
 
-STATE = TrainerState(
-    1, [{"epoch": 1, "train_loss": 1 / 3, "validation": {"loss": 0.1 + 0.2}}], "fp32"
-)
+LINE = {"epoch": 1, "train_loss": 1 / 3, "validation": {"loss": 0.1 + 0.2}}
+STATE = TrainerState(1, [LINE], "fp32", "mnistsum", "code")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,66 @@ def test_all_bits_come_back(tmp_path: Path, whole: Path) -> None:
     saved.restore(tensors, model, optimizer)
     saved.save_checkpoint(tmp_path, state, model, optimizer)
     assert (tmp_path / STATE_FILE).read_bytes() == (whole / STATE_FILE).read_bytes()
+
+
+def two_groups(network: nn.Module) -> Optimizer:
+    weights = [one for name, one in network.named_parameters() if name.endswith("weight")]
+    biases = [one for name, one in network.named_parameters() if name.endswith("bias")]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "factor": 0.1}]
+    return torch.optim.Adam(groups, amsgrad=True)
+
+
+def frozen(network: nn.Module) -> Optimizer:
+    next(network.parameters()).requires_grad = False
+    return Points().optimizer(network, 0.1, bf16=False)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "without a state": lambda network: torch.optim.SGD(network.parameters()),
+    "with momentum": lambda network: torch.optim.SGD(network.parameters(), momentum=0.9),
+    "the default": lambda network: Points().optimizer(network, 0.1, bf16=False),
+    "two groups": two_groups,
+    "a frozen parameter": frozen,
+    "numbers": lambda network: torch.optim.NAdam(network.parameters()),
+    "a state of another shape": lambda network: torch.optim.Adafactor(network.parameters()),
+    "a step that is a number": lambda network: torch.optim.ASGD(network.parameters()),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_training_goes_on_to_the_same_bits_with_any_optimizer_of_pytorch(
+    tmp_path: Path, name: str
+) -> None:
+    def begin(seed: int) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(seed)
+        network = Points().network()
+        return network, OPTIMIZERS[name](network)
+
+    def train(network: nn.Module, optimizer: Optimizer, rate: float) -> None:
+        optimizer.zero_grad()
+        batch = points(20)
+        torch.autograd.backward(Points().loss(network(batch), batch).mean())
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("factor", 1.0)
+        optimizer.step()
+
+    network, optimizer = begin(0)
+    train(network, optimizer, 0.01)
+    saved.save_checkpoint(tmp_path, STATE, network, optimizer)
+    train(network, optimizer, 0.02)
+    other, again = begin(1)
+    saved.restore(saved.read_checkpoint(Location(str(tmp_path)))[1], other, again)
+    train(other, again, 0.02)
+    assert checksum(copy_weights(other)) == checksum(copy_weights(network))
+
+
+def test_an_optimizer_that_keeps_something_else_is_named(tmp_path: Path) -> None:
+    network = Points().network()
+    optimizer = torch.optim.SGD(network.parameters())
+    optimizer.state[next(network.parameters())]["hook"] = print
+    said = "^task mnistsum: the optimizer keeps what is neither a tensor nor a number, and cannot"
+    with pytest.raises(TaskError, match=said):
+        saved.save_checkpoint(tmp_path, STATE, network, optimizer)
 
 
 def write(folder: Path, data: bytes, digest: str = "") -> Location:
@@ -119,3 +185,9 @@ def test_a_start_that_failed_is_followed_by_one_from_the_newest_checkpoint(
     start = find_start(request, console)
     assert start.checkpoint is not None
     assert (start.checkpoint.path, start.history) == (str(folder), STATE.history)
+    state = replace(STATE, task="other")
+    saved.save_checkpoint(folder, state, new_model(), MuonAdamW(new_model(), 0, bf16=False))
+    with pytest.raises(
+        RequestError, match=r"^--resume: .*1 is of the task other, and not mnistsum"
+    ):
+        find_start(request, console)

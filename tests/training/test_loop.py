@@ -5,7 +5,6 @@ import itertools
 import queue
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,20 +14,21 @@ import pytest
 import ray
 import torch
 
-from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.images import Pixels
-from mnistsum_ray.data.randomness import Purpose, RowTotals, random_numbers, step_seed
+from mnistsum_ray.data.columns import Array
+from mnistsum_ray.data.randomness import Draws, Purpose, RowTotals, seeds
+from mnistsum_ray.mnist.task import MnistSettings, MnistSum
+from mnistsum_ray.model.finished import FinishedModel
 from mnistsum_ray.model.folder import checksum, copy_weights
-from mnistsum_ray.model.metrics import FinishedModel
-from mnistsum_ray.model.network import Objective, make_network, prepare_images
-from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
+from mnistsum_ray.model.schedule import one_cycle
 from mnistsum_ray.reporting import console
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
+from mnistsum_ray.task import Findings
 from mnistsum_ray.training import loop, trainer
 from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower
 from tests.jobs import wait_until
+from tests.tasks import Points
 from tests.training import as_worker, hyperparameters, new_trainer
 
 ROWS = {"train": range(96), "validation": range(96, 136), "test": range(136, 176)}
@@ -57,14 +57,21 @@ def digits(sample: pa.Table) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def images(pixels: Pixels) -> dict[str, Pixels]:
+def images(pixels: Array) -> dict[str, Array]:
     return {split: pixels[CHOSEN][list(rows)] for split, rows in ROWS.items()}
 
 
-@pytest.fixture(scope="module")
-def parameters() -> Hyperparameters:
-    settings: dict[str, Any] = {"epochs": 2, "batch_size": 20, "precision": "fp32"}
-    return hyperparameters(**settings, learning_rate=0.02, dropout=0.1, distortion=0.5)
+SETTINGS: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 20,
+    "precision": "fp32",
+    "learning_rate": 0.02,
+    "weight_decay": 0.01,
+    "seed": 0,
+    "dropout": 0.1,
+    "distortion": 0.5,
+    "label_smoothing": 0.05,
+}
 
 
 class Training:
@@ -72,10 +79,11 @@ class Training:
 
     def __init__(
         self,
-        images: dict[str, Pixels],
+        images: dict[str, Array],
         digits: dict[str, np.ndarray],
-        parameters: Hyperparameters,
         start: Start | None = None,
+        kind: type[MnistSum] = MnistSum,
+        **changed: Any,
     ) -> None:
         datasets, totals = {}, {}
         for split, rows in ROWS.items():
@@ -87,30 +95,33 @@ class Training:
             }
             datasets[split] = ray.data.from_blocks([pa.table(table)])
             totals[split] = RowTotals.of(ids)
+        given = SETTINGS | changed
+        of_task = {key: given[key] for key in given if key in MnistSettings.model_fields}
+        task, parameters = kind(MnistSettings(**of_task)), hyperparameters(**given)
         events: Any = queue.Queue()  # of this process, in place of Ray's
-        loop = LoopConfig(parameters, 1, totals, events, start or Start())
+        loop = LoopConfig(task, "code", parameters, 1, totals, events, start or Start())
         finished = as_worker(lambda: train_loop_per_worker({"loop": loop}), datasets)
         assert finished is not None
         self.finished: FinishedModel = finished
         self.events = [events.get() for _ in range(events.qsize())]
         self.weights = finished.description["trained_sha256"]
-        self.temperatures = finished.description["temperatures_in_weights"]
+        self.temperatures = finished.description.get("temperatures_in_weights", {})
 
 
 @pytest.mark.slow
 def test_held_out_digits_change_nothing_that_is_trained(
-    images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
+    images: dict[str, Array], digits: dict[str, np.ndarray]
 ) -> None:
     """The test rows are for the figures alone; the validation rows also for the temperatures."""
-    parameters = replace(parameters, epochs=6)  # of a model that knows no digit none would fit
-    plain = Training(images, digits, parameters)
-    again = Training(images, digits, parameters)
+    epochs: dict[str, Any] = {"epochs": 6}  # of a model that knows no digit none would fit
+    plain = Training(images, digits, **epochs)
+    again = Training(images, digits, **epochs)
     assert (again.weights, again.temperatures) == (plain.weights, plain.temperatures)
-    other_test = Training(images, digits | {"test": digits["test"][::-1]}, parameters)
+    other_test = Training(images, digits | {"test": digits["test"][::-1]}, **epochs)
     assert (other_test.weights, other_test.temperatures) == (plain.weights, plain.temperatures)
     assert other_test.finished.history[-1]["test"] != plain.finished.history[-1]["test"]
     reversed_rows = digits | {"validation": digits["validation"][::-1]}
-    other_validation = Training(images, reversed_rows, parameters)
+    other_validation = Training(images, reversed_rows, **epochs)
     assert other_validation.weights == plain.weights
     assert other_validation.temperatures != plain.temperatures
     # Folded into the weights, they divide the digit logits.
@@ -125,7 +136,7 @@ def test_the_seed_decides_the_first_weights() -> None:
     firsts = []
     for seed in (0, 0, 1):
         trainer = as_worker(lambda seed=seed: new_trainer(seed=seed))  # type: ignore[misc]
-        firsts.append(checksum(copy_weights(trainer.model)))
+        firsts.append(checksum(copy_weights(trainer.network)))
     assert firsts[0] == firsts[1] != firsts[2]
 
 
@@ -144,66 +155,60 @@ CHANGES: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 def test_each_hyperparameter_decides_the_model(
-    images: dict[str, Pixels], digits: dict[str, np.ndarray], parameters: Hyperparameters
+    images: dict[str, Array], digits: dict[str, np.ndarray]
 ) -> None:
-    models = {Training(images, digits, parameters).weights}
+    models = {Training(images, digits).weights}
     for change in CHANGES:
-        models.add(Training(images, digits, replace(parameters, **change)).weights)
+        models.add(Training(images, digits, **change).weights)
     assert len(models) == 1 + len(CHANGES)
-    assert {name for change in CHANGES for name in change} == set(vars(parameters))
+    of_task = {*MnistSettings.model_fields} - {"recipe"}  # which chooses the others
+    assert {name for change in CHANGES for name in change} == {*vars(hyperparameters()), *of_task}
 
 
-def test_one_schedule_of_rates_and_one_dropout_a_step_over_all_epochs(
-    images: dict[str, Pixels],
-    digits: dict[str, np.ndarray],
-    parameters: Hyperparameters,
-    monkeypatch: pytest.MonkeyPatch,
+def test_one_schedule_of_rates_and_one_seed_a_step_over_all_epochs(
+    images: dict[str, Array], digits: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
-    seeds: list[int] = []
-    set_rate, make_seed = MuonAdamW.set_learning_rate, torch.Generator.manual_seed
+    given: list[int] = []
 
-    def note_rate(optimizer: MuonAdamW, rate: float) -> None:
-        rates.append(rate)
-        set_rate(optimizer, rate)
+    class Noted(MnistSum):
+        def optimizer(self, network: Any, weight_decay: float, *, bf16: bool) -> Any:
+            made = super().optimizer(network, weight_decay, bf16=bf16)
+            made.register_step_pre_hook(lambda *_: rates.append(made.param_groups[1]["lr"]))
+            return made
 
-    class Generator(torch.Generator):
-        def manual_seed(self, seed: int) -> torch.Generator:
-            seeds.append(seed)
-            return make_seed(self, seed)
-
-    monkeypatch.setattr(MuonAdamW, "set_learning_rate", note_rate)
-    monkeypatch.setattr(torch, "Generator", Generator)
-    Training(images, digits, replace(parameters, seed=3))
-    # 96 rows in batches of 20 are five steps an epoch; the first rate is that of no step.
-    assert rates == [0.0] + [one_cycle(step, 10, parameters.learning_rate) for step in range(10)]
-    steps = itertools.product((0, 1), range(5))
-    assert seeds == [step_seed(3, *step, Purpose.DROPOUT) for step in steps]
-    assert len(set(seeds)) == 10
+    monkeypatch.setattr(trainer, "seed_generators", lambda _, seed: given.append(seed))
+    Training(images, digits, kind=Noted, seed=3)
+    # 96 rows in batches of 20 are five steps an epoch.
+    assert rates == [one_cycle(step, 10, 0.02) * 0.15 for step in range(10)]
+    assert given == [*seeds(3, 0, Purpose.STEP, range(5)), *seeds(3, 1, Purpose.STEP, range(5))]
+    assert len(set(given)) == 10
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
-    images: dict[str, Pixels],
+    images: dict[str, Array],
     digits: dict[str, np.ndarray],
-    parameters: Hyperparameters,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a model that learns nothing, in another order and at once; each look at a clock is 4 s."""
     for module in (trainer, loop):
         clock = itertools.count(100.0, 4.0)
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.__next__))
-    still = replace(parameters, epochs=1, learning_rate=1e-12, dropout=0.0, distortion=0.0)
     torch.manual_seed(9)
-    model = make_network()
-    training = Training(images, digits, still, Start(weights=model.state_dict()))
-    ids = np.array(ROWS["train"])
-    numbers = torch.from_numpy(random_numbers(still.seed, 0, ids).astype(np.int64))
+    network = MnistSum().network()
+    start = Start(weights=network.state_dict())
+    still: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-12, "dropout": 0, "distortion": 0}
+    training = Training(images, digits, start, **still)
+    numbers = Draws(0, 0, np.array(ROWS["train"])).whole(1, 10)
+    batch = {
+        "image": torch.tensor(images["train"]),
+        "digit": torch.from_numpy(digits["train"].copy()),
+        "number": torch.from_numpy(numbers),
+    }
     with torch.no_grad():
-        true = torch.from_numpy(digits["train"].copy())
-        pixels = prepare_images(torch.tensor(images["train"]))
-        exact = Objective(model, 0.0, bf16=False)(pixels, numbers, true, None)[1]
+        exact = MnistSum().loss(network(batch), batch).mean()
     (line,) = training.finished.history
-    assert line["train_loss"] == pytest.approx(exact.item() / 96, rel=1e-4)
+    assert line["train_loss"] == pytest.approx(exact.item(), rel=1e-4)
     last_step, _ = line["step_losses"][-1]
     assert last_step == 5
     # The training looks at its clock at its begin, after the last step, and at its end.
@@ -213,6 +218,37 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
     assert (progress["rows"], progress["of_rows"], progress["epoch"]) == (96, 96, 1)
     assert progress["rows_per_second"] == 96 / 4
     assert progress["loss"] == line["train_loss"]
+
+
+def test_a_task_of_another_kind_is_trained_and_what_it_finishes_is_published() -> None:
+    """Its evaluation is the mean of `judge`, and its `finish` gets rows on the CPU."""
+
+    class Finishing(Points):
+        def finish(self, network: Any, validation: Any, test: Any) -> Findings:
+            rows = [sum(len(batch["side"]) for batch, _ in split) for split in (validation, test)]
+            with torch.no_grad():
+                network[0].bias.zero_()
+            return Findings(manifest={"rows": rows}, model={"extra": 1})
+
+    places = np.random.default_rng(0).standard_normal((400, 3)).astype(np.float32)
+    datasets, totals, ids = {}, {}, np.arange(400)
+    for split, rows in {"train": slice(200), "validation": slice(300), "test": slice(400)}.items():
+        table = {"place": pa.FixedShapeTensorArray.from_numpy_ndarray(places[rows])}
+        table |= {"side": (places[rows, 0] > 0).astype(np.int64), "row_id": ids[rows]}
+        datasets[split] = ray.data.from_blocks([pa.table(table)])
+        totals[split] = RowTotals.of(ids[rows])
+    parameters = hyperparameters(epochs=12, batch_size=20, learning_rate=0.05, precision="fp32")
+    events: Any = queue.Queue()
+    given = LoopConfig(Finishing(), "code", parameters, 1, totals, events, Start())
+    finished = as_worker(lambda: train_loop_per_worker({"loop": given}), datasets)
+    assert finished is not None
+    assert finished.history[-1]["test"].keys() == {"rows", "loss", "accuracy"}
+    assert finished.history[-1]["test"]["rows"] == 400
+    assert finished.history[-1]["test"]["accuracy"] > 0.95
+    assert finished.findings.manifest == {"rows": [300, 400]}
+    assert finished.description["extra"] == 1
+    assert not finished.weights["0.bias"].any()
+    assert finished.description["sha256"] != finished.description["trained_sha256"]
 
 
 def test_a_line_says_that_the_workers_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pyarrow.fs import FileSystem
 
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.data.images import ReasonCounts
+from mnistsum_ray.data.columns import ReasonCounts
 from mnistsum_ray.errors import (
     NoAnswerError,
     RequestError,
@@ -22,14 +22,17 @@ from mnistsum_ray.errors import (
     StorageError,
     TryAgainError,
 )
+from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import folder_lock, locate
-from mnistsum_ray.training import failures, job
+from mnistsum_ray.task_loader import code_of
+from mnistsum_ray.training import failures, job, run
 from mnistsum_ray.training.progress import FailureLines
 from mnistsum_ray.training.rows import Rows, rows_in_memory
 from mnistsum_ray.training.run import RunRecord, TrainRequest, check_request
+from tests.tasks import Points
 
 SETTINGS: dict[str, Any] = {
     "epochs": 7,
@@ -58,6 +61,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     data = {"fingerprint": request.source.fingerprint, "location": "sample", "notice": ""}
     (tmp_path / "mine").mkdir()
     manifest = {"config": request.config.model_dump(mode="json", exclude={"resume"}), "data": data}
+    manifest["task"] = {"name": "mnistsum", "code": code_of(MnistSum)}
     (tmp_path / "mine" / "manifest.json").write_text(json.dumps(manifest))
     return request.config
 
@@ -71,7 +75,7 @@ def test_a_resumed_run_keeps_what_is_not_given_or_null_and_the_model_that_it_beg
         config = asked(resume="auto", **given).config
         assert {name: getattr(config, name) for name in SETTINGS} == SETTINGS
         assert config.init_from == stored.init_from
-        assert TrainConfig.model_validate(config) == config
+        assert TrainConfig(**dict(config)) == config
 
 
 def test_a_finished_run_takes_the_precision_that_its_config_file_names(stored: TrainConfig) -> None:
@@ -85,6 +89,8 @@ FIXED = [
     ({"precision": "bf16"}, "--precision bf16: the run mine has null"),
     ({"max_rows": 9}, "--max-rows 9: the run mine has null"),
     ({"skip_bad_rows": False}, "--skip-bad-rows false: the run mine has true"),
+    ({"dropout": 0.3}, "--dropout 0.3: the run mine has 0.0"),
+    ({"label_column": "x"}, "--label-column x: the run mine has null"),
     ({"init_from": "/other"}, "--init-from /other: the run mine has .*/base"),
 ]
 
@@ -96,11 +102,64 @@ def test_what_the_numbers_depend_on_cannot_be_changed(given: dict[str, Any], sai
         asked(resume=True, **given)
 
 
+def test_a_run_goes_on_with_its_own_task_whose_file_is_as_it_was(
+    stored: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RequestError, match=r"mine is of the task mnistsum, and not points; give i"):
+        asked(resume=True, task=Points)
+    monkeypatch.setattr(run, "code_of", lambda _: "another")
+    changed = "the file of the task mnistsum has changed since the run began"
+    with pytest.raises(RequestError, match=f"^--resume: {changed}; --changed-task true goes on"):
+        asked(resume=True)
+    request = asked(resume=True, changed_task=True)
+    assert (request.notice, request.config.epochs) == (f"{changed}; the run goes on with it", 7)
+
+
+def points_of(**attributes: Any) -> Any:
+    return type("Changed", (Points,), attributes)
+
+
+WRONG: list[tuple[dict[str, Any], Any, str]] = [
+    (
+        {"bf16": False},
+        {"precision": "bf16"},
+        "--precision bf16: is not precise enough for the task",
+    ),
+    ({"defaults": lambda *_: {"epochs": 3}}, {}, "task points: defaults must have 'batch_size'"),
+    (
+        {"defaults": lambda *_: DEFAULTS | {"x": 1}},
+        {},
+        "task points: defaults has 'x', which is no",
+    ),
+    (
+        {"loss": lambda *_: 1},
+        {},
+        "task points: loss must return a tensor of floating-point numbers",
+    ),
+]
+DEFAULTS: dict[str, Any] = {"epochs": 3, "batch_size": 8, "learning_rate": 0.1, "dropout": 0.2}
+
+
+def test_a_task_sets_what_is_not_given_and_is_tried_before_anything_runs(tmp_path: Path) -> None:
+    rows = pa.table({"place": [[0.0, 1.0, 2.0]] * 50, "which": ["0", "1"] * 25})
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    given: dict[str, Any] = {"data": tmp_path, "storage_path": tmp_path / "runs"}
+    task = points_of(defaults=lambda *_: DEFAULTS)
+    request = asked(**given, task=task, epochs=7)
+    assert (request.hyperparameters.epochs, request.hyperparameters.batch_size) == (7, 8)
+    assert request.task.settings.dropout == request.config.model_dump()["dropout"] == 0.2
+    assert request.source.files["train"][0].columns == {"place": "place", "side": "which"}
+    assert " --task " in request.how_to_resume
+    for attributes, flags, said in WRONG:
+        with pytest.raises(RequestError, match=f"^{said}"):
+            asked(**given, **flags, task=points_of(**attributes))
+
+
 def test_a_first_try_has_some_rows_of_each_split_and_of_all_digits(
     tmp_path: Path, sample: pa.Table
 ) -> None:
     request = asked(max_rows=400, storage_path=tmp_path)
-    rows = rows_in_memory(request.source)
+    rows = rows_in_memory(request.source, request.task.training_columns)
     assert [rows[split].num_rows for split in ("train", "validation", "test")] == [400] * 3
     assert set(rows["train"]["digit"].to_pylist()) == set(range(10)), "they are sorted by digit"
     for index in range(8):  # of 100 rows each
@@ -165,7 +224,8 @@ def test_a_run_that_cannot_begin_is_to_be_tried_again_and_not_resumed(
 def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for: dict[str, Any] = {}
 
-    def read_rows(_source: Any, seed: int, **settings: Any) -> Rows:
+    def read_rows(_source: Any, columns: Any, seed: int, **settings: Any) -> Rows:
+        assert columns == MnistSum().training_columns
         asked_for.update(settings, seed=seed)
         return Rows({}, {}, ReasonCounts())
 

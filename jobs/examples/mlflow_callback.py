@@ -1,7 +1,7 @@
 """Train, and log each epoch and the model to MLflow. Needs: pip install mlflow
 
 export MLFLOW_TRACKING_URI=http://127.0.0.1:5000    (else mlflow.db in the working folder)
-python jobs/recipes/mlflow_callback.py --data sample    (any flags of jobs/train.py)
+python jobs/examples/mlflow_callback.py --data sample    (any flags of jobs/train.py)
 """
 
 import os

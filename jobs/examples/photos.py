@@ -1,6 +1,6 @@
 """Make scoring input of your own photos of digits. Needs nothing more.
 
-python jobs/recipes/photos.py photos.csv photos.parquet    (columns of the CSV: file, number)
+python jobs/examples/photos.py photos.csv photos.parquet    (columns of the CSV: file, number)
 python jobs/score.py --model runs/mine --input photos.parquet --output scored/
 """
 

@@ -1,40 +1,31 @@
-"""The learning-rate schedule, and the steps of Muon and AdamW."""
+"""The steps of Muon and AdamW."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from mnistsum_ray.model.network import Objective, TwoHeadCNN, prepare_images
-from mnistsum_ray.model.optimizer import MuonAdamW, one_cycle
-from tests.model import new_model, random_rows
-
-
-def test_the_rate_rises_and_falls_once_and_is_highest_after_a_fifth_of_the_steps() -> None:
-    for total in (1, 5, 1000):
-        rates = np.array([one_cycle(step, total, 0.5) for step in range(total)])
-        assert ((rates > 0) & (rates <= 0.5 + 1e-12)).all()
-        top = int(rates.argmax())
-        assert (np.diff(rates[: top + 1]) > 0).all()
-        assert (np.diff(rates[top:]) < 0).all()
-    assert (rates[0], rates[200]) == (0.5 / 25, 0.5)
-    assert rates[999] == pytest.approx(0.5 / 1e4)
+from mnistsum_ray.mnist.network import TwoHeadCNN
+from mnistsum_ray.mnist.optimizer import _MUON_LAYERS, MuonAdamW
+from tests.mnist import new_model, random_rows, task
 
 
 def compute_gradients(model: TwoHeadCNN) -> None:
-    images, digits, numbers = random_rows(16)
-    objective = Objective(model, 0.0, bf16=False)
-    loss, _ = objective(prepare_images(images), numbers, digits, None)
-    torch.autograd.backward(loss / 16)
+    batch = random_rows(16)
+    torch.autograd.backward(task().loss(model(batch), batch).mean())
+
+
+def set_rate(optimizer: MuonAdamW, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
 
 
 def test_muon_is_that_of_pytorch() -> None:
     model = new_model()
     optimizer = MuonAdamW(model, 0.3, bf16=True)
-    optimizer.set_learning_rate(0.1)
-    weights = [getattr(model, layer).weight for layer in model.muon_layers]
+    set_rate(optimizer, 0.1)
+    weights = [getattr(model, layer).weight for layer in _MUON_LAYERS]
     matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
     other = torch.optim.Muon(matrices, lr=0.1, momentum=0.6, weight_decay=0.3)
     for _ in range(3):
@@ -59,7 +50,7 @@ def test_a_step_moves_every_parameter() -> None:
     before = copy.deepcopy(model.state_dict())
     optimizer = MuonAdamW(model, 0.0, bf16=False)
     compute_gradients(model)
-    optimizer.set_learning_rate(0.02)
+    set_rate(optimizer, 0.02)
     optimizer.step()
     moved = {name: (value - before[name]).abs() for name, value in model.state_dict().items()}
     assert all(distance.any() for distance in moved.values())

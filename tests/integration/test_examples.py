@@ -1,4 +1,4 @@
-"""Each file of jobs/recipes, and jobs/benchmark.py, runs as it is; so does .readme/recipes.md."""
+"""Each file of jobs/examples, and jobs/benchmark.py, runs as it is; so does .readme/recipes.md."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray import load_model
-from mnistsum_ray.data.images import Pixels
+from mnistsum_ray.data.columns import Array
 from tests.conftest import check_predictions, plain_predictions, write_sample
 from tests.jobs import ROOT, Job, free_port, history_of, run_job
 
-# Libraries of one recipe are imported by its test: together they take seconds, in each process of
-# the tests. What takes long runs at night; mypy knows the names that a recipe uses.
+# Libraries of one example are imported by its test: together they take seconds, in each process of
+# the tests. What takes long runs at night; mypy knows the names that an example uses.
 pytestmark = pytest.mark.slow
 
 ANSWERS = ("pred_digit", "digit_prob", "pred_sum", "sum_prob")
@@ -34,9 +34,9 @@ def folder(model: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_recipe(folder: Path, name: str, *args: object, **options: Any) -> str:
-    """Run a recipe to its end; return its standard output."""
-    done = run_job(f"recipes/{name}", *args, cwd=folder, **options)
+def run_example(folder: Path, name: str, *args: object, **options: Any) -> str:
+    """Run an example to its end; return its standard output."""
+    done = run_job(f"examples/{name}", *args, cwd=folder, **options)
     assert done.code == 0, done.err
     return done.out
 
@@ -48,11 +48,11 @@ def train_flags(folder: Path, name: str) -> list[Any]:
 
 @pytest.mark.nightly
 def test_an_onnx_file_answers_as_pytorch_and_not_for_other_numbers(
-    folder: Path, pixels: Pixels
+    folder: Path, pixels: Array
 ) -> None:
     import onnxruntime
 
-    run_recipe(folder, "onnx_export", "--model", "runs/mine", "--output", "mine.onnx")
+    run_example(folder, "onnx_export", "--model", "runs/mine", "--output", "mine.onnx")
     session = onnxruntime.InferenceSession(folder / "mine.onnx")
     images, numbers = pixels[::100], np.arange(50) % 10
     found = session.run(ANSWERS, {"image": images, "number": numbers})
@@ -74,19 +74,19 @@ def test_plain_pytorch_as_in_the_document(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_a_task_of_ones_own_counts_each_row(tmp_path: Path) -> None:
-    assert "with all 1001 rows in each epoch" in run_recipe(tmp_path, "own_task")
+    assert "with all 1001 rows in each epoch" in run_example(tmp_path, "own_task")
 
 
 @pytest.mark.nightly
 def test_a_task_of_ones_own_learns_the_same_when_it_is_killed(tmp_path: Path) -> None:
     for name in ("calm", "killed"):
         (tmp_path / name).mkdir()
-    killed = Job("recipes/own_task", cwd=tmp_path / "killed")
+    killed = Job("examples/own_task", cwd=tmp_path / "killed")
     checkpoints = tmp_path / "killed" / "runs" / "own_task"
     killed.wait_until(lambda: len([*checkpoints.glob("checkpoint_*/state.pt")]) > 2)
     killed.kill()
     results = [
-        run_recipe(tmp_path / name, "own_task").splitlines()[-1] for name in ("calm", "killed")
+        run_example(tmp_path / name, "own_task").splitlines()[-1] for name in ("calm", "killed")
     ]
     assert results[0] == results[1]
     assert results[0].startswith("2 and 1 are learnt as ")
@@ -99,8 +99,8 @@ def test_mlflow_has_each_epoch_at_once_and_the_end_of_a_run_that_is_stopped(
     from mlflow import MlflowClient
 
     place: dict[str, Any] = {"address": cluster, "cwd": folder}
-    job = Job("recipes/mlflow_callback", *train_flags(folder, "short"), **place)
-    job.wait_for_line("on the Ray cluster")  # the recipe has made MLflow's tables
+    job = Job("examples/mlflow_callback", *train_flags(folder, "short"), **place)
+    job.wait_for_line("on the Ray cluster")  # the example has made MLflow's tables
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
 
     def runs_named(name: str) -> list[Any]:
@@ -117,7 +117,7 @@ def test_mlflow_has_each_epoch_at_once_and_the_end_of_a_run_that_is_stopped(
     (model,) = folder.glob("mlruns/**/model")
     assert load_model(model)
 
-    job = Job("recipes/mlflow_callback", *train_flags(folder, "stopped"), **place)
+    job = Job("examples/mlflow_callback", *train_flags(folder, "stopped"), **place)
     job.wait_until(lambda: runs_named("stopped"))
     job.process.send_signal(signal.SIGTERM)
     assert job.wait().code != 0
@@ -128,7 +128,7 @@ def test_mlflow_has_each_epoch_at_once_and_the_end_of_a_run_that_is_stopped(
 def test_tensorboard_has_each_epoch(cluster: str, folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run_recipe(folder, "tensorboard_callback", *train_flags(folder, "mine2"), address=cluster)
+    run_example(folder, "tensorboard_callback", *train_flags(folder, "mine2"), address=cluster)
     events = EventAccumulator(str(folder / "tensorboard" / "mine2")).Reload()
     for line in history_of(folder / "runs" / "mine2"):
         values = {"train/loss": line["train_loss"]}
@@ -142,7 +142,7 @@ def test_tensorboard_has_each_epoch(cluster: str, folder: Path) -> None:
 @pytest.mark.nightly
 def test_tune_reports_each_epoch_of_trials_by_name(cluster: str, folder: Path) -> None:
     flags = ["--data", folder / "rows.parquet", "--epochs", 2]
-    out = run_recipe(folder, "tune", *flags, address=cluster)
+    out = run_example(folder, "tune", *flags, address=cluster)
     assert "'learning_rate': 0.0" in out.splitlines()[-1]
     trials = sorted(path.name for path in (folder / "tuned").iterdir())
     assert len(trials) == 2
@@ -154,7 +154,7 @@ def test_tune_reports_each_epoch_of_trials_by_name(cluster: str, folder: Path) -
 @pytest.mark.nightly
 def test_serve_answers_for_a_picture_and_says_what_is_wrong(folder: Path) -> None:
     port, picture = free_port(), (folder / "seven.png").read_bytes()
-    server = Job("recipes/serve", "runs/mine", port, cwd=folder)
+    server = Job("examples/serve", "runs/mine", port, cwd=folder)
 
     def ask(query: str, body: bytes) -> tuple[int, dict[str, Any]]:
         try:
@@ -182,7 +182,7 @@ def test_serve_answers_for_a_picture_and_says_what_is_wrong(folder: Path) -> Non
 
 def test_photos_become_rows_and_one_that_is_missing_a_rejected_one(folder: Path) -> None:
     (folder / "photos.csv").write_text("file,number\nseven.png,5\nnone.png,3\n")
-    run_recipe(folder, "photos", "photos.csv", "photos.parquet")
+    run_example(folder, "photos", "photos.csv", "photos.parquet")
     seven, missing = pq.read_table(folder / "photos.parquet").to_pylist()
     assert (seven["file"], seven["number"], len(seven["image"])) == ("seven.png", 5, 784)
     assert (missing["number"], missing["image"]) == (3, None)
@@ -190,7 +190,7 @@ def test_photos_become_rows_and_one_that_is_missing_a_rejected_one(folder: Path)
 
 @pytest.mark.nightly
 def test_a_delta_table_is_scored_without_the_rows_that_it_has_removed(
-    cluster: str, folder: Path, sample: Any, pixels: Pixels
+    cluster: str, folder: Path, sample: Any, pixels: Array
 ) -> None:
     from deltalake import write_deltalake
 
@@ -199,7 +199,9 @@ def test_a_delta_table_is_scored_without_the_rows_that_it_has_removed(
     write_deltalake(folder / "pairs", pairs[:100])
     write_deltalake(folder / "pairs", pairs[200:220], mode="overwrite")
     write_deltalake(folder / "pairs", pairs[4000:4020], mode="append")
-    run_recipe(folder, "dataset", "runs/mine", folder / "pairs", folder / "scored", address=cluster)
+    run_example(
+        folder, "dataset", "runs/mine", folder / "pairs", folder / "scored", address=cluster
+    )
     scored = pq.read_table(folder / "scored").sort_by("id")
     rows = [*range(200, 220), *range(4000, 4020)]
     assert scored["id"].to_pylist() == rows
@@ -213,4 +215,13 @@ def test_the_benchmark_measures_five_ways(what: str) -> None:
     """A minute each."""
     ways = run_job("benchmark", what, "--rows", "600").line["rows_per_second"]
     assert list(ways) == ["original", "bare", "guide", "tuned", "project"]
+    assert min(ways.values()) > 0
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("what", ["train", "score"])
+def test_the_benchmark_measures_another_task(what: str) -> None:
+    task = f"{ROOT}/jobs/examples/houses.py:Houses"
+    ways = run_job("benchmark", what, "--rows", "600", "--task", task).line["rows_per_second"]
+    assert list(ways) == ["bare", "guide", "tuned", "project"]
     assert min(ways.values()) > 0

@@ -1,6 +1,6 @@
 """Look for the best learning rate with Ray Tune. Needs: pip install 'ray[tune]'
 
-python jobs/recipes/tune.py --data sample --epochs 3
+python jobs/examples/tune.py --data sample --epochs 3
 """
 
 import argparse

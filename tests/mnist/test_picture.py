@@ -2,7 +2,6 @@
 
 import io
 import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,23 @@ import pytest
 from PIL import Image
 
 from mnistsum_ray import prepare_picture
-from mnistsum_ray.data.images import Picture, Pixels
+from mnistsum_ray.data.columns import Array
 from mnistsum_ray.errors import RequestError
+from mnistsum_ray.mnist.picture import Picture
+from tests.data.test_images import giant
 
 
-def large(image: Pixels, side: int = 280) -> Image.Image:
+def large(image: Array, side: int = 280) -> Image.Image:
     return Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def page(image: Pixels, ink: Any = (30, 30, 60), paper: Any = (245, 245, 240)) -> Image.Image:
+def page(image: Array, ink: Any = (30, 30, 60), paper: Any = (245, 245, 240)) -> Image.Image:
     """Larger than the image, which is in a corner."""
     strength = np.pad(np.asarray(large(image)), ((20, 400), (200, 10)))[..., None] / 255
     return Image.fromarray((strength * ink + (1 - strength) * paper).astype(np.uint8))
 
 
-def photographed(image: Pixels) -> bytes:
+def photographed(image: Array) -> bytes:
     """As a telephone stores it: lying, with a note of how to turn it."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -36,16 +37,7 @@ def photographed(image: Pixels) -> bytes:
     return file.getvalue()
 
 
-def giant(side: int) -> bytes:
-    """A PNG of a few bytes that says in its header that it has so many pixels a side."""
-    file = io.BytesIO()
-    Image.new("L", (1, 1)).save(file, "PNG")
-    png = file.getvalue()
-    header = b"IHDR" + side.to_bytes(4, "big") * 2 + png[24:29]
-    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
-
-
-FORMS: dict[str, Callable[[Pixels], Picture]] = {
+FORMS: dict[str, Callable[[Array], Picture]] = {
     "dark, very large": lambda image: large(255 - image, 1100),
     "pencil": lambda image: page(image, (205, 205, 205)),
     "on a blackboard": lambda image: page(image, (250, 250, 240), (30, 70, 50)),
@@ -55,14 +47,14 @@ FORMS: dict[str, Callable[[Pixels], Picture]] = {
 """How an image of MNIST may be drawn."""
 
 
-def likeness(one: Pixels, other: Pixels) -> float:
+def likeness(one: Array, other: Array) -> float:
     """Correlation, where one may be shifted by a pixel: a centre is rounded up or down."""
     shifted = (np.roll(one, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1))
     return float(max(np.corrcoef(image.ravel(), other.ravel())[0, 1] for image in shifted))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, pixels: Pixels) -> None:
+def test_an_image_of_mnist_comes_back_however_it_is_drawn(form: str, pixels: Array) -> None:
     for image in pixels[::500]:
         found = prepare_picture(FORMS[form](image))
         assert likeness(found, image) > 0.9

@@ -1,6 +1,6 @@
 """Train, and show each epoch in TensorBoard. Needs: pip install tensorboard
 
-python jobs/recipes/tensorboard_callback.py --data sample    (any flags of jobs/train.py)
+python jobs/examples/tensorboard_callback.py --data sample    (any flags of jobs/train.py)
 tensorboard --logdir tensorboard
 """
 

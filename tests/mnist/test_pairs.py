@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.config import ExportPairsConfig, LabelledDataConfig
 from mnistsum_ray.data.sources import open_source
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.pairs import export_pairs
+from mnistsum_ray.mnist.pairs import ExportPairsConfig, export_pairs
+from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.training.rows import rows_in_memory
 
 
@@ -26,7 +26,8 @@ def test_rows_beyond_the_split_repeat_it_with_other_numbers(
     tables = run(tmp_path / "a", rows=1201, files=3)
     assert [table.num_rows for table in tables] == [400, 400, 401]
     table = pa.concat_tables(tables)
-    test = rows_in_memory(open_source(LabelledDataConfig(data="sample")))["test"]
+    source = open_source(MnistSum(), "sample", {})
+    test = rows_in_memory(source, MnistSum().training_columns)["test"]
     ids = test["row_id"].to_pylist()
     assert table["row_id"].to_pylist() == [*ids, *ids, *ids[:201]]
     assert np.bincount(test["digit"].to_numpy()).min() > 25, "all digits, of rows sorted by digit"

@@ -1,6 +1,6 @@
 """Score a Delta table, or any other Dataset of Ray Data. Needs: pip install deltalake
 
-python jobs/recipes/dataset.py runs/mine /data/pairs-delta /data/scored    (or URIs)
+python jobs/examples/dataset.py runs/mine /data/pairs-delta /data/scored    (or URIs)
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The idea of this project in one file of plain Ray, to copy for a task of your own.
 
-python jobs/recipes/own_task.py     (kill it with kill -9, and give the same command again)
+python jobs/examples/own_task.py     (kill it with kill -9, and give the same command again)
 
 Each row is trained on once an epoch, and counted, on any number of workers. A run that was killed
 goes on from its newest checkpoint, with as many workers as before; to train anew, delete its folder

@@ -2,39 +2,57 @@
 
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Final
+from typing import Final, Literal
 
 import pyarrow as pa
+from pydantic import Field
 
-from mnistsum_ray.config import ExportPairsConfig, LabelledDataConfig
-from mnistsum_ray.data.images import IMAGE_TYPE, one_chunk
+from mnistsum_ray.config import JobConfig, Place
+from mnistsum_ray.data.columns import one_chunk
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.randomness import random_numbers
+from mnistsum_ray.data.randomness import Draws
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, RunInterrupted
+from mnistsum_ray.mnist import NUMBERS, SIDE
+from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import as_request_error, empty_output
 
 SCHEMA: Final = pa.schema(
     {
         "row_id": pa.int64(),  # as training names the image
-        "image": IMAGE_TYPE,
+        "image": pa.binary(SIDE * SIDE),  # row by row, 0 is background, 255 is ink
         "number": pa.int8(),
         "digit": pa.int8(),  # the true one, to measure the accuracy
     }
 )
 
-_ROW_GROUP: Final = 8192
+
+class ExportPairsConfig(JobConfig):
+    """Config of an export of pairs."""
+
+    data: Place = "auto"
+    """auto (full MNIST, else the bundled sample), sample, mnist, or a folder of MNIST's files"""
+    split: Literal["train", "validation", "test"] = "test"
+    """split whose rows are exported, in their order"""
+    output: Place
+    """folder or URI for the files; it must be empty or not exist"""
+    rows: int = Field(default=10_000, ge=1)
+    """total rows; beyond the end of the split it repeats with other numbers"""
+    files: int = Field(default=8, ge=1, le=1_000_000)
+    """number of files, of about equal size"""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """seed of the numbers"""
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
     """Write the files, the same for the same flags; return their folder, and the images' source."""
     output = empty_output(config.output)
     try:
-        source = open_source(LabelledDataConfig(data=config.data))
+        source = open_source(MnistSum(), config.data, {})
         if source.files:
-            advice = "is Parquet already; give it a column of numbers, and score it"
-            raise RequestError(f"--data {config.data}: {advice}")
+            problem = "is Parquet already; give it a column of numbers, and score it"
+            raise RequestError(f"--data {config.data}: {problem}")
         if source.notice:
             say(source.notice)
         pairs = _pairs(source, config.split, config.seed)
@@ -45,14 +63,13 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
             while table.num_rows < rows:
                 table = pa.concat_tables([table, next(pairs)])
             with as_request_error("--output"):
-                data = to_parquet(table[:rows], row_group_size=_ROW_GROUP)
+                data = to_parquet(table[:rows], row_group_size=8192)
                 (output / f"part-{index:05d}.parquet").write(data)
             table = table[rows:]
             say(f"rows written: {rows_so_far:,} of {config.rows:,}")
     except KeyboardInterrupt:
-        raise RunInterrupted(
-            "files may be written already; empty the folder, then the same command starts again"
-        ) from None
+        how = "files may be written already; empty the folder, then the same command starts again"
+        raise RunInterrupted(how) from None
     return output, source
 
 
@@ -60,14 +77,9 @@ def _pairs(source: Source, split: str, seed: int) -> Iterator[pa.Table]:
     """The rows of a split, again and again; each repetition has other numbers."""
     from mnistsum_ray.training.rows import rows_in_memory  # imports Ray
 
-    rows = rows_in_memory(source)[split]
+    rows = rows_in_memory(source, MnistSum().training_columns)[split]
     ids = rows["row_id"].to_numpy()
-    images = one_chunk(rows["image"]).to_numpy_ndarray()
-    columns = {
-        "row_id": ids,
-        "image": [image.tobytes() for image in images],
-        "digit": rows["digit"],
-    }
+    images = [image.tobytes() for image in one_chunk(rows["image"]).to_numpy_ndarray()]
     for repetition in count():
-        numbers = random_numbers(seed, repetition, ids)
-        yield pa.table(columns | {"number": numbers}).select(SCHEMA.names).cast(SCHEMA)
+        numbers = Draws(seed, repetition, ids).whole(1, NUMBERS)
+        yield pa.table([ids, images, numbers, rows["digit"]], schema=SCHEMA)

@@ -1,6 +1,6 @@
 """Write a model as one ONNX file. Needs: pip install onnx onnxruntime onnxscript
 
-python jobs/recipes/onnx_export.py --model runs/mine --output model.onnx
+python jobs/examples/onnx_export.py --model runs/mine --output model.onnx
 
 Inputs: image uint8[n, 28, 28], 255 is ink; number int64[n]; others than 0..9 get -1 and NaN.
 """
@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray import load_model, prepare_images
+from mnistsum_ray import load_model
 
 
 class FromPixels(nn.Module):
@@ -20,7 +20,7 @@ class FromPixels(nn.Module):
     def forward(self, image: Tensor, number: Tensor) -> tuple[Tensor, ...]:
         known = number.clamp(0, 9)  # ONNX would count -1 from the end, and answer for 9
         outputs: list[Tensor] = []
-        for logits in self.network(prepare_images(image), known):
+        for logits in self.network({"image": image, "number": known}):
             probability, answer = logits.softmax(1).max(1)
             outputs.append(answer.where(number == known, -1))
             outputs.append(probability.where(number == known, torch.nan))

@@ -1,6 +1,6 @@
 """Answer for pictures over HTTP with Ray Serve. Needs: pip install 'ray[serve]'
 
-python jobs/recipes/serve.py runs/mine 8000
+python jobs/examples/serve.py runs/mine 8000
 curl --data-binary @seven.png 'http://127.0.0.1:8000/?number=5'
 """
 

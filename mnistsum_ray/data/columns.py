@@ -1,0 +1,285 @@
+"""Kinds of columns: what a task reads of a row, from an Arrow column to an array.
+
+A value that cannot be used gets a reason, and zeros in its place.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mnistsum_ray.errors import shortened
+
+LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
+_TEXTS: Final = (pa.string(), pa.large_string(), pa.string_view())
+
+_KIB: Final = 1024
+
+ArrowColumn: TypeAlias = pa.Array | pa.ChunkedArray
+Array: TypeAlias = npt.NDArray[Any]
+Arrays: TypeAlias = dict[str, Array]
+"""Rows as arrays by the names of a task's columns."""
+Reasons: TypeAlias = dict[int, str]
+"""Why a row cannot be used, by its index."""
+RejectedRow: TypeAlias = tuple[str, int, str]
+"""A row that cannot be used: its file, its index there, and the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column(ABC):
+    """A kind of column. Decoded rows are an array `dtype[n, *shape]`."""
+
+    names: tuple[str, ...] = ()
+    """Usual names of the column in files, of which the first that is there is taken; by default it
+    has the name that it has in the task."""
+    flag: str = ""
+    """Name of the flag for another name, by default `NAME_column`."""
+
+    dtype: ClassVar[str]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one decoded row."""
+        return ()
+
+    @property
+    @abstractmethod
+    def form(self) -> str:
+        """What the values are, for `--help`."""
+
+    @abstractmethod
+    def type_error(self, kind: pa.DataType) -> str | None:
+        """Why a column of this Arrow type cannot be decoded; None where it can."""
+
+    @abstractmethod
+    def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
+        """The rows of a column whose type passes `type_error`, and why some cannot be used.
+
+        `name` is what a reason calls the column.
+        """
+
+    def load(self, stored: Array) -> Array:
+        """What a batch has of rows that `decode` returned: the same, but for encoded pictures."""
+        return stored
+
+    def zeros(self, rows: int) -> Array:
+        """Rows of zeros, as `decode` returns rows."""
+        return np.zeros((rows, *self.shape), self.dtype)
+
+    @abstractmethod
+    def random(self, rows: int, generator: np.random.Generator) -> Array:
+        """Some rows as a batch has them, to try a task with."""
+
+    def to_arrow(self, values: Array) -> pa.Array:
+        """Rows of `decode` as they lie in Ray's object store."""
+        if not self.shape:
+            return pa.array(values)
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in a batch."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Whole(Column):
+    """Whole numbers 0..below - 1, such as classes: int64[n].
+
+    In files they are integers, whole floats, or the text of one, such as "7" or "7.0".
+    """
+
+    below: int
+
+    dtype: ClassVar[str] = "int64"
+
+    @property
+    def form(self) -> str:
+        return f"whole numbers in 0..{self.below - 1}"
+
+    def type_error(self, kind: pa.DataType) -> str | None:
+        # pandas writes floats where a number is missing; labels may be text.
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        is_known = is_number or kind in (pa.null(), *_TEXTS)
+        return None if is_known else f"has type {kind}, which holds no whole numbers"
+
+    def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
+        """Decode a column; a type that fails `type_error` gives a reason for each row."""
+        column = one_chunk(column)
+        if pa.types.is_dictionary(column.type):  # categories
+            column = column.dictionary_decode()
+        if column.type == pa.string_view():
+            column = column.cast(pa.string())  # Arrow has few functions for views
+        is_known = self.type_error(column.type) is None
+        values = column if is_known else pa.nulls(len(column))
+        if column.type in _TEXTS:
+            values = pc.if_else(pc.match_substring_regex(column, r"^\d+(\.0*)?$"), column, None)
+        # A null becomes NaN; a huge integer is rounded, but stays out of range.
+        numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        is_right = (numbers >= 0) & (numbers < self.below) & (numbers == np.floor(numbers))
+        reasons: Reasons = {}
+        for row in np.flatnonzero(~is_right).tolist():
+            value = column[row]
+            if value.is_valid:
+                # A value of another type is not looked at: Ray has one of pickles, which would run.
+                shown = _shown(value) if is_known else f"of type {column.type}"
+                wanted = f"not one of 0..{self.below - 1}; correct it or drop the row"
+                reasons[row] = f"the {name} is {shown}, {wanted}"
+            else:
+                reasons[row] = f"the {name} is null; fill it in or drop the row"
+        return np.where(is_right, numbers, 0).astype(np.int64), reasons
+
+    def random(self, rows: int, generator: np.random.Generator) -> Array:
+        return generator.integers(self.below, size=rows)
+
+
+@dataclass(frozen=True)
+class Floats(Column):
+    """Finite numbers: float32[n] or, with a length, lists of so many, float32[n, length]."""
+
+    length: int | None = None
+
+    dtype: ClassVar[str] = "float32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return () if self.length is None else (self.length,)
+
+    @property
+    def form(self) -> str:
+        return "numbers" if self.length is None else f"lists of {self.length} numbers"
+
+    def type_error(self, kind: pa.DataType) -> str | None:
+        values = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+        if self.length is not None and isinstance(values, LISTS):
+            values = values.value_type
+        elif self.length is not None and values != pa.null():
+            return f"has type {kind}, which holds no {self.form}"
+        is_number = pa.types.is_integer(values) or pa.types.is_floating(values)
+        is_known = is_number or pa.types.is_decimal(values) or values == pa.null()
+        return None if is_known else f"has type {kind}, which holds no {self.form}"
+
+    def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
+        column = one_chunk(column)
+        if isinstance(column, pa.ExtensionArray):
+            column = column.storage
+        found = self.zeros(len(column))
+        if column.type == pa.null():
+            is_right = np.zeros(len(column), bool)
+        elif self.length is None:
+            found[:] = _as_float32(column)
+            is_right = np.isfinite(found)
+        else:
+            lengths = pc.list_value_length(column)
+            has_length = pc.equal(lengths, self.length).fill_null(fill_value=False)
+            is_right = has_length.to_numpy(zero_copy_only=False)
+            values = _as_float32(column.filter(has_length).flatten())
+            found[is_right] = values.reshape(-1, self.length)
+            is_right = is_right & np.isfinite(found).all(axis=1)
+        found[~is_right] = 0
+        reasons: Reasons = {}
+        for row in np.flatnonzero(~is_right).tolist():
+            reasons[row] = f"the {name} {self._problem(column[row])}"
+        return found, reasons
+
+    def _problem(self, value: pa.Scalar) -> str:
+        if not value.is_valid:
+            return "is null; fill it in or drop the row"
+        if self.length is None:
+            return f"is {_shown(value)}, not finite in 32 bits; correct it or drop the row"
+        if len(value) != self.length:
+            return f"has {len(value)} numbers, not {self.length}; correct it or drop the row"
+        return "has a number that is null, or not finite in 32 bits; correct it or drop the row"
+
+    def random(self, rows: int, generator: np.random.Generator) -> Array:
+        return generator.standard_normal((rows, *self.shape), np.float32)
+
+
+def _as_float32(column: pa.Array) -> Array:
+    # NumPy warns of what is too large for float32, and becomes infinite.
+    with np.errstate(over="ignore"):
+        numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        return np.asarray(numbers, np.float32)
+
+
+def _shown(value: pa.Scalar) -> str:
+    try:
+        return shortened(repr(value.as_py()))
+    except UnicodeDecodeError:  # Arrow does not look at the bytes of a text
+        return "text that is not UTF-8"
+
+
+def one_chunk(column: ArrowColumn) -> pa.Array:
+    """A column as one array; `combine_chunks` alone would copy one chunk too."""
+    if isinstance(column, pa.Array):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def name_in_file(column: Column, key: str, present: Collection[str], given: str | None) -> str:
+    """The name in a file of a task's column `key`: the given one, else a usual one."""
+    if given is not None:
+        return given
+    usual = column.names or (key,)
+    return next((name for name in usual if name in present), usual[0])
+
+
+def decode_columns(
+    columns: Mapping[str, Column], rows: pa.Table | pa.RecordBatch, names: Mapping[str, str]
+) -> tuple[Arrays, Reasons]:
+    """Decode columns of a table, where they have these names.
+
+    Returns the rows by the columns' names in the task, and one reason for each rejected row.
+    """
+    arrays: Arrays = {}
+    joined: Reasons = {}
+    for key, column in columns.items():
+        arrays[key], reasons = column.decode(one_chunk(rows[names[key]]), key)
+        for row, reason in reasons.items():
+            joined[row] = f"{joined[row]}; {reason}" if row in joined else reason
+    return arrays, dict(sorted(joined.items()))
+
+
+def rows_in(size: int, columns: Iterable[Column]) -> int:
+    """How many rows with these columns have so many bytes: one at least.
+
+    A row counts as a KiB at least, for what it costs beside its values.
+    """
+    row_bytes = sum(column.row_bytes for column in columns)
+    return max(1, size // max(_KIB, row_bytes))
+
+
+@dataclass
+class ReasonCounts:
+    """Counts of rejected rows by reason, and the first of these rows."""
+
+    # All reasons after the first twenty are one entry, so that the counts stay small.
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[RejectedRow] = field(default_factory=list)
+
+    def add(self, reasons: Mapping[str, int], examples: Iterable[RejectedRow]) -> None:
+        """Add counts of other rows, and those rows or the first of them."""
+        for reason, rows in reasons.items():
+            is_counted = reason in self.reasons or len(self.reasons) < 20
+            self.reasons[reason if is_counted else "other reasons"] += rows
+        self.examples = sorted([*self.examples, *examples])[:5]
+
+    @property
+    def total(self) -> int:
+        return self.reasons.total()
+
+    def describe(self) -> str:
+        """The first rejected rows with their reasons, for a message."""
+        texts = [f"{file}: row {row}: {reason}" for file, row, reason in self.examples]
+        if self.total > len(texts):
+            texts.append("…")
+        return " | ".join(texts)

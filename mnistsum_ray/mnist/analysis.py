@@ -1,0 +1,161 @@
+"""What is done with a trained network: its heads are calibrated, and its errors analysed.
+
+Temperatures calibrate the heads (Guo et al., "On Calibration of Modern Neural Networks", 2017): the
+logits of a head are divided by its temperature before softmax.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from operator import itemgetter
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnistsum_ray.data.columns import Array
+from mnistsum_ray.mnist import DIGITS, HEADS, NUMBERS, SIDE, SUMS
+from mnistsum_ray.mnist.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
+from mnistsum_ray.mnist.report import digit_table, draw_confusion, draw_mistakes, draw_reliability
+from mnistsum_ray.task import Batch, Evaluated, Findings
+
+RELIABILITY_BINS: Final = 15  # of equal width over the probability 0..1, as in Guo et al.
+MAX_MISTAKES: Final = 24  # that are kept for the report: the surest, one an image
+
+
+def finish(network: TwoHeadCNN, validation: Evaluated, test: Evaluated) -> Findings:
+    """Calibrate a network in place on validation rows, and analyse its errors on test rows."""
+    temperatures = fit_temperatures(network, validation)
+    analysis, images = analyse_errors(network, test, temperatures)
+    network.fold_temperatures(temperatures)
+    of_heads = analysis["probabilities"]
+    image = f"{SIDE} x {SIDE} grayscale, uint8, 0 background, 255 ink"
+    scaled = {"scaled": "(image / 255 - mean) / std", "mean": PIXEL_MEAN, "std": PIXEL_STD}
+    model = {
+        "input": {"image": image, **scaled, "number": f"0..{NUMBERS - 1}"},
+        "output": {"digit": f"{DIGITS} scores", "sum": f"{SUMS} scores"},
+        "calibration_error": {name: of_head["ece"] for name, of_head in of_heads.items()},
+        "temperatures_in_weights": temperatures,
+    }
+    confusion, mistakes = analysis["confusion"], analysis["mistakes"]
+    surest = "The most confident mistakes"
+    reliability = "Reliability: accuracy by predicted probability, with numbers of answers"
+    return Findings(
+        manifest={"error_analysis": analysis},
+        model=model,
+        tables=[digit_table(confusion)],
+        pictures={
+            "confusion.png": ("Digits: confusion matrix", partial(draw_confusion, confusion)),
+            "mistakes.png": (surest, partial(draw_mistakes, mistakes, images)),
+            "reliability.png": (reliability, partial(draw_reliability, of_heads)),
+        },
+    )
+
+
+@torch.no_grad()
+def with_all_numbers(
+    network: TwoHeadCNN, batch: Batch, digit_logits: Tensor
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Each head with its logits and the true classes, of each image with every number.
+
+    float32[n, NUMBERS, classes] and int64[n, NUMBERS]; of the digit, which does not depend on the
+    number, [n, 1, classes] and [n, 1]. With a random number for each image, luck would be in the
+    sum accuracy; the convolutions, nearly all of the work, run once an image.
+    """
+    rows, digits = len(digit_logits), batch["digit"][:, None]
+    numbers = torch.arange(NUMBERS, device=digit_logits.device)
+    repeated = digit_logits.repeat_interleave(NUMBERS, dim=0)
+    sums = network.sum_logits(repeated, numbers.repeat(rows)).view(rows, NUMBERS, SUMS)
+    return [("digit", digit_logits[:, None], digits), ("sum", sums, digits + numbers)]
+
+
+def fit_temperatures(network: TwoHeadCNN, rows: Evaluated) -> dict[str, float]:
+    """Fit the temperature of each head, by its name, on rows that it was not trained on."""
+    batches = [with_all_numbers(network, *one) for one in rows]
+    temperatures = {}
+    for index, head in enumerate(HEADS):
+        logits = torch.cat([of_heads[index][1].flatten(0, 1) for of_heads in batches])
+        truth = torch.cat([of_heads[index][2].flatten() for of_heads in batches])
+        temperatures[head] = fit_temperature(logits, truth)
+    return temperatures
+
+
+def fit_temperature(logits: Tensor, classes: Tensor) -> float:
+    """Fit one temperature by maximum a posteriori; rounded, so that machines mostly agree."""
+    logits = logits.double()
+
+    def cost(log_temperature: float) -> float:
+        nll = F.cross_entropy(logits * math.exp(-log_temperature), classes, reduction="sum").item()
+        # A prior of standard deviation 0.5 holds the temperature up where no row is wrong.
+        return nll + (log_temperature / 0.5) ** 2 / 2
+
+    # Golden-section search: the cost has a single minimum.
+    low, high, golden = -1.5, 1.5, (math.sqrt(5) - 1) / 2
+    for _ in range(25):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if cost(left) < cost(right):
+            high = right
+        else:
+            low = left
+    return float(f"{math.exp((low + high) / 2):.4g}")
+
+
+def analyse_errors(
+    network: TwoHeadCNN, rows: Evaluated, temperatures: Mapping[str, float]
+) -> tuple[dict[str, Any], Array]:
+    """The entry `error_analysis` of manifest.json, and the images of its mistakes.
+
+    `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
+    `probabilities`: see `_reliability`, by head.
+    """
+    confusion = np.zeros((DIGITS, DIGITS), np.int64)
+    mistakes: list[dict[str, Any]] = []
+    sureness: dict[str, list[Tensor]] = {head: [] for head in HEADS}
+    for batch, digit_logits in rows:
+        answers = {}
+        confidence = torch.zeros(len(digit_logits), NUMBERS)
+        for head, logits, truth in with_all_numbers(network, batch, digit_logits):
+            probability, answer = (logits / temperatures[head]).softmax(2).max(2)
+            is_right = answer == truth
+            sureness[head].append(torch.stack([probability.flatten(), is_right.flatten()]))
+            answers[f"pred_{head}"] = answer.expand(-1, NUMBERS)
+            answers[f"{head}_prob"] = probability.expand(-1, NUMBERS)
+            confidence = torch.maximum(confidence, probability * ~is_right)
+        np.add.at(confusion, (batch["digit"], answers["pred_digit"][:, 0]), 1)
+        mistakes += _mistakes(batch, answers, confidence)
+    mistakes = sorted(mistakes, key=itemgetter("confidence"), reverse=True)[:MAX_MISTAKES]
+    images = [mistake.pop("image") for mistake in mistakes]
+    of_heads = {head: _reliability(torch.cat(pairs, dim=1)) for head, pairs in sureness.items()}
+    analysis = {"confusion": confusion.tolist(), "mistakes": mistakes, "probabilities": of_heads}
+    return analysis, np.array(images, np.uint8).reshape(-1, SIDE, SIDE)
+
+
+def _reliability(answers: Tensor) -> dict[str, Any]:
+    """The expected calibration error `ece`, the mean distance of probability and accuracy.
+
+    `answers`, float32[2, m], are their probabilities, and 1 where they are right. `reliability` has
+    for each bin of the probability the number of answers, and the sums of both.
+    """
+    bin_of = (answers[0] * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
+    rows = np.bincount(bin_of, minlength=RELIABILITY_BINS)
+    probability, right = (np.bincount(bin_of, one, RELIABILITY_BINS) for one in answers)
+    ece = float(np.abs(probability - right).sum() / rows.sum())
+    sums = {"probability": probability.tolist(), "right": right.astype(int).tolist()}
+    return {"ece": ece, "reliability": {"rows": rows.tolist(), **sums}}
+
+
+def _mistakes(batch: Batch, answers: Batch, confidence: Tensor) -> Iterator[dict[str, Any]]:
+    """The images with a wrong answer, each with the number whose wrong answer is the surest.
+
+    `answers` are by column name and number; `confidence` is the probability of the surest wrong
+    answer, float32[n, NUMBERS], 0 where all are right.
+    """
+    surest, numbers = confidence.max(1)
+    for row in surest.nonzero().flatten().tolist():
+        number = int(numbers[row])
+        mistake = {name: batch[name][row].item() for name in ("row_id", "digit")}
+        mistake |= {"number": number, "confidence": surest[row].item()}
+        mistake |= {name: values[row, number].item() for name, values in answers.items()}
+        yield mistake | {"image": batch["image"][row].numpy()}

@@ -1,0 +1,105 @@
+"""Where full MNIST is from, and the bundled sample of it."""
+
+import socket
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from mnistsum_ray.data.columns import Arrays
+from mnistsum_ray.data.images import Images
+from mnistsum_ray.data.parquet import open_parquet
+from mnistsum_ray.errors import RequestError, did_you_mean, one_line
+from mnistsum_ray.mnist import SIDE
+from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing
+from mnistsum_ray.task import NamedData
+
+SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
+
+
+def find(data: str) -> NamedData | None:
+    """`auto`, `sample`, `mnist`, or MNIST's files in a local folder; None: it is another place.
+
+    RequestError: the data is missing or damaged, or a word is mistyped.
+    """
+    if data == "sample":
+        return _sample()
+    if data in ("auto", "mnist"):
+        return _full_mnist(fall_back=data == "auto")
+    if not locate(data, "--data").is_local:
+        return None
+    location = locate_existing(data, "--data")
+    hint = did_you_mean(data, ("auto", "mnist", "sample"))
+    if hint and not location.exists():
+        raise RequestError(f"--data {data}: there is no such file or folder{hint}")
+    folder = _find_mnist(Path(location.path))
+    return _mnist(folder) if folder else None
+
+
+def _sample(notice: str = "") -> NamedData:
+    with as_request_error("--data"), open_parquet(locate(str(SAMPLE), "--data")) as parquet:
+        table = parquet.read()
+    images, _ = Images(SIDE, SIDE).decode(table["image"], "image")
+    rows = {"image": images, "digit": table["digit"].to_numpy().astype("int64")}
+    return NamedData("sample", "sample", str(SAMPLE), {"train": rows}, notice)
+
+
+def _full_mnist(*, fall_back: bool) -> NamedData:
+    """MNIST from ./data, the cache or a download; with `fall_back` else the sample."""
+    cache = Path.home() / ".cache" / "mnistsum_ray"
+    folder = _find_mnist(Path("data").resolve()) or _find_mnist(cache)
+    try:
+        return _mnist(folder or _download_mnist(cache))
+    except (OSError, RuntimeError) as error:
+        missing = f"not in ./data or {cache}, and it cannot be downloaded ({one_line(error)})"
+    if not fall_back:
+        raise RequestError(f"--data mnist: {missing}; name its folder, or take --data sample")
+    return _sample(
+        f"NOT the full MNIST: it is {missing}. Going on with the bundled sample of 5,000 images; "
+        "--data FOLDER names a copy of the full set."
+    )
+
+
+def _find_mnist(root: Path) -> Path | None:
+    """The folder with MNIST's files: `root`/MNIST/raw or /raw, as in torchvision, or `root`."""
+    for folder in (root / "MNIST" / "raw", root / "raw", root):
+        if (folder / "train-images-idx3-ubyte").exists():
+            return folder
+    return None
+
+
+def _mnist(folder: Path) -> NamedData:
+    """MNIST in the files of this folder. RequestError: one is missing or damaged."""
+    from torchvision.datasets import MNIST  # takes seconds to import
+
+    class MnistHere(MNIST):
+        raw_folder = str(folder)
+
+    splits: dict[str, Arrays] = {}
+    for split, is_train in (("train", True), ("test", False)):
+        try:
+            found = MnistHere(str(folder), train=is_train)
+            images, digits = found.data.numpy(), found.targets.numpy()
+            if images.shape != (*digits.shape, SIDE, SIDE):  # torchvision takes what it finds
+                raise ValueError(f"images and labels have shapes {images.shape}, {digits.shape}")
+        except Exception as error:  # torchvision raises many types on damaged files
+            problem = f"holds no whole MNIST ({one_line(error)}); get its four files again"
+            raise RequestError(f"--data {folder}: {problem}") from None
+        splits[split] = {"image": images, "digit": digits.astype("int64")}
+    return NamedData("mnist", str(folder), str(folder), splits)
+
+
+def _download_mnist(root: Path) -> Path:
+    """Download MNIST to `root`/MNIST/raw, which appears when it is whole. OSError, RuntimeError."""
+    from torchvision.datasets import MNIST
+
+    root.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(3)  # of each read: without a network torchvision would wait minutes
+    try:
+        with tempfile.TemporaryDirectory(dir=root) as temporary:
+            MNIST(temporary, download=True)
+            if _find_mnist(root) is None:  # otherwise another run was faster
+                Path(temporary, "MNIST").rename(root / "MNIST")
+    finally:
+        socket.setdefaulttimeout(before)
+    return root / "MNIST" / "raw"

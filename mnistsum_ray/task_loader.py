@@ -1,0 +1,149 @@
+"""Find the class of a task by its name, and check it before anything runs.
+
+A task is code. It is loaded because `--task` or `task=` names it, and never because a file does.
+"""
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Collection
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+
+from mnistsum_ray.data.columns import Column
+from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
+from mnistsum_ray.task import BUILT_IN, Settings, Task
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def load_task(named: Any) -> type[Task]:
+    """The class that `module:Class`, `file.py:Class` or a class itself names.
+
+    RequestError: there is no such class, or it is no whole task.
+    """
+    if isinstance(named, type):
+        found, shown = named, task_name(named)
+    else:
+        shown = str(named)
+        found = _find(shown)
+    if not issubclass(found, Task):
+        raise RequestError(f"--task {shown}: is no subclass of {_PACKAGE}.Task")
+    problem = _problem(found)
+    if problem:
+        raise RequestError(f"--task {shown}: {problem}")
+    return found
+
+
+def task_name(task: type[Task]) -> str:
+    """The text that names a class: `module:Class`, or `file.py:Class` where it is from a file."""
+    file = getattr(sys.modules.get(task.__module__), "__task_file__", None)
+    return f"{file or task.__module__}:{task.__qualname__}"
+
+
+def _find(text: str) -> type:
+    place, _, name = text.rpartition(":")
+    if not place or not name:
+        raise RequestError(f"--task {text}: must be file.py:Class or module:Class")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise RequestError(f"--task {text}: there is no file {place}")
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else import_module(place)
+    except Exception as error:  # of anybody's code
+        problem = f"{type(error).__name__}: {shortened(one_line(error))}"
+        raise RequestError(f"--task {text}: cannot be imported: {problem}") from error
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        hint = did_you_mean(name, vars(module))
+        raise RequestError(f"--task {text}: there is no class {name} in {place}{hint}")
+    return found
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module of a file; the same one each time while the file stays as it is."""
+    path = path.resolve()
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
+    name = f"{path.stem}_{digest[:12]}"
+    if name not in sys.modules:
+        spec: Any = spec_from_file_location(name, path)
+        module = module_from_spec(spec)
+        module.__dict__["__task_file__"] = str(path)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def code_of(task: type[Task]) -> str:
+    """What tells versions of a task's code apart: SHA-256 of its file; of the built-in its format.
+
+    A class of a notebook has no file: empty.
+    """
+    if task.__module__.startswith(f"{_PACKAGE}."):
+        return BUILT_IN
+    file = getattr(sys.modules.get(task.__module__), "__file__", None)
+    if file is None or not Path(file).is_file():
+        try:
+            return hashlib.sha256(inspect.getsource(task).encode()).hexdigest()
+        except (OSError, TypeError):
+            return ""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _problem(task: type[Task]) -> str | None:
+    """Why a class is no whole task; None if it is one."""
+    if task.__abstractmethods__:
+        return f"lacks the method {min(task.__abstractmethods__)}"
+    for name, kind in (("name", str), ("inputs", dict), ("labels", dict), ("outputs", pa.Schema)):
+        value = getattr(task, name, None)
+        if not value or not isinstance(value, kind):
+            wanted = {"inputs": "a dict of columns", "labels": "a dict of columns"}.get(
+                name, "a text" if kind is str else "a pyarrow.schema with a field or more"
+            )
+            return f"{name} is {shortened(repr(value))}, and must be {wanted}"
+    if not (isinstance(task.Settings, type) and issubclass(task.Settings, Settings)):
+        return f"Settings must be a subclass of {_PACKAGE}.Settings"
+    columns = [*task.inputs.items(), *task.labels.items()]
+    for key, column in columns:
+        if not isinstance(column, Column):
+            return f"column {key!r} is {shortened(repr(column))}, and must be Images, Whole, …"
+        if not str(key).isidentifier():
+            return f"column {key!r} needs a name as Python has them, such as a_name"
+    keys = [key for key, _ in columns]
+    if len({*keys}) < len(keys):
+        return f"column {_twice(keys)!r} is there twice, in inputs and in labels"
+    if {"row_id", "reason", "path"} & {*keys}:
+        return "no column may be row_id, reason or path, which the training adds"
+    if not task.drawn <= task.inputs.keys():
+        return f"drawn has {min(task.drawn - task.inputs.keys())!r}, which is not in inputs"
+    if task.drawn == task.inputs.keys():
+        return "drawn has all inputs; training must read one"
+    for field in task.outputs:
+        kind = field.type.value_type if pa.types.is_list(field.type) else field.type
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if not is_number and not pa.types.is_boolean(kind):
+            known = "an integer, a float, a bool, or pa.list_ of one"
+            return f"outputs has {field.name!r} of type {field.type}, and must be {known}"
+    names = [name.lower() for name in task.outputs.names]
+    if "reason" in names:
+        return "outputs has 'reason', which scoring adds; rename it"
+    if len({*names}) < len(names):
+        return f"outputs has {_twice(names)!r} twice"
+    return None
+
+
+def _twice(names: Collection[str]) -> str:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return ""
