@@ -73,8 +73,8 @@ def _try_training(task: Task, network: nn.Module) -> None:
     _check(task, "augment", isinstance(augmented, dict), "must return a dict of arrays")
     missing = {*task.inputs, *task.labels} - {*augmented}
     _check(task, "augment", not missing, f"must return all columns, and lacks {sorted(missing)}")
-    for key, values in augmented.items():
-        is_whole = isinstance(values, np.ndarray) and len(values) == _ROWS
+    for key, array in augmented.items():
+        is_whole = isinstance(array, np.ndarray) and len(array) == _ROWS
         _check(task, f"augment[{key!r}]", is_whole, f"must be an array of {_ROWS} for {_ROWS} rows")
     batch = {key: torch.from_numpy(values) for key, values in rows.items()}
     with torch.no_grad():

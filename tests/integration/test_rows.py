@@ -103,7 +103,7 @@ def test_every_row_once_in_the_splits_and_again_in_the_same_order(rows: Rows) ->
         assert rows.totals[split] == RowTotals.of(ids)
         assert len(set(ids)) == len(ids)
         of_digits = np.bincount(np.array(splits[split]) * 10 // TOTAL)
-        assert of_digits.min() > len(ids) / 20, "all digits"
+        assert of_digits.min() > len(ids) / 30, "all digits"
     for split in ("validation", "test"):
         assert splits[split] == sorted(splits[split]), "as in the files"
     orders = []
