@@ -54,9 +54,10 @@ def test_the_machine_knows_no_word_of_the_built_in_task() -> None:
 
 @pytest.mark.nightly  # mypy reads all of PyTorch
 def test_programs_of_users_are_checked_strictly(tmp_path: Path) -> None:
-    """That of README, and the recipes."""
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Those of README, of which the later ones are a task and its use, and the examples."""
+    program, *task = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "program.py").write_text(program)
+    (tmp_path / "own.py").write_text("\n".join(task))
     for recipe in (ROOT / "jobs" / "examples").glob("*.py"):
         shutil.copy(recipe, tmp_path)
     said = run(tmp_path, "mypy", "--strict", *sorted(tmp_path.glob("*.py")))
