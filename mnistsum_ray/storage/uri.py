@@ -25,18 +25,9 @@ SECRETS_REFUSED: Final = (
 """Message on a text that `may_hold_secrets`, which it must not quote."""
 
 _USER_INFO: Final = re.compile(
-    r"//[^/?\s@]*:[^\s@]*(@|%40)"  # `//ID:SECRET@`, which may hold slashes
-    r"|(?<!abfs:)(?<!abfss:)//[^/?\s@:]+(@|%40)"  # `//SECRET@`; in Azure a container stands there
+    r"//[^/?\s@]*:[^\s@]*@"  # `//ID:SECRET@`, which may hold slashes
+    r"|(?<!abfs:)(?<!abfss:)//[^/?\s@:]+@"  # `//SECRET@`; in Azure a container stands there
 )
-
-_KEY: Final = re.compile(
-    r"(?i)(^(?=.*;)|[?&,;]|%(26|2c|3b|3f))[\w.-]*(key|secret|token|sig|password)[\w.-]*="
-)
-"""An option that names a secret.
-
-At the start of a text only if a `;` follows, as in a connection string of Azure
-(`AccountKey=...;...`): else it is a folder such as `key=3`.
-"""
 
 _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
 """Other names of schemes, and what obstore and Arrow both call them."""
@@ -141,12 +132,11 @@ def output_base_folder() -> Path:
 
 
 def may_hold_secrets(text: str) -> bool:
-    """Whether a URI, perhaps mistyped, has user info, or options that may be secret."""
-    if _USER_INFO.search(text) or _KEY.search(text):
-        return True
+    """Whether a URI has user info, or options that are not known and so may be secret."""
     address, _, query = text.partition("?")
     options = parse_qsl(query, keep_blank_values=True) if "://" in address else []
-    return any(not _OPTIONS.fullmatch(name) or "@" in value for name, value in options)
+    is_unknown = any(not _OPTIONS.fullmatch(name) or "@" in value for name, value in options)
+    return is_unknown or bool(_USER_INFO.search(text))
 
 
 def hide_secrets(text: str) -> str:
