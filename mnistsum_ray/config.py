@@ -304,7 +304,7 @@ class ScoreConfig(TaskConfig):
     """Config of a scoring run. Unset fields follow from the cluster."""
 
     input: Places = Field(min_length=1)
-    """Parquet to score: one or more files, folders (with subfolders), globs or URIs"""
+    """Parquet to score: one or more files, folders (with subfolders), URIs or local globs"""
     max_rows: int | None = Field(default=None, ge=1)
     """stop after the output files that hold the first so many rows, for a first try [all]"""
     model: Place

@@ -55,8 +55,6 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
 
 def read_footer(file: Location, listed: Entry) -> _ParquetFile:
     """The `metadata` and schemas of a file, which is closed again; errors as of `open_parquet`."""
-    if file.path != listed.path:  # `list_inputs` escapes odd names
-        raise UnusableFileError("its name is not UTF-8, or has a control character; rename it")
     if not listed.is_file:
         raise UnusableFileError("is no file, or a link to none")
     with open_parquet(file, listed) as parquet:

@@ -129,16 +129,6 @@ def check_ray_reaches(location: "Location") -> None:
         arrow_place(location)
 
 
-def arrow_keys(location: "Location") -> list[str]:
-    """All keys below a prefix, odd ones too. StorageError: Arrow does not reach the bucket."""
-    from pyarrow.fs import FileSelector  # noqa: TID251
-
-    file_system, folder = arrow_place(location)
-    bucket = folder.removesuffix(location.path)
-    found = file_system.get_file_info(FileSelector(folder.rstrip("/"), recursive=True))
-    return [file.path.removeprefix(bucket) for file in found if file.is_file]
-
-
 @cache
 def _arrow_root(uri: str) -> tuple[Any, str]:
     from pyarrow.fs import FileSystem  # noqa: TID251 - Ray reads and writes by it

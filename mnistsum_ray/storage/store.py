@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from obstore import exceptions  # noqa: TID251
 
 from mnistsum_ray.errors import ConflictError, MissingFileError, NoAnswerError, StorageError
-from mnistsum_ray.storage.bucket import arrow_keys, ask_again, first_line, open_store
+from mnistsum_ray.storage.bucket import ask_again, first_line, open_store
 
 if TYPE_CHECKING:  # importing Arrow takes a moment, and a wrong flag should not wait for that
     import pyarrow as pa
@@ -83,16 +83,14 @@ class Location:
         """Another path on the same disk or in the same bucket."""
         return replace(self, path=path)
 
-    def names_below(self, folder: "Location") -> tuple[str, ...] | None:
-        """Names on the way from a folder to this: () is the folder itself, None is outside of it.
+    def lies_in(self, folder: "Location") -> bool:
+        """Whether this is a folder, or below it.
 
         Links are followed, since two ways to a place may differ in them.
         """
-        if self.bucket != folder.bucket:
-            return None
         follow = os.path.realpath if self.is_local else str
         here, above = Path(follow(self.path)), Path(follow(folder.path))
-        return here.relative_to(above).parts if here.is_relative_to(above) else None
+        return self.bucket == folder.bucket and here.is_relative_to(above)
 
     def file_entry(self) -> Entry | None:
         """The file here; None where there is none, or a folder."""
@@ -111,9 +109,7 @@ class Location:
         with self.storage_errors("listed"):
             if self.is_local:
                 return Path(self.path).is_dir()
-            with suppress(exceptions.InvalidPathError):  # an odd key below: then there is one
-                return any(self.store.list(self.path))
-            return True
+            return any(self.store.list(self.path))
 
     def exists(self) -> bool:
         return self.is_folder() or self.file_entry() is not None
@@ -150,38 +146,20 @@ class Location:
         return file
 
     def listing(self, enter: Callable[[str], bool]) -> list[Entry]:
-        """What is below a folder, sorted by path. Some is no file.
+        """What is below a folder, sorted by path.
 
-        On a disk that is a pipe or device, a link that leads nowhere or to a folder, and a folder
-        for which `enter` is false, which is not read. In a store it is an object with an odd key,
-        such as `a//b`, or one with a control character.
+        On a disk some is no file: a pipe or device, a link that leads nowhere or to a folder, and a
+        folder for which `enter` is false, which is not read.
         """
         with self.storage_errors("listed"):
             if self.is_local:
                 paths = _walk(self.path, enter) if Path(self.path).is_dir() else ()
                 return sorted(self.at(path).file_entry() or Entry(path) for path in paths)
-            entries = self._objects()
-            folders = {self.path, ""}
-            for entry in entries:
-                folder = entry.path.rpartition("/")[0]
-                while folder not in folders:
-                    folders.add(folder)
-                    folder = folder.rpartition("/")[0]
+            entries = [_object_entry(meta) for page in self.store.list(self.path) for meta in page]
+            folders = {str(above) for entry in entries for above in PurePath(entry.path).parents}
+            folders.add(self.path)
             # An empty object with the name of a folder only marks it: consoles make those.
             return sorted(entry for entry in entries if entry.size or entry.path not in folders)
-
-    def _objects(self) -> list[Entry]:
-        try:
-            return [_object_entry(meta) for page in self.store.list(self.path) for meta in page]
-        except exceptions.InvalidPathError:  # one odd key ends the whole listing
-            keys = arrow_keys(self)
-
-        def look(key: str) -> Entry:
-            with suppress(ValueError):  # what obstore raises for an odd key that it is given
-                return self.at(key).file_entry() or Entry(key)
-            return Entry(key)
-
-        return list(in_threads(self, look, keys))
 
     def files(self) -> list[Entry]:
         """All files below a folder, sorted by path; none where the folder is missing.

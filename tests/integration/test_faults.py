@@ -303,7 +303,7 @@ def test_a_scoring_gives_the_files_of_an_undisturbed_one(
     for file in [*pairs.iterdir(), *model.iterdir()]:
         (bucket / file.parent.name / file.name).write(file.read_bytes())
     output, refused = bucket / "out", s3_server.refused
-    uris = ("s3://bucket/model", "s3://bucket/in/*.parquet", output.display)
+    uris = ("s3://bucket/model", "s3://bucket/in", output.display)
     job = Job(*scoring(*uris, *SCORING), address=four_nodes.address)
     wait_for_files(job, output, 1)
     kill(job, SCORE)

@@ -25,7 +25,7 @@ from mnistsum_ray.errors import (
     TryAgainError,
 )
 from mnistsum_ray.storage import bucket as buckets
-from mnistsum_ray.storage.bucket import arrow_keys
+from mnistsum_ray.storage.bucket import arrow_place
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate, locate_existing
 from tests.storage.conftest import serve_s3, serving
@@ -130,7 +130,7 @@ def test_a_store_that_arrow_does_not_reach_is_one_line() -> None:
     with pytest.raises(
         StorageError, match=r"^abfs://b: Ray, which uses Arrow, does not reach it: Azure.* name$"
     ):
-        arrow_keys(Location("x", "abfs://b"))
+        arrow_place(Location("x", "abfs://b"))
 
 
 def test_a_connection_that_is_reset_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
