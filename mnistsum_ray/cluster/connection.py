@@ -128,7 +128,7 @@ def started_cluster() -> bool:
     """Whether this process has started the cluster that it is connected to: this machine alone."""
     import ray
 
-    return ray.is_initialized() and _started == ray.get_runtime_context().gcs_address
+    return ray.is_initialized() and bool(_started == ray.get_runtime_context().gcs_address)
 
 
 def head_answers() -> bool:
