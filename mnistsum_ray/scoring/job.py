@@ -19,7 +19,7 @@ import ray.exceptions
 import torch
 
 from mnistsum_ray.cluster import resources
-from mnistsum_ray.cluster.connection import ended_without_head, started_cluster
+from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
@@ -233,10 +233,7 @@ def score_on_ray(
     # No prefetch: each answer would wait for the one after it, which a task that dies never gives.
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     silent = "they are being started or replaced, or wait for data"
-    with (
-        ended_without_head(console.say, _how_to_go_on(request.config)),
-        console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"),
-    ):
+    with console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"):
         try:
             for block in blocks:
                 for row in block.to_pylist():
