@@ -37,9 +37,10 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     """Train a model, as `mnistsum train` does.
 
     Runs on the cluster that this process is connected to, else on the one that `connect` joins or
-    starts; that connection stays open. Progress goes to standard error. If the head of a cluster is
-    lost that this process has joined, the process ends with exit code 75: Ray's own core would end
-    it too.
+    starts; that connection stays open. Ray's processes end with the thread that has started them,
+    so a program that calls this from threads calls `ray.init()` in its main thread first. If the
+    head of the cluster is lost, Ray's core ends this process with exit code 1 after 60 s
+    (RAY_gcs_rpc_server_reconnect_timeout_s). Progress goes to standard error.
 
     `callbacks` are called by Ray Train in a process of its own, after an epoch with the metrics
     `epoch`, `train_loss`, `validation` and `test`. What one raises ends the run.

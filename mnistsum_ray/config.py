@@ -305,8 +305,6 @@ class ScoreConfig(TaskConfig):
 
     input: Places = Field(min_length=1)
     """Parquet to score: one or more files, folders (with subfolders), URIs or local globs"""
-    max_rows: int | None = Field(default=None, ge=1)
-    """stop after the output files that hold the first so many rows, for a first try [all]"""
     model: Place
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32"] | None = None
@@ -322,10 +320,6 @@ class ScoreConfig(TaskConfig):
     """write no manifest, and exit with 1, if any file or row cannot be scored"""
     overwrite: bool = False
     """delete an earlier output first and score everything; without it a scoring goes on"""
-    rescore_changed: bool = False
-    """score files again that have changed since they were scored; unset, they are refused"""
-    keep_gone: bool = False
-    """leave the output of files that are no longer in the input; unset, such output is refused"""
     # Arrow's limit of 2^31 bytes is 2 million rows of a KiB.
     max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
     """most rows of an output file, and what a kill costs [a quarter of a file, of 8 to 32 MiB]"""

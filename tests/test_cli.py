@@ -280,7 +280,7 @@ def test_all_that_is_wrong_is_said_in_one_short_line_by_flag_or_key(
 def test_in_python_a_path_may_be_a_path_and_help_says_what_a_field_means() -> None:
     config = ScoreConfig(input=[Path("a"), "b"], model=Path("m"), output="o")
     assert (config.input, config.model) == (("a", "b"), "m")
-    assert "keep_gone: leave the output of files" in str(ScoreConfig.__doc__)
+    assert "strict: write no manifest, and exit" in str(ScoreConfig.__doc__)
     said = r"^seed: input should be .*; epohs: there is no such setting; did you mean epochs\?$"
     with pytest.raises(RequestError, match=said):
         TrainConfig(epohs=2, seed=-1)

@@ -121,7 +121,8 @@ def test_each_line_of_the_messages_page_is_in_the_code() -> None:
     code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / ".readme/messages.md").read_text(), re.MULTILINE)
     texts = [text for row in rows for text in re.findall(r"`([^`]+)`", row) if " job " not in text]
-    of_ray = ["Unauthorized", "constructor arguments in the object store and max_restarts > 0"]
+    of_ray = ["Unauthorized", "Failed to connect to GCS within 60 seconds"]
+    of_ray.append("constructor arguments in the object store and max_restarts > 0")
     assert len(texts) > 7
     assert [text for text in texts if text not in code] == of_ray
 

@@ -10,12 +10,6 @@ import re
 import signal
 import socket
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, Final
 
 from mnistsum_ray.errors import RequestError, TryAgainError, one_line, root_cause, shortened
@@ -37,6 +31,9 @@ _started: str | None = None
 
 def connect() -> str:
     """Join the cluster of RAY_ADDRESS, or of this machine; without one, start one. Idempotent.
+
+    Ray's processes end with the thread that has started them, so a program that calls this from
+    threads calls `ray.init()` in its main thread first.
 
     Returns the console line that says which. TryAgainError: no cluster answers, or Ray does not
     start in time. RequestError: RAY_ADDRESS is no address, or the cluster has another token or
@@ -67,35 +64,11 @@ def connect() -> str:
             "RAY_ADDRESS, or `ray stop` if it has crashed; RAY_ADDRESS=local starts one here"
         )
     # The dashboard takes seconds to start.
-    start = partial(_init, "local", "Ray cannot be started here", include_dashboard=False)
-    _in_thread_that_stays(start)
+    _init("local", "Ray cannot be started here", include_dashboard=False)
     _started = ray.get_runtime_context().gcs_address
     # Each training takes 10 s more, until `ray stop` deletes the address of a cluster that is gone.
     gone = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it" if address else ""
     return f"started Ray on this machine, for this job alone{gone}"
-
-
-def _in_thread_that_stays(start: Callable[[], None]) -> None:
-    """Start Ray's processes, which Linux ends with the thread that has started them.
-
-    The next call in this process would wait for them for ever.
-    """
-    if threading.current_thread() is threading.main_thread():
-        start()
-        return
-    started: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            start()
-        except BaseException as error:
-            started.set_exception(error)
-        else:
-            started.set_result(None)
-        threading.Event().wait()
-
-    threading.Thread(target=run, daemon=True).start()
-    started.result()
 
 
 def _init(address: str, problem: str, **options: Any) -> None:
@@ -128,7 +101,7 @@ def started_cluster() -> bool:
     """Whether this process has started the cluster that it is connected to: this machine alone."""
     import ray
 
-    return ray.is_initialized() and _started == ray.get_runtime_context().gcs_address
+    return ray.is_initialized() and bool(_started == ray.get_runtime_context().gcs_address)
 
 
 def head_answers() -> bool:
@@ -137,35 +110,6 @@ def head_answers() -> bool:
 
     # Asked without a cluster, Ray would start one.
     return ray.is_initialized() and _answers(ray.get_runtime_context().gcs_address)
-
-
-@contextmanager
-def ended_without_head(say: Callable[[str], None], advice: str) -> Iterator[None]:
-    """In the block, end this process with exit code 75 where the head is gone for long.
-
-    Ten seconds later Ray's core would end it, with exit code 1.
-    """
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    given = os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s")  # noqa: SIM112
-    reconnect_seconds = float(given or 60)
-    done = threading.Event()
-
-    def watch() -> None:
-        answered = time.monotonic()
-        while not done.wait(1) and ray.is_initialized():
-            if _answers(address):
-                answered = time.monotonic()
-            elif time.monotonic() - answered > reconnect_seconds - 10:
-                say(f"error: the head of the Ray cluster does not answer; {advice}")
-                os._exit(os.EX_TEMPFAIL)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
 
 
 def _answers(address: str) -> bool:

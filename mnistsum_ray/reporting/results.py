@@ -74,8 +74,6 @@ class ScoreResult(Result):
     """Rows of files that could not be used, where a footer says how many."""
     resumed_rows: int
     """Of input_rows, those that an earlier run had scored or rejected."""
-    left_rows: int = 0
-    """Rows beside input_rows that `--max-rows` has left to a later run."""
     files: int
     failed_files: int
     rows_per_second: float

@@ -11,7 +11,6 @@ from mnistsum_ray.task import Table
 def scored_page(manifest: dict[str, Any], tables: Sequence[Table]) -> str:
     """Render the HTML page of a scored output, with the tables of its task."""
     totals = manifest["totals"]
-    all_rows = totals["input_rows"] + totals.get("left_rows", 0)
     labelled_rows = counted(manifest["counts"].get("labelled_rows", 0), "labelled row")
     cards = [
         (f"{totals['rejected_rows']:,}", "rows rejected"),
@@ -24,7 +23,7 @@ def scored_page(manifest: dict[str, Any], tables: Sequence[Table]) -> str:
         failures.append((f"all {totals['failed_files']:,}", "are in files.parquet"))
     return render(
         {},
-        title=f"{totals['scored_rows']:,} of {all_rows:,} rows scored",
+        title=f"{totals['scored_rows']:,} of {totals['input_rows']:,} rows scored",
         lines=[f"{totals['output']}, from {counted(totals['files'], 'file')}", manifest["notice"]],
         cards=cards,
         tables=[

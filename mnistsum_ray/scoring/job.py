@@ -19,7 +19,7 @@ import ray.exceptions
 import torch
 
 from mnistsum_ray.cluster import resources
-from mnistsum_ray.cluster.connection import ended_without_head, started_cluster
+from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
@@ -43,7 +43,6 @@ from mnistsum_ray.scoring.parts import (
     PREDICTIONS,
     FoundParts,
     Part,
-    first_parts,
     make_tasks,
     read_parts,
     split_into_parts,
@@ -96,9 +95,8 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
         console.say(f"cannot be used: {name}: {reason}")
 
     before = read_parts(request, planned, console)
-    output.check_may_go_on(request, before)
-    asked = first_parts(planned, request.config.max_rows)
-    todo = [part for name, part in asked.items() if name not in before.done]
+    output.say_what_goes_on(planned, before, console)
+    todo = [part for name, part in planned.items() if name not in before.done]
     after, scoring_seconds = before, 0.0  # if nothing is to be done
     if todo or before.stale:
         (request.output / MANIFEST).delete()
@@ -115,7 +113,7 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
                 for name in useless:
                     del planned[name]
         after = _read_again(request, planned, console)
-    output.check_complete(request, asked.keys() & planned.keys(), before, after)
+    output.check_complete(request, planned.keys(), before, after)
 
     resumed_rows = sum(part.rows for name, part in planned.items() if name in before.done)
     new_rows = after.counts.get("rows", 0) - resumed_rows
@@ -124,9 +122,6 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
         "rows_per_second": round(new_rows / scoring_seconds, 1) if scoring_seconds else 0.0,
         "seconds": round(time.monotonic() - started, 1),
     }
-    left_rows = sum(part.rows for name, part in planned.items() if name not in after.done)
-    if left_rows:
-        run_figures["left_rows"] = left_rows
     return output.publish(request, failures, after, run_figures, console)
 
 
@@ -227,9 +222,10 @@ def score_on_ray(
         num_cpus=plan.per_worker.get("CPU", 0),
         num_gpus=plan.per_worker.get("GPU", 0),
         # Ray Data limits neither restarts nor retries. A worker that dies at each start must end
-        # the job; a task uses up any number of retries in the second before Ray knows that its node
-        # is gone. Ray prints that arguments of a restarted actor may be lost: this process owns
-        # them until the end.
+        # the job, and so must a task that kills each worker. (This process cannot count its begins:
+        # Ray gives each answer of a repeated task once.) A task uses up any number of retries in
+        # the second before Ray knows that its node is gone. Ray prints that arguments of a
+        # restarted actor may be lost: this process owns them until the end.
         max_restarts=10,
         max_task_retries=-1,
     )
@@ -237,10 +233,7 @@ def score_on_ray(
     # No prefetch: each answer would wait for the one after it, which a task that dies never gives.
     blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     silent = "they are being started or replaced, or wait for data"
-    with (
-        ended_without_head(console.say, _how_to_go_on(request.config)),
-        console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"),
-    ):
+    with console.waiting_for("the workers", lambda: f"{silent}; {resources.describe_free()}"):
         try:
             for block in blocks:
                 for row in block.to_pylist():

@@ -37,6 +37,7 @@ from mnistsum_ray.scoring.parts import (
     PREDICTIONS,
     START_OVER,
     FoundParts,
+    Part,
     as_numbers,
     read_footers,
     refusal,
@@ -58,8 +59,7 @@ FILES_TABLE_SCHEMA: Final = pa.schema(
     | {"status": pa.string(), "reason": pa.string()}
 )
 """One row an input file. rows == scored + rejected + failed; null where no footer says them. Status
-is `scored`; `failed`, with a reason; `gone`: scored, but no longer in --input; or `partial`, where
---max-rows has left the rest."""
+is `scored`; `failed`, with a reason; or `gone`: scored, but no longer in --input."""
 
 
 def read_run(output: Location) -> dict[str, Any]:
@@ -119,23 +119,28 @@ def delete_output(output: Location, console: Console) -> None:
         (output / RUN_FILE).delete()
 
 
-def check_may_go_on(request: ScoreRequest, found: FoundParts) -> None:
-    """RequestError: parts are of input that has changed or is gone, and no flag says what to do."""
-    if found.stale and not request.config.rescore_changed:
-        parts = found.stale
-        state = "has changed since; --rescore-changed scores such files again"
-    elif found.gone and not request.config.keep_gone:
-        parts = found.gone
-        state = "is not in --input now; --keep-gone leaves such output as it is"
-    else:
+def say_what_goes_on(planned: Mapping[str, Part], before: FoundParts, console: Console) -> None:
+    """Say how many files of the input are new, have changed or are gone, if there is output."""
+    changed, gone = set(before.stale.values()), set(before.gone.values())
+    begun = before.rows_by_file.keys() | changed
+    if not begun:
         return
-    part, file = next(iter(parts.items()))
-    problem = f"{PREDICTIONS}/{part} has rows of {file}, which {state}, and {START_OVER}"
-    raise refusal(request.output, problem)
+    new = {part.input for part in planned.values()} - begun
+    said: list[str] = []
+    for files, of_one, of_more in (
+        (new, "is new", "are new"),
+        (changed, "has changed and is scored again", "have changed and are scored again"),
+        (gone, "is gone and keeps its output", "are gone and keep their output"),
+    ):
+        if files:
+            count = f"{len(files):,}" if said else counted(len(files), "file")
+            said.append(f"{count} {of_one if len(files) == 1 else of_more}")
+    if said:
+        console.say(", ".join(said))
 
 
 def check_complete(
-    request: ScoreRequest, asked: Set[str], before: FoundParts, found: FoundParts
+    request: ScoreRequest, planned: Set[str], before: FoundParts, found: FoundParts
 ) -> None:
     """Check at the end that the folder is still of this run, and holds its parts and no others.
 
@@ -143,7 +148,7 @@ def check_complete(
 
     TryAgainError: another run may be at work there.
     """
-    missing = sorted(asked - found.done)
+    missing = sorted(planned - found.done)
     strange = [*found.stale, *(found.gone.keys() - before.gone.keys())]
     if read_run(request.output).get("id") != request.run_id:
         problem = f"{RUN_FILE} is gone, or of another run now"
@@ -181,11 +186,6 @@ def publish(
     if counts.get("rows", 0) > rejected.total:
         with calling(request.task, "describe"):
             findings = request.task.describe(counts)
-    notices = [findings.notice] if findings.notice else []
-    left_rows = run_figures.get("left_rows", 0)
-    if left_rows:
-        left = f"{counted(left_rows, 'row')} of the input are left, and no {MANIFEST} is written"
-        notices.append(f"--max-rows: {left}; without it the same command goes on")
     manifest = {
         "format": RUN_FORMAT,
         "status": "finished",
@@ -193,7 +193,7 @@ def publish(
         "totals": totals,
         "counts": counts,
         "metrics": metrics,
-        "notice": "; ".join(notices),
+        "notice": findings.notice,
         "bad_rows": {"reasons": rejected.reasons, "examples": rejected.examples},
         "failures": dict(islice(failures.items(), 100)),  # files.parquet has all
         "config": request.config.model_dump(mode="json"),
@@ -213,18 +213,14 @@ def publish(
             failed = "--strict" if totals["scored_rows"] else "nothing was scored"
             raise RunError(f"{failed}: {unusable}; no {MANIFEST} is written")
         console.say(unusable)
-    if left_rows:
-        (output / MANIFEST).delete()  # an earlier one, of fewer input files
-    else:
-        (output / MANIFEST).write(manifest)
+    (output / MANIFEST).write(manifest)
     return ScoreResult(**totals)
 
 
 def _say_result(request: ScoreRequest, manifest: Mapping[str, Any], console: Console) -> None:
     """Say what was scored and how well, and where the output is."""
     totals, labelled_rows = manifest["totals"], manifest["counts"].get("labelled_rows", 0)
-    rows = counted(totals["input_rows"] + totals.get("left_rows", 0), "row")
-    files = counted(totals["files"], "file")
+    rows, files = counted(totals["input_rows"], "row"), counted(totals["files"], "file")
     exactly = ", each exactly once" if totals["scored_rows"] else ""
     console.say(f"scored {totals['scored_rows']:,} of {rows} in {files}{exactly}")
     if request.labels:
@@ -257,13 +253,8 @@ def _rows_of_files(
         if reason:
             rows.append((file.name, file.rows, 0, 0, file.rows, "failed", reason))
     gone = set(found.gone.values())
-    rows_of_input = {file.name: file.rows for file in request.files}
     for name, count in found.rows_by_file.items():
-        status = "scored"
-        if name in gone:
-            status = "gone"
-        elif count < (rows_of_input[name] or 0):
-            status = "partial"
+        status = "gone" if name in gone else "scored"
         rejected = found.rejected_by_file[name]
         rows.append((name, count, count - rejected, rejected, 0, status, None))
     return [dict(zip(FILES_TABLE_SCHEMA.names, row, strict=True)) for row in sorted(rows)]

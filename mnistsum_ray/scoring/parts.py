@@ -85,17 +85,6 @@ def _parts_of(file: InputFile, request: ScoreRequest) -> Iterator[Part]:
         yield Part(output, file.name, file.entry.size, file.entry.e_tag, start, end - start)
 
 
-def first_parts(planned: Mapping[str, Part], max_rows: int | None) -> Mapping[str, Part]:
-    """The first parts, as many as it takes to have `max_rows` rows; all if that is None."""
-    rows = 0
-    first: dict[str, Part] = {}
-    for name, part in planned.items():
-        if max_rows is None or rows < max_rows or not part.rows:  # an empty file costs nothing
-            first[name] = part
-        rows += part.rows
-    return first
-
-
 def make_tasks(
     request: ScoreRequest, parts: Sequence[Part], usual_bytes: int, workers: int
 ) -> list[list[Part]]:
@@ -159,7 +148,8 @@ class FoundParts:
 def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> FoundParts:
     """Read the footers of all parts in the output folder, and compare them with the plan.
 
-    RequestError: a part is of another run, or a file is of another program.
+    RequestError: a part is of another run, or has the name that another file needs; or a file is of
+    another program.
     """
     inputs = {file.name for file in request.files}
     found = FoundParts()
@@ -177,6 +167,10 @@ def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Cons
             found.rejected.add(footer["reasons"], examples)
         elif part.input in inputs:
             found.stale[name] = part.input
+        elif name in planned:
+            both = f"rows of {part.input}, which is gone, and {planned[name].input} needs its name"
+            problem = f"{PREDICTIONS}/{name} has {both}; rename it, or {START_OVER}"
+            raise refusal(request.output, problem)
         else:
             found.gone[name] = part.input
         if name not in found.stale:

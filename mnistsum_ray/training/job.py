@@ -18,7 +18,7 @@ import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from mnistsum_ray.cluster.connection import ended_without_head, started_cluster
+from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.resources import (
     WorkerPlan,
     plan_training,
@@ -183,7 +183,6 @@ def run_trainer(
     with (
         follower.following(),
         default_environment(_environment(plan, wait_seconds)),
-        ended_without_head(console.say, request.how_to_resume),
     ):
         while True:
             loop = LoopConfig(

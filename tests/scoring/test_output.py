@@ -172,13 +172,16 @@ def another_run_begins(example: Example) -> None:
     run.write_text(json.dumps(json.loads(run.read_text()) | {"id": "another"}))
 
 
+def take_the_name_of_a_part(example: Example) -> None:
+    """A file that is gone has left a part, and a new one is called like it."""
+    example.file.unlink()
+    write_rows(example.input / "a-00000-of-00003.parquet", [13])
+
+
 OLD = b'{"format": "mnistsum_ray.score/1", "version": "0.0.1", "request": {}}'
 AGAIN = "--overwrite deletes that output and scores everything again"
 BEGUN = f"was begun with {{}}, and this run has {{}}; give the same again, or {AGAIN}"
-RESCORE = f"--rescore-changed scores such files again, and {AGAIN}"
-CHANGED = f"has rows of a.parquet, which has changed since; {RESCORE}"
-KEEP = f"--keep-gone leaves such output as it is, and {AGAIN}"
-GONE = f"has rows of a.parquet, which is not in --input now; {KEEP}"
+NAMES = "of a.parquet, which is gone, and a-00000-of-00003.parquet needs its name; rename it, or "
 OTHER = f"is of another run than run.json; {AGAIN}"
 AWAY = "is not a file of this program; move it away, or choose another folder"
 REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
@@ -186,10 +189,7 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     (unchanged, {"precision": "bf16"}, BEGUN.format("--precision fp32", "bf16")),
     (write("run.json", OLD), {}, BEGUN.format("format mnistsum_ray.score/1", RUN_FORMAT)),
     (unchanged, {"input": "deep"}, f"/in/deep; give the same again, or {AGAIN}"),
-    (lambda example: write_rows(example.file, range(10)), {}, f"{OF_A[0]} {CHANGED}"),
-    (lambda example: example.file.rename(example.input / "c.parquet"), {}, f"{OF_A[0]} {GONE}"),
-    (copy(f"out/{OF_A[0]}", OF_A[1]), {}, f"{OF_A[1]} {CHANGED}"),
-    (lose_rows, {}, f"{OF_A[1]} {CHANGED}"),
+    (take_the_name_of_a_part, {}, f"{OF_A[0]} has rows {NAMES}{AGAIN}"),
     (another_run_begins, {}, f"{OF_A[0]} {OTHER}"),
     (copy("in/deep/b.pq", OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
     (write(OF_A[1]), {}, f"{OF_A[1]} {AWAY}"),
@@ -224,29 +224,69 @@ def test_what_is_refused_changes_nothing(
         assert overwritten == example.files(*TIMED) | others
 
 
-def test_output_of_input_that_is_gone_stays_where_a_flag_says_so(example: Example) -> None:
+def test_output_of_input_that_is_gone_stays(example: Example) -> None:
+    """Also where a part of it is missing."""
     example.score(overwrite=True)
     before = example.files(*TIMED)
     with pytest.raises(RequestError, match="was begun with --model with SHA-256"):
         example.score(model=str(write_model(example.folder / "model", 1)))
     example.file.rename(example.folder / "a.parquet")
-    kept = example.score(keep_gone=True)
-    assert (kept.input_rows, kept.files, kept.resumed_rows) == (3, 3, 3)
-    assert listed(example)[0] == ["a.parquet", 10, 8, 2, 0, "gone", None]
+    for part, rows in ((None, [10, 8, 2]), (OF_A[2], [8, 6, 2])):
+        if part:
+            (example.output / part).unlink()
+        kept = example.score()
+        assert (kept.input_rows, kept.files, kept.resumed_rows) == (3, 3, 3)
+        assert listed(example)[0] == ["a.parquet", *rows, 0, "gone", None]
+        assert manifest_of(example)["counts"]["rows"] == 3
     (example.folder / "a.parquet").rename(example.file)
-    assert example.score().resumed_rows == 13
+    assert example.score().resumed_rows == 11
     assert example.files(*TIMED) == before
 
 
-def test_a_file_that_has_changed_is_scored_again_where_a_flag_says_so(example: Example) -> None:
-    """Also one that has fewer rows now, and other parts, and one that is no Parquet any more."""
+def test_a_file_that_has_changed_is_scored_again(example: Example) -> None:
+    """One has the same rows, then fewer and other parts; another is no Parquet any more."""
     example.score()
+    write_rows(example.file, range(10))
+    again = example.score()
+    assert (again.scored_rows, again.resumed_rows) == (13, 3)
+    assert example.files(*TIMED).keys() == PARTS | {"run.json", "files.parquet"}
     write_rows(example.file, range(20, 23))
     (example.input / "deep" / "b.pq").write_bytes(b"not Parquet")
-    again = example.score(rescore_changed=True)
+    again = example.score()
     assert (again.input_rows, again.scored_rows, again.resumed_rows) == (3, 3, 0)
     parts = {"predictions/a.parquet", "predictions/none.parquet"}
     assert example.files(*TIMED).keys() == parts | {"run.json", "files.parquet"}
+    assert pq.read_table(example.output / "predictions/a.parquet")["id"].to_pylist() == [20, 21, 22]
+
+
+@pytest.mark.parametrize("change", [copy(f"out/{OF_A[0]}", OF_A[1]), lose_rows])
+def test_a_part_that_has_not_its_rows_is_scored_again(example: Example, change: Any) -> None:
+    example.score()
+    before = example.files(*TIMED)
+    change(example)
+    assert example.score().resumed_rows == 9
+    assert example.files(*TIMED) == before
+
+
+def test_a_line_says_what_has_become_of_the_input(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None does of a first run, nor where nothing has changed."""
+    lines: list[str] = []
+    monkeypatch.setattr(CONSOLE, "say", lines.append)
+    for _ in range(2):
+        example.score()
+    assert not re.search("new|changed|gone", " ".join(lines))
+    example.file.rename(example.input / "c.parquet")
+    write_rows(example.input / "more.parquet", [13])
+    write_rows(example.input / "deep" / "b.pq", [14])
+    example.score()
+    said = "2 files are new, 1 has changed and is scored again, 1 is gone and keeps its output"
+    assert said in lines
+    for path in (example.input / "c.parquet", example.input / "more.parquet"):
+        path.unlink()
+    example.score()
+    assert "3 files are gone and keep their output" in lines
 
 
 def test_strict_ends_without_a_manifest(example: Example) -> None:
@@ -449,18 +489,3 @@ def test_two_runs_of_one_request_at_once_give_the_files_of_one(
         assert [run.scored_rows for run in runs] == [11, 11]
         assert len(both.files()) == len(undisturbed) + 2, "manifest and report"
         assert {name: (both / name).read_bytes() for name in undisturbed} == undisturbed
-
-
-def test_a_first_try_with_some_rows_is_not_taken_for_the_whole(example: Example) -> None:
-    some = example.score(max_rows=5)
-    assert (some.input_rows, some.scored_rows, some.rejected_rows, some.left_rows) == (8, 6, 2, 5)
-    done = {*OF_A[:2], "predictions/none.parquet"}  # which has no rows
-    assert example.files(*TIMED).keys() == {*done, "run.json", "files.parquet"}
-    assert [row[-2] for row in listed(example)] == ["partial", "failed", "scored"]
-    assert "5 rows of the input are left" in (example.output / "report.html").read_text()
-    assert not (example.output / "manifest.json").exists()
-    whole = example.score()
-    assert (whole.input_rows, whole.resumed_rows) == (13, 8)
-    for max_rows in (1, 99):
-        assert example.score(max_rows=max_rows).input_rows == 13, "all are there"
-        assert (example.output / "manifest.json").exists()
