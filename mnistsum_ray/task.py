@@ -134,8 +134,16 @@ class Task(ABC):
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, weight_decay=weight_decay, fused=True)
 
+    def calibrate(self, network: "nn.Module", validation: Evaluated) -> dict[str, Any]:
+        """Called after the last epoch, on the CPU: may change the weights in place.
+
+        Returns entries of model.json. If it is overridden, all held-out rows are evaluated again,
+        so that what is published is measured on the weights that are published.
+        """
+        return {}
+
     def finish(self, network: "nn.Module", validation: Evaluated, test: Evaluated) -> Findings:
-        """Called last, on the CPU: may calibrate the network in place, and analyse its errors."""
+        """Called last, on the CPU: may analyse the errors of the network, which is final now."""
         return Findings()
 
     def count(self, predicted: Arrays, batch: Arrays) -> dict[str, Any]:

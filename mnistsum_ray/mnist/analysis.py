@@ -5,7 +5,7 @@ logits of a head are divided by its temperature before softmax.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from operator import itemgetter
 from typing import Any, Final
@@ -25,11 +25,9 @@ RELIABILITY_BINS: Final = 15  # of equal width over the probability 0..1, as in 
 MAX_MISTAKES: Final = 24  # that are kept for the report: the surest, one an image
 
 
-def finish(network: TwoHeadCNN, validation: Evaluated, test: Evaluated) -> Findings:
-    """Calibrate a network in place on validation rows, and analyse its errors on test rows."""
-    temperatures = fit_temperatures(network, validation)
-    analysis, images = analyse_errors(network, test, temperatures)
-    network.fold_temperatures(temperatures)
+def finish(network: TwoHeadCNN, test: Evaluated) -> Findings:
+    """Analyse the errors of a calibrated network on test rows."""
+    analysis, images = analyse_errors(network, test)
     of_heads = analysis["probabilities"]
     image = f"{SIDE} x {SIDE} grayscale, uint8, 0 background, 255 ink"
     scaled = {"scaled": "(image / 255 - mean) / std", "mean": PIXEL_MEAN, "std": PIXEL_STD}
@@ -37,7 +35,6 @@ def finish(network: TwoHeadCNN, validation: Evaluated, test: Evaluated) -> Findi
         "input": {"image": image, **scaled, "number": f"0..{NUMBERS - 1}"},
         "output": {"digit": f"{DIGITS} scores", "sum": f"{SUMS} scores"},
         "calibration_error": {name: of_head["ece"] for name, of_head in of_heads.items()},
-        "temperatures_in_weights": temperatures,
     }
     confusion, mistakes = analysis["confusion"], analysis["mistakes"]
     surest = "The most confident mistakes"
@@ -102,9 +99,7 @@ def fit_temperature(logits: Tensor, classes: Tensor) -> float:
     return float(f"{math.exp((low + high) / 2):.4g}")
 
 
-def analyse_errors(
-    network: TwoHeadCNN, rows: Evaluated, temperatures: Mapping[str, float]
-) -> tuple[dict[str, Any], Array]:
+def analyse_errors(network: TwoHeadCNN, rows: Evaluated) -> tuple[dict[str, Any], Array]:
     """The entry `error_analysis` of manifest.json, and the images of its mistakes.
 
     `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
@@ -117,7 +112,7 @@ def analyse_errors(
         answers = {}
         confidence = torch.zeros(len(digit_logits), NUMBERS)
         for head, logits, truth in with_all_numbers(network, batch, digit_logits):
-            probability, answer = (logits / temperatures[head]).softmax(2).max(2)
+            probability, answer = logits.softmax(2).max(2)
             is_right = answer == truth
             sureness[head].append(torch.stack([probability.flatten(), is_right.flatten()]))
             answers[f"pred_{head}"] = answer.expand(-1, NUMBERS)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from mnistsum_ray.errors import TaskError
 from mnistsum_ray.model.calls import calling
 from mnistsum_ray.model.device import describe_hardware
 from mnistsum_ray.model.folder import Weights, checksum, copy_weights, describe_model
@@ -20,44 +21,52 @@ class FinishedModel:
     """
 
     history: list[dict[str, Any]]  # lines of history.jsonl, one an epoch
-    weights: Weights  # as `Task.finish` has left them
+    weights: Weights  # as `Task.calibrate` has left them
     description: dict[str, Any]  # contents of model.json
     findings: Findings
     hardware: dict[str, Any]
     precision: str  # `bf16` or `fp32`, of the training
 
 
+def calibrate_model(task: Task, trained: nn.Module, validation: Evaluated) -> dict[str, Any]:
+    """Let the task calibrate the network of the last epoch in place, with rows on the CPU.
+
+    Returns what model.json has of it. The same network and rows give the same each time.
+    """
+    network = _on_cpu(task, copy_weights(trained))  # where the rows are
+    with calling(task, "calibrate"):
+        entries = dict(task.calibrate(network, validation))
+        trained.load_state_dict(network.state_dict())
+    return entries
+
+
 def finish_model(
     task: Task,
-    trained: nn.Module,
-    validation: Evaluated,
-    test: Evaluated,
+    calibrated: nn.Module,
+    analysed: dict[str, Evaluated],
     history: list[dict[str, Any]],
     precision: str,
     code: str,
+    entries: dict[str, Any],
 ) -> FinishedModel:
-    """Let the task finish the network of the last epoch, with held-out rows on the CPU.
+    """Let the task analyse the final network, with held-out rows on the CPU.
 
-    The same trained network and rows give the same finished one each time.
+    `entries` are more of model.json.
     """
-    # A copy on the CPU, where the rows are. `finish` may change the one that it gets.
-    network = task.network().eval()
-    network.load_state_dict(copy_weights(trained))
-    # Two runs are compared by these bits, those before calibration.
-    trained_sha256 = checksum(copy_weights(network))
+    weights = copy_weights(calibrated)
+    network = _on_cpu(task, weights)
     with calling(task, "finish"):
-        findings = task.finish(network, validation, test)
-    weights, last = copy_weights(network), history[-1]
-    description = describe_model(
-        task,
-        weights,
-        code,
-        precision=precision,
-        epoch=last["epoch"],
-        validation=last["validation"],
-        test=last["test"],
-        trained_sha256=trained_sha256,
-        **findings.model,
-    )
-    used = describe_hardware(device_of(trained))
+        findings = task.finish(network, analysed["validation"], analysed["test"])
+    if checksum(copy_weights(network)) != checksum(weights):
+        raise TaskError(f"task {task.name}: finish must not change the network: calibrate may")
+    epoch, more = history[-1]["epoch"], entries | findings.model
+    description = describe_model(task, weights, code, precision=precision, epoch=epoch, **more)
+    used = describe_hardware(device_of(calibrated))
     return FinishedModel(history, weights, description, findings, used, precision)
+
+
+def _on_cpu(task: Task, weights: Weights) -> nn.Module:
+    """A network of its own, for code of the task that may change it."""
+    network = task.network().eval()
+    network.load_state_dict(weights)
+    return network

@@ -30,8 +30,8 @@ from mnistsum_ray.model.device import (
     faster_with_bf16,
     tune_malloc,
 )
-from mnistsum_ray.model.finished import FinishedModel, finish_model
-from mnistsum_ray.model.folder import Weights
+from mnistsum_ray.model.finished import FinishedModel, calibrate_model, finish_model
+from mnistsum_ray.model.folder import Weights, checksum, copy_weights
 from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.task import Batch, Evaluated, Task
@@ -121,30 +121,47 @@ def _train(config: LoopConfig) -> FinishedModel | None:
         broadcast_state(trainer.network)  # CPUs of other kinds round differently
         state.epochs_done += 1
         started = time.perf_counter()
-        for split, rows in held_out.items():
-            figures[split] = rows.evaluate(trainer.network, bf16=trainer.bf16)
-            where = f"epoch {state.epochs_done}: the loss on {split} rows is"
-            trainer.check_finite(figures[split]["loss"], where)
+        figures |= _evaluate(trainer, held_out, f"epoch {state.epochs_done}")
         figures["evaluation_seconds"] = time.perf_counter() - started
         line = {"epoch": state.epochs_done, "workers": trainer.world_size, **figures}
         state.history.append(line)
         events.send("epoch", **line)
         report_epoch(state, trainer.network, trainer.optimizer, trainer.rank)
+    events.note("finishing the model")
+    # Two runs are compared by these bits, those before calibration.
+    entries: dict[str, Any] = {"trained_sha256": checksum(copy_weights(trainer.network))}
+    metrics = {split: state.history[-1][split] for split in held_out}
+    if type(task).calibrate is not Task.calibrate:
+        rows = held_out["validation"].gather_analysed(trainer.network, bf16=trainer.bf16)
+        if trainer.rank == 0:
+            entries |= calibrate_model(task, trainer.network, rows)
+        broadcast_state(trainer.network)
+        metrics = _evaluate(trainer, held_out, "after calibration")
     analysed = {}
-    for split, rows in held_out.items():
-        analysed[split] = rows.gather_analysed(trainer.network, bf16=trainer.bf16)
+    for split, of_split in held_out.items():
+        analysed[split] = of_split.gather_analysed(trainer.network, bf16=trainer.bf16)
     if trainer.rank > 0:
         return None
-    events.note("finishing the model")
     return finish_model(
         task,
         trainer.network,
-        analysed["validation"],
-        analysed["test"],
+        analysed,
         state.history,
         state.precision,
         config.code,
+        metrics | entries,
     )
+
+
+def _evaluate(
+    trainer: Trainer, held_out: dict[str, "HeldOutRows"], when: str
+) -> dict[str, dict[str, float]]:
+    """Metrics of each split. A RunError says that a loss is infinite."""
+    metrics = {}
+    for split, rows in held_out.items():
+        metrics[split] = rows.evaluate(trainer.network, bf16=trainer.bf16)
+        trainer.check_finite(metrics[split]["loss"], f"{when}: the loss on {split} rows is")
+    return metrics
 
 
 def _set_up_process(device: torch.device, threads: int | None) -> None:
@@ -232,8 +249,9 @@ class HeldOutRows:
             return outputs, self._task.evaluate(network, outputs, batch)
 
     def gather_analysed(self, network: nn.Module, *, bf16: bool) -> Evaluated:
-        """Rows of all ranks with the outputs of the last evaluation, on the CPU, for `finish`."""
-        if type(self._task).finish is Task.finish:  # nothing would look at them
+        """Rows of all ranks with the outputs of the last evaluation, on the CPU, for the task."""
+        kind = type(self._task)
+        if (kind.calibrate, kind.finish) == (Task.calibrate, Task.finish):  # nothing looks at them
             return []
         if self._analysed is None:  # a run that was lost after its last epoch
             self.evaluate(network, bf16=bf16)

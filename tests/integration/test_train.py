@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+import torch.nn.functional as F
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -108,8 +109,12 @@ def test_the_run_folder_holds_history_report_pictures_and_no_pickle(
     for path in run.rglob("*"):
         start = path.read_bytes()[:2] if path.is_file() else b""
         assert start not in (b"\x80\x04", b"\x80\x05", b"PK"), f"{path} is pickled"
-    assert card["test"]["digit_accuracy"] == history[-1]["test"]["digit_accuracy"]
     assert card["temperatures_in_weights"].keys() == {"digit", "sum"}
+    # All that is published is measured after the calibration, and the history before it.
+    assert card["test"] == manifest["metrics"]["test"]
+    assert card["test"]["loss"] != history[-1]["test"]["loss"]
+    right = sum(row[digit] for digit, row in enumerate(manifest["error_analysis"]["confusion"]))
+    assert card["test"]["digit_accuracy"] == right / 100
 
 
 def test_prometheus_sees_the_rows_of_all_epochs(done: Result) -> None:
@@ -117,21 +122,39 @@ def test_prometheus_sees_the_rows_of_all_epochs(done: Result) -> None:
     wait_until(lambda: metrics_of(run).get("ray_mnistsum_rows_total") == rows, 30)
 
 
-def test_the_model_scores_in_plain_pytorch_what_the_run_says(
-    done: Result, test_rows: pa.Table
-) -> None:
+def check_in_plain_pytorch(line: dict[str, Any], test_rows: pa.Table) -> None:
+    """Assert that the model of a run measures what its JSON line says."""
     images = torch.tensor(test_rows["image"].chunk(0).to_numpy_ndarray())
     digits = torch.tensor(test_rows["digit"].to_numpy())
-    network = load_model(done.line["model"])
-    right = 0
+    network = load_model(line["model"])
+    right, loss = 0, 0.0
     with torch.no_grad():
         for number in range(10):
             numbers = torch.full((len(images),), number)
             digit, total = network({"image": images, "number": numbers})
             right += int((total.argmax(1) == digits + number).sum())
+            for logits, true in ((digit, digits), (total, digits + number)):
+                loss += F.cross_entropy(logits, true).item() / 20
     accuracy = (digit.argmax(1) == digits).float().mean().item()
-    assert done.line["test"]["digit_accuracy"] == pytest.approx(accuracy)
-    assert done.line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
+    assert line["test"]["digit_accuracy"] == pytest.approx(accuracy)
+    assert line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
+    assert line["test"]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_model_scores_in_plain_pytorch_what_the_run_says(
+    done: Result, test_rows: pa.Table
+) -> None:
+    check_in_plain_pytorch(done.line, test_rows)
+
+
+@pytest.mark.slow
+def test_a_model_of_two_workers_scores_what_the_run_says(
+    data: Path, test_rows: pa.Table, tmp_path: Path
+) -> None:
+    """Rank 0 calibrates it, and both measure it."""
+    settings: dict[str, Any] = {"epochs": 1, "precision": "fp32", "num_workers": 2}
+    trained = train_here(data=data, storage_path=tmp_path, **settings)
+    check_in_plain_pytorch(trained.line, test_rows)
 
 
 @pytest.mark.slow

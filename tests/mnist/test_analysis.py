@@ -12,7 +12,6 @@ from mnistsum_ray.mnist.analysis import (
     MAX_MISTAKES,
     RELIABILITY_BINS,
     analyse_errors,
-    finish,
     fit_temperature,
     fit_temperatures,
     with_all_numbers,
@@ -52,8 +51,7 @@ def test_all_numbers_at_once_are_each_number_alone() -> None:
 
 @torch.no_grad()
 def test_the_error_analysis_agrees_with_the_metrics() -> None:
-    temperatures = {"digit": 1.0, "sum": 2.0}
-    analysis, images = analyse_errors(new_model(), rows_with_logits(), temperatures)
+    analysis, images = analyse_errors(new_model(), rows_with_logits())
     confusion = np.array(analysis["confusion"])
     assert confusion.sum(1).tolist() == np.bincount(DIGITS, minlength=10).tolist()
     right = {"digit_accuracy": 0, "sum_accuracy": 0}
@@ -100,13 +98,13 @@ def test_the_fit_recovers_the_temperature_of_the_labels_and_minimizes_the_loss(
 
 
 @torch.no_grad()
-def test_a_finished_network_has_its_logits_divided_by_temperatures() -> None:
+def test_a_calibrated_network_has_its_logits_divided_by_temperatures() -> None:
     model, batch = new_model(), random_rows(100)
     before = model(batch)
     temperatures = fit_temperatures(model, rows_with_logits())
-    findings = finish(model, rows_with_logits(), rows_with_logits())
     assert all(abs(temperature - 1) > 0.01 for temperature in temperatures.values())
-    assert findings.model["temperatures_in_weights"] == temperatures
+    assert task().calibrate(model, rows_with_logits()) == {"temperatures_in_weights": temperatures}
+    findings = task().finish(model, rows_with_logits(), rows_with_logits())
     assert {*findings.pictures} == {"confusion.png", "mistakes.png", "reliability.png"}
     analysis: dict[str, Any] = findings.manifest["error_analysis"]
     errors = {name: head["ece"] for name, head in analysis["probabilities"].items()}

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import queue
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 
 from mnistsum_ray.data.columns import Array
 from mnistsum_ray.data.randomness import Draws, Purpose, RowTotals, seeds
+from mnistsum_ray.errors import RunError
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum
 from mnistsum_ray.model.finished import FinishedModel
 from mnistsum_ray.model.folder import checksum, copy_weights
@@ -220,16 +222,30 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
     assert progress["loss"] == line["train_loss"]
 
 
-def test_a_task_of_another_kind_is_trained_and_what_it_finishes_is_published() -> None:
-    """Its evaluation is the mean of `judge`, and its `finish` gets rows on the CPU."""
+class Finishing(Points):
+    """Its calibration sets the last layer to zero, so that its answers are known."""
 
-    class Finishing(Points):
-        def finish(self, network: Any, validation: Any, test: Any) -> Findings:
-            rows = [sum(len(batch["side"]) for batch, _ in split) for split in (validation, test)]
-            with torch.no_grad():
-                network[0].bias.zero_()
-            return Findings(manifest={"rows": rows}, model={"extra": 1})
+    def calibrate(self, network: Any, validation: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            network[3].weight.zero_()
+            network[3].bias.zero_()
+        return {"calibrated_with": sum(len(batch["side"]) for batch, _ in validation)}
 
+    def finish(self, network: Any, validation: Any, test: Any) -> Findings:
+        rows = [sum(len(batch["side"]) for batch, _ in split) for split in (validation, test)]
+        for _, outputs in (*validation, *test):
+            assert not outputs.any(), "they are those of the network before"
+        return Findings(manifest={"rows": rows}, model={"extra": 1})
+
+
+class Changing(Finishing):
+    def finish(self, network: Any, validation: Any, test: Any) -> Findings:
+        network[0].bias.data += 1
+        return Findings()
+
+
+def train_points(task: Points) -> FinishedModel:
+    """Train a task of another kind than the built-in one, with 200, 300 and 400 rows."""
     places = np.random.default_rng(0).standard_normal((400, 3)).astype(np.float32)
     datasets, totals, ids = {}, {}, np.arange(400)
     for split, rows in {"train": slice(200), "validation": slice(300), "test": slice(400)}.items():
@@ -239,16 +255,42 @@ def test_a_task_of_another_kind_is_trained_and_what_it_finishes_is_published() -
         totals[split] = RowTotals.of(ids[rows])
     parameters = hyperparameters(epochs=12, batch_size=20, learning_rate=0.05, precision="fp32")
     events: Any = queue.Queue()
-    given = LoopConfig(Finishing(), "code", parameters, 1, totals, events, Start())
+    given = LoopConfig(task, "code", parameters, 1, totals, events, Start())
     finished = as_worker(lambda: train_loop_per_worker({"loop": given}), datasets)
     assert finished is not None
+    return finished
+
+
+def test_a_task_of_another_kind_is_trained_and_what_is_published_is_of_its_final_weights() -> None:
+    """Its evaluation is the mean of `judge`; it is calibrated and analysed with rows on the CPU."""
+    finished = train_points(Finishing())
     assert finished.history[-1]["test"].keys() == {"rows", "loss", "accuracy"}
     assert finished.history[-1]["test"]["rows"] == 400
     assert finished.history[-1]["test"]["accuracy"] > 0.95
     assert finished.findings.manifest == {"rows": [300, 400]}
-    assert finished.description["extra"] == 1
-    assert not finished.weights["0.bias"].any()
+    assert (finished.description["calibrated_with"], finished.description["extra"]) == (300, 1)
+    assert not finished.weights["3.weight"].any()
     assert finished.description["sha256"] != finished.description["trained_sha256"]
+    for split, rows in (("validation", 300), ("test", 400)):
+        measured = finished.description[split]
+        assert measured["rows"] == rows
+        assert measured["loss"] == pytest.approx(math.log(2)), "of a network that knows nothing"
+        assert measured["loss"] > finished.history[-1][split]["loss"] + 0.1
+
+
+def test_without_a_calibration_the_metrics_of_the_last_epoch_are_published() -> None:
+    finished = train_points(Points())
+    description = finished.description
+    assert description["sha256"] == description["trained_sha256"]
+    assert [description[split] for split in ("validation", "test")] == [
+        finished.history[-1][split] for split in ("validation", "test")
+    ]
+
+
+def test_an_analysis_that_changes_the_network_is_refused() -> None:
+    """What was measured before would be published with it."""
+    with pytest.raises(RunError, match=r"^task points: finish must not change the network: calib"):
+        train_points(Changing())
 
 
 def test_a_line_says_that_the_workers_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
