@@ -10,9 +10,9 @@ taken Ray Train's list of checkpoints.
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import ray.exceptions
 import ray.train
@@ -39,6 +39,7 @@ from mnistsum_ray.model.finished import FinishedModel
 from mnistsum_ray.model.folder import WEIGHTS_FILE, load_model
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
+from mnistsum_ray.reporting.report import versions
 from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
@@ -118,12 +119,7 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             if request.source.files or not usable_nodes():
                 wait_for({"CPU": 1}, "the tasks that read rows", config.wait_seconds, console.say)
             plan = plan_training(config, parameters.batch_size, console.say)
-            threads = stored.get("threads")
-            if threads and threads != plan.threads:
-                console.say(
-                    f"the run had CPU workers of {threads} threads, and goes on with {plan}: its "
-                    f"last bits differ (--use-gpu false --threads {threads} keeps them)"
-                )
+            say_what_differs(stored, plan, console.say)
             rows = read(request, plan, console)
             record = RunRecord(request, plan, start.history)
             record.begin(rows, start.init_from)
@@ -137,6 +133,18 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             except BaseException:
                 record.write_status("failed")
                 raise
+
+
+def say_what_differs(stored: dict[str, Any], plan: WorkerPlan, say: Callable[[str], None]) -> None:
+    """Say what decides the bits of a run that goes on, and is not what it was."""
+    had, has, threads = stored.get("versions", {}), versions(), stored.get("threads")
+    keep = f" (as many workers, with --use-gpu false --threads {threads}, keep them)"
+    pairs = [(f"{name} {had.get(name)}", f"{name} {has[name]}", "") for name in ("torch", "ray")]
+    pairs.append((stored.get("workers", ""), str(plan), keep if threads else ""))
+    for before, now, advice in pairs if stored else ():
+        if before != now:
+            line = f"the run had {before}, and goes on with {now}: its last bits may differ"
+            say(line + advice)
 
 
 def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,6 +25,7 @@ from mnistsum_ray.errors import (
 )
 from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.reporting.console import Console
+from mnistsum_ray.reporting.report import versions
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import folder_lock, locate
@@ -219,6 +221,26 @@ def test_a_run_that_cannot_begin_is_to_be_tried_again_and_not_resumed(
     said = "^--storage-path no answer; nothing was begun; the same command tries again$"
     with pytest.raises(TryAgainError, match=said):
         job.train(request, Console(io.StringIO()))
+
+
+def test_a_run_that_goes_on_with_other_versions_or_workers_says_so() -> None:
+    said: list[str] = []
+    plan = WorkerPlan(1, 4, {"CPU": 2.0}, 2)
+    stored = {"versions": versions(), "workers": "1 to 4 CPU workers of 2 threads", "threads": 2}
+    for same in ({}, stored):  # a run that begins, and one that goes on
+        job.say_what_differs(same, plan, said.append)
+    assert said == []
+    had = {"versions": versions() | {"torch": "2.0", "numpy": "1.0"}, "workers": "2 CPU workers"}
+    job.say_what_differs(stored | had, plan, said.append)
+    first, second = said
+    torch = f"torch 2.0, and goes on with torch {version('torch')}: its last bits may differ"
+    assert first == f"the run had {torch}"
+    assert second.startswith(
+        "the run had 2 CPU workers, and goes on with 1 to 4 CPU workers of 2 t"
+    )
+    assert second.endswith(
+        "may differ (as many workers, with --use-gpu false --threads 2, keep them)"
+    )
 
 
 def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
