@@ -24,6 +24,10 @@ class RepeatingError(RunError):
     """All workers have failed at the same step, and another attempt would fail there again."""
 
 
+class CheckpointError(RunError):
+    """A checkpoint that cannot be resumed from; the message names it and says why."""
+
+
 class TaskError(RunError):
     """A task breaks its promises; the message names the task, the method and what was expected."""
 

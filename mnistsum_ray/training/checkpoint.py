@@ -16,7 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mnistsum_ray.errors import MissingFileError, RequestError, RunError, TaskError
+from mnistsum_ray.errors import CheckpointError, MissingFileError, RequestError, TaskError
 from mnistsum_ray.model.folder import HEADER_KEY, copy_weights, read_header
 from mnistsum_ray.storage.store import Location
 
@@ -31,10 +31,6 @@ looked for here.
 STATE_FORMAT: Final = "mnistsum_ray/15"
 STATE_FILE: Final = "trainer.safetensors"
 STATE_DIGEST: Final = "trainer.sha256"
-
-
-class CheckpointError(RunError):
-    """A checkpoint that cannot be resumed from; the message names it and says why."""
 
 
 @dataclass

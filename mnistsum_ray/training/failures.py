@@ -13,6 +13,7 @@ import ray.train
 
 from mnistsum_ray.cluster.resources import WorkerPlan, shortage
 from mnistsum_ray.errors import (
+    CheckpointError,
     RepeatingError,
     RequestError,
     RunError,
@@ -51,10 +52,12 @@ def is_worth_a_try(error: ray.train.TrainingFailedError) -> bool:
 
     A worker has died a moment after the start of its group, which reaches us as the error of an
     actor or of a task. Or Arrow could not write the list of checkpoints, after 6 s. Or a worker has
-    died while its group started.
+    died while its group started. Or a worker could not read the checkpoint: another attempt looks
+    for the newest whole one, which Ray Train does not.
     """
     cause = getattr(error, "controller_failure", None)
-    if isinstance(cause, ray.exceptions.RayError) or type(cause) is OSError:  # as Arrow's are
+    known = isinstance(cause, ray.exceptions.RayError | CheckpointError)
+    if known or type(cause) is OSError:  # as Arrow's are
         return True
     return _FAILED_START in str(cause)  # not of `error`, which may quote a worker's own words
 

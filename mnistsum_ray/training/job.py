@@ -4,8 +4,8 @@
 
 Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, from the last
 checkpoint, and its timeout of the start ends a run that cannot get them. `run_trainer` begins again
-where Ray Train does not (see failures.py): a worker has died at its start, or the storage has not
-taken Ray Train's list of checkpoints.
+where Ray Train does not (see failures.py): a worker has died at its start, the storage has not
+taken Ray Train's list of checkpoints, or the last checkpoint is damaged.
 """
 
 import secrets
@@ -218,14 +218,17 @@ def run_trainer(
 
 def find_start(request: TrainRequest, console: Console) -> Start:
     """Find the newest checkpoint, or else the weights of `--init-from`."""
-    found = newest_checkpoint(request.folder, console.say)
+    damaged: list[str] = []
+    found = newest_checkpoint(request.folder, damaged.append)
+    for line in damaged:
+        console.say(line)
     if found is not None:
         checkpoint, state = found
         if state.task != request.task.name:
             other = f"is of the task {state.task}, and not {request.task.name}"
             raise RequestError(f"--resume: checkpoint {checkpoint.display} {other}")
         return Start(checkpoint, state.history)
-    if request.stored:
+    if request.stored or damaged:
         console.say("no checkpoint can be used, so the run starts from the beginning")
     model = request.config.init_from
     if model is None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.columns import rows_in
 from mnistsum_ray.data.randomness import RowTotals, mix_ids
-from mnistsum_ray.errors import RepeatingError, RequestError, RunError, counted
+from mnistsum_ray.errors import CheckpointError, RepeatingError, RequestError, RunError, counted
 from mnistsum_ray.model.calls import calling, forward, map_tensors
 from mnistsum_ray.model.device import (
     all_reduce_sum,
@@ -35,7 +35,7 @@ from mnistsum_ray.model.folder import Weights, checksum, copy_weights
 from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.task import Batch, Evaluated, Task
-from mnistsum_ray.training.checkpoint import CheckpointError, latest_state, report_epoch, restore
+from mnistsum_ray.training.checkpoint import latest_state, report_epoch, restore
 from mnistsum_ray.training.progress import Events
 from mnistsum_ray.training.trainer import ToTensors, Trainer
 
@@ -81,13 +81,13 @@ class LoopConfig:
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | None:
     """Train on this worker; rank 0 returns the finished model.
 
-    Ray Train tries again after every error but a RepeatingError. That one is raised for what all
-    ranks meet at the same step, since it follows from a sum over all of them: an infinite loss, or
-    a wrong count of rows.
+    Ray Train tries again after every error but a RepeatingError and a CheckpointError. The former
+    is raised for what all ranks meet at the same step, since it follows from a sum over all of
+    them: an infinite loss, or a wrong count of rows.
     """
     try:
         return _train(config["loop"])
-    except CheckpointError:  # of one rank alone, so that Ray Train shall try again
+    except CheckpointError:  # the driver looks for the one before, for all ranks alike
         raise
     except (RequestError, RunError) as error:
         raise RepeatingError(str(error)) from None

@@ -18,7 +18,7 @@ import ray.train
 from ray.util.queue import Empty, Queue
 
 from mnistsum_ray.cluster.resources import describe_free, on_node
-from mnistsum_ray.errors import RepeatingError, one_line, root_cause
+from mnistsum_ray.errors import CheckpointError, RepeatingError, one_line, root_cause
 from mnistsum_ray.reporting.console import Console, describe_metrics
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.storage.store import Location
@@ -48,7 +48,8 @@ class Events:
 class FailureLines(ray.train.UserCallback):
     """Says why workers have failed, before Ray Train starts them again.
 
-    If the storage refuses, or does not answer, it ends the run: new workers would fail too.
+    It ends the attempt where new workers would fail too: the storage refuses or does not answer,
+    or the checkpoint is damaged that Ray Train would give them again.
     """
 
     def __init__(self, queue: Queue, run: Location) -> None:
@@ -58,7 +59,7 @@ class FailureLines(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train in its controller, which ends the run if this raises."""
         for error in worker_exceptions.values():
-            if isinstance(error, RepeatingError):
+            if isinstance(error, RepeatingError | CheckpointError):
                 raise error
         for rank, error in worker_exceptions.items():
             cause = root_cause(error).partition(". ")[0]  # Ray's advice follows

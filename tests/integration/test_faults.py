@@ -144,6 +144,28 @@ def test_a_training_gives_the_model_of_an_undisturbed_one(
     assert manifest["status"] == "finished"
 
 
+def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path
+) -> None:
+    """Ray Train would give it to new workers again and again; here all ranks take another one."""
+    flags = [*FLAGS, "--max-failures", 1]
+    job = Job(*training(rows, tmp_path, *flags), address=four_nodes.address)
+
+    def is_in_the_list_of_ray() -> bool:
+        lists = tmp_path.glob("mine/checkpoints/*/checkpoint_manager_snapshot.json")
+        return any("epoch_00002" in file.read_text() for file in lists)
+
+    job.wait_until(is_in_the_list_of_ray)
+    (newest,) = tmp_path.glob("mine/checkpoints/*/epoch_00002/trainer.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    kill(job, TRAIN)
+    done = job.wait()
+    assert f"checkpoint {newest.parent} cannot be used: {newest.name} is incomplete or" in done.err
+    assert done.err.count("going on after epoch") == done.err.count("going on after epoch 1, ") == 1
+    assert Result(done.line, done.err).weights() == undisturbed.weights()
+    assert [line["epoch"] for line in history_of(tmp_path / "mine")] == [1, 2, 3]
+
+
 @pytest.mark.nightly
 def test_a_training_that_loses_nodes_gives_the_model_of_an_undisturbed_one(
     four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RequestError, TaskError
+from mnistsum_ray.errors import CheckpointError, RequestError, TaskError
 from mnistsum_ray.mnist.optimizer import MuonAdamW
 from mnistsum_ray.model.folder import checksum, copy_weights
 from mnistsum_ray.reporting.console import Console
@@ -22,6 +22,7 @@ from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training import checkpoint as saved
 from mnistsum_ray.training.checkpoint import STATE_DIGEST, STATE_FILE, STATE_FORMAT, TrainerState
 from mnistsum_ray.training.job import find_start
+from mnistsum_ray.training.loop import Start
 from mnistsum_ray.training.run import check_request
 from tests.mnist import new_model
 from tests.tasks import Points, points
@@ -133,7 +134,7 @@ def test_a_bit_flipped_anywhere_or_an_end_cut_off_is_refused(tmp_path: Path, who
             flipped[index] ^= 1 << int(random.integers(8))
             for damaged in (flipped, data[:index]):
                 (tmp_path / name).write_bytes(damaged)
-                with pytest.raises(saved.CheckpointError, match=said):
+                with pytest.raises(CheckpointError, match=said):
                     saved.read_checkpoint(place)
         (tmp_path / name).write_bytes(data)
 
@@ -176,11 +177,18 @@ def test_a_newest_checkpoint_of_another_version_is_refused(tmp_path: Path, whole
 def test_a_start_that_failed_is_followed_by_one_from_the_newest_checkpoint(
     tmp_path: Path, whole: Path
 ) -> None:
-    """Also in a run that is not resumed."""
+    """Also in a run that is not resumed; if there is none, it is from the beginning."""
     request = check_request(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
     folder = tmp_path / "mine" / saved.CHECKPOINTS / "0001" / "epoch_00001"
-    console = Console(io.StringIO())
-    assert find_start(request, console).checkpoint is None
+    said = io.StringIO()
+    console = Console(said)
+    assert find_start(request, console) == Start()
+    assert said.getvalue() == ""
+    write(folder, (whole / STATE_FILE).read_bytes()[:-1], "of another")
+    assert find_start(request, console) == Start()
+    damaged, begins = said.getvalue().splitlines()
+    assert f"checkpoint {folder} cannot be used: " in damaged
+    assert begins.endswith("no checkpoint can be used, so the run starts from the beginning")
     write(folder, (whole / STATE_FILE).read_bytes())
     start = find_start(request, console)
     assert start.checkpoint is not None

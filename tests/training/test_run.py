@@ -17,6 +17,7 @@ from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.columns import ReasonCounts
 from mnistsum_ray.errors import (
+    CheckpointError,
     NoAnswerError,
     RequestError,
     RunError,
@@ -302,8 +303,9 @@ def test_what_ray_train_gives_up_is_tried_again_if_it_was_the_storage_or_a_start
     of_callback = ray.train.ControllerError(ConnectionError("the tracking server is gone"))
     of_storage = ray.train.ControllerError(OSError("AWS Error SLOW_DOWN"))
     of_worker = ray.train.ControllerError(ray.exceptions.ActorDiedError())
-    tried = [failures.is_worth_a_try(error) for error in (of_callback, of_storage, of_worker)]
-    assert tried == [False, True, True]
+    damaged = ray.train.ControllerError(CheckpointError("checkpoint epoch_00002 cannot be used"))
+    ended = (of_callback, of_storage, of_worker, damaged)
+    assert [failures.is_worth_a_try(error) for error in ended] == [False, True, True, True]
 
 
 def test_ray_stores_checkpoints_where_this_program_looks_for_them() -> None:
