@@ -16,6 +16,9 @@ _ParquetFile: TypeAlias = pq.ParquetFile  # noqa: TID251
 _TAIL_BYTES: Final = 64 * 1024
 """Read from the end of a file in the first request: most footers are shorter."""
 
+_BUFFER_BYTES: Final = 8 * 2**20
+"""Read of a column in one request: a row group may be larger than the memory."""
+
 _MOST_ROWS_PER_BYTE: Final = 1000
 """A page of equal values holds some 20,000 rows in 30 bytes. A damaged footer may claim 2^50."""
 
@@ -32,13 +35,18 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
     """
     try:
         with file.open(listed) as source:
+            metadata = _read_metadata(source)
+            groups = map(metadata.row_group, range(metadata.num_row_groups))
+            largest = max((group.total_byte_size for group in groups), default=0)
             yield _ParquetFile(
                 source,
-                metadata=_read_metadata(source),
+                metadata=metadata,
                 page_checksum_verification=True,
                 coerce_int96_timestamp_unit="us",
                 arrow_extensions_enabled=False,  # UUID and JSON are bytes and text to all readers
-                pre_buffer=not file.is_local,  # one request for all columns of a row group
+                buffer_size=_BUFFER_BYTES,
+                # Of a small row group one request brings all columns.
+                pre_buffer=not file.is_local and largest <= 4 * _BUFFER_BYTES,
             )
     except ConflictError:
         raise UnusableFileError("has changed since the run began; run the command again") from None
@@ -98,7 +106,7 @@ def read_ranges(
 ) -> Iterator[pa.Table]:
     """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory.
 
-    Of a row group so many rows are decompressed at once.
+    Of a row group so many rows are decompressed at once, and nothing is read behind the last range.
     """
     schema = parquet.read_row_groups([]).schema
     batches = _read_batches(parquet, ranges, batch_rows)

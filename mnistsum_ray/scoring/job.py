@@ -41,6 +41,7 @@ from mnistsum_ray.scoring.actor import Answer, ScoreParts
 from mnistsum_ray.scoring.parts import (
     MIB,
     PREDICTIONS,
+    Footers,
     FoundParts,
     Part,
     make_tasks,
@@ -94,7 +95,8 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
     for name, reason in failures.items():
         console.say(f"cannot be used: {name}: {reason}")
 
-    before = read_parts(request, planned, console)
+    footers: Footers = {}  # read once a run
+    before = read_parts(request, planned, footers, console)
     output.say_what_goes_on(planned, before, console)
     todo = [part for name, part in planned.items() if name not in before.done]
     after, scoring_seconds = before, 0.0  # if nothing is to be done
@@ -108,11 +110,11 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
                 # Its parts that are `done`, so as planned, are deleted. Those of another version of
                 # the file stay: a later run has put them, and `check_complete` ends this one.
                 useless = {name for name, part in planned.items() if part.input in unusable}
-                done = _read_again(request, planned, console).done
+                done = _read_again(request, planned, footers, console).done
                 predictions.delete_files(list(useless & done))
                 for name in useless:
                     del planned[name]
-        after = _read_again(request, planned, console)
+        after = _read_again(request, planned, footers, console)
     output.check_complete(request, planned.keys(), before, after)
 
     resumed_rows = sum(part.rows for name, part in planned.items() if name in before.done)
@@ -125,10 +127,12 @@ def _score(request: ScoreRequest, plan: WorkerPlan, console: Console) -> ScoreRe
     return output.publish(request, failures, after, run_figures, console)
 
 
-def _read_again(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> FoundParts:
+def _read_again(
+    request: ScoreRequest, planned: Mapping[str, Part], footers: Footers, console: Console
+) -> FoundParts:
     """The parts after the scoring. TryAgainError: they are no longer of this run alone."""
     try:
-        return read_parts(request, planned, console)
+        return read_parts(request, planned, footers, console)
     except RequestError as error:  # whose advice, --overwrite, would delete another run's parts
         problem, advice = str(error).partition(";")[0], "wait for other runs, and run it again"
         raise TryAgainError(f"{problem}, which it was not before; {advice}") from None

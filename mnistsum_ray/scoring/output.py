@@ -110,7 +110,7 @@ def delete_output(output: Location, console: Console) -> None:
     RequestError, and nothing is deleted: a file is not ours.
     """
     if read_run(output):
-        names = [f"{PREDICTIONS}/{name}" for name, *_ in read_footers(output, console)]
+        names = [f"{PREDICTIONS}/{name}" for name, *_ in read_footers(output, {}, console)]
         others = output.visible_files().keys() - {MANIFEST, FILES_TABLE, REPORT, RUN_FILE, *names}
         if others:
             raise refusal(output, f"{min(others)} {NOT_OURS}")

@@ -6,13 +6,14 @@ second run at the same time change nothing. Its footer says what it holds, and c
 """
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import PurePosixPath
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from mnistsum_ray.errors import RequestError, UnusableFileError, shortened
 from mnistsum_ray.model.calls import calling
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.scoring.request import InputFile, ScoreRequest
-from mnistsum_ray.storage.store import Location, in_threads
+from mnistsum_ray.storage.store import Entry, Location, in_threads
 
 PREDICTIONS: Final = "predictions"
 """Folder of the parts in the output."""
@@ -31,6 +32,9 @@ PART_KEY: Final = b"mnistsum_ray.part"
 """Key in the footer of a part's Parquet file, where it says as JSON what it is: the `run`, the
 `part`, `counts` of its rows, sums of their `metrics`, and its rejected rows by `reasons` with
 `examples`."""
+
+Footers: TypeAlias = dict[Entry, tuple[int, bytes]]
+"""Rows of parts, and what stands under PART_KEY: a part that is replaced has another ETag."""
 
 NOT_OURS: Final = "is not a file of this program; move it away, or choose another folder"
 START_OVER: Final = "--overwrite deletes that output and scores everything again"
@@ -88,7 +92,11 @@ def _parts_of(file: InputFile, request: ScoreRequest) -> Iterator[Part]:
 def make_tasks(
     request: ScoreRequest, parts: Sequence[Part], usual_bytes: int, workers: int
 ) -> list[list[Part]]:
-    """Group consecutive parts into tasks of Ray Data: several a worker, of this size or less."""
+    """Group consecutive parts into tasks of Ray Data: several a worker, of this size or less.
+
+    Or larger: parts that begin in one row group are one task, since a reader begins with the
+    group's first row. A disk reads it again for idle workers, but from a bucket that is traffic.
+    """
     part_cost = request.rows_in(_PART_COST_BYTES)
     total = sum(part.rows + part_cost for part in parts)
     # Four tasks a worker, so that no long one runs alone at the end; but a core scores 4 MiB while
@@ -96,10 +104,14 @@ def make_tasks(
     balanced_rows = max(request.rows_in(4 * MIB), ceil(total / (4 * workers)))
     # Ray Data needs 0.5 ms a task before the first one starts: 16,384 tasks at most.
     task_rows = max(ceil(total / 16_384), min(balanced_rows, request.rows_in(usual_bytes)))
+    most_rows = max(task_rows, ceil(total / workers)) if request.root.is_local else total
+    groups = {file.name: file.groups for file in request.files}
     tasks: list[list[Part]] = []
+    group: tuple[str, int] | None = None
     rows = task_rows  # so that the first part begins a task
     for part in parts:
-        if rows >= task_rows:
+        before, group = group, (part.input, bisect_right(groups[part.input], part.first_row))
+        if rows >= (most_rows if group == before else task_rows):
             tasks.append([])
             rows = 0
         tasks[-1].append(part)
@@ -145,7 +157,9 @@ class FoundParts:
             self.counts[name] = total + values
 
 
-def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Console) -> FoundParts:
+def read_parts(
+    request: ScoreRequest, planned: Mapping[str, Part], known: Footers, console: Console
+) -> FoundParts:
     """Read the footers of all parts in the output folder, and compare them with the plan.
 
     RequestError: a part is of another run, or has the name that another file needs; or a file is of
@@ -153,7 +167,7 @@ def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Cons
     """
     inputs = {file.name for file in request.files}
     found = FoundParts()
-    for name, rows, footer in read_footers(request.output, console):
+    for name, rows, footer in read_footers(request.output, known, console):
         if footer.get("run") != request.run_id:
             problem = f"{PREDICTIONS}/{name} is of another run than run.json; {START_OVER}"
             raise refusal(request.output, problem)
@@ -179,17 +193,22 @@ def read_parts(request: ScoreRequest, planned: Mapping[str, Part], console: Cons
     return found
 
 
-def read_footers(output: Location, console: Console) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def read_footers(
+    output: Location, known: Footers, console: Console
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Names of all parts in an output folder, their rows, and what stands under PART_KEY.
 
-    RequestError: a file is no part.
+    Only footers that are not `known` are read, and added to it. RequestError: a file is no part.
     """
     parts = (output / PREDICTIONS).visible_files()
 
     def read(name: str) -> tuple[str, int, dict[str, Any]]:
         with suppress(UnusableFileError, KeyError, TypeError, ValueError):
-            metadata = read_footer(output / PREDICTIONS / name, parts[name]).metadata
-            return name, metadata.num_rows, dict(json.loads(metadata.metadata[PART_KEY]))
+            if parts[name] not in known:
+                metadata = read_footer(output / PREDICTIONS / name, parts[name]).metadata
+                known[parts[name]] = metadata.num_rows, metadata.metadata[PART_KEY]
+            rows, footer = known[parts[name]]
+            return name, rows, dict(json.loads(footer))
         raise refusal(output, f"{PREDICTIONS}/{name} {NOT_OURS}")
 
     progress = Progress(console.progress, "output files read", len(parts))

@@ -75,6 +75,17 @@ def test_ranges_of_rows_are_read_whatever_groups_and_batches_they_lie_in(tmp_pat
         assert found == [[*rows] for rows in ranges]
 
 
+def test_of_a_large_row_group_a_buffer_is_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    table = pa.table({"image": [bytes(1024)] * 40_000})
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    with open_parquet(locate(str(path), "--input")) as parquet:
+        before = pa.total_allocated_bytes()
+        tables = read_ranges(parquet, [range(2), range(2, 40_000)], 1)
+        assert next(tables).num_rows == 2
+        assert pa.total_allocated_bytes() - before < 2**24
+
+
 def one_row_more(places: int) -> Callable[[bytes], bytes]:
     """A footer that says so in the file's rows or, of three places, in its column and group too."""
 

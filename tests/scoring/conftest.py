@@ -26,8 +26,8 @@ CONSOLE = Console(io.StringIO())
 TIMED = ("manifest.json", "report.html")
 """Files in which the time is."""
 
-_SCORERS: dict[tuple[str, type[Task]], ScoreParts] = {}
-"""By model and task: to load one takes longer than to score a few rows."""
+_SCORERS: dict[tuple[str, type[Task], int | None], ScoreParts] = {}
+"""By model, task and batch: to load one takes longer than to score a few rows."""
 
 OTHERS = {
     # pyarrow cannot take rows of views, and cannot cast a slice of structs with a null child.
@@ -45,7 +45,7 @@ def score_without_ray(
     request: ScoreRequest, _plan: WorkerPlan, tasks: Sequence[Sequence[Part]], _console: Console
 ) -> Iterator[Answer]:
     """What actors do with tasks, which are rows of a table, in this process."""
-    key = (request.config.model, type(request.task))
+    key = (request.config.model, type(request.task), request.config.batch_size)
     if key not in _SCORERS:
         _SCORERS[key] = ScoreParts(request, "cpu")
     actor = _SCORERS[key]
@@ -65,7 +65,7 @@ def score(patch: pytest.MonkeyPatch, execute: Any = score_without_ray, **given: 
     return job.score(check_request(ScoreConfig(**given), CONSOLE), CONSOLE)
 
 
-def write_rows(path: Path, ids: Sequence[int], **columns: Any) -> None:
+def write_rows(path: Path, ids: Sequence[int], row_group_size: int = 4, **columns: Any) -> None:
     """Rows whose pixels are random and follow from their `id`, and other columns."""
     images = [np.random.default_rng(row).integers(0, 256, 784, np.uint8).tobytes() for row in ids]
     digits = [row % 10 for row in ids]
@@ -73,7 +73,7 @@ def write_rows(path: Path, ids: Sequence[int], **columns: Any) -> None:
     table = pa.table({"id": ids, "image": images, "number": digits, "label": digits} | columns)
     # Beside a schema of its own in the metadata Spark sees no other columns.
     table = table.replace_schema_metadata({"org.apache.spark.sql.parquet.row.metadata": "{}"})
-    pq.write_table(table, path, row_group_size=4, write_page_checksum=True)
+    pq.write_table(table, path, row_group_size=row_group_size, write_page_checksum=True)
 
 
 class Example:

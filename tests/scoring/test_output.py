@@ -12,16 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
 from mnistsum_ray.config import ScoreConfig
+from mnistsum_ray.data import parquet
 from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.data.parquet import read_ranges
+from mnistsum_ray.data.parquet import read_footer, read_ranges
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.mnist.task import MnistSum
-from mnistsum_ray.scoring import actor, output
+from mnistsum_ray.scoring import actor, output, parts
 from mnistsum_ray.scoring.output import RUN_FORMAT
 from mnistsum_ray.scoring.parts import PART_KEY
 from mnistsum_ray.scoring.request import ScoreRequest, _inspect_files
+from mnistsum_ray.storage.store import Entry, Location
 from mnistsum_ray.storage.uri import locate
 from tests.conftest import write_model
 from tests.scoring.conftest import CONSOLE, TIMED, Example, score_without_ray, write_rows
@@ -473,6 +476,76 @@ def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example
     with pytest.raises(TryAgainError, match=f"{gone}{kept}without --overwrite "):
         example.score(execute, overwrite=True)
     assert example.files(*TIMED).keys() == {"run.json"}
+
+
+def test_a_bucket_is_asked_once_for_a_row_group_of_many_parts(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group is larger than what is read ahead."""
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 2**18)
+    write_rows(example.file, range(6000), row_group_size=6000)
+    data, sent = example.file.read_bytes(), []
+    app = DomainDispatcherApplication(create_backend_app)
+
+    def count(environ: Any, start_response: Any) -> Any:
+        answer = [*app(environ, start_response)]
+        if environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith("/a.parquet"):
+            sent.append(len(b"".join(answer)))
+        return answer
+
+    with serve_s3(monkeypatch, count) as uri:
+        (locate(uri, "--input") / "in/a.parquet").write(data)
+        source = (locate(uri, "--input") / "in").display
+        example.score(input=source, max_rows_per_file=1500, batch_size=256)
+    assert len(data) < sum(sent) < 1.2 * len(data)
+
+
+def test_a_repeated_task_reads_what_is_missing_and_gives_as_many_answers(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray leaves out the answers that it has."""
+    monkeypatch.setattr(actor, "_JOINED_BYTES", 1)
+    ranges: list[Any] = []
+
+    def read(file: Any, wanted: Any, batch_rows: int) -> Any:
+        ranges.append(wanted)
+        return read_ranges(file, wanted, batch_rows)
+
+    def execute(*given: Any) -> Any:
+        answers = [*score_without_ray(*given)]
+        (example.output / OF_A[1]).unlink()
+        ranges.clear()
+        again = [*score_without_ray(*given)]
+        assert [answer.rows for answer in again] == [answer.rows for answer in answers]
+        assert ranges == [[range(4, 8), range(8, 10)], [range(3)], [range(0)]]
+        return again
+
+    monkeypatch.setattr(actor, "read_ranges", read)
+    assert example.score(execute).scored_rows == 11
+
+
+def test_each_footer_of_the_output_is_read_once_a_run(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a first run, in one that goes on, and where a file turns out to be unusable."""
+    read: list[str] = []
+
+    def count(file: Location, listed: Entry) -> Any:
+        read.append(listed.path)
+        return read_footer(file, listed)
+
+    def execute(*given: Any) -> Any:
+        (example.input / "deep" / "b.pq").write_bytes(b"not Parquet")
+        return score_without_ray(*given)
+
+    monkeypatch.setattr(parts, "read_footer", count)
+    example.score()
+    assert len(read) == len({*read}) == 5
+    for name in (OF_A[1], "predictions/deep/b.pq"):
+        (example.output / name).unlink()
+    read.clear()
+    assert example.score(execute).failed_files == 2
+    assert len(read) == len({*read}) == 4
 
 
 @pytest.mark.parametrize("where", ["disk", "s3"])

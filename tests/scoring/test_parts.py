@@ -14,7 +14,7 @@ from mnistsum_ray.scoring.request import InputFile, ScoreRequest
 from mnistsum_ray.storage.store import Entry, Location
 from mnistsum_ray.task import Task
 
-PLACE = Location("/place")
+PLACE, BUCKET = Location("/place"), Location("key", "s3://bucket")
 ENTRY = Entry("file", 9, "e")
 
 
@@ -25,14 +25,21 @@ class Large(MnistSum):
 
 
 def request(
-    *rows: int, most: int | None = None, task: type[Task] = MnistSum, names: list[str] | None = None
+    *rows: int,
+    most: int | None = None,
+    task: type[Task] = MnistSum,
+    names: list[str] | None = None,
+    group: int = 8192,
+    root: Location = PLACE,
 ) -> ScoreRequest:
-    """A request with files of so many rows."""
+    """A request with files of so many rows, and so many in a row group."""
     names = names or [f"f{index}.parquet" for index in range(len(rows))]
-    files = [InputFile(name, ENTRY, count) for name, count in zip(names, rows, strict=True)]
+    files = []
+    for name, count in zip(names, rows, strict=True):
+        files.append(InputFile(name, ENTRY, count, groups=tuple(range(0, count, group))))
     given: Any = {"task": task, "model": "m", "input": "i", "output": "o"}
     config = ScoreConfig(**given, max_rows_per_file=most)
-    return ScoreRequest(config, task(), (), {}, {}, PLACE, PLACE, files)
+    return ScoreRequest(config, task(), (), {}, {}, root, PLACE, files)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +93,13 @@ def test_names_that_the_output_cannot_have_are_refused(names: list[str], said: s
         (request(10, 50_000, 10, 16_384, 0, 40_003), 32 * MIB, 1, 2, 5),
         (request(10**7), 256 * MIB, 8, 32, 39),  # long tasks of a GPU
         (request(*[10**8] * 30), 32 * MIB, 64, 10_000, 16_384),
-        (request(10**5, task=Large), 32 * MIB, 8, 147, 147),
+        (request(10**5, task=Large, group=512), 32 * MIB, 8, 147, 147),
+        (request(10**6, group=122_880), 32 * MIB, 2, 9, 9),
+        # A disk gives a group of many rows to each idle worker; a bucket is asked for it once.
+        (request(10**6, group=10**6), 32 * MIB, 2, 2, 2),
+        (request(10**6, group=10**6), 32 * MIB, 16, 16, 16),
+        (request(10**6, 10**6, 10**6, group=10**6), 32 * MIB, 2, 3, 3),
+        (request(10**6, group=10**6, root=BUCKET), 32 * MIB, 16, 1, 1),
     ],
 )
 def test_tasks_hold_every_part_once_in_order(
