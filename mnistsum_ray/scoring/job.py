@@ -221,7 +221,9 @@ def score_on_ray(
             min_size=1,
             max_size=plan.most,
             initial_size=max(1, min(plan.most, free)),
-            max_tasks_in_flight_per_actor=2,  # the one that runs, and the next: no core waits
+            # The one that runs, and the next: no core waits. Few tasks may be long: the first actor
+            # that is there would take one that another actor could begin.
+            max_tasks_in_flight_per_actor=2 if len(tasks) > 4 * plan.most else 1,
         ),
         num_cpus=plan.per_worker.get("CPU", 0),
         num_gpus=plan.per_worker.get("GPU", 0),
