@@ -211,7 +211,10 @@ class TrainConfig(TaskConfig):
     skip_bad_rows: bool = False
     """train without the rows that cannot be used, and count them in manifest and report"""
     max_rows: int | None = Field(default=None, ge=1)
-    """most rows of each split, for a first try with large data; of the first files [all]"""
+    """about so many rows of each split, from the first files, for a first try [all]"""
+    cache: bool | Literal["auto"] = "auto"
+    """keep decoded training rows in Ray's object store, or read them in each epoch, for the same
+    model; auto: keep them if they fit into a third of it"""
     init_from: Place | None = None
     """run or model folder (or URI) whose weights the training begins with [new weights]"""
     precision: Literal["bf16", "fp32"] | None = None

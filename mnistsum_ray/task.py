@@ -109,10 +109,8 @@ class Task(ABC):
         """
 
     def augment(self, batch: Arrays, draws: Draws) -> Arrays:
-        """Change a training batch, or add to it: NumPy, in a thread beside the steps.
-
-        What is random must come from `draws`, so that a run that goes on has the same bits.
-        """
+        """Change a training batch, or add to it: NumPy, beside the steps. What is random must come
+        from `draws`, so that a run that goes on has the same bits."""
         return batch
 
     def evaluate(self, network: "nn.Module", outputs: Any, batch: Batch) -> "dict[str, Tensor]":
@@ -126,20 +124,15 @@ class Task(ABC):
 
     def optimizer(self, network: "nn.Module", weight_decay: float, *, bf16: bool) -> "Optimizer":
         """An optimizer of PyTorch. A group's rate is its `factor`, 1 by default, times the run's.
-
-        `bf16` says whether the run computes in bfloat16.
-        """
+        `bf16` says whether the run computes in bfloat16."""
         import torch
 
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, weight_decay=weight_decay, fused=True)
 
     def calibrate(self, network: "nn.Module", validation: Evaluated) -> dict[str, Any]:
-        """Called after the last epoch, on the CPU: may change the weights in place.
-
-        Returns entries of model.json. If it is overridden, all held-out rows are evaluated again,
-        so that what is published is measured on the weights that are published.
-        """
+        """Called after the last epoch, on the CPU: may change the weights, before held-out rows are
+        evaluated for the last time. Returns entries of model.json."""
         return {}
 
     def finish(self, network: "nn.Module", validation: Evaluated, test: Evaluated) -> Findings:

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 
-class WholeShards(ray.train.DataConfig):
-    """Deals whole blocks. Ray's default would drop a row here, to make both shards equal."""
+class EveryRow(ray.train.DataConfig):
+    """Streams whole blocks. Ray's default would drop a row here, to make both shards equal."""
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-        shards = datasets["train"].split(world_size)
-        return [{"train": shard.iterator()} for shard in shards]
+        shards = datasets["train"].streaming_split(world_size, equal=False)
+        return [{"train": shard} for shard in shards]
 
 
 def train_loop_per_worker(config: dict[str, int]) -> list[float]:
@@ -74,7 +74,7 @@ trainer = TorchTrainer(
     train_loop_per_worker,
     train_loop_config={"rows": rows.count(), "epochs": 10},
     datasets={"train": rows},
-    dataset_config=WholeShards(),
+    dataset_config=EveryRow(),
     scaling_config=ray.train.ScalingConfig(num_workers=gpus or 2, use_gpu=gpus > 0),
     run_config=ray.train.RunConfig(
         name="own_task",  # Ray Train goes on with a run of this name

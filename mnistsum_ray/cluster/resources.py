@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import (
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RequestError, TryAgainError, counted, root_cause
+from mnistsum_ray.errors import RequestError, TryAgainError, counted, root_cause, spelled
 
 _ROWS_PER_GPU: Final = 256
 """Rows of a step below which another GPU is of no use: the kernels of so small a network take as
@@ -102,8 +102,12 @@ class WorkerPlan:
         return ("" if self.least == 1 else f"{self.least} times ") + _format(self.per_worker)
 
 
-def plan_training(config: TrainConfig, batch_size: int, say: Callable[[str], None]) -> WorkerPlan:
+def plan_training(
+    config: TrainConfig, batch_size: int, say: Callable[[str], None], *, is_kept: bool
+) -> WorkerPlan:
     """Choose the workers of a training: as requested, else by what the cluster has.
+
+    If rows are not kept, but read in each epoch, a CPU is left to the tasks that read.
 
     RequestError: these workers can never be had, or are more than the rows of a batch.
     """
@@ -119,13 +123,19 @@ def plan_training(config: TrainConfig, batch_size: int, say: Callable[[str], Non
     if use_gpu:
         plan = WorkerPlan(least, most, {"GPU": 1.0}, config.threads)
     else:
-        threads = config.threads or _cpus(most)
+        threads = config.threads or _cpus(most, leave_one=not is_kept)
         plan = WorkerPlan(least, most, {"CPU": float(threads)}, threads)
     fitting = cluster.workers_that_fit(plan.per_worker)
     if least > fitting and not cluster.can_grow:
         raise RequestError(
             f"--num-workers {least}: only {fitting} of them, with {_format(plan.per_worker)} each, "
             f"fit on the nodes ({cluster}); give fewer, or fewer --threads"
+        )
+    left = cluster.total("CPU") - least * plan.per_worker.get("CPU", 0.0)
+    if not is_kept and left < 1 and not cluster.can_grow:
+        raise RequestError(
+            f"--cache {spelled(config.cache)}: rows are read in each epoch, and {plan} leave no "
+            "CPU for that; give fewer --num-workers or --threads, or --cache true"
         )
     return plan
 
@@ -140,7 +150,7 @@ def _gpus_of_use(cluster: ClusterResources, batch_size: int, say: Callable[[str]
     return used
 
 
-def _cpus(workers: int) -> int:
+def _cpus(workers: int, *, leave_one: bool) -> int:
     """CPUs of each of so many workers: all of a node, or a worker's share of those of a node."""
     found = [int(node["Resources"].get("CPU", 0)) for node in usable_nodes()]
     cpus_of_nodes = sorted((cpus for cpus in found if cpus), reverse=True)
@@ -148,9 +158,9 @@ def _cpus(workers: int) -> int:
         return 1
     cpus_of_used = cpus_of_nodes[:workers]  # of the largest nodes, with a worker or more on each
     workers_of_node = math.ceil(workers / len(cpus_of_used))
-    cpus = min(cpus_of_used) // workers_of_node
     all_used = len(cpus_of_used) == len(cpus_of_nodes)
-    if len(cpus_of_nodes) > 1 and all_used:
+    cpus = (min(cpus_of_used) - (leave_one and all_used)) // workers_of_node
+    if len(cpus_of_nodes) > 1 and all_used and not leave_one:
         cpus -= 1  # stays free for the tasks that read again what was lost with a node
     return max(1, cpus)
 

@@ -43,6 +43,8 @@ class Column(ABC):
     """Name of the flag for another name, by default `NAME_column`."""
 
     dtype: ClassVar[str]
+    stays_encoded: ClassVar[bool] = False
+    """Whether rows are decoded once more for each batch, and lie encoded in the object store."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -151,6 +151,7 @@ class Photos(Column):
     side: int
 
     dtype: ClassVar[str] = "uint8"
+    stays_encoded: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What is random about a row: pure functions of seed, epoch and row id.
+"""The ids of rows, and what is random about a row: pure functions of seed, epoch and row id.
 
 So a row has the same draws on whatever worker it is trained, and again after a restart. NumPy's
 generators give streams, in which a row's draw would depend on the rows before it: here the bits of
@@ -7,6 +7,7 @@ number generators", OOPSLA 2014).
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -26,9 +27,9 @@ class Purpose(IntEnum):
     The values are part of each run's numbers: never renumber them.
     """
 
-    SPLIT = 3
     STEP = 5
     ROW_ORDER = 7
+    FILE_ORDER = 8
 
 
 def _mix(z: Bits) -> Bits:
@@ -80,29 +81,33 @@ class Draws:
         return draws
 
 
-def split_keys(row_ids: RowIds) -> Bits:
-    """Keys, uint64[n], the smallest of which are held out.
-
-    The keys depend on no seed, so that runs with different seeds can be compared.
-    """
-    return _bits(0, 0, Purpose.SPLIT, row_ids)
-
-
 def seeds(seed: int, epoch: int, purpose: Purpose, indexes: range) -> list[int]:
     """Seeds of generators, one for each index of an epoch: 0..2**63 - 1."""
     bits = _bits(seed, epoch, purpose, np.array(indexes, np.int64))
     return [int(seed) for seed in bits >> np.uint64(1)]
 
 
-def mix_ids(row_ids: Any) -> Any:
-    """Scramble row ids, int64[n], an array of NumPy or a tensor of PyTorch alike.
+def content_ids(arrays: Mapping[str, npt.NDArray[Any]]) -> RowIds:
+    """Ids of decoded rows, int64[n]: 64 bits of the BLAKE2b of a row's values.
 
-    Their sum modulo 2**64 tells sets of rows apart. Plain ids 3 and 5 would add up as 4 and 4.
+    Equal rows have one id. That any two of a billion other rows share theirs has odds of 3 %.
     """
-    # Constants of `_mix` as int64: PyTorch does not multiply uint64.
-    mixed = (row_ids + 1) * -0x61C8864680B583EB
-    mixed = (mixed ^ (mixed >> 32)) * -0x40A7B892E31B1A47
-    return mixed ^ (mixed >> 29)
+    values_of_columns = []
+    for values in arrays.values():
+        if values.dtype == object:  # encoded pictures, of any length
+            framed = (len(value).to_bytes(8, "little") + value for value in values)
+            values_of_columns.append(framed)
+        else:
+            values_of_columns.append(value.tobytes() for value in values)
+    rows = zip(*values_of_columns, strict=True)
+    digests = (hashlib.blake2b(b"".join(row), digest_size=8).digest() for row in rows)
+    return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
+
+
+def positions(row_ids: RowIds) -> npt.NDArray[np.float64]:
+    """Where ids lie among all ids, 0..1 without 1: a split is a range of it."""
+    upper_bits = (row_ids.view(np.uint64) >> np.uint64(11)).astype(np.float64)
+    return upper_bits * 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,14 @@ class RowTotals:
     """What all workers together must see of a split: the number of its rows, and which they are."""
 
     rows: int
-    id_sum: int  # sum of their scrambled ids (`mix_ids`)
+    id_sum: int  # of their ids, modulo 2**64
 
     @classmethod
     def of(cls, ids: RowIds) -> "RowTotals":
-        return cls(len(ids), int(mix_ids(ids).sum()))
+        return cls(len(ids), int(ids.sum()) % 2**64)
+
+    def plus(self, rows: int, id_sum: int) -> "RowTotals":
+        return RowTotals(self.rows + rows, (self.id_sum + id_sum) % 2**64)
 
     def check(self, rows: int, id_sum: int, where: str) -> None:
         """Raise RowCountError unless so many rows with this sum, which were seen, are these."""

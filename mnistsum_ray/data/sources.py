@@ -1,17 +1,16 @@
 """What `--data` names: rows that the task finds by itself, or Parquet files; their splits.
 
-Rows that a task finds are in memory at once, of Parquet files only the footers. Rows of files are
-read later, by Ray Data.
+Rows that a task finds are in memory at once, of Parquet files only the footers. Ray Data reads and
+decodes both later.
 """
 
-import hashlib
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray.data.columns import Column, name_in_file
@@ -26,6 +25,12 @@ if TYPE_CHECKING:  # a task is made of columns, and not the other way round
     from mnistsum_ray.task import NamedData, Task
 
 SPLITS: Final = ("train", "validation", "test")
+
+Ranges: TypeAlias = dict[str, tuple[float, float]]
+"""Which rows are whose: by split, a range of the rows' `positions`."""
+
+_MOST_HELD_OUT: Final = 5000
+"""About so many training rows are held out at most, for a split that no file is named for."""
 
 _SPLIT_WORD: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(?![a-z])")
 """A word in the name of a file or folder, in lower case, that names a split."""
@@ -44,11 +49,16 @@ class DataFile(NamedTuple):
 
     path: Location
     name: str  # relative to the folder that was listed
+    size: int  # in bytes
     e_tag: str  # when its footer was read
     rows: int
     columns: dict[str, str]  # by the columns' names in the task, the names in the file
     schema: pa.Schema  # of these columns; Ray Data reads files together where they agree
     of_folders: tuple[str, ...]  # names of columns whose value a folder `name=3` says
+
+    @property
+    def columns_in_file(self) -> list[str]:
+        return [name for name in self.columns.values() if name not in self.of_folders]
 
 
 @dataclass(frozen=True)
@@ -61,19 +71,22 @@ class Source:
     name: str  # a name that the task knows, or parquet
     data: str  # the value of `--data` that finds the same rows again
     location: str
-    fingerprint: str  # SHA-256 of the content or, for files, of their paths, sizes and ETags
-    # By split: the task's columns, with `path` and `row_hash` as of Ray Data.
+    # By split: the task's columns, and `path`, which says where a row is from.
     tables: dict[str, pa.Table] = field(default_factory=dict)
     files: dict[str, list[DataFile]] = field(default_factory=dict)  # by split
     notice: str = ""  # message for the console about the choice of source
     skipped: list[str] = field(default_factory=list)  # as of `Inputs`
-    max_rows: int | None = None  # most rows of each split; None: all
+    max_rows: int | None = None  # about so many rows of each split at most; None: all
 
     def __str__(self) -> str:
         return self.name if self.name == self.data else f"{self.name} ({self.location})"
 
+    @property
+    def all_files(self) -> list[DataFile]:
+        return [*itertools.chain(*self.files.values())]
+
     def limited(self, max_rows: int | None) -> "Source":
-        """The same with so many rows a split at most, and no more files than these need."""
+        """The same with some so many rows a split at most, and no more files than these need."""
         if max_rows is None:
             return self
         files: dict[str, list[DataFile]] = {}
@@ -91,22 +104,40 @@ class Source:
             return int(self.tables[split].num_rows)
         return sum(file.rows for file in self.files.get(split, []))
 
-    @property
-    def held_out_splits(self) -> list[str]:
-        """Splits that no file is named for: `held_out_rows` of the training rows are theirs."""
-        return [split for split in ("test", "validation") if not self.rows_of(split)]
+    def ranges(self, named_split: str) -> Ranges:
+        """Which of the rows that are named for a split are whose.
+
+        Of training rows a tenth, and some 5,000 at most, are held out for each split that no file
+        is named for.
+        """
+        rows = self.rows_of(named_split)
+        ranges: Ranges = {}
+        start = 0.0
+        if named_split == "train":
+            for split in ("test", "validation"):
+                if rows and not self.rows_of(split):
+                    stop = start + min(1 / 10, _MOST_HELD_OUT / rows)
+                    ranges[split] = (start, stop)
+                    start = stop
+        ranges[named_split] = (start, 1.0)
+        share = 1.0 if self.max_rows is None else self.max_rows / max(1, rows)
+        return {split: (start, min(stop, start + share)) for split, (start, stop) in ranges.items()}
+
+    def stored_bytes(self, columns: Mapping[str, Column]) -> int:
+        """About so many bytes the decoded rows that are named for the training have."""
+        row_bytes = sum(of.row_bytes for of in columns.values() if not of.stays_encoded)
+        stored = self.rows_of("train") * row_bytes
+        if any(of.stays_encoded for of in columns.values()):
+            table = self.tables.get("train")
+            stored += sum(file.size for file in self.files.get("train", []))
+            stored += table.nbytes if table else 0
+        return stored
 
     @property
     def train_rows(self) -> int:
-        """Training rows that are left when the other splits have theirs."""
-        rows = self.rows_of("train")
-        rows -= len(self.held_out_splits) * held_out_rows(rows)
-        return min(rows, self.max_rows or rows)
-
-
-def held_out_rows(train_rows: int) -> int:
-    """Number of rows that are held out of so many for one split: a tenth, and 5,000 at most."""
-    return min(5000, train_rows // 10)
+        """About so many rows are trained with."""
+        start, stop = self.ranges("train")["train"]
+        return round(self.rows_of("train") * (stop - start))
 
 
 StartProgress = Callable[[str, int], Callable[[int], None]]
@@ -134,25 +165,16 @@ def open_source(
 
 
 def _in_memory(task: "Task", found: "NamedData") -> Source:
-    """A source of rows that a task has found. Row ids count over all splits."""
-    digest = hashlib.sha256()
+    """A source of rows that a task has found."""
     tables = {}
-    first = 0
     for split, arrays in found.splits.items():
-        rows = len(next(iter(arrays.values())))
-        columns = {}
-        for key, column in task.training_columns.items():
-            columns[key] = column.to_arrow(arrays[key])
-            digest.update(np.ascontiguousarray(column.load(arrays[key])).tobytes())
-        columns["row_hash"] = np.arange(first, first + rows)
-        columns["path"] = [f"{found.name} ({split})"] * rows
-        tables[split] = pa.table(columns)
-        first += rows
+        columns = {key: of.to_arrow(arrays[key]) for key, of in task.training_columns.items()}
+        rows = len(next(iter(columns.values())))
+        tables[split] = pa.table(columns | {"path": pa.repeat(f"{found.name} ({split})", rows)})
     return Source(
         name=found.name,
         data=found.data,
         location=found.location,
-        fingerprint=digest.hexdigest(),
         tables=tables,
         notice=found.notice,
     )
@@ -174,15 +196,10 @@ def _parquet(
     if unnamed and files:
         mixed = "some files are named train or test and some are not; rename them"
         raise RequestError(f"--data {location.display}: {mixed} ({unnamed[0].name})")
-    # Row ids, which decide what is held out, follow from the whole path of a file.
-    digest = hashlib.sha256(f"{found.root.bucket}/{found.root.path}\n".encode())
-    for name, entry in found.files.items():
-        digest.update(f"{name}\n{entry.size}\n{entry.e_tag}\n".encode())
     return Source(
         name="parquet",
         data=location.display,
         location=location.display,
-        fingerprint=digest.hexdigest(),
         files=files or {"train": unnamed},
         skipped=found.skipped,
     )
@@ -222,8 +239,8 @@ def _describe(
     for key, (column, flag, given) in columns.items():
         name_there = name_in_file(column, key, schema.names, given)
         problem = column_error(schema, name_there, flag, column.type_error)
-        if name_there in ("path", "row_hash"):
-            problem = f"column {name_there!r} has the name of one that Ray Data adds; rename it"
+        if name_there == "path":
+            problem = "column 'path' has the name of one that Ray Data adds; rename it"
         if name_there in names.values():
             problem = (
                 f"column {name_there!r} would be two columns of the task; {flag} names another"
@@ -234,6 +251,7 @@ def _describe(
     return DataFile(
         path=file,
         name=name,
+        size=entry.size,
         e_tag=entry.e_tag,
         rows=footer.metadata.num_rows,
         columns=names,

@@ -31,21 +31,19 @@ def finish(network: TwoHeadCNN, test: Evaluated) -> Findings:
     of_heads = analysis["probabilities"]
     image = f"{SIDE} x {SIDE} grayscale, uint8, 0 background, 255 ink"
     scaled = {"scaled": "(image / 255 - mean) / std", "mean": PIXEL_MEAN, "std": PIXEL_STD}
-    model = {
-        "input": {"image": image, **scaled, "number": f"0..{NUMBERS - 1}"},
-        "output": {"digit": f"{DIGITS} scores", "sum": f"{SUMS} scores"},
-        "calibration_error": {name: of_head["ece"] for name, of_head in of_heads.items()},
-    }
-    confusion, mistakes = analysis["confusion"], analysis["mistakes"]
-    surest = "The most confident mistakes"
+    confusion, surest = analysis["confusion"], "The most confident mistakes"
     reliability = "Reliability: accuracy by predicted probability, with numbers of answers"
     return Findings(
         manifest={"error_analysis": analysis},
-        model=model,
+        model={
+            "input": {"image": image, **scaled, "number": f"0..{NUMBERS - 1}"},
+            "output": {"digit": f"{DIGITS} scores", "sum": f"{SUMS} scores"},
+            "calibration_error": {name: of_head["ece"] for name, of_head in of_heads.items()},
+        },
         tables=[digit_table(confusion)],
         pictures={
             "confusion.png": ("Digits: confusion matrix", partial(draw_confusion, confusion)),
-            "mistakes.png": (surest, partial(draw_mistakes, mistakes, images)),
+            "mistakes.png": (surest, partial(draw_mistakes, analysis["mistakes"], images)),
             "reliability.png": (reliability, partial(draw_reliability, of_heads)),
         },
     )
@@ -58,8 +56,7 @@ def with_all_numbers(
     """Each head with its logits and the true classes, of each image with every number.
 
     float32[n, NUMBERS, classes] and int64[n, NUMBERS]; of the digit, which does not depend on the
-    number, [n, 1, classes] and [n, 1]. With a random number for each image, luck would be in the
-    sum accuracy; the convolutions, nearly all of the work, run once an image.
+    number, [n, 1, classes] and [n, 1]. With random numbers, the sum accuracy would be one of luck.
     """
     rows, digits = len(digit_logits), batch["digit"][:, None]
     numbers = torch.arange(NUMBERS, device=digit_logits.device)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mnistsum_ray.config import JobConfig, Place
 from mnistsum_ray.data.columns import one_chunk
+from mnistsum_ray.data.decoding import decode, select
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.randomness import Draws
 from mnistsum_ray.data.sources import Source, open_source
@@ -75,9 +76,12 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
 
 def _pairs(source: Source, split: str, seed: int) -> Iterator[pa.Table]:
     """The rows of a split, again and again; each repetition has other numbers."""
-    from mnistsum_ray.training.rows import rows_in_memory  # imports Ray
-
-    rows = rows_in_memory(source, MnistSum().training_columns)[split]
+    columns = MnistSum().training_columns
+    names = {key: key for key in columns}
+    rows = pa.concat_tables(
+        select(decode(table, columns, names, source.ranges(named)), [split])
+        for named, table in source.tables.items()
+    )
     ids = rows["row_id"].to_numpy()
     images = [image.tobytes() for image in one_chunk(rows["image"]).to_numpy_ndarray()]
     for repetition in count():

@@ -26,8 +26,7 @@ _SHORT: Final = {"epochs": 5, "batch_size": 256, "learning_rate": 0.02} | _LITTL
 _LONG: Final = {"epochs": 30, "batch_size": 128, "learning_rate": 0.02} | _MUCH
 _RECIPES: Final = {"quick": _QUICK, "short": _SHORT | {"label_smoothing": 0.0}, "long": _LONG}
 
-# An epoch of few rows has few steps, so batches are smaller, and there are more epochs. `short` is
-# then the same as `quick`, whose learning rate and smoothing few steps need.
+# Few rows make few steps an epoch. `short` is then the same as `quick`, whose rate these need.
 _QUICK_OF_FEW: Final = {"epochs": 3, "batch_size": 64, "learning_rate": 0.05} | _LITTLE
 _LONG_OF_FEW: Final = {"epochs": 40, "batch_size": 64, "learning_rate": 0.02} | _MUCH
 _OF_FEW_ROWS: Final = {"quick": _QUICK_OF_FEW, "short": _QUICK_OF_FEW, "long": _LONG_OF_FEW}
@@ -86,7 +85,6 @@ class MnistSum(Task):
         return dict(recipes[self.settings.recipe])
 
     def named_data(self, data: str) -> NamedData | None:
-        """MNIST: `auto`, `sample`, `mnist`, or a local folder of its files."""
         return datasets.find(data)
 
     def augment(self, batch: Arrays, draws: Draws) -> Arrays:
@@ -171,7 +169,6 @@ class MnistSum(Task):
         return {"temperatures_in_weights": temperatures}
 
     def finish(self, network: Any, validation: Evaluated, test: Evaluated) -> Findings:
-        """Analyse the errors of the calibrated network on test rows."""
         from mnistsum_ray.mnist.analysis import finish
 
         return finish(network, test)

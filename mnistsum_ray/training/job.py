@@ -1,6 +1,6 @@
 """The training job: read the rows with Ray Data, train with a Ray Train TorchTrainer, publish.
 
-    read_rows ─▶ TorchTrainer(train_loop_per_worker, datasets, WholeShards).fit() ─▶ publish
+    read_rows ─▶ TorchTrainer(train_loop_per_worker, datasets, EveryRow).fit() ─▶ publish
 
 Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, from the last
 checkpoint, and its timeout of the start ends a run that cannot get them. `run_trainer` begins again
@@ -22,7 +22,6 @@ from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.resources import (
     WorkerPlan,
     plan_training,
-    usable_nodes,
     wait_for,
 )
 from mnistsum_ray.cluster.workarounds import default_environment
@@ -53,7 +52,7 @@ from mnistsum_ray.training.failures import (
 )
 from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower, FailureLines, explain_silence
-from mnistsum_ray.training.rows import Rows, WholeShards, read_rows
+from mnistsum_ray.training.rows import EveryRow, Rows, fits_in_store, read_rows
 from mnistsum_ray.training.run import RunRecord, TrainRequest, check_storage
 
 _LEAST_WAIT_SECONDS: Final = 10.0
@@ -70,7 +69,7 @@ def make_trainer(
         train_loop_per_worker,
         train_loop_config={"loop": loop},
         datasets=rows.datasets,
-        dataset_config=WholeShards(),
+        dataset_config=EveryRow(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.num_workers,
             use_gpu=plan.use_gpu,
@@ -108,19 +107,19 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     with folder_lock(request.folder, "--name"):
         with errors_in_one_line(console, how_to_begin):
             stored = request.stored
-            if stored:
-                _check_same_data(request)
             has_model = (request.folder / "model" / WEIGHTS_FILE).exists()
             if stored.get("status") == "finished" and has_model:  # else it is made again
                 console.say("the run is finished")
                 return TrainResult(**stored["metrics"])
             start = find_start(request, console)
-            # The tasks that read files need a CPU, and a plan needs to see a node.
-            if request.source.files or not usable_nodes():
-                wait_for({"CPU": 1}, "the tasks that read rows", config.wait_seconds, console.say)
-            plan = plan_training(config, parameters.batch_size, console.say)
+            # The tasks that read rows need a CPU, and a plan needs to see a node.
+            wait_for({"CPU": 1}, "the tasks that read rows", config.wait_seconds, console.say)
+            is_kept = config.cache is True or (
+                config.cache == "auto" and fits_in_store(request.source, request.task)
+            )
+            plan = plan_training(config, parameters.batch_size, console.say, is_kept=is_kept)
             say_what_differs(stored, plan, console.say)
-            rows = read(request, plan, console)
+            rows = read(request, plan, console, is_kept=is_kept)
             record = RunRecord(request, plan, start.history)
             record.begin(rows, start.init_from)
         with errors_in_one_line(console, request.how_to_resume):
@@ -137,18 +136,23 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
 
 def say_what_differs(stored: dict[str, Any], plan: WorkerPlan, say: Callable[[str], None]) -> None:
     """Say what decides the bits of a run that goes on, and is not what it was."""
+    if not stored:
+        return
     had, has, threads = stored.get("versions", {}), versions(), stored.get("threads")
     keep = f" (as many workers, with --use-gpu false --threads {threads}, keep them)"
     pairs = [(f"{name} {had.get(name)}", f"{name} {has[name]}", "") for name in ("torch", "ray")]
     pairs.append((stored.get("workers", ""), str(plan), keep if threads else ""))
-    for before, now, advice in pairs if stored else ():
+    for before, now, advice in pairs:
         if before != now:
             line = f"the run had {before}, and goes on with {now}: its last bits may differ"
             say(line + advice)
 
 
-def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
-    """Read the rows into the object store, and say which there are, and which are left out."""
+def read(request: TrainRequest, plan: WorkerPlan, console: Console, *, is_kept: bool) -> Rows:
+    """Read and count the rows, and say which there are, and which are left out.
+
+    RequestError: a run that goes on had others.
+    """
     source, config, say = request.source, request.config, console.say
     report_skipped(source.skipped, say)
     with console.waiting_for("the tasks that read rows", explain_silence):
@@ -158,16 +162,21 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console) -> Rows:
                 request.task.training_columns,
                 config.seed,
                 skip_bad_rows=config.skip_bad_rows,
+                is_kept=is_kept,
                 workers=plan.most,
             )
         except (RequestError, RowCountError):
             check_unchanged(source)  # which may be the reason
             raise
     check_unchanged(source)
+    if request.stored:
+        _check_same_rows(request, rows)
     if rows.rejected.total:
         say(f"rejected: {counted(rows.rejected.total, 'row')}: {rows.rejected.describe()}")
     counts = ", ".join(f"{totals.rows:,} {split}" for split, totals in rows.totals.items())
     say(f"run {config.name}: {counts} rows of {source}")
+    if not is_kept:
+        say("training rows are not kept in memory, but read again in each epoch (--cache)")
     return rows
 
 
@@ -199,6 +208,7 @@ def run_trainer(
                 hyperparameters=parameters,
                 threads=plan.threads,
                 totals=rows.totals,
+                rows_of_block=rows.rows_of_block,
                 queue=follower.queue,
                 start=start,
             )
@@ -238,13 +248,13 @@ def find_start(request: TrainRequest, console: Console) -> Start:
     return Start(weights=loaded.network.state_dict(), init_from=init_from)
 
 
-def _check_same_data(request: TrainRequest) -> None:
-    """RequestError: the data are not those of the run that goes on."""
+def _check_same_rows(request: TrainRequest, rows: Rows) -> None:
+    """RequestError: the rows are not those of the run that goes on."""
     data = request.stored["data"]
-    if data["fingerprint"] != request.source.fingerprint:
+    if data["fingerprint"] != rows.fingerprint:
         raise RequestError(
-            f"--resume: the data are not those of the run, from {data['location']} (fingerprint "
-            f"{request.source.fingerprint[:12]}…, the run has {data['fingerprint'][:12]}…); name "
+            f"--resume: the rows are not those of the run, from {data['location']} (fingerprint "
+            f"{rows.fingerprint[:12]}…, the run has {data['fingerprint'][:12]}…); name "
             "the same data, or start another run"
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.columns import rows_in
-from mnistsum_ray.data.randomness import RowTotals, mix_ids
+from mnistsum_ray.data.randomness import RowTotals
 from mnistsum_ray.errors import CheckpointError, RepeatingError, RequestError, RunError, counted
 from mnistsum_ray.model.calls import calling, forward, map_tensors
 from mnistsum_ray.model.device import (
@@ -71,6 +71,7 @@ class LoopConfig:
     hyperparameters: Hyperparameters
     threads: int | None  # of a CPU worker
     totals: dict[str, RowTotals]  # by split: what the driver has counted
+    rows_of_block: int  # as of `Rows`
     queue: Queue  # of events for the driver
     start: Start
 
@@ -102,7 +103,8 @@ def _train(config: LoopConfig) -> FinishedModel | None:
     state, tensors = latest_state(config.start.checkpoint)
     state.task, state.code = task.name, config.code
     state.precision = state.precision or parameters.precision or _best_precision(task, device)
-    trainer = Trainer(task, parameters, config.totals["train"], device, state.precision, events)
+    totals, rows_of_block = config.totals["train"], config.rows_of_block
+    trainer = Trainer(task, parameters, totals, rows_of_block, device, state.precision, events)
     begins = "beginning"
     if tensors is not None:
         restore(tensors, trainer.network, trainer.optimizer)
@@ -230,7 +232,7 @@ class HeldOutRows:
             outputs, of_rows = self._evaluate_batch(network, batch, bf16=bf16)
             sums += torch.stack([of_rows[name].double().sum() for name in names])
             ids = batch["row_id"]
-            counts += torch.stack([torch.ones_like(ids).sum(), mix_ids(ids).sum()])
+            counts += torch.stack([torch.ones_like(ids).sum(), ids.sum()])
             if index % self._analysed_every == 0:
                 self._analysed.append((batch, outputs))
             progress(len(ids) * self._world_size)  # the others are about as far

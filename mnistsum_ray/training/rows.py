@@ -1,25 +1,22 @@
-"""The rows of a run, by Ray Data: read, decoded, split, and dealt to the workers.
+"""The rows of a run, by Ray Data: read, decoded, counted, split, and streamed to the workers.
 
-    read_parquet ─▶ map_batches(decode) ─▶ materialize ─┬─▶ train        randomize_block_order
-    rows in memory ─▶ decode ─▶ from_blocks ────────────┼─▶ validation
-                                                        └─▶ test
+    read_parquet ───┬─▶ map_batches(decode) ─▶ split ─▶ blocks of equal length ─▶ streaming_split
+    rows in memory ─┘          │ materialize, if they are kept                 │
+                               ▼                                               ▼
+                           summary: counts, sums of ids                 EveryRow: workers
 
-The three Datasets lie in Ray's object store, which spills to disk what memory does not hold. From
-there `WholeShards` deals them to the workers, in whole blocks, and no task runs for that: workers
-may hold all CPUs. PyTorch is not imported here, since the processes that read would wait for it.
+Training rows are kept decoded in Ray's object store, or are read and decoded anew in each epoch.
+Both give each worker the same rows in the same order. PyTorch is not imported here, since the
+processes that read would wait for it.
 """
 
-import itertools
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeAlias
+from math import ceil
+from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 import ray.exceptions
 from ray.data import Dataset
@@ -27,28 +24,21 @@ from ray.data.datasource import Partitioning
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.workarounds import default_environment
-from mnistsum_ray.data.columns import (
-    Column,
-    ReasonCounts,
-    RejectedRow,
-    decode_columns,
-    one_chunk,
-    rows_in,
+from mnistsum_ray.data.columns import Column, ReasonCounts, rows_in
+from mnistsum_ray.data.decoding import (
+    Summary,
+    decode,
+    refuse_damaged_file,
+    select,
+    summarize,
+    without_origin,
 )
 from mnistsum_ray.data.inputs import SUFFIXES
-from mnistsum_ray.data.parquet import open_parquet
-from mnistsum_ray.data.randomness import Bits, RowTotals, split_keys
-from mnistsum_ray.data.sources import SPLITS, DataFile, Source, held_out_rows
-from mnistsum_ray.errors import (
-    RequestError,
-    RowCountError,
-    TryAgainError,
-    UnusableFileError,
-    counted,
-    root_cause,
-)
+from mnistsum_ray.data.randomness import Purpose, RowTotals, seeds
+from mnistsum_ray.data.sources import SPLITS, DataFile, Source
+from mnistsum_ray.errors import RequestError, RowCountError, TryAgainError, counted, root_cause
 from mnistsum_ray.storage.bucket import arrow_place
-from mnistsum_ray.storage.store import in_threads
+from mnistsum_ray.task import Task
 
 _BLOCKS_OF_RANK: Final = 64
 _LEAST_BLOCK_ROWS: Final = 32
@@ -57,14 +47,7 @@ _MOST_BLOCK_BYTES: Final = 8 * 2**20
 their shards differ by the rows of a block or two; a block costs a worker 1 ms an epoch."""
 
 _FILES_OF_ACTOR: Final = 1000
-"""Footers that an actor of Ray Data reads. Ray would start 32 such actors, each a process, also for
-one file: on two cores that takes seven seconds."""
-
-_NAMED_ROWS: Final = 5
-"""Rows that cannot be used and are named."""
-
-Decoded: TypeAlias = "pa.Table | Dataset"
-"""Rows as `decode` gives them, in memory or in the object store."""
+"""Footers that an actor of Ray Data reads. Ray would start 32 processes for that, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,21 @@ class Rows:
 
     datasets: dict[str, Dataset]
     totals: dict[str, RowTotals]
-    rejected: ReasonCounts  # of rows that are in no split, since they cannot be used
+    rows_of_block: int  # of all blocks of a split but its last one
+    rejected: ReasonCounts  # of rows that are in no split
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of which rows each split has: the same for the same rows, wherever they lie."""
+        found = [(split, totals.rows, totals.id_sum) for split, totals in self.totals.items()]
+        return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
+
+
+def fits_in_store(source: Source, task: Task) -> bool:
+    """Whether the decoded training rows, which lie there twice for a moment, take at most a third
+    of Ray's object store."""
+    store: float = ray.cluster_resources().get("object_store_memory", 0.0)
+    return source.stored_bytes(task.training_columns) <= store / 3
 
 
 def read_rows(
@@ -82,91 +79,125 @@ def read_rows(
     seed: int,
     *,
     skip_bad_rows: bool,
+    is_kept: bool = True,
     workers: int = 1,
 ) -> Rows:
-    """Read and decode the columns of all rows into the object store, and split the rows.
+    """Read, decode and split all rows; those of the training are kept if `is_kept`.
 
-    `seed` is that of the order of the blocks; at most `workers` train with them.
+    `seed` is that of the order of files; at most `workers` train with the rows.
 
     RequestError: a file or a row cannot be used, or too few rows can.
     RowCountError: files hold more or fewer rows than their footers say.
     """
-    rows_of_block = source.train_rows // (_BLOCKS_OF_RANK * workers)
-    most_rows = rows_in(_MOST_BLOCK_BYTES, columns.values())
-    rows_of_block = min(max(rows_of_block, _LEAST_BLOCK_ROWS), most_rows)
-    decoded: dict[str, Decoded] = {}
-    for split, table in source.tables.items():
-        decoded[split] = decode(table, columns, {key: key for key in columns})
+    decoded: dict[str, Dataset] = {}
+    groups: list[dict[str, Any]] = []
     try:
-        for split, files in source.files.items():
-            if source.rows_of(split):
-                decoded[split] = _read_files(files, columns)
-        indexes = {split: _index(rows) for split, rows in decoded.items()}
+        for named_split in SPLITS:
+            if source.rows_of(named_split):
+                dataset = _decoded(source, named_split, columns, seed)
+                if is_kept or named_split != "train":
+                    dataset = dataset.materialize()
+                decoded[named_split] = dataset
+                groups += dataset.map_batches(summarize, **_BLOCKS).take_all()
     except (ray.exceptions.RayTaskError, OSError, ValueError) as error:
         cause = getattr(error, "cause", error)  # what a task has raised
         if not isinstance(cause, OSError | ValueError):
             raise  # no fault of the data, such as want of memory
-        _refuse_damaged_file(source, str(error))
+        refuse_damaged_file(source, str(error))
         problem = f"--data {source.location}: {root_cause(error)}"
         if isinstance(cause, ValueError | FileNotFoundError | PermissionError):
             raise RequestError(problem) from error
         raise TryAgainError(f"{problem}; no file is damaged") from error
-    _check_counts(source, indexes)
-    rejected = _rejected_rows(source, columns, indexes)
+    summary = Summary.of(groups)
+    _check_counts(source, summary)
+    rejected = summary.rejected(source, columns)
     if rejected.total and not skip_bad_rows:
-        all_rows = counted(sum(index.num_rows for index in indexes.values()), "row")
+        all_rows = counted(summary.rows_of_paths.total(), "row")
         unusable = f"{rejected.total:,} of {all_rows} cannot be used: {rejected.describe()}"
         advice = "correct them, or train with --skip-bad-rows, which leaves them out"
         raise RequestError(f"--data {source.location}: {unusable}; {advice}")
-    rows = Rows({}, {}, rejected)
-    for split, key_range in _key_ranges(source, indexes).items():
-        read_from = key_range.source_split
-        ids = key_range.select(indexes[read_from])["row_id"].to_numpy()
-        rows.totals[split] = RowTotals.of(ids)
-        if len(ids):
-            rows.datasets[split] = _dataset(decoded[read_from], key_range, rows_of_block)
-    _check_splits(source, rows)
-    # Files may be sorted by label. In a random order of blocks neither a rank nor the buffer in
-    # which it shuffles gets one label alone.
-    train = rows.datasets["train"].randomize_block_order(seed=seed)
-    rows.datasets["train"] = train.materialize()
+    _check_splits(source, summary, rejected)
+    rows_of_block = summary.totals["train"].rows // (_BLOCKS_OF_RANK * workers)
+    rows_of_block = max(rows_of_block, _LEAST_BLOCK_ROWS)
+    rows_of_block = min(rows_of_block, rows_in(_MOST_BLOCK_BYTES, columns.values()))
+    rows = Rows({}, summary.totals, rows_of_block, rejected)
+    for named_split, dataset in decoded.items():
+        splits = [split for split in source.ranges(named_split) if split != "train"]
+        held_out = dataset
+        if named_split == "train" and not is_kept and splits:
+            held_out = _rows_of(dataset, splits).materialize()  # read once for both of them
+        for split in splits:
+            rows.datasets[split] = _in_blocks(held_out, split, rows).materialize()
+        if named_split == "train":
+            train = _in_blocks(dataset, "train", rows)
+            rows.datasets["train"] = train.materialize() if is_kept else train
     return rows
 
 
-def _check_counts(source: Source, indexes: dict[str, pa.Table]) -> None:
-    """Check that Ray Data has read each row of the footers, and none twice."""
-    for split, index in indexes.items():
-        planned, ids = source.rows_of(split), index["row_id"].to_numpy()
-        if len(ids) != planned or len(np.unique(ids)) != planned:
-            read = f"read {len(ids):,} rows of files that hold {planned:,}"
-            raise RowCountError(f"--data {source.location}: {read}, or some twice")
+_BLOCKS: Final[Mapping[str, Any]] = {"batch_size": None, "batch_format": "pyarrow"}
+"""Arguments of `map_batches` for functions of whole blocks, as tables of Arrow."""
 
 
-def _check_splits(source: Source, rows: Rows) -> None:
-    if all(split in rows.datasets for split in SPLITS):
+def _rows_of(decoded: Dataset, splits: list[str]) -> Dataset:
+    return decoded.map_batches(select, fn_kwargs={"splits": splits}, **_BLOCKS)
+
+
+def _in_blocks(decoded: Dataset, split: str, rows: Rows) -> Dataset:
+    """Rows of a split, as workers need them, in blocks of one length but for the last."""
+    needed = _rows_of(decoded, [split]).map_batches(without_origin, **_BLOCKS)
+    return needed.repartition(target_num_rows_per_block=rows.rows_of_block, strict=True)
+
+
+def _check_counts(source: Source, summary: Summary) -> None:
+    """Check that Ray Data has read each row of the footers."""
+    read, planned = summary.rows_of_paths.total(), sum(map(source.rows_of, SPLITS))
+    of_files = {arrow_place(file.path)[1]: file.rows for file in source.all_files if file.rows}
+    if read != planned or (of_files and of_files != summary.rows_of_paths):
+        problem = f"read {read:,} rows of files that hold {planned:,}, or some twice"
+        raise RowCountError(f"--data {source.location}: {problem}")
+
+
+def _check_splits(source: Source, summary: Summary, rejected: ReasonCounts) -> None:
+    if all(split in summary.totals for split in SPLITS):
         return
-    counts = {split: rows.totals[split].rows for split in SPLITS if split in rows.totals}
-    present = ", ".join(f"{count:,} {split}" for split, count in counts.items()) or "none"
+    counts = [f"{totals.rows:,} {split}" for split, totals in summary.totals.items()]
+    present = ", ".join(counts) or "none"
     problem = f"has too few rows ({present}); each split needs some"
-    if rows.rejected.total:
-        problem += f"; {rows.rejected.total:,} cannot be used: {rows.rejected.describe()}"
+    if rejected.total:
+        problem += f"; {rejected.total:,} cannot be used: {rejected.describe()}"
     raise RequestError(f"--data {source.location}: {problem}")
 
 
-def rows_in_memory(source: Source, columns: Mapping[str, Column]) -> dict[str, pa.Table]:
-    """The rows of a source that is in memory, by split, without Ray."""
-    names = {key: key for key in columns}
-    decoded = {split: decode(rows, columns, names) for split, rows in source.tables.items()}
-    selected = {}
-    for split, key_range in _key_ranges(source, decoded).items():
-        selected[split] = key_range.select(decoded[key_range.source_split])
-    return selected
+def _decoded(source: Source, split: str, columns: Mapping[str, Column], seed: int) -> Dataset:
+    """The decoded rows that are named for a split."""
+    if split in source.tables:
+        table = source.tables[split]
+        rows = rows_in(_MOST_BLOCK_BYTES, columns.values())
+        starts = range(0, table.num_rows, rows)
+        dataset = ray.data.from_blocks([table.slice(start, rows) for start in starts])
+        datasets = [(dataset, {key: key for key in columns})]
+    else:
+        datasets = _read_files(source.files[split], seed)
+    decoded = []
+    for dataset, names in datasets:
+        # Else the blocks stand as their tasks ended, and each run has other bits.
+        dataset.context.execution_options.preserve_order = True
+        # The console says what is read; Ray's bars and plans would repeat it.
+        dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
+        arguments = {"columns": columns, "names": names, "ranges": source.ranges(split)}
+        decoded.append(dataset.map_batches(decode, batch_format="pyarrow", fn_kwargs=arguments))
+    union = decoded[0].union(*decoded[1:]) if len(decoded) > 1 else decoded[0]
+    union.set_name("read-rows")
+    return union
 
 
-def _read_files(files: list[DataFile], columns: Mapping[str, Column]) -> Dataset:
-    """Read and decode Parquet files by the tasks of Ray Data."""
+def _read_files(files: list[DataFile], seed: int) -> list[tuple[Dataset, dict[str, str]]]:
+    """Datasets of Parquet files, in an order of this seed, and the names of the task's columns."""
+    # Files may be sorted by label. In a random order of files neither a rank nor the buffer in
+    # which it shuffles gets one label alone.
+    order = np.argsort(seeds(seed, 0, Purpose.FILE_ORDER, range(len(files))))
     groups: dict[tuple[object, ...], list[DataFile]] = {}
-    for file in files:
+    for file in (files[index] for index in order):
         key = (file.schema, *file.columns.items(), file.of_folders)
         groups.setdefault(key, []).append(file)
     datasets = []
@@ -184,181 +215,36 @@ def _read_files(files: list[DataFile], columns: Mapping[str, Column]) -> Dataset
                 filesystem=filesystem,
                 file_extensions=[suffix.lstrip(".") for suffix in SUFFIXES],  # else .parquet
                 include_paths=True,
-                include_row_hash=True,
             )
-        # Else the blocks stand as their tasks ended, and each run has other bits.
-        rows.context.execution_options.preserve_order = True
-        # The console says what is read; Ray's bars and plans would repeat it.
-        rows.context.enable_progress_bars = rows.context.print_on_execution_start = False
-        rows = rows.select_columns([*first.columns.values(), "path", "row_hash"])
-        arguments = {"columns": columns, "names": first.columns}
-        datasets.append(rows.map_batches(decode, batch_format="pyarrow", fn_kwargs=arguments))
-    decoded = datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
-    decoded.set_name("read-rows")
-    return decoded.materialize()
+        datasets.append((rows.select_columns([*first.columns.values(), "path"]), first.columns))
+    return datasets
 
 
-def decode(rows: pa.Table, columns: Mapping[str, Column], names: Mapping[str, str]) -> pa.Table:
-    """Decode columns, which have these names; `path` and `row_hash` are those of Ray Data.
+class EveryRow(DataConfig):
+    """Gives whole blocks to the ranks, always in one order. Ray's default drops up to a row a rank.
 
-    Returns the columns by their names in the task; `row_id` int64; `path`; and `reason`, which is
-    null but in rows that cannot be used.
-    """
-    arrays, reasons = decode_columns(columns, rows, names)
-    decoded = {key: columns[key].to_arrow(values) for key, values in arrays.items()}
-    decoded["row_id"] = one_chunk(rows["row_hash"]).to_numpy().view(np.int64)
-    decoded["reason"] = pa.array([reasons.get(row) for row in range(len(rows))], pa.string())
-    decoded["path"] = one_chunk(rows["path"]).dictionary_encode()
-    return pa.table(decoded)
-
-
-def _index(decoded: Decoded) -> pa.Table:
-    """What the driver knows of a row, in 20 bytes: its id, its file, why it cannot be used."""
-    names = ["row_id", "reason", "path"]
-    if isinstance(decoded, pa.Table):
-        return decoded.select(names)
-    tables = decoded.select_columns(names).iter_batches(batch_size=None, batch_format="pyarrow")
-    return pa.concat_tables(tables)
-
-
-class _KeyRange(NamedTuple):
-    """The good rows in the files of `source_split` whose key is in first_key..last_key.
-
-    The key of a row is a random number that follows from its id (`split_keys`).
-    """
-
-    source_split: str
-    first_key: int
-    last_key: int
-
-    def select(self, rows: pa.Table) -> pa.Table:
-        """The rows of this range, of those in the files of its split."""
-        keys = split_keys(rows["row_id"].to_numpy())
-        is_between = (np.uint64(self.first_key) <= keys) & (keys <= np.uint64(self.last_key))
-        kept = [name for name in rows.column_names if name not in ("reason", "path")]
-        selected = rows.filter(pc.and_(pa.array(is_between), rows["reason"].is_null()))
-        return selected.select(kept)
-
-
-def _key_ranges(source: Source, indexes: dict[str, pa.Table]) -> dict[str, _KeyRange]:
-    """Which rows each split has: those of its own files, or some that are held out of `train`."""
-    ranges: dict[str, _KeyRange] = {}
-    for source_split, index in indexes.items():
-        good = index.filter(index["reason"].is_null())
-        keys = np.sort(split_keys(good["row_id"].to_numpy()))
-        held_out = {}
-        count = held_out_rows(len(keys))  # for each split that no file is named for
-        if source_split == "train" and count:
-            # The smallest keys are those of the first of these splits, the next ones of the second.
-            for split in source.held_out_splits:
-                held_out[split] = _range_of(source_split, keys[:count], source.max_rows)
-                keys = keys[count:]
-        ranges[source_split] = _range_of(source_split, keys, source.max_rows)
-        ranges |= held_out  # after train, as the console names them
-    return ranges
-
-
-def _range_of(source_split: str, keys: Bits, max_rows: int | None) -> _KeyRange:
-    """The range of these sorted keys, or of the smallest of them."""
-    keys = keys[:max_rows]
-    if not len(keys):
-        return _KeyRange(source_split, first_key=1, last_key=0)  # no row
-    return _KeyRange(source_split, int(keys[0]), int(keys[-1]))
-
-
-def _dataset(decoded: Decoded, key_range: _KeyRange, rows_of_block: int) -> Dataset:
-    """The rows of a range as a Dataset in the object store, in blocks of so many rows."""
-    if isinstance(decoded, pa.Table):
-        rows = key_range.select(decoded)
-        starts = range(0, rows.num_rows, rows_of_block)
-        return ray.data.from_blocks([rows.slice(start, rows_of_block) for start in starts])
-    of_split = decoded.map_batches(key_range.select, batch_format="pyarrow")
-    return of_split.repartition(target_num_rows_per_block=rows_of_block).materialize()
-
-
-def _rejected_rows(
-    source: Source, columns: Mapping[str, Column], indexes: dict[str, pa.Table]
-) -> ReasonCounts:
-    """Count the rows that cannot be used by reason, and name the first of them."""
-    counts = ReasonCounts()
-    for split, index in indexes.items():
-        is_rejected = index["reason"].is_valid().to_numpy()
-        if not is_rejected.any():
-            continue
-        rejected = index.filter(is_rejected)
-        examples: list[RejectedRow] = []  # none of rows in memory, which the task has made
-        paths = {*pc.unique(rejected["path"]).to_pylist()}
-        for file in source.files.get(split, []):
-            _, path = arrow_place(file.path)
-            if path in paths and len(examples) < _NAMED_ROWS:
-                with _refused_if_damaged(file):  # Ray Data does not check the CRC of pages
-                    examples += _first_rejected_rows(file, columns, _NAMED_ROWS - len(examples))
-        counts.add(Counter(rejected["reason"].to_pylist()), examples)
-    return counts
-
-
-def _first_rejected_rows(
-    file: DataFile, columns: Mapping[str, Column], count: int
-) -> list[RejectedRow]:
-    """The first rows of a file that cannot be used: so many at most.
-
-    The file is read again, since Ray Data reads the row groups of a large one in another order.
-    """
-    of_folders = dict(re.findall(r"(?:^|(?<=/))([^/=]+)=([^/]*)/", file.name))
-    in_file = [name for name in file.columns.values() if name not in file.of_folders]
-    batch_rows = rows_in(_MOST_BLOCK_BYTES, columns.values())
-    found: list[RejectedRow] = []
-    first_row = 0
-    with open_parquet(file.path) as parquet:
-        for batch in parquet.iter_batches(batch_rows, columns=in_file):
-            table = pa.Table.from_batches([batch])
-            for folder in file.of_folders:
-                table = table.append_column(folder, pa.repeat(of_folders[folder], len(batch)))
-            _, reasons = decode_columns(columns, table, file.columns)
-            found += [(file.name, first_row + row, reason) for row, reason in reasons.items()]
-            if len(found) >= count:
-                break
-            first_row += len(batch)
-    return found[:count]
-
-
-def _refuse_damaged_file(source: Source, said: str) -> None:
-    """RequestError that names the file which cannot be read, if there is one.
-
-    Only the files that Ray Data's error names are read, or all if it names none.
-    """
-    files = [*itertools.chain(*source.files.values())]
-    named = [file for file in files if arrow_place(file.path)[1] in said]
-
-    def read_again(file: DataFile) -> None:
-        with _refused_if_damaged(file), open_parquet(file.path) as parquet:
-            in_file = [name for name in file.columns.values() if name not in file.of_folders]
-            for _ in parquet.iter_batches(columns=in_file):
-                pass
-
-    for _ in in_threads(files[0].path, read_again, named or files):
-        pass
-
-
-@contextmanager
-def _refused_if_damaged(file: DataFile) -> Iterator[None]:
-    """RequestError that names the file if the block cannot read it."""
-    try:
-        yield
-    except UnusableFileError as error:
-        raise RequestError(f"--data {file.path.display}: {error}") from None
-
-
-class WholeShards(DataConfig):
-    """Deals whole blocks to the ranks, so that no row is dropped.
-
-    Ray's default makes all shards equal, and for that drops up to a row a worker.
+    Training rows are streamed. Held-out rows lie in the object store: no slow actor is needed.
     """
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         """The shard of each rank, by the name of the dataset."""
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
-            for rank, shard in enumerate(dataset.split(world_size)):  # no task runs for this
-                shards[rank][name] = shard.iterator()  # as Ray's own DataConfig does
+            if name == "train":
+                of_ranks = dataset.streaming_split(world_size, equal=False)
+            else:
+                of_ranks = [shard.iterator() for shard in dataset.split(world_size)]
+            for rank, shard in enumerate(of_ranks):
+                shards[rank][name] = shard
         return shards
+
+
+def shards_of(rows: int, rows_of_block: int, ranks: int) -> tuple[int, ...]:
+    """Rows of each rank: Ray gives the next block to the first of the ranks with the fewest rows.
+
+    So workers know the steps of an epoch before they have seen its rows, which they count.
+    """
+    full, rest = divmod(rows, rows_of_block)
+    shards = [ceil((full - rank) / ranks) * rows_of_block for rank in range(ranks)]
+    shards[full % ranks] += rest
+    return tuple(shards)

@@ -251,7 +251,7 @@ class RunRecord:
                 # The config of a run that is resumed names the data that `--data auto` found, so
                 # only the first manifest says that it is a sample.
                 "notice": source.notice or request.stored.get("data", {}).get("notice", ""),
-                "fingerprint": source.fingerprint,
+                "fingerprint": rows.fingerprint,
                 **{f"{split}_rows": totals.rows for split, totals in rows.totals.items()},
                 "bad_rows": {"rows": rows.rejected.total, **vars(rows.rejected)},
             },

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.columns import Arrays, Column, rows_in
-from mnistsum_ray.data.randomness import Draws, Purpose, RowTotals, mix_ids, seeds
+from mnistsum_ray.data.randomness import Draws, Purpose, RowTotals, seeds
 from mnistsum_ray.errors import RunError, TaskError
 from mnistsum_ray.model.calls import calling, forward
 from mnistsum_ray.model.device import all_reduce_sum, seed_generators
 from mnistsum_ray.model.schedule import one_cycle
 from mnistsum_ray.task import Batch, Task
 from mnistsum_ray.training.progress import Events
+from mnistsum_ray.training.rows import shards_of
 
-_SHUFFLED_BYTES: Final = 1_000_000 * 1024
-"""Most bytes of rows that are shuffled together. A shard of no more, a million small rows, is
+_SHUFFLED_BYTES: Final = 2**28
+"""Most bytes of rows that are shuffled together. A shard of no more, 262,144 small rows, is
 shuffled as a whole. Ray holds 1.5 times as much in each worker."""
 
 _CHECK_STEPS: Final = 20
@@ -143,6 +144,7 @@ class Objective(nn.Module):
 class Trainer:
     """The network, its optimizer, its DDP wrapper and the training rows of one worker.
 
+    All blocks of training rows have `rows_of_block` but the last.
     The state of a checkpoint may be loaded into `network` and `optimizer`, on all workers alike,
     before the first step.
     """
@@ -152,6 +154,7 @@ class Trainer:
         task: Task,
         parameters: Hyperparameters,
         totals: RowTotals,
+        rows_of_block: int,
         device: torch.device,
         precision: str,
         events: Events,
@@ -177,9 +180,8 @@ class Trainer:
         if self.world_size > 1:
             self._take_step_without_effect()
         self._shard = ray.train.get_dataset_shard("train")
-        shards = torch.zeros(self.world_size, dtype=torch.int64, device=device)
-        shards[self.rank] = self._shard.materialize().count()  # no task runs: it is there
-        self._steps = EpochSteps(tuple(all_reduce_sum(shards).tolist()), parameters.batch_size)
+        shards = shards_of(totals.rows, rows_of_block, self.world_size)
+        self._steps = EpochSteps(shards, parameters.batch_size)
 
     def _take_step_without_effect(self) -> None:
         """Let DDP find its order of sums.
@@ -207,6 +209,7 @@ class Trainer:
                 local_shuffle_seed=order_seed,
                 collate_fn=Augment(self.task, seed, epoch),
                 pin_memory=self._device.type == "cuda",
+                prefetch_batches=4 if self._device.type == "cuda" else 1,
             )
         )
 
@@ -253,8 +256,8 @@ class Trainer:
                 loss=counter.loss / max(1, counter.rows),
             )
         seconds = time.perf_counter() - started
-        for _ in batches:  # ends its threads; a row that came here was not trained, nor counted
-            pass
+        for batch in batches:  # ends its threads; a row that comes here was not planned
+            counter.add(batch["row_id"], torch.zeros((), device=self._device))
         counter.check(self._totals, f"training epoch {epoch + 1}")
         every = ceil(len(curve) / _CURVE_POINTS)
         first = (len(curve) - 1) % every  # so that the last loss is kept
@@ -301,7 +304,7 @@ class EpochCounter:
     def add(self, row_ids: Tensor, loss: Tensor) -> None:
         """Add a step: the ids of its rows, and the sum of their losses."""
         self._own_loss += loss
-        self._own_ids += mix_ids(row_ids).sum()
+        self._own_ids += row_ids.sum()
         self._own_rows += len(row_ids)
 
     def all_reduce(self) -> float:

@@ -15,14 +15,19 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Plans for a cluster whose nodes have these resources."""
 
     def made(
-        nodes: Any, say: Any = print, joined: bool = True, batch_size: int = 256, **given: Any
+        nodes: Any,
+        say: Any = print,
+        joined: bool = True,
+        batch_size: int = 256,
+        is_kept: bool = True,
+        **given: Any,
     ) -> WorkerPlan:
         alive = [{"NodeID": f"node {index}", "Resources": of} for index, of in enumerate(nodes)]
         has_gpu = any("GPU" in node for node in nodes) and given.get("use_gpu") is not False
         monkeypatch.setattr(resources, "usable_nodes", lambda: alive)
         monkeypatch.setattr(resources, "started_cluster", lambda: not joined)
         monkeypatch.setattr(resources, "precision_of_gpu", lambda *_: "bf16" if has_gpu else None)
-        return plan_training(TrainConfig(**given), batch_size, say)
+        return plan_training(TrainConfig(**given), batch_size, say, is_kept=is_kept)
 
     return made
 
@@ -43,6 +48,11 @@ CLUSTERS: list[Any] = [
     (cpus(8, nodes=64), {}, (1, 1), {"CPU": 8}, 8),  # and not 64 workers of four rows
     (cpus(8, nodes=3), {"num_workers": 6}, (6, 6), {"CPU": 3}, 3),  # one CPU a node stays free
     ([], {}, (1, 1), {"CPU": 1}, 1),  # nodes come for it
+    # Rows are read in each epoch, by tasks that need a CPU.
+    (cpus(16), {"is_kept": False}, (1, 1), {"CPU": 15}, 15),
+    (cpus(16), {"is_kept": False, "num_workers": 3}, (3, 3), {"CPU": 5}, 5),
+    (cpus(8, nodes=2), {"is_kept": False, "num_workers": 2}, (2, 2), {"CPU": 7}, 7),
+    (cpus(8, nodes=2), {"is_kept": False}, (1, 1), {"CPU": 8}, 8),
     (gpus(1), {}, (1, 1), {"GPU": 1}, None),  # one GPU box
     (gpus(1), {"use_gpu": False}, (1, 1), {"CPU": 16}, 16),
     (gpus(4, nodes=2), {"batch_size": 2048}, (8, 8), {"GPU": 1}, None),
@@ -74,3 +84,6 @@ def test_more_than_a_cluster_of_this_job_has_is_refused(plan: Any) -> None:
     ):
         with pytest.raises(RequestError, match=rf"^--num-workers \d+: {said}"):
             plan(cpus(2), joined=False, **given)
+    said = "^--cache auto: .* 2 CPU workers of 1 thread leave no CPU for that; give fewer"
+    with pytest.raises(RequestError, match=said):
+        plan(cpus(2), joined=False, is_kept=False, num_workers=2)

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 
-from mnistsum_ray.data.randomness import Draws, Purpose, mix_ids, seeds, split_keys
+from mnistsum_ray.data.randomness import Draws, Purpose, content_ids, positions, seeds
 
 IDS = np.random.default_rng(0).integers(-(2**63), 2**63, 100_000)
 
@@ -21,7 +20,13 @@ def test_pinned_values() -> None:
     assert first == 5784922337503569493
     assert [second] == seeds(0, 0, Purpose.STEP, range(1, 2))
     assert seeds(0, 0, Purpose.ROW_ORDER, range(2))[0] not in (first, second)
-    assert np.argsort(split_keys(np.arange(20)))[:4].tolist() == [8, 0, 16, 5]
+    images = np.arange(8, dtype=np.uint8).reshape(2, 2, 2)
+    assert content_ids({"image": images, "digit": np.arange(2)}).tolist() == [
+        -2485049538753768026,
+        1259559332331380196,
+    ]
+    photos = {"photo": np.array([b"", b"ab"], object)}
+    assert content_ids(photos).tolist() == [1786884285633530058, -4887375840846233476]
 
 
 def chi_squared(one: np.ndarray, other: np.ndarray) -> float:
@@ -48,6 +53,17 @@ def test_draws_are_uniform_and_those_of_another_seed_epoch_or_purpose_are_others
     assert np.array_equal(Draws(0, 0, some).uniform("place", 2), uniform[::7]), "of each row alone"
 
 
-def test_scrambled_ids_are_the_same_in_numpy_and_pytorch_and_tell_sets_apart() -> None:
-    assert mix_ids(IDS).tolist() == mix_ids(torch.from_numpy(IDS)).tolist()
-    assert mix_ids(np.array([3, 5])).sum() != mix_ids(np.array([4, 4])).sum()
+def test_ids_follow_from_the_values_of_all_columns_and_lie_anywhere() -> None:
+    images, labels = np.arange(20_000).reshape(10_000, 2), np.zeros(10_000, np.int64)
+    ids = content_ids({"image": images, "label": labels})
+    assert len(set(ids)) == 10_000
+    assert np.array_equal(content_ids({"image": images[::-2], "label": labels[::-2]}), ids[::-2])
+    assert not set(content_ids({"image": images, "label": labels + 1})) & set(ids)
+    joined = content_ids(
+        {"a": np.array([b"a", b"ab"], object), "b": np.array([b"bc", b"c"], object)}
+    )
+    assert joined[0] != joined[1]
+    assert content_ids({"image": images[:0]}).shape == (0,)
+    tenths = np.bincount((10 * positions(ids)).astype(int), minlength=10)
+    assert 900 < tenths.min() <= tenths.max() < 1100
+    assert (positions(np.array([0, -1])) < 1).all()

@@ -1,7 +1,6 @@
 """What `--data` names: rows in memory or files, their splits; what cannot be used is refused."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mnistsum_ray.data.sources import SPLITS, check_unchanged, held_out_rows
+from mnistsum_ray.data.sources import SPLITS, Source, check_unchanged
 from mnistsum_ray.errors import RequestError
 from tests.training import open_data as opened
 
@@ -63,11 +62,29 @@ def test_names_of_files_and_folders_tell_the_split(
         pq.write_table(sample[:rows].rename_columns({"digit": "label"}), tmp_path / name)
     source = opened(tmp_path)
     assert [source.rows_of(split) for split in SPLITS] == [20, 21, 22]
-    assert (source.held_out_splits, source.train_rows) == ([], 20)
+    assert ([*source.ranges("train")], source.train_rows) == (["train"], 20)
 
 
-def test_a_tenth_is_held_out_and_5_000_rows_at_most() -> None:
-    assert [held_out_rows(rows) for rows in (9, 1009, 60_000)] == [0, 100, 5_000]
+@pytest.mark.parametrize(
+    ("rows", "max_rows", "held_out", "train"),
+    [
+        (1000, None, 0.1, (0.2, 1.0)),
+        (100_000, None, 0.05, (0.1, 1.0)),
+        (1000, 50, 0.05, (0.2, 0.25)),
+    ],
+)
+def test_a_tenth_is_held_out_for_each_split_and_some_5_000_rows_at_most(
+    rows: int, max_rows: int | None, held_out: float, train: tuple[float, float]
+) -> None:
+    tables = {"train": pa.table({"path": pa.nulls(rows)})}
+    source = Source("mine", "mine", "mine", tables).limited(max_rows)
+    start = train[0] / 2
+    expected = {"test": (0, held_out), "validation": (start, start + held_out), "train": train}
+    ranges = source.ranges("train")
+    assert {*ranges} == {*expected}
+    for split, found in ranges.items():
+        assert found == pytest.approx(expected[split])
+    assert source.train_rows == round(rows * (train[1] - train[0]))
 
 
 def test_a_file_that_has_changed_since_its_footer_was_read_is_named(
@@ -81,22 +98,3 @@ def test_a_file_that_has_changed_since_its_footer_was_read_is_named(
         change(tmp_path / "2.parquet")
         with pytest.raises(RequestError, match=r"^--data \S*/2.parquet: has changed while it was"):
             check_unchanged(source)
-
-
-def test_the_fingerprint_is_that_of_paths_and_versions_of_files(
-    tmp_path: Path, sample: pa.Table
-) -> None:
-    path = tmp_path / "in" / "1.parquet"
-    path.parent.mkdir()
-    found = []
-    for change in (
-        lambda: pq.write_table(sample[::50], path),
-        lambda: Path(shutil.copy2(path, tmp_path / "copy")).rename(path),  # same content and time
-        lambda: pq.write_table(sample[1::50], path.with_name("2.parquet")),
-        lambda: path.rename(path.with_name("3.parquet")),
-    ):
-        change()
-        found.append(opened(path.parent).fingerprint)
-        assert opened(path.parent).fingerprint == found[-1]
-    found.append(opened(path.parent.rename(tmp_path / "moved")).fingerprint)
-    assert len(set(found)) == len(found)

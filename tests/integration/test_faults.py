@@ -140,7 +140,7 @@ def test_a_training_gives_the_model_of_an_undisturbed_one(
     reason = "the digit is 11, not one of 0..9; correct it or drop the row"
     assert f"rejected: 50 rows: 0.parquet: row 0: {reason}" in done.err
     assert manifest["data"]["bad_rows"]["reasons"] == {reason: 50}
-    assert [done.line["data"][f"{split}_rows"] for split in SPLITS] == [600, 75, 75]
+    assert [done.line["data"][f"{split}_rows"] for split in SPLITS] == [605, 80, 65]
     assert manifest["status"] == "finished"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -25,6 +26,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, save_model
 from mnistsum_ray.cli import parse
+from mnistsum_ray.data.decoding import decode, without_origin
+from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.randomness import RowTotals
 from mnistsum_ray.errors import TryAgainError, percent
 from mnistsum_ray.mnist.task import MnistSum
@@ -34,7 +37,7 @@ from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.task import Batch
 from mnistsum_ray.training import job
 from mnistsum_ray.training.loop import HeldOutRows
-from mnistsum_ray.training.rows import WholeShards, decode, read_rows
+from mnistsum_ray.training.rows import EveryRow, read_rows
 from mnistsum_ray.training.trainer import Trainer
 from tests.integration.conftest import (
     Result,
@@ -81,12 +84,12 @@ def test_the_result_has_these_fields_and_the_console_shows_its_figures(done: Res
     fields = {"run", "model", "parameters", "data", "test", "images_per_second", "seconds"}
     assert line.keys() == fields
     assert (line["model"], line["parameters"]) == (f"{line['run']}/model", 220_125)
-    rows = {"train_rows": 800, "validation_rows": 100, "test_rows": 100}
+    rows = {"train_rows": 819, "validation_rows": 88, "test_rows": 93}
     assert line["data"] == {"source": "parquet", **rows}
     assert test.keys() == {"rows", "pairs", "loss", "digit_accuracy", "sum_accuracy"}
-    assert (test["rows"], test["pairs"]) == (100, 1000)
+    assert (test["rows"], test["pairs"]) == (93, 930)
     digit, total = (f"{100 * test[f'{head}_accuracy']:.2f} %" for head in ("digit", "sum"))
-    assert f"test: digit {digit}, sum {total} (100 rows, 1,000 pairs)\n" in done.said
+    assert f"test: digit {digit}, sum {total} (93 rows, 930 pairs)\n" in done.said
     assert re.findall(r"epoch (\d): loss ", done.said) == ["1", "2"]
 
 
@@ -114,7 +117,7 @@ def test_the_run_folder_holds_history_report_pictures_and_no_pickle(
     assert card["test"] == manifest["metrics"]["test"]
     assert card["test"]["loss"] != history[-1]["test"]["loss"]
     right = sum(row[digit] for digit, row in enumerate(manifest["error_analysis"]["confusion"]))
-    assert card["test"]["digit_accuracy"] == right / 100
+    assert card["test"]["digit_accuracy"] == right / 93
 
 
 def test_prometheus_sees_the_rows_of_all_epochs(done: Result) -> None:
@@ -137,7 +140,7 @@ def check_in_plain_pytorch(line: dict[str, Any], test_rows: pa.Table) -> None:
                 loss += F.cross_entropy(logits, true).item() / 20
     accuracy = (digit.argmax(1) == digits).float().mean().item()
     assert line["test"]["digit_accuracy"] == pytest.approx(accuracy)
-    assert line["test"]["sum_accuracy"] == pytest.approx(right / 1000)
+    assert line["test"]["sum_accuracy"] == pytest.approx(right / 930)
     assert line["test"]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
@@ -159,9 +162,9 @@ def test_a_model_of_two_workers_scores_what_the_run_says(
 
 @pytest.mark.slow
 def test_a_finished_run_is_resumed_without_training(
-    run: Path, card: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, data: Path, card: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was killed before all was published."""
+    """It was killed before all was published, and the same rows now lie in other files."""
     copy = Path(shutil.copytree(run, tmp_path / "mine"))
     for lost in ("model/model.json", "model/model.safetensors", "report.html"):
         (copy / lost).unlink()
@@ -169,12 +172,39 @@ def test_a_finished_run_is_resumed_without_training(
     (copy / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    settings = {"storage_path": tmp_path, "name": "mine", "resume": True}
+    rows, moved = pq.read_table(data), tmp_path / "moved"
+    moved.mkdir()
+    pq.write_table(rows[400:], moved / "a.parquet")
+    settings = {"storage_path": tmp_path, "name": "mine", "resume": True, "data": moved}
+    said = r"^--resume: the rows are not those of the run, from \S+ \(.*; name the same data, or"
+    with pytest.raises(RequestError, match=said):
+        train_here(**settings)
+    pq.write_table(rows[:400], moved / "b.parquet")
     assert ": loss " not in train_here(**settings).said
     assert (copy / "report.html").exists()
     written = json.loads((copy / "model" / "model.json").read_text())
     assert written == card, "what was scored with it must go on as it was"
     assert not list(Path.cwd().iterdir()), "Ray deletes the working folder of a submitted job"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_the_same_files_give_the_same_model_in_a_bucket_where_they_are_read_in_each_epoch(
+    data: Path, tmp_path: Path
+) -> None:
+    """Of two files, the rows of which the runs on a disk keep, and those of the bucket do not."""
+    rows = pq.read_table(data)
+    places = [locate(str(tmp_path / "rows"), "--data"), locate("s3://bucket/rows", "--data")]
+    models = []
+    for is_kept, place in zip((True, False), places, strict=True):
+        for name, some in (("a", rows[:700]), ("b/c", rows[700:])):
+            (place / f"{name}.parquet").write(to_parquet(some))
+        settings: dict[str, Any] = {"threads": 1, "epochs": 2, "cache": is_kept}
+        trained = train_here(data=place.display, storage_path=tmp_path / f"{is_kept}", **settings)
+        assert ("read again in each epoch" in trained.said) != is_kept
+        card = json.loads(Path(trained.line["model"], "model.json").read_text())
+        models.append((card["trained_sha256"], card["sha256"], trained.line["test"]))
+    assert models[0] == models[1]
 
 
 @pytest.mark.nightly
@@ -281,13 +311,16 @@ def test_a_run_that_gets_no_cpu_ends_with_75_and_says_what_is_missing(
     wait_until(lambda: ray.available_resources().get("CPU") == 2)
 
 
+ROWS_OF_BLOCK = 70
+
+
 class Recorder(Trainer):
     """Keeps the batches that its worker trains, and their learning rates."""
 
     def __init__(self, totals: RowTotals) -> None:
         torch.set_num_threads(1)
         task, parameters = mnist(dropout=0, distortion=1), hyperparameters(batch_size=32)
-        super().__init__(task, parameters, totals, CPU, "fp32", SILENT)
+        super().__init__(task, parameters, totals, ROWS_OF_BLOCK, CPU, "fp32", SILENT)
         self.steps: list[tuple[Batch, float]] = []
 
     def _step(self, batch: Batch, rows: int, global_rows: int, learning_rate: float) -> Any:
@@ -321,24 +354,24 @@ def train_and_evaluate(config: dict[str, Any]) -> None:
 def test_three_workers_of_unequal_shards_train_as_one_that_has_their_batches(
     sample: pa.Table, tmp_path: Path
 ) -> None:
-    """In most steps one of them has no rows. Bits: tests/integration/test_faults.py."""
-    rows = sample[::30].append_column("row_hash", pa.array(range(167)))
+    """In half of the steps one of them has no rows. Bits: tests/integration/test_faults.py."""
+    rows = sample[::30].append_column("path", pa.array([""] * 167))
     columns = MnistSum().training_columns
-    rows = rows.append_column("path", pa.array([""] * 167))
-    rows = decode(rows, columns, {key: key for key in columns})
+    rows = without_origin(decode(rows, columns, {key: key for key in columns}, {}))
     totals, file = RowTotals.of(rows["row_id"].to_numpy()), str(tmp_path / "trained.pt")
-    dataset = ray.data.from_blocks([rows[:70], rows[70:81], rows[81:]])
+    starts = range(0, 167, ROWS_OF_BLOCK)
+    dataset = ray.data.from_blocks([rows[start:][:ROWS_OF_BLOCK] for start in starts])
     TorchTrainer(
         train_and_evaluate,
         train_loop_config={"totals": totals, "file": file},
         datasets={"train": dataset, "test": dataset},
-        dataset_config=WholeShards(),
+        dataset_config=EveryRow(),
         scaling_config=ray.train.ScalingConfig(num_workers=3, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path)),
     ).fit()
     of_ranks, trained, train_loss, (metrics, analysed) = torch.load(file, weights_only=True)
     sizes = [[len(batch["digit"]) for batch, _ in steps] for steps in of_ranks]
-    assert sizes == [[10] * 7 + [0], [11] + [0] * 7, [11] * 7 + [9]]
+    assert sizes == [[10] * 7, [11] * 6 + [4], [11, 11, 5] + [0] * 4]
 
     def compute_alone() -> Any:
         alone, loss = Recorder(totals), 0.0

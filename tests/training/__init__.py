@@ -26,12 +26,6 @@ Result = TypeVar("Result")
 class NoRows:
     """A shard without rows, of a test that gives them to the steps itself: it needs no cluster."""
 
-    def materialize(self) -> "NoRows":
-        return self
-
-    def count(self) -> int:
-        return 0
-
 
 def as_worker(function: Callable[[], Result], rows: Any = None) -> Result:
     """Call a function in this process as Ray Train calls it on a worker: its local mode.
@@ -74,6 +68,5 @@ def new_trainer(
 ) -> Trainer:
     """The trainer of a worker on the CPU; called within `as_worker`."""
     parameters = hyperparameters(**settings)
-    return Trainer(
-        task or mnist(**settings), parameters, totals or RowTotals(0, 0), CPU, "fp32", SILENT
-    )
+    totals = totals or RowTotals(0, 0)
+    return Trainer(task or mnist(**settings), parameters, totals, 32, CPU, "fp32", SILENT)

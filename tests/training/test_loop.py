@@ -101,7 +101,7 @@ class Training:
         of_task = {key: given[key] for key in given if key in MnistSettings.model_fields}
         task, parameters = kind(MnistSettings(**of_task)), hyperparameters(**given)
         events: Any = queue.Queue()  # of this process, in place of Ray's
-        loop = LoopConfig(task, "code", parameters, 1, totals, events, start or Start())
+        loop = LoopConfig(task, "code", parameters, 1, totals, 32, events, start or Start())
         finished = as_worker(lambda: train_loop_per_worker({"loop": loop}), datasets)
         assert finished is not None
         self.finished: FinishedModel = finished
@@ -255,7 +255,7 @@ def train_points(task: Points) -> FinishedModel:
         totals[split] = RowTotals.of(ids[rows])
     parameters = hyperparameters(epochs=12, batch_size=20, learning_rate=0.05, precision="fp32")
     events: Any = queue.Queue()
-    given = LoopConfig(task, "code", parameters, 1, totals, events, Start())
+    given = LoopConfig(task, "code", parameters, 1, totals, 32, events, Start())
     finished = as_worker(lambda: train_loop_per_worker({"loop": given}), datasets)
     assert finished is not None
     return finished

@@ -33,7 +33,7 @@ from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.task_loader import code_of
 from mnistsum_ray.training import failures, job, run
 from mnistsum_ray.training.progress import FailureLines
-from mnistsum_ray.training.rows import Rows, rows_in_memory
+from mnistsum_ray.training.rows import Rows
 from mnistsum_ray.training.run import RunRecord, TrainRequest, check_request
 from tests.tasks import Points
 
@@ -61,7 +61,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     (tmp_path / "base").mkdir()
     request = asked(**SETTINGS, init_from="base")
     (tmp_path / "base").rmdir()  # it is needed no more
-    data = {"fingerprint": request.source.fingerprint, "location": "sample", "notice": ""}
+    data = {"fingerprint": "0" * 64, "location": "sample", "notice": ""}
     (tmp_path / "mine").mkdir()
     manifest = {"config": request.config.model_dump(mode="json", exclude={"resume"}), "data": data}
     manifest["task"] = {"name": "mnistsum", "code": code_of(MnistSum)}
@@ -161,22 +161,10 @@ def test_a_task_sets_what_is_not_given_and_is_tried_before_anything_runs(tmp_pat
 def test_a_first_try_has_some_rows_of_each_split_and_of_all_digits(
     tmp_path: Path, sample: pa.Table
 ) -> None:
-    request = asked(max_rows=400, storage_path=tmp_path)
-    rows = rows_in_memory(request.source, request.task.training_columns)
-    assert [rows[split].num_rows for split in ("train", "validation", "test")] == [400] * 3
-    assert set(rows["train"]["digit"].to_pylist()) == set(range(10)), "they are sorted by digit"
     for index in range(8):  # of 100 rows each
         pq.write_table(sample[index::50], tmp_path / f"{index}.parquet")
     source = asked(max_rows=300, data=tmp_path).source
     assert ([file.rows for file in source.files["train"]], source.train_rows) == ([100] * 4, 300)
-
-
-@pytest.mark.usefixtures("stored")
-def test_other_data_are_refused(sample: pa.Table) -> None:
-    pq.write_table(sample[::50], "rows.parquet")
-    said = r"^--resume: the data are not those of the run, from sample \(.*; name the same data, or"
-    with pytest.raises(RequestError, match=said):
-        job.train(asked(data="rows.parquet", resume=True), Console(io.StringIO()))
 
 
 def test_a_folder_without_a_run_is_neither_taken_nor_resumed(tmp_path: Path) -> None:
@@ -250,12 +238,13 @@ def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch)
     def read_rows(_source: Any, columns: Any, seed: int, **settings: Any) -> Rows:
         assert columns == MnistSum().training_columns
         asked_for.update(settings, seed=seed)
-        return Rows({}, {}, ReasonCounts())
+        return Rows({}, {}, 32, ReasonCounts())
 
     monkeypatch.setattr(job, "read_rows", read_rows)
     plan = WorkerPlan(1, 3, {"CPU": 2.0}, 2)
-    job.read(asked(seed=7, skip_bad_rows=True), plan, Console(io.StringIO()))
-    assert asked_for == {"seed": 7, "skip_bad_rows": True, "workers": 3}
+    request = asked(seed=7, skip_bad_rows=True)
+    job.read(request, plan, Console(io.StringIO()), is_kept=False)
+    assert asked_for == {"seed": 7, "skip_bad_rows": True, "is_kept": False, "workers": 3}
 
 
 def test_a_run_that_ray_train_gives_up_ends_in_one_line(tmp_path: Path) -> None:
