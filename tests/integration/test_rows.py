@@ -135,6 +135,7 @@ def test_the_same_rows_have_the_same_splits_and_fingerprint_in_files_of_other_na
     assert read(tmp_path).fingerprint != rows.fingerprint
 
 
+@slow
 def test_rows_that_stand_twice_count_twice(tmp_path: Path) -> None:
     table = marked(300)
     pq.write_table(table, tmp_path / "a.parquet")
@@ -153,7 +154,7 @@ def dealt(rows: Rows, ranks: int) -> list[list[int]]:
         return [*pool.map(lambda shard: rows_of(shard["train"], TOTAL), shards)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=slow), pytest.param(2, marks=slow), 3])
 def test_ranks_get_all_rows_the_same_ones_each_time_whether_kept_or_read_in_each_epoch(
     rows: Rows, folder: Path, ranks: int
 ) -> None:
