@@ -1,7 +1,4 @@
-"""Tables and pictures for the reports of trainings and scorings.
-
-Blue is the digit, orange the sum: they differ with any kind of colour blindness.
-"""
+"""Tables and pictures for reports: blue is the digit, orange the sum, for the colour-blind too."""
 
 from collections.abc import Mapping
 from math import ceil
