@@ -20,6 +20,7 @@ from mnistsum_ray.data.columns import (
     ReasonCounts,
     RejectedRow,
     decode_columns,
+    one_chunk,
     rows_in,
 )
 from mnistsum_ray.data.parquet import open_parquet
@@ -57,7 +58,7 @@ def decode(
     decoded["row_id"] = pa.array(ids)
     decoded["split"] = pa.array(splits)
     decoded["reason"] = pa.array([reasons.get(row) for row in range(len(ids))], pa.string())
-    decoded["path"] = rows["path"].combine_chunks().dictionary_encode()
+    decoded["path"] = one_chunk(rows["path"]).dictionary_encode()
     return pa.table(decoded)
 
 

@@ -86,7 +86,7 @@ class Source:
         return [*itertools.chain(*self.files.values())]
 
     def limited(self, max_rows: int | None) -> "Source":
-        """The same with some so many rows a split at most, and no more files than these need."""
+        """The same with about so many rows a split at most, and no more files than these need."""
         if max_rows is None:
             return self
         files: dict[str, list[DataFile]] = {}

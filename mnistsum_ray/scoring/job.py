@@ -280,6 +280,6 @@ def _choose_precision(request: ScoreRequest, plan: WorkerPlan, gpu_precision: st
         faster = gpu_precision or "fp32"  # GPUs that are still to come may be too old for bfloat16
     else:  # the CPU of this machine stands in for those of the nodes that score
         faster = "bf16" if faster_with_bf16(torch.device("cpu")) else "fp32"
-    if trained_in == "fp32":  # whoever has trained in full wants it so, or had no bfloat16
+    if trained_in == "fp32":  # a training in full was asked for, or had no bfloat16
         faster = "fp32"
     return request.config.precision or begun.get("--precision") or faster

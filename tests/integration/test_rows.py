@@ -154,7 +154,8 @@ def dealt(rows: Rows, ranks: int) -> list[list[int]]:
         return [*pool.map(lambda shard: rows_of(shard["train"], TOTAL), shards)]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=slow), pytest.param(2, marks=slow), 3])
+@slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_get_all_rows_the_same_ones_each_time_whether_kept_or_read_in_each_epoch(
     rows: Rows, folder: Path, ranks: int
 ) -> None:

@@ -478,6 +478,7 @@ def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(example: Example
     assert example.files(*TIMED).keys() == {"run.json"}
 
 
+@pytest.mark.slow
 def test_a_bucket_is_asked_once_for_a_row_group_of_many_parts(
     example: Example, monkeypatch: pytest.MonkeyPatch
 ) -> None:
