@@ -20,6 +20,7 @@ import numpy as np
 import ray.data
 import ray.exceptions
 from ray.data import Dataset
+from ray.data.dataset import MaterializedDataset
 from ray.data.datasource import Partitioning
 from ray.train import DataConfig
 
@@ -223,14 +224,17 @@ def _read_files(files: list[DataFile], seed: int) -> list[tuple[Dataset, dict[st
 class EveryRow(DataConfig):
     """Gives whole blocks to the ranks, always in one order. Ray's default drops up to a row a rank.
 
-    Training rows are streamed. Held-out rows lie in the object store: no slow actor is needed.
+    Training rows are streamed by an actor that deals their blocks. It costs 3 s once, and 0.4 s an
+    epoch, so rows that lie in the object store do without it where they need not be dealt in turn:
+    held-out rows, and those of a single worker.
     """
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         """The shard of each rank, by the name of the dataset."""
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
-            if name == "train":
+            is_kept = isinstance(dataset, MaterializedDataset)
+            if name == "train" and not (is_kept and world_size == 1):
                 of_ranks = dataset.streaming_split(world_size, equal=False)
             else:
                 of_ranks = [shard.iterator() for shard in dataset.split(world_size)]
