@@ -39,7 +39,6 @@ from torch.utils.data import DataLoader, default_collate
 from mnistsum_ray import Draws, ScoreConfig, Task, TrainConfig, fit, load_model, save_model, score
 from mnistsum_ray.cluster.connection import send_by_value
 from mnistsum_ray.data.columns import Arrays, Column, decode_columns
-from mnistsum_ray.mnist.pairs import ExportPairsConfig, export_pairs
 from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import Predictor, append_predictions
 from mnistsum_ray.task import BUILT_IN, Batch
@@ -227,14 +226,11 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         if args.task == BUILT_IN:
             measures.insert(0, original)
-            pairs = ExportPairsConfig(data="sample", rows=rows, output=f"{folder}/rows")
-            export_pairs(pairs, print)
-        else:
-            columns, arrays = {**task.inputs, **task.labels}, random_rows(task, rows)
-            table = pa.table({key: columns[key].to_arrow(arrays[key]) for key in columns})
-            Path(folder, "rows").mkdir()
-            repeated = table.take(pa.array(np.arange(rows) % len(table)))
-            pq.write_table(repeated, f"{folder}/rows/all.parquet")
+        columns, arrays = {**task.inputs, **task.labels}, random_rows(task, rows)
+        table = pa.table({key: columns[key].to_arrow(arrays[key]) for key in columns})
+        repeated = table.take(pa.array(np.arange(rows) % len(table)))
+        Path(folder, "rows").mkdir()
+        pq.write_table(repeated, f"{folder}/rows/all.parquet", row_group_size=8192)
         save_model(task.network(), f"{folder}/model", task)  # the speed depends on no weights
         for measure in measures:
             started = time.perf_counter()
