@@ -43,7 +43,7 @@ from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import Predictor, append_predictions
 from mnistsum_ray.task import BUILT_IN, Batch
 from mnistsum_ray.task_loader import load_task
-from mnistsum_ray.training.trainer import Objective
+from mnistsum_ray.training.worker import Objective
 
 EPOCHS = 3
 BATCH = 256

@@ -51,7 +51,7 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
         RunInterrupted: a KeyboardInterrupt, whose message says how to go on. (Before the run has
             begun it is a plain KeyboardInterrupt.)
     """
-    from mnistsum_ray.training.run import check_request
+    from mnistsum_ray.training.request import check_request
 
     with Console() as console:
         start_progress = partial(Progress, console.progress)  # takes what is counted, and its total

@@ -237,8 +237,7 @@ class TrainConfig(TaskConfig):
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPUs and threads of a worker, which decide the last bits [all CPUs of a node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
-    """failures of workers to recover from; failed starts and storage are counted apart, nodes
-    that announce their end not at all"""
+    """failures of workers to recover from; nodes that announce their end do not count"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
     storage_path: Place = "runs"

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import ray
 import ray.exceptions
+import torch
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -15,14 +16,12 @@ from ray.util.scheduling_strategies import (
 
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RequestError, TryAgainError, counted, root_cause, spelled
+from mnistsum_ray.errors import RequestError, TryAgainError, counted, spelled
 
 _ROWS_PER_GPU: Final = 256
 """Rows of a step below which another GPU is of no use: the kernels of so small a network take as
 long for 32 rows as for 256."""
 
-_CUDA_SECONDS: Final = 120.0
-"""Longest wait for the import of PyTorch on another node."""
 _REPORT_SECONDS: Final = 10.0
 """Time between two lines about waiting, and the least wait."""
 
@@ -30,9 +29,9 @@ Resources = dict[str, float]
 """From kind (CPU, GPU, …) to amount."""
 
 
-def on_node(node: str | None = None) -> dict[str, Any]:
-    """Options of a task or actor that reserves nothing, on this node or the one of this id."""
-    node = node or ray.get_runtime_context().get_node_id()
+def on_this_node() -> dict[str, Any]:
+    """Options of a task or actor that reserves nothing, on this node."""
+    node = ray.get_runtime_context().get_node_id()
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     return {"num_cpus": 0, "scheduling_strategy": strategy}
 
@@ -66,6 +65,26 @@ class ClusterResources:
 def inspect_cluster() -> ClusterResources:
     nodes = tuple(node["Resources"] for node in usable_nodes())
     return ClusterResources(nodes, can_grow=not started_cluster())
+
+
+def has_usable_gpu(use_gpu: bool | None) -> bool:
+    """Whether a job uses GPUs: as it is told, else if the cluster has any.
+
+    On a cluster of this job PyTorch must see them too: Ray counts one on every Mac with Apple
+    silicon, and NVIDIA's by their driver alone.
+
+    RequestError: GPUs are asked for, and there will be none.
+    """
+    if use_gpu is False:
+        return False
+    cluster = inspect_cluster()
+    has_gpu = cluster.total("GPU") > 0
+    if has_gpu and not cluster.can_grow:
+        has_gpu = torch.cuda.is_available()
+    if use_gpu and not has_gpu and not cluster.can_grow:
+        problem = f"the cluster has no GPU that PyTorch can use ({cluster})"
+        raise RequestError(f"--use-gpu true: {problem}")
+    return bool(use_gpu or has_gpu)
 
 
 @dataclass(frozen=True)
@@ -112,8 +131,7 @@ def plan_training(
     RequestError: these workers can never be had, or are more than the rows of a batch.
     """
     cluster = inspect_cluster()
-    has_gpu = precision_of_gpu(config.use_gpu, say) is not None
-    use_gpu = has_gpu if config.use_gpu is None else config.use_gpu
+    use_gpu = has_usable_gpu(config.use_gpu)
     asked = config.num_workers
     if asked is None:
         asked = _gpus_of_use(cluster, batch_size, say) if use_gpu else 1
@@ -215,45 +233,3 @@ def _format(resources: Resources) -> str:
     """Amounts and kinds, such as `1 CPU and 0 GPUs`."""
     amounts = (f"{n:g} {kind}{'' if n == 1 else 's'}" for kind, n in resources.items())
     return " and ".join(amounts)
-
-
-def precision_of_gpu(use_gpu: bool | None, say: Callable[[str], None]) -> str | None:
-    """The faster of bf16 and fp32 on the cluster's GPUs; None if PyTorch can, or shall, use none.
-
-    Ray counts a GPU on every Mac with Apple silicon, and NVIDIA's by their driver alone.
-
-    RequestError: `use_gpu` is true, and none can be used. TryAgainError: its node does not answer.
-    """
-    nodes = [node for node in usable_nodes() if node["Resources"].get("GPU")]
-    cluster = inspect_cluster()
-    if use_gpu and not nodes and not cluster.can_grow:
-        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
-    if use_gpu is False or not nodes:
-        return None
-
-    def ask() -> str | None:
-        import torch
-
-        from mnistsum_ray.model.device import faster_with_bf16
-
-        if not torch.cuda.is_available():
-            return None
-        return "bf16" if faster_with_bf16(torch.device("cuda")) else "fp32"
-
-    node = nodes[0]
-    # max_calls=1 ends the process with the task, and so gives back the memory of the GPU.
-    answer = ray.remote(max_calls=1)(ask).options(**on_node(node["NodeID"])).remote()
-    address = node["NodeManagerAddress"]
-    try:
-        precision: str | None = ray.get(answer, timeout=_CUDA_SECONDS)
-    except ray.exceptions.RayTaskError as error:
-        raise RequestError(f"PyTorch fails on the node {address}: {root_cause(error)}") from error
-    except ray.exceptions.RayError as error:
-        raise TryAgainError(f"the node {address}, which has a GPU, does not answer") from error
-    if precision is None:
-        problem = f"Ray counts GPUs on node {address}, but PyTorch has no CUDA there"
-        if use_gpu:
-            advice = "install a CUDA build that fits its driver, or leave --use-gpu out"
-            raise RequestError(f"--use-gpu true: {problem}; {advice}")
-        say(f"running on CPUs: {problem}")
-    return precision

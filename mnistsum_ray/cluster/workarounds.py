@@ -5,6 +5,8 @@ elsewhere.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -42,3 +44,19 @@ def default_environment(defaults: dict[str, str]) -> Iterator[None]:
     finally:
         for name in missing:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def ctrl_c_as_before() -> Iterator[None]:
+    """Restore the handler of SIGINT when Ray Train has replaced it, in the main thread.
+
+    Ray's ends the workers and then the process, with exit code 0: that becomes an interrupt.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)

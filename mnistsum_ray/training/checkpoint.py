@@ -11,6 +11,7 @@ from typing import Any, Final
 import ray.train
 import torch
 from ray.train import CheckpointUploadMode
+from ray.train.collective import broadcast_from_rank_zero
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -103,41 +104,45 @@ def restore(saved: dict[str, Any], network: nn.Module, optimizer: Optimizer) -> 
             optimizer.state[parameter][key.removeprefix(prefix)] = value
 
 
-def newest_checkpoint(
-    run: Location, say: Callable[[str], None]
-) -> tuple[Location, TrainerState] | None:
-    """The newest whole checkpoint of a run, and its state; newer ones that are damaged get a line.
+def newest_checkpoint(run: Location, say: Callable[[str], None]) -> str | None:
+    """The newest whole checkpoint of a run, as ATTEMPT/EPOCH; damaged ones get a line.
 
-    RequestError: the newest whole one is of another version.
+    RequestError: it is of another version.
     """
-    files = (run / CHECKPOINTS).files()
-    folders = {file.path.rpartition("/")[0] for file in files if file.name == STATE_FILE}
+    folder = run / CHECKPOINTS
+    names = []
+    for file in folder.visible_files():
+        *above, name = file.split("/")
+        if name == STATE_FILE:
+            names.append("/".join(above))
 
-    def epoch_and_attempt(path: str) -> list[str]:
-        *_, attempt, epoch = path.split("/")
+    def epoch_and_attempt(name: str) -> list[str]:
+        attempt, epoch = name.split("/")  # whose names sort as they were made
         return [epoch, attempt]
 
-    for path in sorted(folders, key=epoch_and_attempt, reverse=True):
-        folder = run.at(path)
+    for name in sorted(names, key=epoch_and_attempt, reverse=True):
         try:
-            return folder, read_checkpoint(folder)[0]
+            read_checkpoint(folder / name)
+            return name
         except CheckpointError as error:
             say(str(error))
     return None
 
 
-def latest_state(resumed: Location | None) -> tuple[TrainerState, dict[str, Any] | None]:
+def latest_state(
+    run: Location, say: Callable[[str], None]
+) -> tuple[TrainerState, dict[str, Any] | None]:
     """State that a worker goes on from, and what is in it for `restore`; None at the beginning.
 
-    They are those of the last checkpoint of this attempt, or else of the one that it resumed.
+    Rank 0 looks for the newest whole checkpoint, and all ranks take it. `ray.train.get_checkpoint`
+    would give the last one of this attempt also where it is damaged, and none of another attempt.
     """
-    latest = ray.train.get_checkpoint()
-    if latest is not None:
-        with latest.as_directory() as folder:
-            return read_checkpoint(Location(folder))
-    if resumed is not None:
-        return read_checkpoint(resumed)
-    return TrainerState(0, [], ""), None
+    is_first = ray.train.get_context().get_world_rank() == 0
+    newest = newest_checkpoint(run, say) if is_first else None
+    name: str | None = broadcast_from_rank_zero(newest)
+    if name is None:
+        return TrainerState(0, [], ""), None
+    return read_checkpoint(run / CHECKPOINTS / name)
 
 
 def report_epoch(state: TrainerState, network: nn.Module, optimizer: Optimizer, rank: int) -> None:

@@ -2,40 +2,42 @@
 
     read_rows ─▶ TorchTrainer(train_loop_per_worker, datasets, EveryRow).fit() ─▶ publish
 
-Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, from the last
-checkpoint, and its timeout of the start ends a run that cannot get them. `run_trainer` begins again
-where Ray Train does not (see failures.py): a worker has died at its start, the storage has not
-taken Ray Train's list of checkpoints, or the last checkpoint is damaged.
+Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, and its timeout
+of the start ends a run that cannot get them. What Ray gives up ends the job with one line, and
+`--resume` goes on with the newest whole checkpoint.
 """
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import ray.data.exceptions
 import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.resources import (
-    WorkerPlan,
-    plan_training,
-    wait_for,
-)
-from mnistsum_ray.cluster.workarounds import default_environment
+from mnistsum_ray.cluster.resources import WorkerPlan, describe_free, plan_training, wait_for
+from mnistsum_ray.cluster.workarounds import ctrl_c_as_before, default_environment
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.sources import check_unchanged
 from mnistsum_ray.errors import (
+    RepeatingError,
     RequestError,
     RowCountError,
+    RunError,
     RunInterrupted,
+    StorageError,
+    TryAgainError,
     counted,
+    ended_by_storage,
     root_cause,
 )
 from mnistsum_ray.model.finished import FinishedModel
-from mnistsum_ray.model.folder import WEIGHTS_FILE, load_model
+from mnistsum_ray.model.folder import WEIGHTS_FILE, LoadedModel, copy_weights, load_model
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.report import versions
@@ -43,17 +45,15 @@ from mnistsum_ray.reporting.results import TrainResult
 from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.task_loader import code_of
-from mnistsum_ray.training.checkpoint import CHECKPOINTS, newest_checkpoint
-from mnistsum_ray.training.failures import (
-    ctrl_c_as_before,
-    errors_in_one_line,
-    explain_end,
-    is_worth_a_try,
-)
-from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
+from mnistsum_ray.training.checkpoint import CHECKPOINTS
+from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower, FailureLines, explain_silence
+from mnistsum_ray.training.record import RunRecord
+from mnistsum_ray.training.request import TrainRequest
 from mnistsum_ray.training.rows import EveryRow, Rows, fits_in_store, read_rows
-from mnistsum_ray.training.run import RunRecord, TrainRequest, check_storage
+
+_STARTS: Final = 4
+"""How often Ray tries to start the workers; each time it waits for a part of `--wait-seconds`."""
 
 _LEAST_WAIT_SECONDS: Final = 10.0
 """Least wait for workers: Ray needs a moment for them also where all is free."""
@@ -90,9 +90,7 @@ def make_trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=request.config.max_failures,
                 max_preemption_failures=-1,
-                # No second try of a start that has timed out: the timeout is `--wait-seconds`.
-                # An elastic run is tried again without end.
-                controller_failure_limit=-1 if plan.is_elastic else 0,
+                controller_failure_limit=_STARTS - 1,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
@@ -102,29 +100,28 @@ def make_trainer(
 def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) -> TrainResult:
     """Train on the cluster that this process is connected to; errors are those of `api.fit`."""
     started = time.monotonic()
-    config, parameters = request.config, request.hyperparameters
-    how_to_begin = "nothing was begun; the same command tries again"
+    config, stored = request.config, request.stored
     with folder_lock(request.folder, "--name"):
-        with errors_in_one_line(console, how_to_begin):
-            stored = request.stored
+        with errors_in_one_line(console, "nothing was begun; the same command tries again"):
             has_model = (request.folder / "model" / WEIGHTS_FILE).exists()
             if stored.get("status") == "finished" and has_model:  # else it is made again
                 console.say("the run is finished")
                 return TrainResult(**stored["metrics"])
-            start = find_start(request, console)
+            init_model = load_init_model(request)
             # The tasks that read rows need a CPU, and a plan needs to see a node.
             wait_for({"CPU": 1}, "the tasks that read rows", config.wait_seconds, console.say)
             is_kept = config.cache is True or (
                 config.cache == "auto" and fits_in_store(request.source, request.task)
             )
-            plan = plan_training(config, parameters.batch_size, console.say, is_kept=is_kept)
+            batch_size = request.hyperparameters.batch_size
+            plan = plan_training(config, batch_size, console.say, is_kept=is_kept)
             say_what_differs(stored, plan, console.say)
             rows = read(request, plan, console, is_kept=is_kept)
-            record = RunRecord(request, plan, start.history)
-            record.begin(rows, start.init_from)
+            record = RunRecord(request, plan)
+            record.begin(rows, init_model)
         with errors_in_one_line(console, request.how_to_resume):
             try:
-                finished = run_trainer(request, plan, rows, start, record, console, callbacks)
+                finished = run_trainer(request, plan, rows, init_model, record, console, callbacks)
                 return record.publish(finished, time.monotonic() - started, console.say)
             except KeyboardInterrupt:
                 record.write_status("stopped")
@@ -132,6 +129,41 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             except BaseException:
                 record.write_status("failed")
                 raise
+
+
+@contextmanager
+def errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
+    """Raise errors of Ray and of the storage in the block as a RunError that says how to go on."""
+    try:
+        yield
+    except ray.train.WorkerGroupError as error:
+        problem = "workers have failed more often than --max-failures allows, see above"
+        raise RunError(f"{problem}; {how_to_go_on}") from error
+    except ray.train.ControllerError as error:
+        cause = error.controller_failure
+        if isinstance(cause, RepeatingError):
+            raise RunError(str(cause)) from error
+        if isinstance(cause, StorageError):
+            raise ended_by_storage(cause, how_to_go_on) from error
+        console.say_lines(str(error))
+        # Ray Train's own errors, such as of a start that timed out, have types that are private.
+        is_of_ray = type(cause).__module__.startswith("ray.")
+        kind = TryAgainError if is_of_ray or isinstance(cause, OSError) else RunError
+        problem = f"Ray Train gave up: {type(cause).__name__}: {root_cause(cause)}"
+        raise kind(f"{problem}; {describe_free()}; {how_to_go_on}") from error
+    except ray.exceptions.RayError as error:  # some are OSErrors too
+        console.say_lines(str(error))
+        raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
+    except ray.data.exceptions.ExecutionTimeoutError as error:
+        raise TryAgainError(f"Ray Data has read no row for long; {how_to_go_on}") from error
+    except StorageError as error:
+        raise ended_by_storage(error, how_to_go_on) from error
+
+
+def load_init_model(request: TrainRequest) -> LoadedModel | None:
+    """The model of `--init-from`, with whose weights a run begins."""
+    model = request.config.init_from
+    return load_model(locate(model, "--init-from"), type(request.task)) if model else None
 
 
 def say_what_differs(stored: dict[str, Any], plan: WorkerPlan, say: Callable[[str], None]) -> None:
@@ -184,68 +216,35 @@ def run_trainer(
     request: TrainRequest,
     plan: WorkerPlan,
     rows: Rows,
-    start: Start,
+    init_model: LoadedModel | None,
     record: RunRecord,
     console: Console,
     callbacks: Callbacks,
 ) -> FinishedModel:
     """Train the epochs that are left with Ray Train, which starts workers again that fail."""
-    parameters, max_failures = request.hyperparameters, request.config.max_failures
-    done_rows = len(start.history) * rows.totals["train"].rows
+    done_rows = len(record.history) * rows.totals["train"].rows
     metrics = JobMetrics("train", request.folder.display, done_rows)
     follower = EventFollower(console, metrics, record.add_epoch)
-    wait_seconds = max(request.config.wait_seconds, _LEAST_WAIT_SECONDS)
+    loop = LoopConfig(
+        task=request.task,
+        code=code_of(type(request.task)),
+        hyperparameters=request.hyperparameters,
+        threads=plan.threads,
+        totals=rows.totals,
+        rows_of_block=rows.rows_of_block,
+        queue=follower.queue,
+        run=request.folder,
+        init_weights=copy_weights(init_model.network) if init_model else None,
+    )
+    trainer = make_trainer(request, plan, rows, loop, callbacks)
     console.say(f"training with {plan}")
-    begun_again = 0
     with (
         follower.following(),
-        default_environment(_environment(plan, wait_seconds)),
+        default_environment(_environment(request.config.wait_seconds)),
+        ctrl_c_as_before(),
     ):
-        while True:
-            loop = LoopConfig(
-                task=request.task,
-                code=code_of(type(request.task)),
-                hyperparameters=parameters,
-                threads=plan.threads,
-                totals=rows.totals,
-                rows_of_block=rows.rows_of_block,
-                queue=follower.queue,
-                start=start,
-            )
-            trainer = make_trainer(request, plan, rows, loop, callbacks)
-            try:
-                with ctrl_c_as_before():
-                    finished: FinishedModel = trainer.fit().return_value
-                    return finished
-            except ray.train.TrainingFailedError as error:
-                check_storage(request.folder)
-                if not is_worth_a_try(error) or begun_again == max_failures:
-                    raise explain_end(error, request, plan, wait_seconds, console) from error
-                begun_again += 1
-                console.say(f"Ray Train gave up: {root_cause(error)}; trying again")
-                start = find_start(request, console)
-
-
-def find_start(request: TrainRequest, console: Console) -> Start:
-    """Find the newest checkpoint, or else the weights of `--init-from`."""
-    damaged: list[str] = []
-    found = newest_checkpoint(request.folder, damaged.append)
-    for line in damaged:
-        console.say(line)
-    if found is not None:
-        checkpoint, state = found
-        if state.task != request.task.name:
-            other = f"is of the task {state.task}, and not {request.task.name}"
-            raise RequestError(f"--resume: checkpoint {checkpoint.display} {other}")
-        return Start(checkpoint, state.history)
-    if request.stored or damaged:
-        console.say("no checkpoint can be used, so the run starts from the beginning")
-    model = request.config.init_from
-    if model is None:
-        return Start()
-    loaded = load_model(locate(model, "--init-from"), type(request.task))
-    init_from = {"model": model, "sha256": loaded.description["sha256"]}
-    return Start(weights=loaded.network.state_dict(), init_from=init_from)
+        finished: FinishedModel = trainer.fit().return_value
+        return finished
 
 
 def _check_same_rows(request: TrainRequest, rows: Rows) -> None:
@@ -259,17 +258,16 @@ def _check_same_rows(request: TrainRequest, rows: Rows) -> None:
         )
 
 
-def _environment(plan: WorkerPlan, wait_seconds: float) -> dict[str, str]:
+def _environment(wait_seconds: float) -> dict[str, str]:
     """Options that Ray Train reads only from environment variables."""
-    joined = "0" if started_cluster() else "1"
-    # An elastic run tries with fewer workers after the timeout.
+    of_start = max(wait_seconds, _LEAST_WAIT_SECONDS) / _STARTS
     return {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(30 if plan.is_elastic else wait_seconds),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(of_start),
         # How soon a lost worker, or the end of the training, is noticed; Ray's 2 s would be 2 s
         # more of each run.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         # Some clouds give only 30 s of notice before they take a node away. The process that asks
         # takes a second to start, and a cluster of this job alone loses no node.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": joined,
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0" if started_cluster() else "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     }

@@ -7,7 +7,7 @@ for each epoch    shuffle the shard ─▶ batches ─▶ steps ─▶ count the
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.columns import rows_in
 from mnistsum_ray.data.randomness import RowTotals
-from mnistsum_ray.errors import CheckpointError, RepeatingError, RequestError, RunError, counted
+from mnistsum_ray.errors import RepeatingError, RequestError, RunError, counted
 from mnistsum_ray.model.calls import calling, forward, map_tensors
 from mnistsum_ray.model.device import (
     all_reduce_sum,
@@ -37,7 +37,7 @@ from mnistsum_ray.storage.store import Location
 from mnistsum_ray.task import Batch, Evaluated, Task
 from mnistsum_ray.training.checkpoint import latest_state, report_epoch, restore
 from mnistsum_ray.training.progress import Events
-from mnistsum_ray.training.trainer import ToTensors, Trainer
+from mnistsum_ray.training.worker import ToTensors, Worker
 
 _BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
 _BATCH_BYTES: Final = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
@@ -53,16 +53,6 @@ show its errors (test). Metrics count all rows."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run starts from: a checkpoint, which `--resume` has found, or weights, or neither."""
-
-    checkpoint: Location | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)  # lines of history.jsonl up to it
-    weights: Weights | None = None
-    init_from: dict[str, str] | None = None  # `model`, the value of `--init-from`, and its `sha256`
-
-
-@dataclass(frozen=True)
 class LoopConfig:
     """Configuration of the training loop, the same for every worker."""
 
@@ -73,7 +63,8 @@ class LoopConfig:
     totals: dict[str, RowTotals]  # by split: what the driver has counted
     rows_of_block: int  # as of `Rows`
     queue: Queue  # of events for the driver
-    start: Start
+    run: Location  # its folder, with the checkpoints
+    init_weights: Weights | None  # what a run without a checkpoint begins with; None: the task's
 
     def __repr__(self) -> str:  # Ray's dashboard shows it
         return repr(self.hyperparameters)
@@ -82,14 +73,12 @@ class LoopConfig:
 def train_loop_per_worker(config: dict[str, LoopConfig]) -> FinishedModel | None:
     """Train on this worker; rank 0 returns the finished model.
 
-    Ray Train tries again after every error but a RepeatingError and a CheckpointError. The former
-    is raised for what all ranks meet at the same step, since it follows from a sum over all of
-    them: an infinite loss, or a wrong count of rows.
+    Ray Train tries again after every error but a RepeatingError, which is raised for what all ranks
+    meet at the same step, since it follows from a sum over all of them: an infinite loss, or a
+    wrong count of rows.
     """
     try:
         return _train(config["loop"])
-    except CheckpointError:  # the driver looks for the one before, for all ranks alike
-        raise
     except (RequestError, RunError) as error:
         raise RepeatingError(str(error)) from None
 
@@ -100,18 +89,18 @@ def _train(config: LoopConfig) -> FinishedModel | None:
     device = ray.train.torch.get_device()
     _set_up_process(device, config.threads)
     events = Events(config.queue, ray.train.get_context().get_world_rank())
-    state, tensors = latest_state(config.start.checkpoint)
+    state, tensors = latest_state(config.run, events.note)
     state.task, state.code = task.name, config.code
     state.precision = state.precision or parameters.precision or _best_precision(task, device)
     totals, rows_of_block = config.totals["train"], config.rows_of_block
-    trainer = Trainer(task, parameters, totals, rows_of_block, device, state.precision, events)
+    worker = Worker(task, parameters, totals, rows_of_block, device, state.precision, events)
     begins = "beginning"
     if tensors is not None:
-        restore(tensors, trainer.network, trainer.optimizer)
+        restore(tensors, worker.network, worker.optimizer)
         begins = f"going on after epoch {state.epochs_done}"
-    elif config.start.weights is not None:
-        trainer.network.load_state_dict(config.start.weights)
-    workers = counted(trainer.world_size, "worker")
+    elif config.init_weights is not None:
+        worker.network.load_state_dict(config.init_weights)
+    workers = counted(worker.world_size, "worker")
     threads = counted(torch.get_num_threads(), "thread")
     events.note(f"{begins}, on {workers} of {threads}, in {state.precision}")
     held_out = {
@@ -119,34 +108,34 @@ def _train(config: LoopConfig) -> FinishedModel | None:
         for split in ("validation", "test")
     }
     while state.epochs_done < parameters.epochs:
-        figures = trainer.train_epoch(state.epochs_done)
-        broadcast_state(trainer.network)  # CPUs of other kinds round differently
+        figures = worker.train_epoch(state.epochs_done)
+        broadcast_state(worker.network)  # CPUs of other kinds round differently
         state.epochs_done += 1
         started = time.perf_counter()
-        figures |= _evaluate(trainer, held_out, f"epoch {state.epochs_done}")
+        figures |= _evaluate(worker, held_out, f"epoch {state.epochs_done}")
         figures["evaluation_seconds"] = time.perf_counter() - started
-        line = {"epoch": state.epochs_done, "workers": trainer.world_size, **figures}
+        line = {"epoch": state.epochs_done, "workers": worker.world_size, **figures}
         state.history.append(line)
         events.send("epoch", **line)
-        report_epoch(state, trainer.network, trainer.optimizer, trainer.rank)
+        report_epoch(state, worker.network, worker.optimizer, worker.rank)
     events.note("finishing the model")
     # Two runs are compared by these bits, those before calibration.
-    entries: dict[str, Any] = {"trained_sha256": checksum(copy_weights(trainer.network))}
+    entries: dict[str, Any] = {"trained_sha256": checksum(copy_weights(worker.network))}
     metrics = {split: state.history[-1][split] for split in held_out}
     if type(task).calibrate is not Task.calibrate:
-        rows = held_out["validation"].gather_analysed(trainer.network, bf16=trainer.bf16)
-        if trainer.rank == 0:
-            entries |= calibrate_model(task, trainer.network, rows)
-        broadcast_state(trainer.network)
-        metrics = _evaluate(trainer, held_out, "after calibration")
+        rows = held_out["validation"].gather_analysed(worker.network, bf16=worker.bf16)
+        if worker.rank == 0:
+            entries |= calibrate_model(task, worker.network, rows)
+        broadcast_state(worker.network)
+        metrics = _evaluate(worker, held_out, "after calibration")
     analysed = {}
     for split, of_split in held_out.items():
-        analysed[split] = of_split.gather_analysed(trainer.network, bf16=trainer.bf16)
-    if trainer.rank > 0:
+        analysed[split] = of_split.gather_analysed(worker.network, bf16=worker.bf16)
+    if worker.rank > 0:
         return None
     return finish_model(
         task,
-        trainer.network,
+        worker.network,
         analysed,
         state.history,
         state.precision,
@@ -156,13 +145,13 @@ def _train(config: LoopConfig) -> FinishedModel | None:
 
 
 def _evaluate(
-    trainer: Trainer, held_out: dict[str, "HeldOutRows"], when: str
+    worker: Worker, held_out: dict[str, "HeldOutRows"], when: str
 ) -> dict[str, dict[str, float]]:
     """Metrics of each split. A RunError says that a loss is infinite."""
     metrics = {}
     for split, rows in held_out.items():
-        metrics[split] = rows.evaluate(trainer.network, bf16=trainer.bf16)
-        trainer.check_finite(metrics[split]["loss"], f"{when}: the loss on {split} rows is")
+        metrics[split] = rows.evaluate(worker.network, bf16=worker.bf16)
+        worker.check_finite(metrics[split]["loss"], f"{when}: the loss on {split} rows is")
     return metrics
 
 

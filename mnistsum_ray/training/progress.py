@@ -1,7 +1,7 @@
 """Progress: what the processes of a training tell its driver, by a queue that a thread follows.
 
 kind      sent by                     fields
-progress  Trainer.train_epoch         epoch, epochs, rows, of_rows, rows_per_second, loss
+progress  Worker.train_epoch          epoch, epochs, rows, of_rows, rows_per_second, loss
 epoch     the loop                    those of a line of history.jsonl
 counter   HeldOutRows.evaluate        what, done, total
 note      the loop, FailureLines      text
@@ -17,12 +17,12 @@ import ray.exceptions
 import ray.train
 from ray.util.queue import Empty, Queue
 
-from mnistsum_ray.cluster.resources import describe_free, on_node
-from mnistsum_ray.errors import CheckpointError, RepeatingError, one_line, root_cause
+from mnistsum_ray.cluster.resources import describe_free, on_this_node
+from mnistsum_ray.errors import RepeatingError, one_line, root_cause
 from mnistsum_ray.reporting.console import Console, describe_metrics
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.training.run import check_storage
+from mnistsum_ray.training.record import check_storage
 
 
 class Events:
@@ -48,8 +48,7 @@ class Events:
 class FailureLines(ray.train.UserCallback):
     """Says why workers have failed, before Ray Train starts them again.
 
-    It ends the attempt where new workers would fail too: the storage refuses or does not answer,
-    or the checkpoint is damaged that Ray Train would give them again.
+    It ends the run where new workers would fail too, as when the storage refuses.
     """
 
     def __init__(self, queue: Queue, run: Location) -> None:
@@ -59,7 +58,7 @@ class FailureLines(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train in its controller, which ends the run if this raises."""
         for error in worker_exceptions.values():
-            if isinstance(error, RepeatingError | CheckpointError):
+            if isinstance(error, RepeatingError):
                 raise error
         for rank, error in worker_exceptions.items():
             cause = root_cause(error).partition(". ")[0]  # Ray's advice follows
@@ -73,7 +72,7 @@ class EventFollower:
     def __init__(
         self, console: Console, metrics: JobMetrics, add_epoch: Callable[[dict[str, Any]], None]
     ) -> None:
-        self.queue = Queue(actor_options=on_node())  # so that it is not lost with another node
+        self.queue = Queue(actor_options=on_this_node())  # so that it is not lost with another node
         self._console = console
         self._metrics = metrics
         self._add_epoch = add_epoch

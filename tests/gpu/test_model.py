@@ -14,7 +14,7 @@ from mnistsum_ray.model.device import disable_tf32
 from mnistsum_ray.model.folder import Weights, copy_weights
 from mnistsum_ray.model.inference import Predictor
 from mnistsum_ray.task import Batch
-from mnistsum_ray.training.trainer import Objective
+from mnistsum_ray.training.worker import Objective
 from tests.mnist import random_rows, task
 from tests.model.conftest import one_thread
 

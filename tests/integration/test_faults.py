@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,17 @@ def undisturbed(
     return train_here(data=rows, storage_path=runs, **SETTINGS)
 
 
-def wait_for_checkpoint(job: Job, runs: Location, epoch: int) -> None:
+def has_checkpoint(runs: Location, epoch: int) -> bool:
     last = f"/epoch_{epoch:05}/trainer.sha256"
-    job.wait_until(lambda: any(file.path.endswith(last) for file in runs.files()))
+    return any(file.path.endswith(last) for file in runs.files())
+
+
+def wait_for_checkpoint(job: Job, runs: Location, epoch: int) -> None:
+    job.wait_until(lambda: has_checkpoint(runs, epoch))
+
+
+def has_status(runs: Location, status: str) -> bool:
+    return bool((runs / "mine/manifest.json").read_json()["status"] == status)
 
 
 def test_a_training_gives_the_model_of_an_undisturbed_one(
@@ -120,25 +128,40 @@ def test_a_training_gives_the_model_of_an_undisturbed_one(
 ) -> None:
     """A worker dies at its start, one in an epoch, and the store answers 503 for twenty seconds.
 
-    Rows are left out, and counted.
+    Where Ray Train gives up, the same command goes on. Rows are left out, and counted.
     """
     runs = locate("s3://bucket/runs", "--storage-path")
-    flags = [*FLAGS, "--max-failures", 2]
-    job = Job(*training(rows, runs.display, *flags), address=four_nodes.address)
+    command = training(rows, runs.display, *FLAGS, "--max-failures", 2, "--resume", "auto")
+    said: list[str] = []
+
+    def go_on(job: Job, condition: Callable[[], object]) -> Job:
+        """Wait for a condition; a job that ends with 75 is started again, as its line says."""
+        while not condition():
+            if job.process.poll() is not None:
+                ended = job.wait()
+                assert ended.code == 75, ended.err
+                said.append(ended.err)
+                job = Job(*command, address=four_nodes.address)
+            time.sleep(0.1)
+        return job
+
+    job = Job(*command, address=four_nodes.address)
     job.wait_until((runs / "mine/manifest.json").file_entry)  # the rows are read
     kill(job, TRAIN)
-    wait_for_checkpoint(job, runs, 1)
+    job = go_on(job, lambda: has_checkpoint(runs, 1))
     kill(job, TRAIN)
-    wait_for_checkpoint(job, runs, 2)
+    job = go_on(job, lambda: has_checkpoint(runs, 2))
     refused = s3_server.refused
     s3_server.overload(20)  # Ray Train stores checkpoints by Arrow, which gives up after 6 s
+    job = go_on(job, lambda: has_status(runs, "finished"))
     done = job.wait()
+    said.append(done.err)
     assert s3_server.refused > refused
-    assert "Ray Train gave up: " in done.err
+    assert "Ray Train gave up: " in "".join(said)
     assert Result(done.line, done.err).weights() == undisturbed.weights()
     manifest = (runs / "mine/manifest.json").read_json()
     reason = "the digit is 11, not one of 0..9; correct it or drop the row"
-    assert f"rejected: 50 rows: 0.parquet: row 0: {reason}" in done.err
+    assert f"rejected: 50 rows: 0.parquet: row 0: {reason}" in said[0]
     assert manifest["data"]["bad_rows"]["reasons"] == {reason: 50}
     assert [done.line["data"][f"{split}_rows"] for split in SPLITS] == [605, 80, 65]
     assert manifest["status"] == "finished"
@@ -147,7 +170,7 @@ def test_a_training_gives_the_model_of_an_undisturbed_one(
 def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path
 ) -> None:
-    """Ray Train would give it to new workers again and again; here all ranks take another one."""
+    """Ray Train would give it to new workers again and again; here rank 0 finds another one."""
     flags = [*FLAGS, "--max-failures", 1]
     job = Job(*training(rows, tmp_path, *flags), address=four_nodes.address)
 
@@ -192,7 +215,7 @@ def test_a_training_that_fails_too_often_ends_and_is_resumed(
         kill(job, TRAIN)
     done = job.wait()
     assert (done.code, done.out) == (1, "")
-    assert "\nerror: gave up after 2 failures of workers, see above; " in done.err
+    assert "\nerror: workers have failed more often than --max-failures allows, see " in done.err
     resumed = train_here(storage_path=tmp_path, name="mine", resume=True)
     assert "going on after epoch 2, on 3 workers" in resumed.said
     assert resumed.weights() == undisturbed.weights()
@@ -238,13 +261,9 @@ def test_a_training_whose_disk_is_full_ends_and_is_resumed_when_there_is_room(
 
 
 @pytest.mark.nightly
-def test_an_elastic_run_shrinks_and_grows(
-    four_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_elastic_run_shrinks_and_grows(four_nodes: Cluster, tmp_path: Path) -> None:
     """Ray waits for a node that was lost, and looks every 30 s for more workers."""
-    # By itself the job gives its workers 30 s to start, which beside other tests is too short.
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
-    flags = ["--epochs", 1000, "--num-workers", "1,3", "--threads", 2]
+    flags = ["--epochs", 1000, "--num-workers", "1,3", "--threads", 2, "--wait-seconds", 240]
     job = Job(*training(Path("sample"), tmp_path, *flags), address=four_nodes.address)
 
     def wait_for_workers(count: int) -> int:

@@ -24,7 +24,7 @@ from mnistsum_ray.storage.uri import locate
 from mnistsum_ray.task import Batch
 from mnistsum_ray.training.loop import HeldOutRows
 from mnistsum_ray.training.rows import EveryRow, Rows, read_rows, shards_of
-from tests.training import CPU, SILENT, as_worker, new_trainer, open_data
+from tests.training import CPU, SILENT, as_worker, new_worker, open_data
 
 pytestmark = pytest.mark.usefixtures("cluster")
 slow = pytest.mark.slow
@@ -179,8 +179,8 @@ def epochs_of(shard: Any, seed: int) -> list[list[Batch]]:
 
     def feed() -> list[list[Batch]]:
         settings: dict[str, Any] = {"recipe": "long", "batch_size": 100, "seed": seed}
-        trainer = new_trainer(totals=RowTotals(count, 0), **settings)
-        return [list(trainer._batches(epoch)) for epoch in (0, 1)]
+        worker = new_worker(totals=RowTotals(count, 0), **settings)
+        return [list(worker._batches(epoch)) for epoch in (0, 1)]
 
     return as_worker(feed, shard)
 
@@ -346,11 +346,11 @@ def test_a_row_that_is_lost_repeated_or_exchanged_on_its_way_to_a_worker_is_noti
     totals = RowTotals.of(some["row_id"].to_numpy())
 
     def train() -> None:
-        trainer = new_trainer(totals=totals)
+        worker = new_worker(totals=totals)
         with pytest.raises(RowCountError, match=f"^training epoch 1 {said}"):
-            trainer.train_epoch(0)
-        held_out = HeldOutRows(trainer.task, "test", totals, CPU, SILENT)
+            worker.train_epoch(0)
+        held_out = HeldOutRows(worker.task, "test", totals, CPU, SILENT)
         with pytest.raises(RowCountError, match=f"^evaluation {said}"):
-            held_out.evaluate(trainer.network, bf16=False)
+            held_out.evaluate(worker.network, bf16=False)
 
     as_worker(train, ray.data.from_blocks(change(some)))

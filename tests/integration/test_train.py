@@ -38,7 +38,7 @@ from mnistsum_ray.task import Batch
 from mnistsum_ray.training import job
 from mnistsum_ray.training.loop import HeldOutRows
 from mnistsum_ray.training.rows import EveryRow, read_rows
-from mnistsum_ray.training.trainer import Trainer
+from mnistsum_ray.training.worker import Worker
 from tests.integration.conftest import (
     Result,
     joined,
@@ -314,7 +314,7 @@ def test_a_run_that_gets_no_cpu_ends_with_75_and_says_what_is_missing(
 ROWS_OF_BLOCK = 70
 
 
-class Recorder(Trainer):
+class Recorder(Worker):
     """Keeps the batches that its worker trains, and their learning rates."""
 
     def __init__(self, totals: RowTotals) -> None:
@@ -329,24 +329,24 @@ class Recorder(Trainer):
         return super()._step(batch, rows, global_rows, learning_rate)
 
 
-def evaluated(trainer: Trainer, totals: RowTotals) -> tuple[dict[str, float], list[int]]:
+def evaluated(worker: Worker, totals: RowTotals) -> tuple[dict[str, float], list[int]]:
     """The metrics of the test rows of all ranks, and the ids of those that are analysed."""
-    held_out = HeldOutRows(trainer.task, "test", totals, CPU, SILENT)
-    metrics = held_out.evaluate(trainer.network, bf16=False)
-    analysed = held_out.gather_analysed(trainer.network, bf16=False)
+    held_out = HeldOutRows(worker.task, "test", totals, CPU, SILENT)
+    metrics = held_out.evaluate(worker.network, bf16=False)
+    analysed = held_out.gather_analysed(worker.network, bf16=False)
     return metrics, sorted(torch.cat([batch["row_id"] for batch, _ in analysed]).tolist())
 
 
 def train_and_evaluate(config: dict[str, Any]) -> None:
     """Train an epoch on each worker; rank 0 saves the figures, its weights and the steps of all."""
-    trainer = Recorder(config["totals"])
-    train_loss = trainer.train_epoch(0)["train_loss"]
-    broadcast_state(trainer.network)
-    found = evaluated(trainer, config["totals"])
-    of_ranks: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(of_ranks, trainer.steps)
-    if trainer.rank == 0:
-        torch.save((of_ranks, copy_weights(trainer.network), train_loss, found), config["file"])
+    worker = Recorder(config["totals"])
+    train_loss = worker.train_epoch(0)["train_loss"]
+    broadcast_state(worker.network)
+    found = evaluated(worker, config["totals"])
+    of_ranks: list[Any] = [None] * worker.world_size
+    torch.distributed.all_gather_object(of_ranks, worker.steps)
+    if worker.rank == 0:
+        torch.save((of_ranks, copy_weights(worker.network), train_loss, found), config["file"])
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from mnistsum_ray.data.sources import SPLITS, ColumnInFiles, Source, open_source
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum
 from mnistsum_ray.task import Task
 from mnistsum_ray.training.progress import Events
-from mnistsum_ray.training.run import check_request
-from mnistsum_ray.training.trainer import Trainer
+from mnistsum_ray.training.request import check_request
+from mnistsum_ray.training.worker import Worker
 
 CPU = torch.device("cpu")
 SILENT = Events(cast(Any, None), rank=1)
@@ -63,10 +63,10 @@ def hyperparameters(**settings: Any) -> Hyperparameters:
     return check_request(TrainConfig(data="sample", **given)).hyperparameters
 
 
-def new_trainer(
+def new_worker(
     task: Task | None = None, totals: RowTotals | None = None, **settings: Any
-) -> Trainer:
-    """The trainer of a worker on the CPU; called within `as_worker`."""
+) -> Worker:
+    """A worker on the CPU; called within `as_worker`."""
     parameters = hyperparameters(**settings)
     totals = totals or RowTotals(0, 0)
-    return Trainer(task or mnist(**settings), parameters, totals, 32, CPU, "fp32", SILENT)
+    return Worker(task or mnist(**settings), parameters, totals, 32, CPU, "fp32", SILENT)

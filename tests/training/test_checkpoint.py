@@ -1,9 +1,7 @@
 """Checkpoints: all bits come back, and what is not whole is known for it."""
 
 import hashlib
-import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import CheckpointError, RequestError, TaskError
 from mnistsum_ray.mnist.optimizer import MuonAdamW
 from mnistsum_ray.model.folder import checksum, copy_weights
-from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.training import checkpoint as saved
 from mnistsum_ray.training.checkpoint import STATE_DIGEST, STATE_FILE, STATE_FORMAT, TrainerState
-from mnistsum_ray.training.job import find_start
-from mnistsum_ray.training.loop import Start
-from mnistsum_ray.training.run import check_request
 from tests.mnist import new_model
 from tests.tasks import Points, points
 
@@ -152,8 +145,7 @@ def test_the_newest_whole_checkpoint_of_all_attempts_is_found(tmp_path: Path, wh
     for passed_over, name in enumerate(names):
         said.clear()
         found = saved.newest_checkpoint(run, said.append)
-        assert found is not None
-        assert (found[0].path, found[1]) == (f"{folder}/{name}", STATE)
+        assert found == name
         before = [f"checkpoint {folder}/{other}" for other in names[:passed_over]]
         assert [line.partition(" cannot be used")[0] for line in said] == before
         if passed_over % 2:
@@ -172,30 +164,3 @@ def test_a_newest_checkpoint_of_another_version_is_refused(tmp_path: Path, whole
     said = "^--resume: checkpoint .*2 cannot be used: it is of another version"
     with pytest.raises(RequestError, match=said):
         saved.newest_checkpoint(Location(str(tmp_path)), print)
-
-
-def test_a_start_that_failed_is_followed_by_one_from_the_newest_checkpoint(
-    tmp_path: Path, whole: Path
-) -> None:
-    """Also in a run that is not resumed; if there is none, it is from the beginning."""
-    request = check_request(TrainConfig(data="sample", storage_path=str(tmp_path), name="mine"))
-    folder = tmp_path / "mine" / saved.CHECKPOINTS / "0001" / "epoch_00001"
-    said = io.StringIO()
-    console = Console(said)
-    assert find_start(request, console) == Start()
-    assert said.getvalue() == ""
-    write(folder, (whole / STATE_FILE).read_bytes()[:-1], "of another")
-    assert find_start(request, console) == Start()
-    damaged, begins = said.getvalue().splitlines()
-    assert f"checkpoint {folder} cannot be used: " in damaged
-    assert begins.endswith("no checkpoint can be used, so the run starts from the beginning")
-    write(folder, (whole / STATE_FILE).read_bytes())
-    start = find_start(request, console)
-    assert start.checkpoint is not None
-    assert (start.checkpoint.path, start.history) == (str(folder), STATE.history)
-    state = replace(STATE, task="other")
-    saved.save_checkpoint(folder, state, new_model(), MuonAdamW(new_model(), 0, bf16=False))
-    with pytest.raises(
-        RequestError, match=r"^--resume: .*1 is of the task other, and not mnistsum"
-    ):
-        find_start(request, console)

@@ -20,18 +20,21 @@ from mnistsum_ray.data.randomness import Draws, Purpose, RowTotals, seeds
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum
 from mnistsum_ray.model.finished import FinishedModel
-from mnistsum_ray.model.folder import checksum, copy_weights
+from mnistsum_ray.model.folder import Weights, checksum, copy_weights
 from mnistsum_ray.model.schedule import one_cycle
 from mnistsum_ray.reporting import console
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
+from mnistsum_ray.storage.store import Location
 from mnistsum_ray.task import Findings
-from mnistsum_ray.training import loop, trainer
-from mnistsum_ray.training.loop import LoopConfig, Start, train_loop_per_worker
+from mnistsum_ray.training import loop, worker
+from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower
 from tests.jobs import wait_until
 from tests.tasks import Points
-from tests.training import as_worker, hyperparameters, new_trainer
+from tests.training import as_worker, hyperparameters, new_worker
+
+NO_RUN = Location("/nowhere")
 
 ROWS = {"train": range(96), "validation": range(96, 136), "test": range(136, 176)}
 
@@ -83,7 +86,7 @@ class Training:
         self,
         images: dict[str, Array],
         digits: dict[str, np.ndarray],
-        start: Start | None = None,
+        weights: Weights | None = None,
         kind: type[MnistSum] = MnistSum,
         **changed: Any,
     ) -> None:
@@ -101,7 +104,7 @@ class Training:
         of_task = {key: given[key] for key in given if key in MnistSettings.model_fields}
         task, parameters = kind(MnistSettings(**of_task)), hyperparameters(**given)
         events: Any = queue.Queue()  # of this process, in place of Ray's
-        loop = LoopConfig(task, "code", parameters, 1, totals, 32, events, start or Start())
+        loop = LoopConfig(task, "code", parameters, 1, totals, 32, events, NO_RUN, weights)
         finished = as_worker(lambda: train_loop_per_worker({"loop": loop}), datasets)
         assert finished is not None
         self.finished: FinishedModel = finished
@@ -137,8 +140,8 @@ def test_held_out_digits_change_nothing_that_is_trained(
 def test_the_seed_decides_the_first_weights() -> None:
     firsts = []
     for seed in (0, 0, 1):
-        trainer = as_worker(lambda seed=seed: new_trainer(seed=seed))  # type: ignore[misc]
-        firsts.append(checksum(copy_weights(trainer.network)))
+        made = as_worker(lambda seed=seed: new_worker(seed=seed))  # type: ignore[misc]
+        firsts.append(checksum(copy_weights(made.network)))
     assert firsts[0] == firsts[1] != firsts[2]
 
 
@@ -179,7 +182,7 @@ def test_one_schedule_of_rates_and_one_seed_a_step_over_all_epochs(
             made.register_step_pre_hook(lambda *_: rates.append(made.param_groups[1]["lr"]))
             return made
 
-    monkeypatch.setattr(trainer, "seed_generators", lambda _, seed: given.append(seed))
+    monkeypatch.setattr(worker, "seed_generators", lambda _, seed: given.append(seed))
     Training(images, digits, kind=Noted, seed=3)
     # 96 rows in batches of 20 are five steps an epoch.
     assert rates == [one_cycle(step, 10, 0.02) * 0.15 for step in range(10)]
@@ -193,14 +196,13 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a model that learns nothing, in another order and at once; each look at a clock is 4 s."""
-    for module in (trainer, loop):
+    for module in (worker, loop):
         clock = itertools.count(100.0, 4.0)
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.__next__))
     torch.manual_seed(9)
     network = MnistSum().network()
-    start = Start(weights=network.state_dict())
     still: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-12, "dropout": 0, "distortion": 0}
-    training = Training(images, digits, start, **still)
+    training = Training(images, digits, network.state_dict(), **still)
     numbers = Draws(0, 0, np.array(ROWS["train"])).whole(1, 10)
     batch = {
         "image": torch.tensor(images["train"]),
@@ -255,7 +257,7 @@ def train_points(task: Points) -> FinishedModel:
         totals[split] = RowTotals.of(ids[rows])
     parameters = hyperparameters(epochs=12, batch_size=20, learning_rate=0.05, precision="fp32")
     events: Any = queue.Queue()
-    given = LoopConfig(task, "code", parameters, 1, totals, 32, events, Start())
+    given = LoopConfig(task, "code", parameters, 1, totals, 32, events, NO_RUN, None)
     finished = as_worker(lambda: train_loop_per_worker({"loop": given}), datasets)
     assert finished is not None
     return finished

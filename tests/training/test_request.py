@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.exceptions
 import ray.train
 from pyarrow.fs import FileSystem
 
@@ -17,8 +18,8 @@ from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.columns import ReasonCounts
 from mnistsum_ray.errors import (
-    CheckpointError,
     NoAnswerError,
+    RepeatingError,
     RequestError,
     RunError,
     StorageError,
@@ -31,10 +32,11 @@ from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import folder_lock, locate
 from mnistsum_ray.task_loader import code_of
-from mnistsum_ray.training import failures, job, run
+from mnistsum_ray.training import job
 from mnistsum_ray.training.progress import FailureLines
+from mnistsum_ray.training.record import RunRecord
+from mnistsum_ray.training.request import TrainRequest, check_request
 from mnistsum_ray.training.rows import Rows
-from mnistsum_ray.training.run import RunRecord, TrainRequest, check_request
 from tests.tasks import Points
 
 SETTINGS: dict[str, Any] = {
@@ -110,7 +112,7 @@ def test_a_run_goes_on_with_its_own_task_whose_file_is_as_it_was(
 ) -> None:
     with pytest.raises(RequestError, match=r"mine is of the task mnistsum, and not points; give i"):
         asked(resume=True, task=Points)
-    monkeypatch.setattr(run, "code_of", lambda _: "another")
+    monkeypatch.setattr("mnistsum_ray.training.request.code_of", lambda _: "another")
     changed = "the file of the task mnistsum has changed since the run began"
     with pytest.raises(RequestError, match=f"^--resume: {changed}; --changed-task true goes on"):
         asked(resume=True)
@@ -206,7 +208,7 @@ def test_a_run_that_cannot_begin_is_to_be_tried_again_and_not_resumed(
         pytest.raises(TryAgainError, match=r"another run .* is writing there"),
     ):
         job.train(request, Console(io.StringIO()))
-    monkeypatch.setattr(job, "find_start", fail)
+    monkeypatch.setattr(job, "wait_for", fail)
     said = "^--storage-path no answer; nothing was begun; the same command tries again$"
     with pytest.raises(TryAgainError, match=said):
         job.train(request, Console(io.StringIO()))
@@ -247,21 +249,43 @@ def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch)
     assert asked_for == {"seed": 7, "skip_bad_rows": True, "is_kept": False, "workers": 3}
 
 
-def test_a_run_that_ray_train_gives_up_ends_in_one_line(tmp_path: Path) -> None:
-    request, plan = asked(storage_path=tmp_path), WorkerPlan(1, 1, {"CPU": 2.0}, 2)
-    of_workers = ray.train.WorkerGroupError("", {0: OSError("status 400")})
-    of_callback = ray.train.ControllerError(ConnectionError("the tracking server is gone"))
+def ended(request: TrainRequest, error: Exception) -> RunError:
+    """The error of a job whose `fit` raises this one."""
+    console = Console(io.StringIO())
+    with pytest.raises(RunError) as raised, job.errors_in_one_line(console, request.how_to_resume):
+        raise error
+    return raised.value
 
-    def explained(failed: Exception) -> RunError | RequestError:
-        return failures.explain_end(failed, request, plan, 30.0, Console(io.StringIO()))
 
-    error = explained(of_callback)
-    assert type(error) is RunError
-    assert str(error).startswith("ConnectionError: the tracking server is gone; checkpoints are")
-    error = explained(of_workers)
-    said = "gave up after 4 failures of workers, see above; checkpoints are kept, and this command"
-    assert type(error) is RunError
+@pytest.mark.parametrize(
+    ("cause", "kind", "said"),
+    [
+        (ValueError("in a callback"), RunError, "Ray Train gave up: ValueError: in a callback; "),
+        (OSError("SLOW_DOWN"), TryAgainError, "Ray Train gave up: OSError: SLOW_DOWN; "),
+        (StorageError("ExpiredToken"), RunError, "ExpiredToken; checkpoints are kept"),
+        (NoAnswerError("503"), TryAgainError, "503; checkpoints are kept"),
+        (RepeatingError("the loss is nan"), RunError, "the loss is nan"),
+        (ray.exceptions.ActorDiedError(), TryAgainError, "Ray Train gave up: ActorDiedError: "),
+    ],
+)
+def test_a_run_that_ray_train_gives_up_ends_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cause: Exception,
+    kind: type[RunError],
+    said: str,
+) -> None:
+    monkeypatch.setattr(job, "describe_free", lambda: "1 CPU is free")
+    error = ended(asked(storage_path=tmp_path), ray.train.ControllerError(cause))
+    assert type(error) is kind
     assert str(error).startswith(said)
+    assert str(error).endswith("--name mine --resume") or kind is RunError
+
+
+def test_a_run_whose_workers_fail_too_often_says_how_to_go_on(tmp_path: Path) -> None:
+    error = ended(asked(storage_path=tmp_path), ray.train.WorkerGroupError("", {0: OSError()}))
+    assert type(error) is RunError
+    assert str(error).startswith("workers have failed more often than --max-failures allows, see ")
     assert str(error).endswith("--name mine --resume")
 
 
@@ -269,7 +293,7 @@ def test_a_storage_that_refuses_ends_a_run_at_the_first_failure_of_a_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys that have expired: to Ray Train that is a failure of workers like any other."""
-    request, plan = asked(storage_path=tmp_path), WorkerPlan(1, 1, {"CPU": 2.0}, 2)
+    request = asked(storage_path=tmp_path)
     said: Any = SimpleQueue()
     lines = FailureLines(said, request.folder)
     of_worker: dict[int, Exception] = {1: OSError("HTTP status 400")}
@@ -281,20 +305,8 @@ def test_a_storage_that_refuses_ends_a_run_at_the_first_failure_of_a_worker(
         raise StorageError("cannot be written: ExpiredToken")
 
     monkeypatch.setattr(Location, "write", refuse)
-    with pytest.raises(StorageError, match="ExpiredToken") as raised:
+    with pytest.raises(StorageError, match="ExpiredToken"):
         lines.after_exception(None, of_worker)
-    ended = ray.train.ControllerError(raised.value)
-    error = failures.explain_end(ended, request, plan, 30.0, Console(io.StringIO()))
-    assert str(error).startswith("cannot be written: ExpiredToken; checkpoints are kept, and")
-
-
-def test_what_ray_train_gives_up_is_tried_again_if_it_was_the_storage_or_a_start() -> None:
-    of_callback = ray.train.ControllerError(ConnectionError("the tracking server is gone"))
-    of_storage = ray.train.ControllerError(OSError("AWS Error SLOW_DOWN"))
-    of_worker = ray.train.ControllerError(ray.exceptions.ActorDiedError())
-    damaged = ray.train.ControllerError(CheckpointError("checkpoint epoch_00002 cannot be used"))
-    ended = (of_callback, of_storage, of_worker, damaged)
-    assert [failures.is_worth_a_try(error) for error in ended] == [False, True, True, True]
 
 
 def test_ray_stores_checkpoints_where_this_program_looks_for_them() -> None:

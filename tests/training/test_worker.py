@@ -13,9 +13,9 @@ from mnistsum_ray.errors import RunError, TaskError
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum
 from mnistsum_ray.model.device import seed_generators
 from mnistsum_ray.task import Batch, Task
-from mnistsum_ray.training.trainer import Augment, EpochSteps, Objective, ToTensors, Trainer
+from mnistsum_ray.training.worker import Augment, EpochSteps, Objective, ToTensors, Worker
 from tests.tasks import Points, PointSettings, points
-from tests.training import CPU, as_worker, new_trainer
+from tests.training import CPU, as_worker, new_worker
 
 SHARDS = [
     ((1000,), 64, 16, [64] * 15 + [40]),
@@ -58,9 +58,9 @@ def test_a_worker_without_rows_has_gradients_of_zero(task: Task, bf16: bool, dev
     assert objective(no_rows, 2).item() > 0
 
 
-def weights_after(trainer: Trainer, batch: Batch, rows: int, of_rows: int) -> dict[str, Tensor]:
-    trainer._step(batch, rows, of_rows, learning_rate=0.1)
-    return {name: value.clone() for name, value in trainer.network.state_dict().items()}
+def weights_after(worker: Worker, batch: Batch, rows: int, of_rows: int) -> dict[str, Tensor]:
+    worker._step(batch, rows, of_rows, learning_rate=0.1)
+    return {name: value.clone() for name, value in worker.network.state_dict().items()}
 
 
 class Plain(Points):
@@ -72,18 +72,18 @@ class Plain(Points):
 
 def test_a_step_is_down_the_mean_loss_of_the_rows_of_all_ranks_at_the_rate_of_each_group() -> None:
     """Another rank has 24 of 32 rows, which a worker alone leaves out; others are not counted."""
-    trainer = as_worker(lambda: new_trainer(Plain(), weight_decay=0))
-    before = {name: value.clone() for name, value in trainer.network.named_parameters()}
+    worker = as_worker(lambda: new_worker(Plain(), weight_decay=0))
+    before = {name: value.clone() for name, value in worker.network.named_parameters()}
     batch = points(10)
-    loss = Points().loss(trainer.network(batch), batch)[:8].sum() / 32
-    gradients = torch.autograd.grad(loss, [*trainer.network.parameters()])
-    after = weights_after(trainer, batch, 8, 32)
+    loss = Points().loss(worker.network(batch), batch)[:8].sum() / 32
+    gradients = torch.autograd.grad(loss, [*worker.network.parameters()])
+    after = weights_after(worker, batch, 8, 32)
     for index, (name, start) in enumerate(before.items()):
         rate = 0.05 if index == 0 else 0.1
         torch.testing.assert_close(after[name], start - rate * gradients[index])
     assert all(
         torch.equal(value, after[name])
-        for name, value in weights_after(trainer, batch, 0, 24).items()
+        for name, value in weights_after(worker, batch, 0, 24).items()
     ), "a step without rows"
 
 
@@ -150,6 +150,6 @@ def test_a_loss_that_is_not_of_each_row_or_is_infinite_is_named() -> None:
     said = r"^task points: loss raised ValueError: must return a loss for each of 5 rows, not \[\]"
     with pytest.raises(TaskError, match=said):
         objective(points(5), 5)
-    trainer = as_worker(lambda: new_trainer(Points(), learning_rate=0.3))
+    worker = as_worker(lambda: new_worker(Points(), learning_rate=0.3))
     with pytest.raises(RunError, match=r"^here nan; lower --learning-rate \(now 0.3\)$"):
-        trainer.check_finite(float("nan"), "here")
+        worker.check_finite(float("nan"), "here")

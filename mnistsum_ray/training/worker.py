@@ -141,8 +141,8 @@ class Objective(nn.Module):
         return losses[:rows].sum()
 
 
-class Trainer:
-    """The network, its optimizer, its DDP wrapper and the training rows of one worker.
+class Worker:
+    """A worker of a training: the network, its optimizer, its DDP wrapper and its training rows.
 
     All blocks of training rows have `rows_of_block` but the last.
     The state of a checkpoint may be loaded into `network` and `optimizer`, on all workers alike,
