@@ -75,13 +75,9 @@ def _init(address: str, problem: str, **options: Any) -> None:
     import ray
 
     own_handler = signal.getsignal(signal.SIGTERM)
-    stopped = False
     try:
         # The jobs report their progress themselves.
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except SystemExit:  # SIGTERM has come, for which `ray.init` sets a handler of its own
-        signal.alarm(0)  # that handler's, which would abort the process in 3 s
-        stopped = True
     except Exception as error:  # a start that takes too long raises a plain Exception
         inner = error.__cause__ or error  # "Failed to connect" has one; its text may be a traceback
         cause = root_cause(inner) if "Traceback" in str(inner) else one_line(inner)
@@ -93,8 +89,6 @@ def _init(address: str, problem: str, **options: Any) -> None:
     finally:
         if signal.getsignal(signal.SIGTERM) is not own_handler:  # Ray's prints a stack and aborts
             signal.signal(signal.SIGTERM, own_handler)
-    if stopped:
-        signal.raise_signal(signal.SIGTERM)  # this process's own handler takes it
 
 
 def started_cluster() -> bool:
