@@ -310,7 +310,7 @@ class ScoreConfig(TaskConfig):
     model: Place
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32"] | None = None
-    """precision of the network, fixed for an output [fp32 if it was trained so; else the faster]"""
+    """precision of the network, one an output [the model's; fp32 on CPUs without fast bf16]"""
     # Far below 2^31 values, where kernels of GPUs end: a layer may make 50,000 of a row.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
     """rows per forward pass [256 on CPUs, 2048 on GPUs, and fewer if they are large]"""
@@ -319,14 +319,14 @@ class ScoreConfig(TaskConfig):
     output: Place
     """folder or URI for the predictions; the same command continues after a kill"""
     strict: bool = False
-    """write no manifest, and exit with 1, if any file or row cannot be scored"""
+    """write no manifest, and exit with 1, if any file or row is rejected"""
     overwrite: bool = False
     """delete an earlier output first and score everything; without it a scoring goes on"""
     # Arrow's limit of 2^31 bytes is 2 million rows of a KiB.
     max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
     """most rows of an output file, and what a kill costs [a quarter of a file, of 8 to 32 MiB]"""
     num_workers: int | None = Field(default=None, ge=1)
-    """scoring workers [four per GPU; without GPUs, one per CPU]"""
+    """scoring workers, at most [four per GPU; without GPUs, one per CPU]"""
     use_gpu: bool | None = None
     """score on GPUs [true if the cluster has GPUs]"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)

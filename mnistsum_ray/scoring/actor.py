@@ -14,10 +14,10 @@ import torch
 
 from mnistsum_ray.data.columns import Arrays, ReasonCounts, Reasons, decode_columns
 from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
-from mnistsum_ray.errors import ConflictError, UnusableFileError, one_line
+from mnistsum_ray.errors import ConflictError, UnusableFileError
 from mnistsum_ray.model.calls import calling
 from mnistsum_ray.model.inference import Predictor, append_predictions, sum_metrics
-from mnistsum_ray.scoring.parts import MIB, PART_KEY, PREDICTIONS, Part, as_numbers
+from mnistsum_ray.scoring.parts import MIB, PART_KEY, PREDICTIONS, Part
 from mnistsum_ray.scoring.request import ScoreRequest
 from mnistsum_ray.storage.store import Entry
 from mnistsum_ray.task import Task
@@ -28,7 +28,10 @@ filled up to a batch, wastes most of its time."""
 
 
 class Answer(NamedTuple):
-    """What an actor says of its task, as a row: that it begins, what is done, that it ends."""
+    """What an actor says of its task, as a row: that it begins, what is done, that it ends.
+
+    A task that is repeated must give as many answers as before: Ray leaves out those that it has.
+    """
 
     task: int
     rows: int = 0  # predicted since the answer before
@@ -71,50 +74,35 @@ class ScoreParts:
     def _score(self, task: int, parts: Sequence[Part]) -> Iterator[Answer]:
         yield Answer(task)
         most_rows = max(self._request.rows_in(_JOINED_BYTES), self._predictor.batch_size)
-        # A worker that died may have put the first parts. Their answers are given again, since Ray
-        # leaves out so many answers of a repeated task as there were.
-        missing = rows = 0
-        for number, part in enumerate(parts, 1):
-            if not (self._request.output / PREDICTIONS / part.output).file_entry():
-                break
-            rows += part.rows
-            if rows >= most_rows:
-                yield Answer(task, rows)
-                missing, rows = number, 0
         batch: list[DecodedPart] = []
-        for name, group in itertools.groupby(parts[missing:], lambda part: part.input):
+        for name, group in itertools.groupby(parts, lambda part: part.input):
             try:
                 for decoded in read_file(self._request, list(group)):
                     batch.append(decoded)
                     if sum(one.part.rows for one in batch) >= most_rows:
-                        yield from self._predict_and_put(task, batch)
+                        yield self._predict_and_put(task, batch)
                         batch = []
             except UnusableFileError as error:
                 # Parts of the file that were read before are put; the driver deletes them.
                 yield Answer(task, file=name, reason=str(error))
         if batch:
-            yield from self._predict_and_put(task, batch)
+            yield self._predict_and_put(task, batch)
         yield Answer(task, ends=True)
 
-    def _predict_and_put(self, task: int, batch: Sequence[DecodedPart]) -> Iterator[Answer]:
+    def _predict_and_put(self, task: int, batch: Sequence[DecodedPart]) -> Answer:
         """Predict the rows of several parts together, and put each part."""
         rows: Arrays = {}
         for key in self._request.task.inputs:
             rows[key] = np.concatenate([decoded.arrays[key] for decoded in batch])
         probabilities = self._request.config.probabilities
         predictions = self._predictor.predict(rows, probabilities=probabilities)
-        rejected_rows = start = 0
+        start = 0
         for decoded in batch:
             end = start + decoded.part.rows
             part_predictions = {name: values[start:end] for name, values in predictions.items()}
-            try:
-                put_part(self._request, decoded, part_predictions)
-                rejected_rows += len(decoded.reasons)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                reason = f"cannot be written again: {one_line(error)}"
-                yield Answer(task, file=decoded.part.input, reason=reason)
+            put_part(self._request, decoded, part_predictions)
             start = end
-        yield Answer(task, start, rejected_rows)
+        return Answer(task, start, sum(len(decoded.reasons) for decoded in batch))
 
 
 def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedPart]:
@@ -125,9 +113,9 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
     file = request.root / parts[0].input
     listed = Entry(file.path, parts[0].size, parts[0].e_tag)
     ranges = [range(part.first_row, part.first_row + part.rows) for part in parts]
-    batch_rows = request.rows_in(8 * MIB)
     with open_parquet(file, listed) as parquet:
-        for part, table in zip(parts, read_ranges(parquet, ranges, batch_rows), strict=True):
+        tables = read_ranges(parquet, ranges, request.rows_in(8 * MIB))
+        for part, table in zip(parts, tables, strict=True):
             # Requests for an object name its ETag, but a file on a disk may be rewritten meanwhile.
             if file.is_local and file.file_entry() != listed:
                 raise ConflictError  # of which open_parquet says that the file has changed
@@ -142,12 +130,8 @@ def decode_part(request: ScoreRequest, part: Part, table: pa.Table) -> DecodedPa
     is_scored[list(reasons)] = False
     is_labelled = is_scored & bool(request.labels)
     for key, column in request.labels.items():
-        values = table[names[key]]
-        if column.type_error(values.type):  # no label is known
-            arrays[key], is_labelled[:] = column.zeros(part.rows), False
-        else:
-            arrays[key], unknown = column.decode(values, key)
-            is_labelled[list(unknown)] = False
+        arrays[key], unknown = column.decode(table[names[key]], key)
+        is_labelled[list(unknown)] = False
     return DecodedPart(part, table, arrays, reasons, is_scored, is_labelled)
 
 
@@ -163,8 +147,10 @@ def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Arrays) -
     footer: dict[str, Any] = {"run": request.run_id, "part": part._asdict()}
     footer |= {"reasons": rejected.reasons, "examples": rejected.examples}
     footer |= count_part(request, decoded, predictions)
+    with calling(request.task, "count or judge"):  # of which a number may be infinite or NaN
+        text = json.dumps(footer, allow_nan=False)
     # Not the input's metadata: Spark may have named its columns there, and would see no others.
-    table = table.replace_schema_metadata({PART_KEY: json.dumps(footer)})
+    table = table.replace_schema_metadata({PART_KEY: text})
     with suppress(ConflictError):  # a process that died, or a second run, has put it
         (request.output / PREDICTIONS / part.output).create(to_parquet(table))
 
@@ -178,7 +164,7 @@ def count_part(request: ScoreRequest, decoded: DecodedPart, predictions: Arrays)
         # What is counted of all rows is not counted again of these.
         counts = count_rows(task, predictions, arrays, is_labelled) | counts
         with calling(task, "judge"):
-            metrics = as_numbers(sum_metrics(task, predictions, arrays, is_labelled))
+            metrics = sum_metrics(task, predictions, arrays, is_labelled)
     counts |= {"rows": decoded.part.rows, "rejected_rows": len(decoded.reasons)}
     if request.labels:
         counts["labelled_rows"] = int(is_labelled.sum())
@@ -194,5 +180,8 @@ def count_rows(
     columns = {**task.inputs, **task.labels}
     predicted = {name: values[is_counted] for name, values in predictions.items()}
     batch = {key: columns[key].load(values[is_counted]) for key, values in arrays.items()}
+    numbers = {}
     with calling(task, "count"):
-        return as_numbers(task.count(predicted, batch))
+        for name, count in task.count(predicted, batch).items():
+            numbers[name] = (np.asarray(count) + 0).tolist()  # True + True is True, and 2 is meant
+    return numbers

@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ from mnistsum_ray.data.columns import Column, name_in_file, rows_in
 from mnistsum_ray.data.images import Images, Photos
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
 from mnistsum_ray.data.parquet import column_error, read_footer
-from mnistsum_ray.errors import MissingFileError, RequestError, UnusableFileError, counted
+from mnistsum_ray.errors import MissingFileError, RequestError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
 from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
@@ -29,7 +28,6 @@ class InputFile(NamedTuple):
     rows: int | None = None  # None: its footer cannot be read
     error: str | None = None  # why it cannot be scored
     int96: tuple[str, ...] = ()  # columns of this type: the output has another
-    groups: tuple[int, ...] = ()  # the first row of each row group
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,20 @@ class ScoreRequest:
         given = self.config.columns
         return {key: column for key, column in self.task.labels.items() if given[key] is not None}
 
+    @property
+    def columns(self) -> dict[str, Column]:
+        """What is read of each file: the task's inputs, and `labels`."""
+        return {**self.task.inputs, **self.labels}
+
     def names_in(self, present: Collection[str]) -> dict[str, str]:
-        """Names of the inputs and `labels` in a file that has these columns."""
-        given, columns = self.config.columns, {**self.task.inputs, **self.labels}
-        return {key: name_in_file(columns[key], key, present, given[key]) for key in columns}
+        """Names of `columns` in a file that has these."""
+        given, columns = self.config.columns, self.columns.items()
+        return {key: name_in_file(column, key, present, given[key]) for key, column in columns}
 
     def images_in(self, present: Collection[str]) -> set[str]:
         """Which of a file's columns are left out of the output: all others are passed on."""
-        names, columns = self.names_in(present), {**self.task.inputs, **self.labels}
-        return {names[key] for key in names if isinstance(columns[key], Images | Photos)}
+        names = self.names_in(present)
+        return {names[key] for key in names if isinstance(self.columns[key], Images | Photos)}
 
     def rows_in(self, size: int) -> int:
         """How many rows so many bytes are, once they are decoded."""
@@ -85,9 +88,6 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
     """Check everything that can be checked without a cluster."""
     _check_flags(config)
     output = locate(config.output, "--output", output_base_folder())
-    with as_request_error("--output"):
-        if output.file_entry():
-            raise RequestError(f"--output {output.display}: is a file; name a folder")
     inputs = list_inputs(config.input, output)
     report_skipped(inputs.skipped, console.say)
     model = locate_existing(config.model, "--model")
@@ -127,54 +127,40 @@ def _inspect_files(request: ScoreRequest, inputs: Inputs, console: Console) -> l
     """
     progress = Progress(console.progress, "footers read", len(inputs.files))
     inspect = partial(_inspect_file, request, inputs)
-    inspected = list(in_threads(inputs.root, inspect, list(inputs.files), progress))
-    files = [file for file in inspected if file]
-    if len(files) < len(inspected):
-        missing = len(inspected) - len(files)
-        console.say(f"left out: {counted(missing, 'file')} gone since the input was listed")
+    files = list(in_threads(inputs.root, inspect, list(inputs.files), progress))
     readable = [file for file in files if file.rows is not None]
     if readable and all(file.error for file in readable):
         example = f"{readable[0].name} {readable[0].error}"
         raise RequestError(f"--input: no file can be scored, such as {example}")
     int96 = sorted({column for file in files for column in file.int96})
     if int96:
-        said = f"columns whose type changes in the output: {', '.join(int96)} (INT96)"
-        console.say(f"{said}; they become timestamps in microseconds")
+        columns = f"columns whose type changes in the output: {', '.join(int96)} (INT96)"
+        console.say(f"{columns}; they become timestamps in microseconds")
     return files
 
 
-def _inspect_file(request: ScoreRequest, inputs: Inputs, name: str) -> InputFile | None:
-    """What the footer says of a file; None: it is gone since the input was listed."""
+def _inspect_file(request: ScoreRequest, inputs: Inputs, name: str) -> InputFile:
+    """What the footer says of a file."""
     entry = inputs.files[name]
     try:
-        # A part's number is 15 bytes, and file systems take names of 255.
-        if len(name.rpartition("/")[2].encode()) > 240:
-            raise UnusableFileError("has too long a name, of more than 240 bytes; shorten it")
         if is_hidden(name):
-            skipped = "readers of Parquet skip, as all names with . or _ in front"
-            raise UnusableFileError(f"would get a name that {skipped}; rename it")
+            raise UnusableFileError("has a name that readers of Parquet skip; rename it")
         footer = read_footer(inputs.root / name, entry)
-    except MissingFileError:  # one file that expires now must not cost all others
-        return None
-    except UnusableFileError as error:
+    except (UnusableFileError, MissingFileError) as error:  # a file may expire now
         return InputFile(name, entry, error=str(error))
     columns = map(footer.schema.column, range(len(footer.schema)))
     int96 = tuple(column.path for column in columns if column.physical_type == "INT96")
     problem = _schema_error(request, footer.schema_arrow)
-    rows = [footer.metadata.row_group(group).num_rows for group in range(footer.num_row_groups)]
-    groups = tuple(accumulate(rows[:-1], initial=0))
-    return InputFile(name, entry, footer.metadata.num_rows, problem, int96, groups)
+    return InputFile(name, entry, footer.metadata.num_rows, problem, int96)
 
 
 def _schema_error(request: ScoreRequest, schema: pa.Schema) -> str | None:
     """Why a file with these columns cannot be scored; None if it can."""
     from mnistsum_ray.model.inference import clashing_column
 
-    config, inputs = request.config, request.task.inputs
+    config, columns = request.config, request.columns
     for key, name in request.names_in(schema.names).items():
-        # A label of any type is taken: where it cannot be decoded, it is unknown.
-        type_error = inputs[key].type_error if key in inputs else lambda _: None
-        problem = column_error(schema, name, config.flag_of(key), type_error)
+        problem = column_error(schema, name, config.flag_of(key), columns[key].type_error)
         if problem:
             return problem
     images = request.images_in(schema.names)

@@ -96,7 +96,7 @@ def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Resul
     for name, reason in BAD_FILES.items():
         assert files[name]["status"] == "failed"
         assert reason in files[name]["reason"]
-        assert f"cannot be used: {name}: {files[name]['reason']}\n" in scored.said
+        assert f"rejected: {name}: {files[name]['reason']}\n" in scored.said
     assert re.search(r"left out: 1, such as \S+/control\\x1b\[2J.parquet \(", scored.said)
     assert "columns whose type changes in the output: day (INT96); " in scored.said
     page = (output / "report.html").read_text()
@@ -128,7 +128,7 @@ def test_a_busy_cluster_is_waited_for_until_the_time_limit(
     remove_placement_group(held)
     with monkeypatch.context() as patch:
         patch.setattr(job, "_SILENT_SECONDS", 1.0)  # less than a worker needs to start
-        with pytest.raises(TryAgainError, match="but after 1 s"):
+        with pytest.raises(TryAgainError, match="no worker has answered for 1 s"):
             score_here(model, tmp_path / "out", source)
     assert score_here(model, tmp_path / "out", source).line["scored_rows"] > 0
 

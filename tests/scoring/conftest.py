@@ -15,7 +15,7 @@ from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.results import ScoreResult
-from mnistsum_ray.scoring import job, output
+from mnistsum_ray.scoring import job, record
 from mnistsum_ray.scoring.actor import Answer, ScoreParts
 from mnistsum_ray.scoring.parts import Part
 from mnistsum_ray.scoring.request import ScoreRequest, check_request
@@ -42,7 +42,7 @@ OTHERS = {
 
 
 def score_without_ray(
-    request: ScoreRequest, _plan: WorkerPlan, tasks: Sequence[Sequence[Part]], _console: Console
+    request: ScoreRequest, _workers: WorkerPlan, tasks: Sequence[Sequence[Part]], _console: Console
 ) -> Iterator[Answer]:
     """What actors do with tasks, which are rows of a table, in this process."""
     key = (request.config.model, type(request.task), request.config.batch_size)
@@ -59,7 +59,7 @@ def score_without_ray(
 def score(patch: pytest.MonkeyPatch, execute: Any = score_without_ray, **given: Any) -> ScoreResult:
     """Score on a machine of two CPUs, without Ray."""
     two_cpus = ClusterResources(({"CPU": 2.0},))
-    found = {"precision_of_gpu": lambda *_: None, "inspect_cluster": lambda: two_cpus}
+    found = {"has_usable_gpu": lambda _: False, "inspect_cluster": lambda: two_cpus}
     patch.setattr(job, "resources", SimpleNamespace(**found))
     patch.setattr(job, "score_on_ray", execute)
     return job.score(check_request(ScoreConfig(**given), CONSOLE), CONSOLE)
@@ -101,7 +101,7 @@ class Example:
 
     def give_id(self, value: str) -> None:
         """Give the runs that begin from here on this id."""
-        self._patch.setattr(output, "secrets", SimpleNamespace(token_hex=lambda _: value))
+        self._patch.setattr(record, "secrets", SimpleNamespace(token_hex=lambda _: value))
 
     def files(self, *but: str) -> dict[str, bytes]:
         """The files in the output, by their names there."""

@@ -32,9 +32,8 @@ class Store:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = self.n = 0
         self.how = ""
-        patch.setattr(
-            os, "fsync", lambda _: None
-        )  # a tenth of the time; test_store.py looks for it
+        # A tenth of the time; test_store.py looks for it.
+        patch.setattr(os, "fsync", lambda _: None)
         for name in OPERATIONS:
             patch.setattr(Location, name, self._faulty(getattr(Location, name)))
 

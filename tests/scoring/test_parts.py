@@ -9,12 +9,12 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.data.images import Images
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.mnist.task import MnistSum
-from mnistsum_ray.scoring.parts import MIB, make_tasks, split_into_parts
+from mnistsum_ray.scoring.parts import make_tasks, split_into_parts
 from mnistsum_ray.scoring.request import InputFile, ScoreRequest
 from mnistsum_ray.storage.store import Entry, Location
 from mnistsum_ray.task import Task
 
-PLACE, BUCKET = Location("/place"), Location("key", "s3://bucket")
+PLACE = Location("/place")
 ENTRY = Entry("file", 9, "e")
 
 
@@ -29,17 +29,13 @@ def request(
     most: int | None = None,
     task: type[Task] = MnistSum,
     names: list[str] | None = None,
-    group: int = 8192,
-    root: Location = PLACE,
 ) -> ScoreRequest:
-    """A request with files of so many rows, and so many in a row group."""
+    """A request with files of so many rows."""
     names = names or [f"f{index}.parquet" for index in range(len(rows))]
-    files = []
-    for name, count in zip(names, rows, strict=True):
-        files.append(InputFile(name, ENTRY, count, groups=tuple(range(0, count, group))))
+    files = [InputFile(name, ENTRY, count) for name, count in zip(names, rows, strict=True)]
     given: Any = {"task": task, "model": "m", "input": "i", "output": "o"}
     config = ScoreConfig(**given, max_rows_per_file=most)
-    return ScoreRequest(config, task(), (), {}, {}, root, PLACE, files)
+    return ScoreRequest(config, task(), (), {}, {}, PLACE, PLACE, files)
 
 
 @pytest.mark.parametrize(
@@ -71,41 +67,28 @@ def test_a_part_of_large_rows_has_fewer() -> None:
     assert sizes[2:] == [682] * 14 + [452]
 
 
-NAMES = [
-    (
-        ["deep/a-00000-of-00002.pq", "d..x", "deep/a.pq"],
-        "deep/a-0.*pq and deep/a.pq need",
-    ),
-    (["b", "a-00001-of-00002.pq/deep/x", "a.pq"], "a.pq needs the name of a folder of a-00001-of"),
-]
-
-
-@pytest.mark.parametrize(("names", "said"), NAMES)
-def test_names_that_the_output_cannot_have_are_refused(names: list[str], said: str) -> None:
-    with pytest.raises(RequestError, match=f"^--input: {said}"):
-        split_into_parts(request(1, 1, 20, most=10, names=names))
+def test_names_that_the_output_cannot_have_are_refused() -> None:
+    names = ["deep/a-00000-of-00002.pq", "deep/a.pq"]
+    said = "^--input: deep/a-00000-of-00002.pq and deep/a.pq need one name"
+    with pytest.raises(RequestError, match=said):
+        split_into_parts(request(1, 20, most=10, names=names))
 
 
 @pytest.mark.parametrize(
-    ("asked", "usual", "workers", "least", "most"),
+    ("asked", "workers", "least", "most"),
     [
-        (request(*[10] * 2000), 32 * MIB, 16, 20, 21),  # many small files
-        (request(10, 50_000, 10, 16_384, 0, 40_003), 32 * MIB, 1, 2, 5),
-        (request(10**7), 256 * MIB, 8, 32, 39),  # long tasks of a GPU
-        (request(*[10**8] * 30), 32 * MIB, 64, 10_000, 16_384),
-        (request(10**5, task=Large, group=512), 32 * MIB, 8, 147, 147),
-        (request(10**6, group=122_880), 32 * MIB, 2, 9, 9),
-        # A disk gives a group of many rows to each idle worker; a bucket is asked for it once.
-        (request(10**6, group=10**6), 32 * MIB, 2, 2, 2),
-        (request(10**6, group=10**6), 32 * MIB, 16, 16, 16),
-        (request(10**6, 10**6, 10**6, group=10**6), 32 * MIB, 2, 3, 3),
-        (request(10**6, group=10**6, root=BUCKET), 32 * MIB, 16, 1, 1),
+        (request(*[10] * 2000), 16, 5, 5),  # many small files
+        (request(10, 50_000, 10, 16_384, 0, 40_003), 1, 2, 5),
+        (request(60_000), 16, 4, 4),
+        (request(10**7), 8, 50, 80),
+        (request(*[10**8] * 30), 64, 10_000, 16_384),
+        (request(10**5, task=Large), 8, 30, 30),
     ],
 )
 def test_tasks_hold_every_part_once_in_order(
-    asked: ScoreRequest, usual: int, workers: int, least: int, most: int
+    asked: ScoreRequest, workers: int, least: int, most: int
 ) -> None:
     parts = [*split_into_parts(asked).values()]
-    tasks = make_tasks(asked, parts, usual, workers)
+    tasks = make_tasks(asked, parts, workers)
     assert [*itertools.chain(*tasks)] == parts
     assert least <= len(tasks) <= most
