@@ -80,7 +80,7 @@ def _parts_of(file: InputFile, request: ScoreRequest) -> Iterator[Part]:
 
 
 def make_tasks(request: ScoreRequest, parts: Sequence[Part], workers: int) -> list[list[Part]]:
-    """Group consecutive parts into tasks of Ray Data: several a worker, of _TASK_BYTES or less."""
+    """Group consecutive parts into tasks of Ray Data: several a worker, of some _TASK_BYTES."""
     total = sum(part.rows for part in parts)
     # Four tasks a worker, so that no long one runs alone at the end; but a core scores 4 MiB while
     # a worker starts, so a worker for less would not pay.
