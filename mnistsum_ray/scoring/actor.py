@@ -28,10 +28,7 @@ filled up to a batch, wastes most of its time."""
 
 
 class Answer(NamedTuple):
-    """What an actor says of its task, as a row: that it begins, what is done, that it ends.
-
-    A task that is repeated must give as many answers as before: Ray leaves out those that it has.
-    """
+    """What an actor says of its task, as a row: that it begins, what is done, that it ends."""
 
     task: int
     rows: int = 0  # predicted since the answer before
@@ -74,8 +71,18 @@ class ScoreParts:
     def _score(self, task: int, parts: Sequence[Part]) -> Iterator[Answer]:
         yield Answer(task)
         most_rows = max(self._request.rows_in(_JOINED_BYTES), self._predictor.batch_size)
+        # A worker that died may have put the first parts. Their answers are given again, since Ray
+        # leaves out so many answers of a repeated task as there were.
+        missing = rows = 0
+        for number, part in enumerate(parts, 1):
+            if not (self._request.output / PREDICTIONS / part.output).file_entry():
+                break
+            rows += part.rows
+            if rows >= most_rows:
+                yield Answer(task, rows)
+                missing, rows = number, 0
         batch: list[DecodedPart] = []
-        for name, group in itertools.groupby(parts, lambda part: part.input):
+        for name, group in itertools.groupby(parts[missing:], lambda part: part.input):
             try:
                 for decoded in read_file(self._request, list(group)):
                     batch.append(decoded)

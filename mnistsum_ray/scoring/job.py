@@ -23,6 +23,7 @@ from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.resources import ClusterResources, WorkerPlan
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.errors import (
+    RequestError,
     RunError,
     RunInterrupted,
     StorageError,
@@ -108,6 +109,8 @@ def plan(run: Run, console: Console) -> None:
     request = run.request
     run.planned = split_into_parts(request)
     if request.config.overwrite:
+        if not run.planned:
+            raise RequestError("--overwrite: no file of --input can be used; nothing was deleted")
         record.delete_output(request.output, console)
     with as_request_error("--output"):
         run.request = replace(request, run_id=record.begin(request))

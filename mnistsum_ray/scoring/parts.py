@@ -6,6 +6,7 @@ second run at the same time change nothing. Its footer says what it holds, and c
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ MIB: Final = 2**20
 
 _TASK_BYTES: Final = 128 * MIB
 """Some seconds of a GPU, and a half-minute of a CPU core, which a kill costs. A task costs the
-driver 7 to 9 ms, and its reader begins with the first row of a row group, however large it is."""
+driver 7 to 9 ms."""
 
 
 class Part(NamedTuple):
@@ -80,17 +81,25 @@ def _parts_of(file: InputFile, request: ScoreRequest) -> Iterator[Part]:
 
 
 def make_tasks(request: ScoreRequest, parts: Sequence[Part], workers: int) -> list[list[Part]]:
-    """Group consecutive parts into tasks of Ray Data: several a worker, of some _TASK_BYTES."""
+    """Group consecutive parts into tasks of Ray Data: several a worker, of some _TASK_BYTES.
+
+    Or larger: parts that begin in one row group are one task, since a reader begins with the
+    group's first row. A disk reads it again for idle workers, but from a bucket that is traffic.
+    """
     total = sum(part.rows for part in parts)
     # Four tasks a worker, so that no long one runs alone at the end; but a core scores 4 MiB while
     # a worker starts, so a worker for less would not pay.
     balanced_rows = max(request.rows_in(4 * MIB), ceil(total / (4 * workers)))
     # Ray Data needs 0.5 ms a task before the first one starts: 16,384 tasks at most.
     task_rows = max(ceil(total / 16_384), min(balanced_rows, request.rows_in(_TASK_BYTES)))
+    most_rows = max(task_rows, ceil(total / workers)) if request.root.is_local else total
+    groups = {file.name: file.groups for file in request.files}
     tasks: list[list[Part]] = []
+    group: tuple[str, int] | None = None
     rows = task_rows  # so that the first part begins a task
     for part in parts:
-        if rows >= task_rows:
+        before, group = group, (part.input, bisect_right(groups[part.input], part.first_row))
+        if rows >= (most_rows if group == before else task_rows):
             tasks.append([])
             rows = 0
         tasks[-1].append(part)

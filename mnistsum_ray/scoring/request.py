@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ class InputFile(NamedTuple):
     rows: int | None = None  # None: its footer cannot be read
     error: str | None = None  # why it cannot be scored
     int96: tuple[str, ...] = ()  # columns of this type: the output has another
+    groups: tuple[int, ...] = ()  # the first row of each row group
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,9 @@ def _inspect_file(request: ScoreRequest, inputs: Inputs, name: str) -> InputFile
     columns = map(footer.schema.column, range(len(footer.schema)))
     int96 = tuple(column.path for column in columns if column.physical_type == "INT96")
     problem = _schema_error(request, footer.schema_arrow)
-    return InputFile(name, entry, footer.metadata.num_rows, problem, int96)
+    rows = [footer.metadata.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    groups = tuple(accumulate(rows[:-1], initial=0))
+    return InputFile(name, entry, footer.metadata.num_rows, problem, int96, groups)
 
 
 def _schema_error(request: ScoreRequest, schema: pa.Schema) -> str | None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from mnistsum_ray.cluster import resources
 from mnistsum_ray.cluster.resources import WorkerPlan, plan_training
@@ -23,10 +24,9 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
         **given: Any,
     ) -> WorkerPlan:
         alive = [{"NodeID": f"node {index}", "Resources": of} for index, of in enumerate(nodes)]
-        has_gpu = any("GPU" in node for node in nodes) and given.get("use_gpu") is not False
         monkeypatch.setattr(resources, "usable_nodes", lambda: alive)
         monkeypatch.setattr(resources, "started_cluster", lambda: not joined)
-        monkeypatch.setattr(resources, "precision_of_gpu", lambda *_: "bf16" if has_gpu else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         return plan_training(TrainConfig(**given), batch_size, say, is_kept=is_kept)
 
     return made

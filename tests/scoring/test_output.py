@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
+from mnistsum_ray.data import parquet
 from mnistsum_ray.data.parquet import read_ranges
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.scoring import actor
@@ -209,6 +211,16 @@ def test_overwrite_deletes_nothing_beside_a_file_of_somebody_else(example: Examp
     before = example.files()
     with pytest.raises(RequestError, match=r"notes.txt is not a file of this program; move it"):
         example.score(overwrite=True)
+    assert example.files() == before
+
+
+def test_overwrite_deletes_nothing_where_no_input_can_be_used(example: Example) -> None:
+    example.score()
+    before = example.files()
+    (example.input / "a.parquet").write_bytes(b"not Parquet")
+    only = str(example.input / "a.parquet")
+    with pytest.raises(RequestError, match=r"can be (used|scored)"):
+        example.score(input=only, overwrite=True)
     assert example.files() == before
 
 
@@ -433,17 +445,50 @@ def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(
     assert example.files(*TIMED).keys() == {"run.json"}
 
 
-def test_a_repeated_task_gives_the_same_answers_and_files(example: Example) -> None:
-    """Ray leaves out as many answers as it has."""
+@pytest.mark.slow
+def test_a_bucket_is_asked_once_for_a_row_group_of_many_parts(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group is larger than what is read ahead."""
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 2**18)
+    write_rows(example.file, range(6000), row_group_size=6000)
+    data, sent = example.file.read_bytes(), []
+    app = DomainDispatcherApplication(create_backend_app)
+
+    def count(environ: Any, start_response: Any) -> Any:
+        answer = [*app(environ, start_response)]
+        if environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith("/a.parquet"):
+            sent.append(len(b"".join(answer)))
+        return answer
+
+    with serve_s3(monkeypatch, count) as uri:
+        (locate(uri, "--input") / "in/a.parquet").write(data)
+        source = (locate(uri, "--input") / "in").display
+        example.score(input=source, max_rows_per_file=1500, batch_size=256)
+    assert len(data) < sum(sent) < 1.2 * len(data)
+
+
+def test_a_repeated_task_reads_what_is_missing_and_gives_as_many_answers(
+    example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray leaves out the answers that it has."""
+    monkeypatch.setattr(actor, "_JOINED_BYTES", 1)
+    ranges: list[Any] = []
+
+    def read(file: Any, wanted: Any, batch_rows: int) -> Any:
+        ranges.append(wanted)
+        return read_ranges(file, wanted, batch_rows)
 
     def execute(*given: Any) -> Any:
         answers = [*score_without_ray(*given)]
-        before = example.files()
         (example.output / OF_A[1]).unlink()
-        assert [*score_without_ray(*given)] == answers
-        assert example.files() == before
-        return answers
+        ranges.clear()
+        again = [*score_without_ray(*given)]
+        assert [answer.rows for answer in again] == [answer.rows for answer in answers]
+        assert ranges == [[range(4, 8), range(8, 10)], [range(3)], [range(0)]]
+        return again
 
+    monkeypatch.setattr(actor, "read_ranges", read)
     assert example.score(execute).scored_rows == 11
 
 

@@ -14,7 +14,7 @@ from mnistsum_ray.scoring.request import InputFile, ScoreRequest
 from mnistsum_ray.storage.store import Entry, Location
 from mnistsum_ray.task import Task
 
-PLACE = Location("/place")
+PLACE, BUCKET = Location("/place"), Location("key", "s3://bucket")
 ENTRY = Entry("file", 9, "e")
 
 
@@ -29,13 +29,17 @@ def request(
     most: int | None = None,
     task: type[Task] = MnistSum,
     names: list[str] | None = None,
+    group: int = 8192,
+    root: Location = PLACE,
 ) -> ScoreRequest:
-    """A request with files of so many rows."""
+    """A request with files of so many rows, and so many in a row group."""
     names = names or [f"f{index}.parquet" for index in range(len(rows))]
-    files = [InputFile(name, ENTRY, count) for name, count in zip(names, rows, strict=True)]
+    files = []
+    for name, count in zip(names, rows, strict=True):
+        files.append(InputFile(name, ENTRY, count, groups=tuple(range(0, count, group))))
     given: Any = {"task": task, "model": "m", "input": "i", "output": "o"}
     config = ScoreConfig(**given, max_rows_per_file=most)
-    return ScoreRequest(config, task(), (), {}, {}, PLACE, PLACE, files)
+    return ScoreRequest(config, task(), (), {}, {}, root, PLACE, files)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +83,15 @@ def test_names_that_the_output_cannot_have_are_refused() -> None:
     [
         (request(*[10] * 2000), 16, 5, 5),  # many small files
         (request(10, 50_000, 10, 16_384, 0, 40_003), 1, 2, 5),
-        (request(60_000), 16, 4, 4),
+        (request(60_000), 16, 4, 8),
         (request(10**7), 8, 50, 80),
         (request(*[10**8] * 30), 64, 10_000, 16_384),
-        (request(10**5, task=Large), 8, 30, 30),
+        (request(10**5, task=Large, group=512), 8, 30, 40),
+        # A disk gives a group of many rows to each idle worker; a bucket is asked for it once.
+        (request(10**6, group=10**6), 2, 2, 2),
+        (request(10**6, group=10**6), 16, 16, 16),
+        (request(10**6, 10**6, 10**6, group=10**6), 2, 3, 3),
+        (request(10**6, group=10**6, root=BUCKET), 16, 1, 1),
     ],
 )
 def test_tasks_hold_every_part_once_in_order(
