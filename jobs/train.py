@@ -8,7 +8,7 @@ What happens, and where to read it:
 
 mnistsum_ray/training/job.py       the job, top down: read the rows, run a TorchTrainer, publish
 mnistsum_ray/training/rows.py      Ray Data: read_parquet, map_batches(decode), streaming_split
-mnistsum_ray/training/loop.py      what each worker does; trainer.py has its steps
+mnistsum_ray/training/loop.py      what each worker does; worker.py has its steps
 mnistsum_ray/cli.py                flags, signals, the JSON line, exit codes; api.py joins a cluster
 """
 

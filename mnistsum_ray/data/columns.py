@@ -17,10 +17,9 @@ import pyarrow.compute as pc
 
 from mnistsum_ray.errors import shortened
 
+NULL: Final = "is null; fill it in or drop the row"
 LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 _TEXTS: Final = (pa.string(), pa.large_string(), pa.string_view())
-
-_KIB: Final = 1024
 
 ArrowColumn: TypeAlias = pa.Array | pa.ChunkedArray
 Array: TypeAlias = npt.NDArray[Any]
@@ -107,37 +106,21 @@ class Whole(Column):
         return f"whole numbers in 0..{self.below - 1}"
 
     def type_error(self, kind: pa.DataType) -> str | None:
-        # pandas writes floats where a number is missing; labels may be text.
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        is_known = is_number or kind in (pa.null(), *_TEXTS)
+        # pandas writes floats where a number is missing; labels may be text, or categories.
+        values = plain_type(kind)
+        is_known = _is_number(values) or values in (pa.null(), *_TEXTS)
         return None if is_known else f"has type {kind}, which holds no whole numbers"
 
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
-        """Decode a column; a type that fails `type_error` gives a reason for each row."""
-        column = one_chunk(column)
-        if pa.types.is_dictionary(column.type):  # categories
-            column = column.dictionary_decode()
-        if column.type == pa.string_view():
-            column = column.cast(pa.string())  # Arrow has few functions for views
-        is_known = self.type_error(column.type) is None
-        values = column if is_known else pa.nulls(len(column))
+        column = plain(column)
+        values = column
         if column.type in _TEXTS:
-            values = pc.if_else(pc.match_substring_regex(column, r"^\d+(\.0*)?$"), column, None)
+            texts = column.cast(pa.string())
+            values = pc.if_else(pc.match_substring_regex(texts, r"^\d+(\.0*)?$"), texts, None)
         # A null becomes NaN; a huge integer is rounded, but stays out of range.
         numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         is_right = (numbers >= 0) & (numbers < self.below) & (numbers == np.floor(numbers))
-        reasons: Reasons = {}
-        for row in np.flatnonzero(~is_right).tolist():
-            value = column[row]
-            if value.is_valid:
-                # A value of another type is not looked at: Ray has one of pickles, which would run.
-                shown = _shown(value) if is_known else f"of type {column.type}"
-                wanted = f"not one of 0..{self.below - 1}; correct it or drop the row"
-                reasons[row] = f"the {name} is {shown}, {wanted}"
-            else:
-                reasons[row] = f"the {name} is null; fill it in or drop the row"
+        reasons = _reasons(column, name, is_right, f"not one of 0..{self.below - 1}")
         return np.where(is_right, numbers, 0).astype(np.int64), reasons
 
     def random(self, rows: int, generator: np.random.Generator) -> Array:
@@ -161,49 +144,40 @@ class Floats(Column):
         return "numbers" if self.length is None else f"lists of {self.length} numbers"
 
     def type_error(self, kind: pa.DataType) -> str | None:
-        values = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-        if self.length is not None and isinstance(values, LISTS):
+        values = plain_type(kind)
+        is_list = isinstance(values, LISTS)
+        if is_list:
             values = values.value_type
-        elif self.length is not None and values != pa.null():
-            return f"has type {kind}, which holds no {self.form}"
-        is_number = pa.types.is_integer(values) or pa.types.is_floating(values)
-        is_known = is_number or pa.types.is_decimal(values) or values == pa.null()
+        has_form = _is_number(values) and is_list == (self.length is not None)
+        is_known = has_form or values == pa.null()
         return None if is_known else f"has type {kind}, which holds no {self.form}"
 
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
-        column = one_chunk(column)
-        if isinstance(column, pa.ExtensionArray):
-            column = column.storage
+        column = plain(column)
         found = self.zeros(len(column))
-        if column.type == pa.null():
-            is_right = np.zeros(len(column), bool)
-        elif self.length is None:
+        if self.length is None:
             found[:] = _as_float32(column)
             is_right = np.isfinite(found)
         else:
-            lengths = pc.list_value_length(column)
+            lists = column.cast(pa.large_list(pa.float64()), safe=False)
+            lengths = pc.list_value_length(lists)
             has_length = pc.equal(lengths, self.length).fill_null(fill_value=False)
             is_right = has_length.to_numpy(zero_copy_only=False)
-            values = _as_float32(column.filter(has_length).flatten())
+            values = _as_float32(lists.filter(has_length).flatten())
             found[is_right] = values.reshape(-1, self.length)
             is_right = is_right & np.isfinite(found).all(axis=1)
         found[~is_right] = 0
-        reasons: Reasons = {}
-        for row in np.flatnonzero(~is_right).tolist():
-            reasons[row] = f"the {name} {self._problem(column[row])}"
-        return found, reasons
-
-    def _problem(self, value: pa.Scalar) -> str:
-        if not value.is_valid:
-            return "is null; fill it in or drop the row"
-        if self.length is None:
-            return f"is {_shown(value)}, not finite in 32 bits; correct it or drop the row"
-        if len(value) != self.length:
-            return f"has {len(value)} numbers, not {self.length}; correct it or drop the row"
-        return "has a number that is null, or not finite in 32 bits; correct it or drop the row"
+        count = "" if self.length is None else f"{self.length} numbers that are "
+        wanted = f"not {count}finite in 32 bits"
+        return found, _reasons(column, name, is_right, wanted)
 
     def random(self, rows: int, generator: np.random.Generator) -> Array:
         return generator.standard_normal((rows, *self.shape), np.float32)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    return any(check(kind) for check in checks)
 
 
 def _as_float32(column: pa.Array) -> Array:
@@ -213,11 +187,17 @@ def _as_float32(column: pa.Array) -> Array:
         return np.asarray(numbers, np.float32)
 
 
-def _shown(value: pa.Scalar) -> str:
-    try:
-        return shortened(repr(value.as_py()))
-    except UnicodeDecodeError:  # Arrow does not look at the bytes of a text
-        return "text that is not UTF-8"
+def _reasons(column: pa.Array, name: str, is_right: Array, wanted: str) -> Reasons:
+    """Why values of a column cannot be used: those that are not right, but null or not `wanted`."""
+    reasons: Reasons = {}
+    for row in np.flatnonzero(~is_right).tolist():
+        value, problem = column[row], NULL
+        if value.is_valid:
+            is_list = isinstance(value, pa.ListScalar)
+            shown = f"a list of {len(value)}" if is_list else shortened(repr(value.as_py()))
+            problem = f"is {shown}, {wanted}; correct it or drop the row"
+        reasons[row] = f"the {name} {problem}"
+    return reasons
 
 
 def one_chunk(column: ArrowColumn) -> pa.Array:
@@ -225,6 +205,21 @@ def one_chunk(column: ArrowColumn) -> pa.Array:
     if isinstance(column, pa.Array):
         return column
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def plain(column: ArrowColumn) -> pa.Array:
+    """A column as one array of its `plain_type`."""
+    column = one_chunk(column)
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    return column.cast(plain_type(column.type))
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values below a tensor, or of categories."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.storage_type
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def name_in_file(column: Column, key: str, present: Collection[str], given: str | None) -> str:
@@ -257,7 +252,7 @@ def rows_in(size: int, columns: Iterable[Column]) -> int:
     A row counts as a KiB at least, for what it costs beside its values.
     """
     row_bytes = sum(column.row_bytes for column in columns)
-    return max(1, size // max(_KIB, row_bytes))
+    return max(1, size // max(1024, row_bytes))
 
 
 @dataclass

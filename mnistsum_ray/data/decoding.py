@@ -5,13 +5,14 @@ the same ids and splits on a disk, in a bucket, and under other names; rows that
 one split. What a run must know of its rows is a summary a block, which `summarize` gives.
 """
 
-import re
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,19 +25,42 @@ from mnistsum_ray.data.columns import (
     rows_in,
 )
 from mnistsum_ray.data.parquet import open_parquet
-from mnistsum_ray.data.randomness import RowTotals, content_ids, positions
+from mnistsum_ray.data.randomness import RowIds
 from mnistsum_ray.data.sources import SPLITS, DataFile, Ranges, Source
-from mnistsum_ray.errors import RequestError, UnusableFileError
-from mnistsum_ray.storage.bucket import arrow_place
-from mnistsum_ray.storage.store import in_threads
+from mnistsum_ray.errors import RequestError, RowCountError, UnusableFileError
+from mnistsum_ray.storage.uri import arrow_place
 
 _NAMED_ROWS: Final = 5
 """Rejected rows that are named."""
 
 _BATCH_BYTES: Final = 8 * 2**20
+"""Decoded at once, where a file is read again."""
 
 _NO_SPLIT: Final = -1
 """Of rejected rows, and of those beyond `--max-rows`."""
+
+
+def content_ids(arrays: Mapping[str, npt.NDArray[Any]]) -> RowIds:
+    """Ids of decoded rows, int64[n]: 64 bits of the BLAKE2b of a row's values.
+
+    Equal rows have one id. That any two of a billion other rows share theirs has odds of 3 %.
+    """
+    values_of_columns = []
+    for values in arrays.values():
+        if values.dtype == object:  # encoded pictures, of any length
+            framed = (len(value).to_bytes(8, "little") + value for value in values)
+            values_of_columns.append(framed)
+        else:
+            values_of_columns.append(value.tobytes() for value in values)
+    rows = zip(*values_of_columns, strict=True)
+    digests = (hashlib.blake2b(b"".join(row), digest_size=8).digest() for row in rows)
+    return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
+
+
+def positions(row_ids: RowIds) -> npt.NDArray[np.float64]:
+    """Where ids lie among all ids, 0..1 without 1: a split is a range of it."""
+    upper_bits = (row_ids.view(np.uint64) >> np.uint64(11)).astype(np.float64)
+    return upper_bits * 2.0**-53
 
 
 def decode(
@@ -81,6 +105,31 @@ def summarize(decoded: pa.Table) -> pa.Table:
     return groups.aggregate([("row_id", "count"), ("row_id", "sum")])
 
 
+@dataclass(frozen=True)
+class RowTotals:
+    """What all workers together must see of a split: the number of its rows, and which they are."""
+
+    rows: int
+    id_sum: int  # of their ids, modulo 2**64
+
+    @classmethod
+    def of(cls, ids: RowIds) -> "RowTotals":
+        return cls(len(ids), int(ids.sum()) % 2**64)
+
+    def plus(self, rows: int, id_sum: int) -> "RowTotals":
+        return RowTotals(self.rows + rows, (self.id_sum + id_sum) % 2**64)
+
+    def check(self, rows: int, id_sum: int, where: str) -> None:
+        """Raise RowCountError unless so many rows with this sum, which were seen, are these."""
+        if rows == self.rows and (id_sum - self.id_sum) % 2**64 == 0:
+            return
+        seen = "other rows than planned"
+        if rows != self.rows:
+            seen = f"{rows:,} rows, where the plan has {self.rows:,}"
+        lost = "rows were lost or repeated, so this run cannot be trusted"
+        raise RowCountError(f"{where} saw {seen}: {lost}")
+
+
 class Summary(NamedTuple):
     """What is known of all decoded rows of a run."""
 
@@ -103,72 +152,49 @@ class Summary(NamedTuple):
                 split = SPLITS[group["split"]]
                 before = found.totals.get(split, RowTotals(0, 0))
                 found.totals[split] = before.plus(rows, group["row_id_sum"])
-        totals: dict[str, RowTotals] = {}
-        for split in SPLITS:
-            if split in found.totals:
-                totals[split] = found.totals[split]
-        return found._replace(totals=totals)
+        in_order = sorted(found.totals, key=SPLITS.index)
+        return found._replace(totals={split: found.totals[split] for split in in_order})
 
     def rejected(self, source: Source, columns: Mapping[str, Column]) -> ReasonCounts:
-        """The rejected rows by reason, with the first of them."""
+        """The rejected rows by reason, with the first of them.
+
+        Their files are read again, since Ray Data says no row's place in its file.
+        """
         examples: list[RejectedRow] = []  # none of rows in memory, which the task has made
         for file in source.all_files:
-            _, path = arrow_place(file.path)
-            if path in self.rejected_paths and len(examples) < _NAMED_ROWS:
-                with _refused_if_damaged(file):  # Ray Data does not check the CRC of pages
-                    examples += _first_rejected_rows(file, columns, _NAMED_ROWS - len(examples))
+            if arrow_place(file.path)[1] not in self.rejected_paths:
+                continue
+            first_row = 0
+            for batch in _read_again(file, columns):
+                if len(examples) >= _NAMED_ROWS:
+                    break
+                _, reasons = decode_columns(columns, batch, file.columns)
+                examples += [(file.name, first_row + row, reasons[row]) for row in reasons]
+                first_row += len(batch)
         counts = ReasonCounts()
         counts.add(self.reasons, examples)
         return counts
 
 
-def _first_rejected_rows(
-    file: DataFile, columns: Mapping[str, Column], count: int
-) -> list[RejectedRow]:
-    """The first rejected rows of a file: so many at most.
-
-    The file is read again, since Ray Data reads the row groups of a large one in another order.
-    """
-    of_folders = dict(re.findall(r"(?:^|(?<=/))([^/=]+)=([^/]*)/", file.name))
-    batch_rows = rows_in(_BATCH_BYTES, columns.values())
-    found: list[RejectedRow] = []
-    first_row = 0
-    with open_parquet(file.path) as parquet:
-        for batch in parquet.iter_batches(batch_rows, columns=file.columns_in_file):
-            table = pa.Table.from_batches([batch])
-            for folder in file.of_folders:
-                table = table.append_column(folder, pa.repeat(of_folders[folder], len(batch)))
-            _, reasons = decode_columns(columns, table, file.columns)
-            found += [(file.name, first_row + row, reason) for row, reason in reasons.items()]
-            if len(found) >= count:
-                break
-            first_row += len(batch)
-    return found[:count]
-
-
-def refuse_damaged_file(source: Source, said: str) -> None:
+def refuse_damaged_file(source: Source, columns: Mapping[str, Column], said: str) -> None:
     """RequestError that names the file which cannot be read, if there is one.
 
     Only the files that Ray Data's error names are read, or all if it names none.
     """
     files = source.all_files
-    if not files:
-        return
-    named = [file for file in files if arrow_place(file.path)[1] in said]
-
-    def read_again(file: DataFile) -> None:
-        with _refused_if_damaged(file), open_parquet(file.path) as parquet:
-            for _ in parquet.iter_batches(columns=file.columns_in_file):
-                pass
-
-    for _ in in_threads(files[0].path, read_again, named or files):
-        pass
+    for file in [one for one in files if arrow_place(one.path)[1] in said] or files:
+        for _ in _read_again(file, columns):
+            pass
 
 
-@contextmanager
-def _refused_if_damaged(file: DataFile) -> Iterator[None]:
-    """RequestError that names the file if the block cannot read it."""
+def _read_again(file: DataFile, columns: Mapping[str, Column]) -> Iterator[pa.RecordBatch]:
+    """Batches of the task's columns. RequestError: the file is damaged.
+
+    Unlike Ray Data this checks the CRC of pages.
+    """
+    rows = rows_in(_BATCH_BYTES, columns.values())
     try:
-        yield
+        with open_parquet(file.path) as parquet:
+            yield from parquet.iter_batches(rows, columns=[*file.columns.values()])
     except UnusableFileError as error:
         raise RequestError(f"--data {file.path.display}: {error}") from None

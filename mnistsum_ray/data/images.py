@@ -1,8 +1,8 @@
 """Columns of pictures: of one size (`Images`), or encoded and of any size (`Photos`)."""
 
 import io
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
@@ -11,16 +11,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from mnistsum_ray.data.columns import LISTS, Array, ArrowColumn, Column, Reasons, one_chunk
+from mnistsum_ray.data.columns import (
+    LISTS,
+    NULL,
+    Array,
+    ArrowColumn,
+    Column,
+    Reasons,
+    plain,
+    plain_type,
+)
 
 _BYTES: Final = (pa.binary(), pa.large_binary(), pa.binary_view())
 
-_FORMATS: Final = ("PNG", "JPEG")
-_FIRST_BYTES: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
-"""First bytes of a PNG and of a JPEG."""
-
-_MOST_PIXELS: Final = 100_000_000
-"""A few bytes may unfold to any number of pixels."""
+_FIRST_BYTES: Final = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff"}
 
 _MODES: Final = {"L": "8-bit grayscale", "RGB": "8-bit colour"}
 
@@ -30,7 +34,15 @@ class UnusablePictureError(ValueError):
 
 
 @dataclass(frozen=True)
-class Images(Column):
+class _Pictures(Column):
+    dtype: ClassVar[str] = "uint8"
+
+    def random(self, rows: int, generator: np.random.Generator) -> Array:
+        return generator.integers(256, size=(rows, *self.shape), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Images(_Pictures):
     """Pictures of one size: uint8[n, height, width] or, of mode RGB, uint8[n, height, width, 3].
 
     In files they are flat or nested lists of integers, an Arrow or Ray tensor, raw bytes, PNG or
@@ -40,8 +52,6 @@ class Images(Column):
     height: int
     width: int
     mode: Literal["L", "RGB"] = "L"
-
-    dtype: ClassVar[str] = "uint8"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,7 +63,7 @@ class Images(Column):
         return f"images of {self.width} x {self.height} pixels, {_MODES[self.mode]}"
 
     def type_error(self, kind: pa.DataType) -> str | None:
-        values = _of_struct(kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind)
+        values = _of_struct(plain_type(kind))
         if values in (pa.null(), *_BYTES) or pa.types.is_fixed_size_binary(values):
             return None
         depth = 0
@@ -66,7 +76,7 @@ class Images(Column):
         return f"has type {kind}, which holds no images ({known})"
 
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
-        column = _plain(column)
+        column = _bytes_or_lists(column)
         if not column.null_count:
             with suppress(pa.ArrowException):
                 is_list = isinstance(column.type, LISTS)
@@ -89,7 +99,7 @@ class Images(Column):
         """Values of raw bytes, else an ArrowException; None if some may be PNG or JPEG."""
         pixels = self.view(column.cast(pa.binary(self.row_bytes)))
         rows = pixels.reshape(len(pixels), self.row_bytes)
-        for start in _FIRST_BYTES:
+        for start in _FIRST_BYTES.values():
             if (rows[:, : len(start)] == np.frombuffer(start, np.uint8)).all(axis=1).any():
                 return None
         return pixels
@@ -108,8 +118,9 @@ class Images(Column):
 
     def _decode_one(self, images: Array, row: int, value: list[Any] | bytes) -> None:
         size = self.row_bytes
+        starts = tuple(_FIRST_BYTES.values())
         # The JPEG of one in 200 small images has exactly as many bytes as there are pixels.
-        if isinstance(value, bytes) and (len(value) != size or value.startswith(_FIRST_BYTES)):
+        if isinstance(value, bytes) and (len(value) != size or value.startswith(starts)):
             images[row] = self._decode_picture(value)
             return
         try:
@@ -122,25 +133,16 @@ class Images(Column):
         images[row] = pixels.reshape(self.shape)
 
     def _decode_picture(self, data: bytes) -> Array:
-        try:
-            # Pillow reads only the header until the size is known: a bomb is never unpacked.
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-                if picture.size == (self.width, self.height) and picture.mode == self.mode:
-                    return np.asarray(picture)
-                form = f"{picture.width} x {picture.height} pixels of mode {picture.mode}"
-        except Exception as error:  # on damaged bytes Pillow's decoders raise many types
-            found = f"neither {self.row_bytes} pixels nor a readable PNG or JPEG"
-            problem = f"{len(data)} bytes are {found} ({type(error).__name__})"
-            raise UnusablePictureError(f"{problem}; save it again") from None
-        wanted = f"not {self.width} x {self.height} of {self.mode} ({_MODES[self.mode]})"
-        raise UnusablePictureError(f"the picture has {form}, {wanted}; convert it")
-
-    def random(self, rows: int, generator: np.random.Generator) -> Array:
-        return generator.integers(256, size=(rows, *self.shape), dtype=np.uint8)
+        with _picture(data, f"neither {self.row_bytes} pixels nor a readable") as picture:
+            if picture.size == (self.width, self.height) and picture.mode == self.mode:
+                return np.asarray(picture)
+            form = f"{picture.width} x {picture.height} pixels of mode {picture.mode}"
+            wanted = f"not {self.width} x {self.height} of {self.mode} ({_MODES[self.mode]})"
+            raise UnusablePictureError(f"the picture has {form}, {wanted}; convert it")
 
 
 @dataclass(frozen=True)
-class Photos(Column):
+class Photos(_Pictures):
     """PNG or JPEG files of any size, stretched to uint8[n, side, side, 3] in a batch.
 
     Each is decoded when it is read, to check it, but stays encoded in the object store, and is
@@ -150,7 +152,6 @@ class Photos(Column):
 
     side: int
 
-    dtype: ClassVar[str] = "uint8"
     stays_encoded: ClassVar[bool] = True
 
     @property
@@ -167,7 +168,7 @@ class Photos(Column):
 
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
         """Check each file; returns an array of bytes, which are empty for a rejected row."""
-        column = _plain(column)
+        column = _bytes_or_lists(column)
         stored = self.zeros(len(column))
 
         def check(row: int, value: bytes) -> None:
@@ -177,17 +178,9 @@ class Photos(Column):
         return stored, _each(column, name, check)
 
     def _load_one(self, data: bytes) -> Array:
-        try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-                if picture.width * picture.height > _MOST_PIXELS:
-                    raise UnusablePictureError("the picture has too many pixels; make it smaller")
-                picture.draft("RGB", (self.side, self.side))  # a JPEG is decoded to a smaller size
-                return np.asarray(picture.convert("RGB").resize((self.side, self.side)))
-        except UnusablePictureError:
-            raise
-        except Exception as error:  # on damaged bytes Pillow's decoders raise many types
-            problem = f"{len(data)} bytes are no readable PNG or JPEG ({type(error).__name__})"
-            raise UnusablePictureError(f"{problem}; save it again") from None
+        with _picture(data, "no readable") as picture:
+            picture.draft("RGB", (self.side, self.side))  # a JPEG is decoded to a smaller size
+            return np.asarray(picture.convert("RGB").resize((self.side, self.side)))
 
     def load(self, stored: Array) -> Array:
         pixels = np.zeros((len(stored), *self.shape), np.uint8)
@@ -202,8 +195,19 @@ class Photos(Column):
     def to_arrow(self, values: Array) -> pa.Array:
         return pa.array(values, pa.binary())
 
-    def random(self, rows: int, generator: np.random.Generator) -> Array:
-        return generator.integers(256, size=(rows, *self.shape), dtype=np.uint8)
+
+@contextmanager
+def _picture(data: bytes, problem: str) -> Iterator[Image.Image]:
+    """An open PNG or JPEG. UnusablePictureError: the block cannot read it; `problem` says so."""
+    try:
+        # Pillow reads only the header until pixels are asked for: a bomb is never unpacked.
+        with Image.open(io.BytesIO(data), formats=[*_FIRST_BYTES]) as picture:
+            yield picture
+    except UnusablePictureError:
+        raise
+    except Exception as error:  # on damaged bytes Pillow's decoders raise many types
+        said = f"{len(data)} bytes are {problem} PNG or JPEG ({type(error).__name__})"
+        raise UnusablePictureError(f"{said}; save it again") from None
 
 
 def _of_struct(kind: pa.DataType) -> pa.DataType:
@@ -212,16 +216,12 @@ def _of_struct(kind: pa.DataType) -> pa.DataType:
     return kind.field("bytes").type if is_struct else kind
 
 
-def _plain(column: ArrowColumn) -> pa.Array:
+def _bytes_or_lists(column: ArrowColumn) -> pa.Array:
     """A column as one array of lists or bytes."""
-    column = one_chunk(column)
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
+    column = plain(column)
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "bytes")
-    if pa.types.is_binary_view(column.type):
-        column = column.cast(pa.binary())  # Arrow has few functions for views
-    return column
+    return column.cast(pa.binary()) if column.type in _BYTES else column
 
 
 def _each(column: pa.Array, name: str, take: Callable[[int, Any], None]) -> Reasons:
@@ -229,7 +229,7 @@ def _each(column: pa.Array, name: str, take: Callable[[int, Any], None]) -> Reas
     reasons: Reasons = {}
     for row, value in enumerate(column):
         if not value.is_valid:
-            reasons[row] = f"the {name} is null; fill it in or drop the row"
+            reasons[row] = f"the {name} {NULL}"
             continue
         try:
             take(row, value.as_py())

@@ -1,20 +1,20 @@
 """Which Parquet files `--input` and `--data` name, and the names of these below one folder."""
 
-import glob
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.storage.store import Entry, Location, is_hidden
-from mnistsum_ray.storage.uri import ODD_CHARACTERS, as_request_error, locate_existing
+from mnistsum_ray.storage.uri import as_request_error, locate_existing
 
 SUFFIXES: Final = (".parquet", ".pq", ".parq")
 """Suffixes of the files that are taken from a folder, in upper or lower case."""
+
+_ODD_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and bytes that are not UTF-8: neither can be shown."""
 
 
 class Inputs(NamedTuple):
@@ -26,95 +26,80 @@ class Inputs(NamedTuple):
 
 
 def list_inputs(
-    texts: Sequence[str],
-    output: Location | None = None,
-    flag: str = "--input",
-    if_none: str = "there is no Parquet file",
+    texts: Sequence[str], output: Location | None = None, flag: str = "--input"
 ) -> Inputs:
     """List what the values of a flag name: files, folders with all their Parquet files, globs.
 
-    RequestError: a value names nothing; there is no Parquet file (`if_none` is the message); input
-    and output lie in each other.
+    RequestError: a value names nothing; there is no Parquet file; input and output lie in each
+    other.
     """
-    found: dict[str, Entry | None] = {}
-    folders = []
+    folders: list[Location] = []
+    taken: dict[str, Entry] = {}
+    skipped: set[str] = set()
     for text in texts:
-        folder, listed = _list(text, output, flag)
+        with as_request_error(flag):
+            folder, entries = _list(text, output, flag)
         folders.append(folder)
-        for path, file in listed.items():
-            found[path] = found.get(path) or file  # None: left out by all values
+        for entry, is_taken in entries:
+            if is_taken:
+                taken[entry.path] = entry
+            else:
+                skipped.add(entry.path)
+    if not taken:
+        suffixes = ", ".join(SUFFIXES)
+        raise RequestError(f"{flag} {' '.join(texts)}: there is no Parquet file ({suffixes})")
     root = _common_root(folders, flag)
-    files = {_name(path, root): file for path, file in found.items() if file}
-    if not files:
-        raise RequestError(f"{flag} {' '.join(texts)}: {if_none} ({', '.join(SUFFIXES)})")
-    skipped = sorted(path for path, file in found.items() if not file)
-    return Inputs(root, dict(sorted(files.items())), skipped)
+    files = {_name(taken[path], root): taken[path] for path in sorted(taken)}
+    return Inputs(root, files, sorted(skipped - taken.keys()))
 
 
 def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:
-    """Say in one line how many paths were left out, with an example."""
+    """Say in one line how many files were left out, with an example."""
     if skipped:
-        why = "hidden, no Parquet by their suffix, links to folders, control characters, not UTF-8"
+        why = "hidden, no Parquet by their suffix, control characters, not UTF-8"
         say(f"left out: {len(skipped):,}, such as {skipped[0]} ({why})")
 
 
 def _list(
     text: str, output: Location | None, flag: str
-) -> tuple[Location, dict[str, Entry | None]]:
-    """The folder that a value of the flag names, and what it names there; None is left out."""
+) -> tuple[Location, list[tuple[Entry, bool]]]:
+    """The folder that a value of the flag names, and the files there: whether each is taken."""
     place = locate_existing(text, flag)
-    wild = re.search(r"[^/]*[*?\[].*", text if place.is_local else place.path, re.DOTALL)
-    with as_request_error(flag):
-        if place.is_folder():
-            folder, places = place, [place]
-        elif file := place.file_entry():
-            _check_apart([place], output)
-            # Not pathlib: an object at the top of a bucket has the parent "", and not ".".
-            return place.at(os.path.dirname(place.path)), {place.path: file}  # noqa: PTH120
-        elif wild and place.is_local:
-            folder = locate_existing(text[: wild.start()] or ".", flag)
-            places = _matches(folder, wild[0])
-        else:
-            problem = f"there is no such file or folder ({place.display})"
-            if wild:
-                problem = "names a folder or a file; globs are for local paths"
-            raise RequestError(f"{flag} {text}: {problem}")
-        # What `**` matches grows with the output.
-        _check_apart([folder] if wild and "**" in wild[0] else places, output)
-        entries = list(chain.from_iterable(map(_entries, places)))
-    if folder.is_local:
-        # By links a glob may come to a folder in many ways, which may form a circle.
-        entries.sort(key=lambda entry: (len(entry.path), entry.path), reverse=True)
-        real = cache(os.path.realpath)
-        entries = list({(real(Path(one.path).parent), one.name): one for one in entries}.values())
-    return folder, {one.path: one if _is_data(_name(one.path, folder)) else None for one in entries}
-
-
-def _is_data(name: str) -> bool:
-    """Whether a file that a folder or a glob has brought is taken."""
-    is_odd = is_hidden(name) or ODD_CHARACTERS.search(name)
-    return name.lower().endswith(SUFFIXES) and not is_odd
-
-
-def _matches(folder: Location, pattern: str) -> list[Location]:
-    """The files and folders on a disk that match a glob below a folder."""
-    find = partial(glob.glob, root_dir=folder.path, recursive=True)
-    with folder.storage_errors("listed"):
-        for above in Path(pattern).parents:
-            for name in find(f"{above}/"):  # in which glob takes unreadable folders for empty
-                os.scandir(f"{folder.path}/{name}").close()
-        return [folder / name.rstrip("/") for name in find(pattern)]
-
-
-def _entries(place: Location) -> list[Entry]:
-    """All below a folder but what is in hidden folders, or the file itself."""
     if place.is_folder():
-        return place.listing(lambda folder: not is_hidden(Path(folder).name))
-    return [place.file_entry() or Entry(place.path)]  # a link may lead nowhere
+        folder, places = place, [place]
+    elif file := place.file_entry():
+        _check_apart([place], output)
+        # Not pathlib: an object at the top of a bucket has the parent "", and not ".".
+        return place.at(os.path.dirname(place.path)), [(file, True)]  # noqa: PTH120
+    else:
+        folder, places = _matches(text, place, flag)
+    # What `**` matches grows with the output.
+    _check_apart([folder] if "**" in text else places, output)
+    found = []
+    for place in places:
+        # A link that a glob matches may lead nowhere.
+        for entry in place.files() or [place.file_entry() or Entry(place.path)]:
+            name = _name(entry, folder)
+            is_odd = is_hidden(name) or _ODD_CHARACTERS.search(name)
+            found.append((entry, name.lower().endswith(SUFFIXES) and not is_odd))
+    return folder, found
 
 
-def _name(path: str, folder: Location) -> str:
-    return path.removeprefix(folder.path).lstrip("/")
+def _matches(text: str, place: Location, flag: str) -> tuple[Location, list[Location]]:
+    """The folder before the first wildcard of a local glob, and what matches there."""
+    wild = re.search(r"[^/]*[*?\[].*", text, re.DOTALL)
+    if not wild or not place.is_local:
+        hint = "" if place.is_local else "; globs are for local paths"
+        raise RequestError(
+            f"{flag} {text}: there is no such file or folder ({place.display}){hint}"
+        )
+    folder = locate_existing(text[: wild.start()] or ".", flag)
+    # Here `**` does not follow links, which may form a circle.
+    return folder, [folder.at(str(path)) for path in Path(folder.path).glob(wild[0])]
+
+
+def _name(entry: Entry, folder: Location) -> str:
+    return entry.path.removeprefix(folder.path).lstrip("/")
 
 
 def _common_root(folders: list[Location], flag: str) -> Location:

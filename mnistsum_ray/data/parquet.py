@@ -19,9 +19,6 @@ _TAIL_BYTES: Final = 64 * 1024
 _BUFFER_BYTES: Final = 8 * 2**20
 """Read of a column in one request: a row group may be larger than the memory."""
 
-_MOST_ROWS_PER_BYTE: Final = 1000
-"""A page of equal values holds some 20,000 rows in 30 bytes. A damaged footer may claim 2^50."""
-
 
 @contextmanager
 def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_ParquetFile]:
@@ -63,7 +60,7 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
 
 def read_footer(file: Location, listed: Entry) -> _ParquetFile:
     """The `metadata` and schemas of a file, which is closed again; errors as of `open_parquet`."""
-    if not listed.is_file:
+    if not listed.e_tag:
         raise UnusableFileError("is no file, or a link to none")
     with open_parquet(file, listed) as parquet:
         return parquet
@@ -95,9 +92,6 @@ def _read_metadata(stream: Any) -> pq.FileMetaData:
     groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     if sum(groups) != metadata.num_rows:
         raise UnusableFileError("has a damaged footer (its rows do not add up); write it again")
-    if metadata.num_rows > _MOST_ROWS_PER_BYTE * size:
-        claimed = f"{metadata.num_rows:,} rows in {size:,} bytes"
-        raise UnusableFileError(f"has a damaged footer ({claimed}); write it again")
     return metadata
 
 
@@ -150,10 +144,10 @@ def column_error(
     schema: pa.Schema, name: str, flag: str, type_error: Callable[[pa.DataType], str | None]
 ) -> str | None:
     """Why a file cannot be used by the column that a flag names; `type_error` looks at its type."""
-    if name not in schema.names:
+    count = schema.names.count(name)
+    if count != 1:
         columns = shortened(", ".join(schema.names))
-        return f"has no column {name!r} but {columns}; {flag} names another"
-    if schema.names.count(name) > 1:
-        return f"has more than one column {name!r}; rename all but one, or {flag} names another"
+        found = f"{count} columns" if count else "no column"
+        return f"has {found} {name!r} but {columns}; {flag} names another"
     error = type_error(schema.field(name).type)
     return f"column {name!r} {error}; convert it, or {flag} names another" if error else None

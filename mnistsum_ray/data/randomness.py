@@ -1,4 +1,4 @@
-"""The ids of rows, and what is random about a row: pure functions of seed, epoch and row id.
+"""What is random about a row: pure functions of seed, epoch and the row's id.
 
 So a row has the same draws on whatever worker it is trained, and again after a restart. NumPy's
 generators give streams, in which a row's draw would depend on the rows before it: here the bits of
@@ -7,15 +7,11 @@ number generators", OOPSLA 2014).
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from mnistsum_ray.errors import RowCountError
 
 RowIds = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint64]
@@ -40,8 +36,11 @@ def _mix(z: Bits) -> Bits:
     return z ^ (z >> np.uint64(31))
 
 
-def _bits(seed: int, epoch: int, purpose: int, row_ids: RowIds) -> Bits:
+def _bits(seed: int, epoch: int, purpose: str | int, row_ids: RowIds) -> Bits:
     """64 random bits for each row: uint64 of the shape of `row_ids`."""
+    if isinstance(purpose, str):
+        digest = hashlib.sha256(purpose.encode()).digest()
+        purpose = int.from_bytes(digest[:8], "little")
     key = np.zeros(1, np.uint64)
     for part in (seed, epoch, purpose):
         key = _mix(key ^ np.uint64(part))
@@ -59,21 +58,15 @@ class Draws:
     epoch: int
     row_ids: RowIds
 
-    def _bits(self, purpose: str | int) -> Bits:
-        if isinstance(purpose, str):
-            digest = hashlib.sha256(purpose.encode()).digest()
-            purpose = int.from_bytes(digest[:8], "little")
-        return _bits(self.seed, self.epoch, purpose, self.row_ids)
-
     def whole(self, purpose: str | int, below: int) -> npt.NDArray[np.int64]:
         """Whole numbers in 0..below - 1, each as likely: int64[n]."""
-        bits = self._bits(purpose)
+        bits = _bits(self.seed, self.epoch, purpose, self.row_ids)
         # Lemire, 2019: multiply and shift; the bias is below `below` / 2**32.
         return (((bits >> np.uint64(32)) * np.uint64(below)) >> np.uint64(32)).astype(np.int64)
 
     def uniform(self, purpose: str | int, count: int) -> npt.NDArray[np.float32]:
         """So many uniform numbers in 0..1, without 1, for each row: float32[n, count]."""
-        bits = self._bits(purpose)
+        bits = _bits(self.seed, self.epoch, purpose, self.row_ids)
         draws = np.empty((len(bits), count), np.float32)
         for column in draws.T:
             column[:] = (bits >> np.uint64(40)) * 2.0**-24  # the upper 24 bits
@@ -85,51 +78,3 @@ def seeds(seed: int, epoch: int, purpose: Purpose, indexes: range) -> list[int]:
     """Seeds of generators, one for each index of an epoch: 0..2**63 - 1."""
     bits = _bits(seed, epoch, purpose, np.array(indexes, np.int64))
     return [int(seed) for seed in bits >> np.uint64(1)]
-
-
-def content_ids(arrays: Mapping[str, npt.NDArray[Any]]) -> RowIds:
-    """Ids of decoded rows, int64[n]: 64 bits of the BLAKE2b of a row's values.
-
-    Equal rows have one id. That any two of a billion other rows share theirs has odds of 3 %.
-    """
-    values_of_columns = []
-    for values in arrays.values():
-        if values.dtype == object:  # encoded pictures, of any length
-            framed = (len(value).to_bytes(8, "little") + value for value in values)
-            values_of_columns.append(framed)
-        else:
-            values_of_columns.append(value.tobytes() for value in values)
-    rows = zip(*values_of_columns, strict=True)
-    digests = (hashlib.blake2b(b"".join(row), digest_size=8).digest() for row in rows)
-    return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
-
-
-def positions(row_ids: RowIds) -> npt.NDArray[np.float64]:
-    """Where ids lie among all ids, 0..1 without 1: a split is a range of it."""
-    upper_bits = (row_ids.view(np.uint64) >> np.uint64(11)).astype(np.float64)
-    return upper_bits * 2.0**-53
-
-
-@dataclass(frozen=True)
-class RowTotals:
-    """What all workers together must see of a split: the number of its rows, and which they are."""
-
-    rows: int
-    id_sum: int  # of their ids, modulo 2**64
-
-    @classmethod
-    def of(cls, ids: RowIds) -> "RowTotals":
-        return cls(len(ids), int(ids.sum()) % 2**64)
-
-    def plus(self, rows: int, id_sum: int) -> "RowTotals":
-        return RowTotals(self.rows + rows, (self.id_sum + id_sum) % 2**64)
-
-    def check(self, rows: int, id_sum: int, where: str) -> None:
-        """Raise RowCountError unless so many rows with this sum, which were seen, are these."""
-        if rows == self.rows and (id_sum - self.id_sum) % 2**64 == 0:
-            return
-        seen = "other rows than planned"
-        if rows != self.rows:
-            seen = f"{rows:,} rows, where the plan has {self.rows:,}"
-        lost = "rows were lost or repeated, so this run cannot be trusted"
-        raise RowCountError(f"{where} saw {seen}: {lost}")

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 import pyarrow as pa
 
 from mnistsum_ray.data.columns import Column, name_in_file
-from mnistsum_ray.data.inputs import SUFFIXES, list_inputs
+from mnistsum_ray.data.inputs import list_inputs
 from mnistsum_ray.data.parquet import column_error, read_footer
 from mnistsum_ray.errors import RequestError, UnusableFileError
-from mnistsum_ray.storage.bucket import check_ray_reaches
 from mnistsum_ray.storage.store import Entry, Location, in_threads
-from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing
+from mnistsum_ray.storage.uri import as_request_error, check_ray_reaches, locate, locate_existing
 
 if TYPE_CHECKING:  # a task is made of columns, and not the other way round
     from mnistsum_ray.task import NamedData, Task
@@ -49,16 +48,10 @@ class DataFile(NamedTuple):
 
     path: Location
     name: str  # relative to the folder that was listed
-    size: int  # in bytes
-    e_tag: str  # when its footer was read
+    listed: Entry  # before its footer was read
     rows: int
     columns: dict[str, str]  # by the columns' names in the task, the names in the file
     schema: pa.Schema  # of these columns; Ray Data reads files together where they agree
-    of_folders: tuple[str, ...]  # names of columns whose value a folder `name=3` says
-
-    @property
-    def columns_in_file(self) -> list[str]:
-        return [name for name in self.columns.values() if name not in self.of_folders]
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ class Source:
         stored = self.rows_of("train") * row_bytes
         if any(of.stays_encoded for of in columns.values()):
             table = self.tables.get("train")
-            stored += sum(file.size for file in self.files.get("train", []))
+            stored += sum(file.listed.size for file in self.files.get("train", []))
             stored += table.nbytes if table else 0
         return stored
 
@@ -186,7 +179,7 @@ def _parquet(
     location: Location,
     start_progress: StartProgress | None,
 ) -> Source:
-    found = list_inputs([data], flag="--data", if_none="holds no Parquet")
+    found = list_inputs([data], flag="--data")
     describe = partial(_describe, columns, found.root)
     count = start_progress("footers read", len(found.files)) if start_progress else None
     files: dict[str, list[DataFile]] = {}
@@ -207,14 +200,11 @@ def _parquet(
 
 def check_unchanged(source: Source) -> None:
     """RequestError: a file is not the one whose footer was read: its rows may be of both."""
-    if not source.files:
-        return
-    now = list_inputs([source.data], flag="--data").files
-    for files in source.files.values():
-        for file in files:
-            if file.name not in now or now[file.name].e_tag != file.e_tag:
-                changed = "has changed while it was read; run the command again"
-                raise RequestError(f"--data {file.path.display}: {changed}")
+    now = list_inputs([source.data], flag="--data").files if source.files else {}
+    for file in source.all_files:
+        if now.get(file.name) != file.listed:
+            changed = "has changed while it was read; run the command again"
+            raise RequestError(f"--data {file.path.display}: {changed}")
 
 
 def _describe(
@@ -223,40 +213,24 @@ def _describe(
     """What the footer of an input file says. RequestError: the file cannot be used."""
     name, entry = listed
     file = root / name
-    # Ray Data looks for the suffix before a question mark, and would leave other files out.
-    if not name.partition("?")[0].lower().endswith(SUFFIXES):
-        ends = f"its name must end in {', '.join(SUFFIXES)}, and hold no question mark"
-        raise RequestError(f"{file.display}: {ends}; rename it")
     try:
         footer = read_footer(file, entry)
     except UnusableFileError as error:
         raise RequestError(f"{file.display}: {error}") from None
     schema = footer.schema_arrow
-    of_folders = {*re.findall(r"([^/=]+)=[^/]*/", name)} - {*schema.names}
-    for folder in of_folders:  # Ray Data makes a column of each folder `name=value`
-        schema = schema.append(pa.field(folder, pa.string()))
     names: dict[str, str] = {}
     for key, (column, flag, given) in columns.items():
-        name_there = name_in_file(column, key, schema.names, given)
-        problem = column_error(schema, name_there, flag, column.type_error)
-        if name_there == "path":
-            problem = "column 'path' has the name of one that Ray Data adds; rename it"
-        if name_there in names.values():
-            problem = (
-                f"column {name_there!r} would be two columns of the task; {flag} names another"
-            )
+        names[key] = name_in_file(column, key, schema.names, given)
+        problem = column_error(schema, names[key], flag, column.type_error)
         if problem:
             raise RequestError(f"{file.display}: {problem}")
-        names[key] = name_there
     return DataFile(
         path=file,
         name=name,
-        size=entry.size,
-        e_tag=entry.e_tag,
+        listed=entry,
         rows=footer.metadata.num_rows,
         columns=names,
         schema=pa.schema([schema.field(one) for one in names.values()]),
-        of_folders=tuple(sorted(of_folders & {*names.values()})),
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from obstore import exceptions  # noqa: TID251
@@ -43,10 +43,6 @@ class Entry(NamedTuple):
     @property
     def name(self) -> str:
         return self.path.rpartition("/")[2]
-
-    @property
-    def is_file(self) -> bool:
-        return bool(self.e_tag)
 
 
 @dataclass(frozen=True)
@@ -138,36 +134,31 @@ class Location:
 
         with self.storage_errors("read"):
             file = pa.OSFile(self.path)
-            # Not of the name, which may be another file's by now: the open one stays readable.
-            opened = _disk_entry(self.path, os.fstat(file.fileno()))
-        if opened.e_tag != listed.e_tag:
-            file.close()
+        if self.file_entry() != listed:  # asked after it was opened: an open file stays what it is
             raise self._conflict()
         return file
-
-    def listing(self, enter: Callable[[str], bool]) -> list[Entry]:
-        """What is below a folder, sorted by path.
-
-        On a disk some is no file: a pipe or device, a link that leads nowhere or to a folder, and a
-        folder for which `enter` is false, which is not read.
-        """
-        with self.storage_errors("listed"):
-            if self.is_local:
-                paths = _walk(self.path, enter) if Path(self.path).is_dir() else ()
-                return sorted(self.at(path).file_entry() or Entry(path) for path in paths)
-            entries = [_object_entry(meta) for page in self.store.list(self.path) for meta in page]
-            folders = {str(above) for entry in entries for above in PurePath(entry.path).parents}
-            folders.add(self.path)
-            # An empty object with the name of a folder only marks it: consoles make those.
-            return sorted(entry for entry in entries if entry.size or entry.path not in folders)
 
     def files(self) -> list[Entry]:
         """All files below a folder, sorted by path; none where the folder is missing.
 
-        On a disk not those in folders that may not be read, such as `lost+found` of a volume.
+        On a disk links to folders are not followed, and some may be no file: a pipe, or a link
+        that leads nowhere.
         """
-        found = self.listing(lambda folder: os.access(folder, os.R_OK | os.X_OK))
-        return [entry for entry in found if entry.is_file]
+        with self.storage_errors("listed"):
+            if self.is_local:
+                return sorted(self._walk()) if Path(self.path).is_dir() else []
+            entries = [_object_entry(meta) for page in self.store.list(self.path) for meta in page]
+            # An empty object with the name of the folder only marks it: consoles make those.
+            return sorted(entry for entry in entries if entry.size or entry.path != self.path)
+
+    def _walk(self) -> Iterator[Entry]:
+        def refuse(error: OSError) -> None:
+            raise self.at(error.filename).error(error, "listed")
+
+        for folder, _, names in os.walk(self.path, onerror=refuse):
+            for name in names:
+                path = f"{folder.rstrip('/')}/{name}"
+                yield self.at(path).file_entry() or Entry(path)
 
     def visible_files(self) -> dict[str, Entry]:
         """All files below a folder that are not hidden, by their names there."""
@@ -198,18 +189,17 @@ class Location:
 
     def delete_files(self, names: Sequence[str]) -> None:
         """Delete files in this folder; missing ones are no error."""
-        paths = [(self / name).path for name in names]
+
+        def delete(name: str) -> None:
+            path = (self / name).path
+            with suppress(FileNotFoundError):
+                if self.is_local:
+                    Path(path).unlink()
+                else:
+                    ask_again(lambda: self.store.delete(path))
+
         with self.storage_errors("deleted"):
-            if self.is_local:
-                for path in paths:
-                    Path(path).unlink(missing_ok=True)
-                return
-            try:
-                ask_again(lambda: self.store.delete(paths))
-            except FileNotFoundError:  # from all but S3, and the rest may not be deleted yet
-                for path in paths:
-                    with suppress(FileNotFoundError):
-                        self.store.delete(path)
+            list(in_threads(self, delete, names))
 
     def delete(self) -> None:
         """Delete this file; a missing one is no error."""
@@ -230,16 +220,18 @@ class Location:
             if isinstance(error, FileNotFoundError) and what != "written":
                 raise self._missing() from None
             raise self.error(error, what) from error
+        except BaseException as error:  # so obstore's are, where the address of a store is none
+            if type(error).__name__ != "PanicException":
+                raise
+            advice = "look at the endpoint and the region, in the URI and in the environment"
+            cause = first_line(error)
+            raise StorageError(f"{self.display}: cannot be {what}: {cause}; {advice}") from None
 
     def error(self, error: Exception, what: str) -> StorageError:
         """The error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
-        folder = getattr(error, "filename", None)
-        if what == "listed" and folder not in (None, self.path):
-            cause += f" ({folder})"
-        is_transient = getattr(error, "errno", None) in _TRANSIENT_ERRNOS
-        has_no_answer = _NO_ANSWER.search(str(error))
-        kind = NoAnswerError if is_transient or has_no_answer else StorageError
+        is_gone = getattr(error, "errno", None) in _DISK_IS_GONE or _NO_ANSWER.search(str(error))
+        kind = NoAnswerError if is_gone else StorageError
         return kind(f"{self.display}: cannot be {what}: {cause}")
 
     def _missing(self) -> MissingFileError:
@@ -251,13 +243,7 @@ class Location:
         return ConflictError(f"{self.display}: was written by another")
 
 
-_TRANSIENT_ERRNOS: Final = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.ENOTCONN,
-    errno.EHOSTDOWN,
-}
+_DISK_IS_GONE: Final = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 """Errors of a network disk that another attempt may not meet."""
 
 _NO_ANSWER: Final = re.compile(r"HTTP error: |status code:? (429|5\d\d)")
@@ -295,15 +281,6 @@ class _ObjectFile(io.RawIOBase):
         return count
 
 
-def _walk(folder: str, enter: Callable[[str], bool]) -> Iterator[str]:
-    """Paths of all that is below a folder, but for the folders that are entered."""
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False) and enter(entry.path):
-            yield from _walk(entry.path, enter)
-        else:
-            yield entry.path
-
-
 def _disk_entry(path: str, status: os.stat_result) -> Entry:
     # A file that is replaced has another inode, even where time and size are the same. The inode's
     # own time (ctime) is left out, since the links that `_put_on_disk` makes change it.
@@ -318,10 +295,7 @@ def _object_entry(meta: Any) -> Entry:
 
 
 def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(f"{path.parent} is a file") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
     # A killed process leaves this file: readers of Parquet skip hidden names. The name is short,
     # however long the final one is.
     partial = path.with_name(f".mnistsum-partial-{secrets.token_hex(8)}")
@@ -331,8 +305,6 @@ def _put_on_disk(path: Path, data: "bytes | pa.Buffer", mode: str) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave a name without its content
         if mode == "create":
-            if path.is_dir():  # no other writer's file, which would be a conflict
-                raise IsADirectoryError(errno.EISDIR, "Is a directory")
             os.link(partial, path)  # fails where there is a file; a rename would replace it
         else:
             partial.rename(path)

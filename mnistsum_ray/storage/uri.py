@@ -1,4 +1,4 @@
-"""Paths and URIs as a user gives them: resolved, refused with secrets, locked by one run."""
+"""Paths and URIs: as a user gives them, locked by one run, and as Arrow takes them."""
 
 import fcntl
 import os
@@ -6,12 +6,13 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Final
-from urllib.parse import parse_qsl
+from typing import Any, Final
+from urllib.parse import parse_qsl, quote
 
 from mnistsum_ray.errors import NoAnswerError, RequestError, StorageError, TryAgainError
-from mnistsum_ray.storage.bucket import open_store
+from mnistsum_ray.storage.bucket import first_line, open_store
 from mnistsum_ray.storage.store import Location
 
 _OPTIONS: Final = re.compile("region|scheme|endpoint_override|allow_bucket_(creation|deletion)")
@@ -32,9 +33,6 @@ _USER_INFO: Final = re.compile(
 _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
 """Other names of schemes, and what obstore and Arrow both call them."""
 
-ODD_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters, and bytes that are not UTF-8: neither can be shown."""
-
 
 def locate(text: str, flag: str, base: Path | None = None) -> Location:
     """Resolve a URI, or a path from `base` or the working folder, or raise RequestError."""
@@ -42,11 +40,7 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
         raise RequestError(f"{flag}: is empty")  # an unset variable of a shell; "." is this folder
     if may_hold_secrets(text):
         raise RequestError(f"{flag}: {SECRETS_REFUSED}")
-    if ODD_CHARACTERS.search(text):
-        raise RequestError(f"{flag} {text}: holds control characters, or is not UTF-8")
     scheme, colon, rest = text.partition("://")
-    if scheme == "file" and colon and not rest.startswith(("/", "~")):
-        raise RequestError(f"{flag} {text}: must be file:/// and an absolute path")
     if not colon or scheme == "file":
         # Not pathlib: the name of an unknown user stays as it is.
         path = os.path.expanduser(rest if colon else text)  # noqa: PTH111
@@ -59,8 +53,6 @@ def locate(text: str, flag: str, base: Path | None = None) -> Location:
     address, _, query = rest.partition("?")
     bucket, _, key = address.partition("/")
     location = Location(key.strip("/"), f"{scheme}://{bucket}", query)
-    if location.path and {"", ".", ".."}.intersection(location.path.split("/")):
-        raise RequestError(f"{flag} {text}: a name in it is empty, or is . or ..")
     with as_request_error(flag):
         open_store(location.bucket, location.query)
     return location
@@ -142,3 +134,39 @@ def may_hold_secrets(text: str) -> bool:
 def hide_secrets(text: str) -> str:
     """The text without the user info of any URI in it, for what is printed."""
     return _USER_INFO.sub("//…@", text)
+
+
+def arrow_uri(location: Location) -> str:
+    """An absolute path, or a URI in which Arrow decodes percent signs, as Ray Train takes it."""
+    return location.path if location.is_local else location.at(quote(location.path)).display
+
+
+def arrow_place(location: Location) -> tuple[Any, str]:
+    """The file system of Arrow, and the path in it, as Ray Data takes them.
+
+    StorageError: Arrow does not reach the bucket. For Azure it wants the account in the URI.
+    """
+    top = location.at("/" if location.is_local else "")
+    try:
+        file_system, root = _arrow_root(arrow_uri(top))
+    except ValueError as error:
+        reason = f"Ray, which uses Arrow, does not reach it: {first_line(error)}"
+        raise StorageError(f"{top.display}: {reason}") from None
+    return file_system, f"{root}/{location.path.lstrip('/')}"
+
+
+def check_ray_reaches(location: Location) -> None:
+    """StorageError: a training reads or writes by Arrow there, which wants more than obstore.
+
+    That is the account of Azure, which obstore takes from the environment too.
+    """
+    if location.bucket.startswith("abfs:"):
+        arrow_place(location)
+
+
+@cache
+def _arrow_root(uri: str) -> tuple[Any, str]:
+    from pyarrow.fs import FileSystem  # noqa: TID251 - Ray reads and writes by it
+
+    file_system, path = FileSystem.from_uri(uri)
+    return file_system, path.rstrip("/")

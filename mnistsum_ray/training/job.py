@@ -42,8 +42,7 @@ from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.report import versions
 from mnistsum_ray.reporting.results import TrainResult
-from mnistsum_ray.storage.bucket import arrow_uri
-from mnistsum_ray.storage.uri import folder_lock, locate
+from mnistsum_ray.storage.uri import arrow_uri, folder_lock, locate
 from mnistsum_ray.task_loader import code_of
 from mnistsum_ray.training.checkpoint import CHECKPOINTS
 from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker

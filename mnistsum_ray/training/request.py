@@ -21,9 +21,14 @@ from mnistsum_ray.errors import (
     spelled,
 )
 from mnistsum_ray.reporting.results import MANIFEST
-from mnistsum_ray.storage.bucket import check_ray_reaches
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing, output_base_folder
+from mnistsum_ray.storage.uri import (
+    as_request_error,
+    check_ray_reaches,
+    locate,
+    locate_existing,
+    output_base_folder,
+)
 from mnistsum_ray.task import BUILT_IN, Task
 from mnistsum_ray.task_loader import code_of
 

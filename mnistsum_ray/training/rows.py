@@ -21,12 +21,12 @@ import ray.data
 import ray.exceptions
 from ray.data import Dataset
 from ray.data.dataset import MaterializedDataset
-from ray.data.datasource import Partitioning
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.workarounds import default_environment
 from mnistsum_ray.data.columns import Column, ReasonCounts, rows_in
 from mnistsum_ray.data.decoding import (
+    RowTotals,
     Summary,
     decode,
     refuse_damaged_file,
@@ -35,10 +35,10 @@ from mnistsum_ray.data.decoding import (
     without_origin,
 )
 from mnistsum_ray.data.inputs import SUFFIXES
-from mnistsum_ray.data.randomness import Purpose, RowTotals, seeds
+from mnistsum_ray.data.randomness import Purpose, seeds
 from mnistsum_ray.data.sources import SPLITS, DataFile, Source
 from mnistsum_ray.errors import RequestError, RowCountError, TryAgainError, counted, root_cause
-from mnistsum_ray.storage.bucket import arrow_place
+from mnistsum_ray.storage.uri import arrow_place
 from mnistsum_ray.task import Task
 
 _BLOCKS_OF_RANK: Final = 64
@@ -104,7 +104,7 @@ def read_rows(
         cause = getattr(error, "cause", error)  # what a task has raised
         if not isinstance(cause, OSError | ValueError):
             raise  # no fault of the data, such as want of memory
-        refuse_damaged_file(source, str(error))
+        refuse_damaged_file(source, columns, str(error))
         problem = f"--data {source.location}: {root_cause(error)}"
         if isinstance(cause, ValueError | FileNotFoundError | PermissionError):
             raise RequestError(problem) from error
@@ -199,7 +199,7 @@ def _read_files(files: list[DataFile], seed: int) -> list[tuple[Dataset, dict[st
     order = np.argsort(seeds(seed, 0, Purpose.FILE_ORDER, range(len(files))))
     groups: dict[tuple[object, ...], list[DataFile]] = {}
     for file in (files[index] for index in order):
-        key = (file.schema, *file.columns.items(), file.of_folders)
+        key = (file.schema, *file.columns.items())
         groups.setdefault(key, []).append(file)
     datasets = []
     for group in groups.values():
@@ -211,8 +211,7 @@ def _read_files(files: list[DataFile], seed: int) -> list[tuple[Dataset, dict[st
             rows = ray.data.read_parquet(  # noqa: TID251 - it refuses pickles: test_security.py
                 [path for _, path in places],
                 schema=first.schema,  # the types of other columns may differ from file to file
-                # Else a folder `label=3` would replace the column of this name.
-                partitioning=Partitioning("hive") if first.of_folders else None,
+                partitioning=None,  # else a folder `label=3` would replace the column of this name
                 filesystem=filesystem,
                 file_extensions=[suffix.lstrip(".") for suffix in SUFFIXES],  # else .parquet
                 include_paths=True,

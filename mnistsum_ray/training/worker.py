@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.columns import Arrays, Column, rows_in
-from mnistsum_ray.data.randomness import Draws, Purpose, RowTotals, seeds
+from mnistsum_ray.data.decoding import RowTotals
+from mnistsum_ray.data.randomness import Draws, Purpose, seeds
 from mnistsum_ray.errors import RunError, TaskError
 from mnistsum_ray.model.calls import calling, forward
 from mnistsum_ray.model.device import all_reduce_sum, seed_generators

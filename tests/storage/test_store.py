@@ -21,13 +21,13 @@ from mnistsum_ray.errors import (
     ConflictError,
     MissingFileError,
     NoAnswerError,
+    RequestError,
     StorageError,
     TryAgainError,
 )
 from mnistsum_ray.storage import bucket as buckets
-from mnistsum_ray.storage.bucket import arrow_place
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.storage.uri import locate, locate_existing
+from mnistsum_ray.storage.uri import arrow_place, locate, locate_existing
 from tests.storage.conftest import serve_s3, serving
 
 
@@ -69,15 +69,6 @@ def test_files_are_deleted_and_missing_ones_are_no_error(bucket: Location) -> No
     for read in (Location.read_bytes, Location.open):
         with pytest.raises(MissingFileError, match=r"bb.*: is not there"):
             read(folder / "bb")
-
-
-def test_a_file_at_the_top_of_a_disk_is_not_taken_for_one_of_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "no-such-file").touch()
-    (Location("/") / "no-such-file").delete()
-    assert (tmp_path / "no-such-file").exists()
 
 
 def test_ranges_are_read_of_the_file_that_was_listed_and_of_no_other(bucket: Location) -> None:
@@ -126,6 +117,16 @@ def test_a_network_disk_that_is_gone_may_come_again() -> None:
         assert type(raised.value) is kind
 
 
+def test_an_address_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """obstore panics at the first request."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    said = r"^--input s3://\S+: cannot be \w+: .*; look at the endpoint and the region, in the URI"
+    for query in ("region=x&endpoint_override=h:90000", "region=a%20b"):
+        with pytest.raises(RequestError, match=said):
+            locate_existing(f"s3://b/x?{query}", "--input")
+
+
 def test_a_store_that_arrow_does_not_reach_is_one_line() -> None:
     with pytest.raises(
         StorageError, match=r"^abfs://b: Ray, which uses Arrow, does not reach it: Azure.* name$"
@@ -163,15 +164,11 @@ def test_a_disk_keeps_no_part_of_a_file_that_could_not_be_written(
     (tmp_path / "folder").mkdir()
     (place / "file").write(b"1")
     long = place / ("x" * 300)
-    for at in (place / "folder", place / "file" / "x", long):
-        with pytest.raises(StorageError, match=r"cannot be written: .*|was written by another"):
+    for at in (place / "folder", place / "file" / "x" / "y", long):
+        with pytest.raises(StorageError, match=r"cannot be written: .*"):
             at.write(b"2")
     with pytest.raises(ConflictError):
         (place / "file").create(b"2")
-    with pytest.raises(StorageError, match=r"folder: cannot be written: Is a directory$"):
-        (place / "folder").create(b"2")
-    with pytest.raises(StorageError, match=r"x: cannot be \w+: File name too long$"):
-        long.exists()
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -50,16 +50,9 @@ def test_a_submitted_job_writes_to_the_home_folder(
 
 
 def test_a_path_is_refused_with_the_reason() -> None:
-    for text, said in (
-        ("nonsense://x/y", "there is no storage nonsense://, but s3://, gs:// and abfs://"),
-        ("file://host/a", "must be file:/// and an absolute path"),
-        ("/tmp/caf\udce9", "holds control characters, or is not UTF-8"),
-        ("/tmp/a\0b", "holds control characters, or is not UTF-8"),
-        ("s3://b/a//b", "a name in it is empty, or is . or .."),
-        ("s3://b/../b", "a name in it is empty, or is . or .."),
-    ):
-        with pytest.raises(RequestError, match=f"^--output {text}: {said}"):
-            locate(text, "--output")
+    said = "--output nonsense://x/y: there is no storage nonsense://, but s3://, gs:// and abfs://"
+    with pytest.raises(RequestError, match=f"^{said}"):
+        locate("nonsense://x/y", "--output")
     with pytest.raises(RequestError, match=r"^--output: is empty$"):  # of an unset variable
         locate("", "--output")
 
@@ -93,32 +86,6 @@ def test_user_info_is_cut_out_of_a_message() -> None:
         assert re.fullmatch(r"cannot read \w+://…@\S+ \(no answer\); mail a@b, or go on", said)
     for text in ("abfs://container@account/a", "http://127.0.0.1:80/x: a@b", "/a/b:c@d"):
         assert hide_secrets(text) == text
-
-
-ENDPOINTS = ["h:90000", ":80", "http%3A%2F%2F", "http:///x", "a%20b", "ftp%3A%2F%2Fh", "[::1"]
-
-
-def test_an_endpoint_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clients of the stores would print pages about a panic."""
-    said = r"^--input \w+://\w+: {} must be HOST:PORT or a URL of http or https$"
-    for endpoint in ENDPOINTS:
-        with pytest.raises(RequestError, match=said.format("endpoint_override")):
-            locate(f"s3://b/x?endpoint_override={endpoint}", "--input")
-    for number, endpoint in enumerate(("nonsense", "http://", "me:secret@h:1")):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        with pytest.raises(RequestError, match=said.format("AWS_ENDPOINT_URL")):
-            locate(f"s3://bucket{number}/x", "--input")
-    monkeypatch.delenv("AWS_ENDPOINT_URL")
-    others = {"AWS_METADATA_ENDPOINT": "s3", "GOOGLE_BASE_URL": "gs", "AZURE_ENDPOINT": "abfs"}
-    for name, scheme in others.items():
-        monkeypatch.setenv(name, "me:secret@h")
-        with pytest.raises(RequestError, match=said.format(name)):
-            locate(f"{scheme}://others/x", "--input")
-    monkeypatch.undo()
-    monkeypatch.setenv("AWS_REGION", "a b")
-    for name, query in (("AWS_REGION", ""), ("region", "?region=a%20b")):
-        with pytest.raises(RequestError, match=rf"^--input s3://c: {name} must be a name such as"):
-            locate(f"s3://c/x{query}", "--input")
 
 
 def test_one_run_holds_a_folder_on_a_disk_until_it_ends(tmp_path: Path) -> None:

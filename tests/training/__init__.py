@@ -8,7 +8,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.config import Hyperparameters, TrainConfig
-from mnistsum_ray.data.randomness import RowTotals
+from mnistsum_ray.data.decoding import RowTotals
 from mnistsum_ray.data.sources import SPLITS, ColumnInFiles, Source, open_source
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum
 from mnistsum_ray.task import Task

@@ -16,7 +16,8 @@ import ray
 import torch
 
 from mnistsum_ray.data.columns import Array
-from mnistsum_ray.data.randomness import Draws, Purpose, RowTotals, seeds
+from mnistsum_ray.data.decoding import RowTotals
+from mnistsum_ray.data.randomness import Draws, Purpose, seeds
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum
 from mnistsum_ray.model.finished import FinishedModel

@@ -28,9 +28,8 @@ from mnistsum_ray.errors import (
 from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.report import versions
-from mnistsum_ray.storage.bucket import arrow_uri
 from mnistsum_ray.storage.store import Location
-from mnistsum_ray.storage.uri import folder_lock, locate
+from mnistsum_ray.storage.uri import arrow_uri, folder_lock, locate
 from mnistsum_ray.task_loader import code_of
 from mnistsum_ray.training import job
 from mnistsum_ray.training.progress import FailureLines
