@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
 
@@ -23,7 +23,6 @@ from mnistsum_ray.task import BUILT_IN, Task
 from mnistsum_ray.task_loader import code_of, load_task
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import
-    from ray.data import Dataset
     from ray.train import UserCallback
     from torch import nn
 
@@ -53,16 +52,16 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     """
     from mnistsum_ray.training.request import check_request
 
-    with Console() as console:
-        start_progress = partial(Progress, console.progress)  # takes what is counted, and its total
-        request = check_request(config, start_progress)
-        for notice in (request.source.notice, request.notice):
-            if notice:
-                console.say(notice)
-        with _on_cluster(console, str(request.config.name), config.task_class):
-            from mnistsum_ray.training.job import train
+    console = Console()
+    start_progress = partial(Progress, console.progress)  # takes what is counted, and its total
+    request = check_request(config, start_progress)
+    for notice in (request.source.notice, request.notice):
+        if notice:
+            console.say(notice)
+    with _on_cluster(console, str(request.config.name), config.task_class):
+        from mnistsum_ray.training.job import train
 
-            return train(request, console, callbacks)
+        return train(request, console, callbacks)
 
 
 def score(config: ScoreConfig) -> ScoreResult:
@@ -72,41 +71,37 @@ def score(config: ScoreConfig) -> ScoreResult:
     """
     from mnistsum_ray.scoring.request import check_request
 
-    with Console() as console:
-        request = check_request(config, console)
-        with _on_cluster(console, Path(request.output.path).name, config.task_class):
-            from mnistsum_ray.scoring import job
+    console = Console()
+    request = check_request(config, console)
+    with _on_cluster(console, Path(request.output.path).name, config.task_class):
+        from mnistsum_ray.scoring import job
 
-            return job.score(request, console)
+        return job.score(request, console)
 
 
 @contextmanager
 def _on_cluster(console: Console, run: str, task: type[Task]) -> Iterator[None]:
     """Join a cluster or start one; if its head is gone, a RunError becomes a TryAgainError.
 
-    Ray's warnings are hidden: they advise what the user of a job cannot do, or repeat its console.
+    Ray logs no more here: what it logs as an error it raises too, and its warnings advise what the
+    user of a job cannot do, or repeat its console.
     """
     console.run = run
     console.say(connect())
     send_by_value(task)
     import_module("ray.data")  # now, since its import sets the level of its logger
-    loggers = [logging.getLogger("ray"), logging.getLogger("ray.data")]
-    levels = [logger.level for logger in loggers]
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         # Of `max_restarts` in scoring: Ray 2.60 has no other way to limit how often a process is
         # started again.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)  # what it logs as an error it raises too
             yield
         except RunError as error:
             if head_answers():
                 raise
             raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def load_model(model: str | Path, task: TaskName = BUILT_IN) -> "nn.Module":
@@ -155,24 +150,6 @@ def save_model(model: "nn.Module", folder: str | Path, task: TaskName | Task = B
         write_model(output, weights, describe_model(made, weights, code_of(type(made)), epoch=0))
 
 
-@overload
-def predict_rows(
-    model: "nn.Module | str | Path",
-    rows: "Dataset",
-    task: TaskName | Task = ...,
-    *,
-    probabilities: bool = ...,
-    **columns: str,
-) -> "Dataset": ...
-@overload
-def predict_rows(  # type: ignore[overload-cannot-match]  # mypy here knows no Ray
-    model: "nn.Module | str | Path",
-    rows: Any,
-    task: TaskName | Task = ...,
-    *,
-    probabilities: bool = ...,
-    **columns: str,
-) -> pa.Table: ...
 def predict_rows(
     model: "nn.Module | str | Path",
     rows: Any,
