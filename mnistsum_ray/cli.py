@@ -10,21 +10,18 @@ import json
 import os
 import signal
 import sys
-import time
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from io import BytesIO
-from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mnistsum_ray import __version__
-from mnistsum_ray.config import JobConfig, ScoreConfig, TaskConfig, TrainConfig, explain_fields
+from mnistsum_ray.config import JobConfig, ScoreConfig, TaskConfig, TrainConfig, flag_name
 from mnistsum_ray.errors import (
     RequestError,
     RunError,
@@ -50,20 +47,6 @@ cluster, storage that does not answer, a folder that another run holds),
 128 + N stopped by signal N, 1 anything else.
 """
 """What `--help` says of every command."""
-
-_GROUPS: Final = {
-    "task": "task",
-    "data": "data",
-    "input": "data",
-    "picture": "data",
-    "init_from": "model",
-    "model": "model",
-    "epochs": "optimization",
-    "num_workers": "cluster",
-    "storage_path": "run",
-    "output": "run",
-}
-"""The groups of flags in --help, by the field at which each begins; those of a task are one."""
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -150,21 +133,15 @@ COMMANDS: Final[dict[str, tuple[Callable[[Any], Line], Any, str]]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command of `argv`, else that of this process; return its exit code."""
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # the shell has closed it: `>&-`
-            setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     commands = "".join(f"  {name:<14}{meaning}\n" for name, (*_, meaning) in COMMANDS.items())
     parser = Parser("mnistsum COMMAND", f"{commands}\nCOMMAND --help lists its flags")
     parser.add_argument("command", choices=COMMANDS, help=SUPPRESS)
     parser.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}")
     show_json = "--json" in words or not sys.stdout.isatty()
     try:
-        Path.cwd()  # FileNotFoundError: somebody has deleted it
         name = parser.parse_args(words[:1]).command
         job, kind, _ = COMMANDS[name]
         config = parse(kind, words[1:], f"{inspect.getdoc(job)}\n{_HELP}", shell_command(name))
-    except FileNotFoundError:
-        return _explain(RequestError("the working folder is gone; change to another"), None)
     except RequestError as error:
         return _explain(error, None)
     return run(partial(job, config), show_json)
@@ -206,20 +183,13 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
         "--config", metavar="FILE", help="YAML file with any of these settings; flags win"
     )
     parser.add_argument("--json", action="store_true", help="print the result on a terminal too")
-    group: Any = parser
-    groups: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
-        if name in _GROUPS:
-            group = groups[_GROUPS[name]] = parser.add_argument_group(_GROUPS[name])
-        is_of_task = "task" in groups and name not in _own_fields(kind)
-        _add_flag(groups["task"] if is_of_task else group, name, field)
+        _add_flag(parser, name, field)
     given, unknown = parser.parse_known_args(argv)
-    problems = []
-    unknown_flags = [word for word in unknown if word.startswith("--")]
-    for word in unknown_flags or unknown[:1]:  # the other words are their values
-        flag = shortened(hide_secrets(word).partition("=")[0])
-        hint = did_you_mean(flag, [*map(_flag, kind.model_fields), "--config", "--json"])
-        problems.append(f"{flag}: there is no such flag{hint} (--help lists them)")
+    if unknown:
+        flag = shortened(hide_secrets(unknown[0]).partition("=")[0])
+        hint = did_you_mean(flag, [*map(flag_name, kind.model_fields), "--config", "--json"])
+        raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
     flags = vars(given)
     flags.pop("json", None)  # see `main`
     file = flags.pop("config", None)
@@ -227,29 +197,10 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     if "task" in settings:
         advice = "give it as --task: no code is loaded because a file says so"
         raise RequestError(f"key 'task' of the config file: {advice}")
-    try:
-        config = kind(**settings | flags)
-    except RequestError as error:
-        in_file = settings.keys() - flags.keys()
-
-        def shown(setting: str) -> str:
-            return f"key {setting!r} of the config file" if setting in in_file else _flag(setting)
-
-        text = str(error)
-        if isinstance(error.__cause__, ValidationError):  # see JobConfig
-            text = explain_fields(error.__cause__, shown, kind.model_fields)
-        problems.append(f"{text} (see --help)")
-    if problems:
-        raise RequestError("; ".join(problems))
-    return config
+    return kind(**settings | flags)
 
 
-def _own_fields(kind: Any) -> Any:
-    """The fields of a config without those of its task."""
-    return kind.__mro__[1].model_fields
-
-
-def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
+def _add_flag(parser: ArgumentParser, name: str, field: FieldInfo) -> None:
     """Add the flag of a field. Its value stays text, which pydantic converts and checks."""
     text = " ".join((field.description or "").split())
     if field.is_required():
@@ -261,93 +212,71 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
     literals = [one for one in types if get_origin(one) is Literal]
     choices = "|".join(word for literal in literals for word in get_args(literal))
     options: dict[str, Any] = {"help": text}
-    if name == "picture":  # the one value that needs no flag
-        options |= {"nargs": "?", "metavar": "PICTURE"}
-    elif bool in types:  # --resume has the choice auto
+    if bool in types:  # --resume has the choice auto
         options |= {"nargs": "?", "const": "true", "metavar": choices or "true|false"}
     elif choices:
         options["metavar"] = choices
     elif get_origin(annotation) is tuple:  # several words, as a shell expands `*.parquet`
         options |= {"nargs": "+", "action": "extend"}  # the flag may be given again too
-    group.add_argument(name if name == "picture" else _flag(name), **options)
-
-
-def _flag(field: str) -> str:
-    return "PICTURE" if field == "picture" else f"--{field.replace('_', '-')}"
+    if name == "picture":  # the one value that needs no flag
+        parser.add_argument(name, metavar="PICTURE", **options)
+    else:
+        parser.add_argument(flag_name(name), **options)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    """Values of the config file by field name, as text: YAML 1.1 would read 010 as 8."""
+    """The settings of the config file by field name."""
     with as_request_error("--config"):
         data = locate(path, "--config").read_bytes()
-    settings: dict[str, Any] = {}
     try:
         # From a stream: errors about a string quote its lines, which may hold secrets.
-        loader = yaml.BaseLoader(BytesIO(data))
-        mapping = loader.get_single_node() or yaml.MappingNode("", [])
-        for key, value in loader.construct_pairs(mapping, deep=True):  # a dict has no key twice
-            name = str(key).replace("-", "_")
-            if name in settings:
-                raise RequestError(f"--config {path}: {shortened(str(key))} is set twice")
-            settings[name] = None if value in ("", "~", "null") else value
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RequestError(
-            f"--config {path}: is not YAML of `key: value` lines: {shortened(one_line(error))}"
-        ) from None
-    return settings
+        settings = yaml.safe_load(BytesIO(data)) or {}
+        return {key.replace("-", "_"): value for key, value in settings.items()}
+    except (
+        yaml.YAMLError,
+        AttributeError,
+    ) as error:  # the latter: a list, or keys that are no text
+        problem = f"is not YAML of `key: value` lines: {shortened(one_line(error))}"
+        raise RequestError(f"--config {path}: {problem}") from None
 
 
 def run(job: Callable[[], Line], show_json: bool) -> int:
     """Run a job, whose result is the last line on standard output; return its exit code.
 
-    SIGTERM and SIGHUP do what Ctrl-C does: a line says how to go on, and the code is 128 + signal.
+    The first SIGINT, SIGTERM or SIGHUP stops it: a line says how to go on, and the code is 128 +
+    signal. What follows is ignored: `timeout` sends its signal twice.
     """
-    stdout, stop = sys.stdout, StopSignals()
+    received: list[signal.Signals] = []
+    # `nohup` ignores SIGHUP, and a script's `&` SIGINT.
+    stop_signals = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
+
+    def interrupt(number: int, _: Any) -> None:
+        if not received:
+            received.append(signal.Signals(number))
+            raise KeyboardInterrupt
+
+    for number in stop_signals:
+        signal.signal(number, interrupt)
+    stdout = sys.stdout
     with redirect_stdout(sys.stderr):  # what Ray's threads print at any time
         try:
             result = job()
-            stop.handle_by(signal.SIG_IGN)
             code = 0
-            if show_json:
-                line = json.dumps(result, allow_nan=False) + "\n"
-                try:  # past Python's buffer, which would be written again at exit
-                    os.write(stdout.fileno(), line.encode())
-                except OSError as error:
-                    raise RunError(f"standard output cannot be written: {error.strerror}") from None
         except (RequestError, RunError, KeyboardInterrupt) as error:
-            stop.handle_by(signal.SIG_IGN)
-            code = _explain(error, stop.received)
-        # Result or error are printed: a signal now ends the process sooner, with the same code.
-        stop.handle_by(lambda *_: os._exit(code))
+            code = _explain(error, received[0] if received else None)
+        # The job is done, and a signal no longer changes its result.
+        for number in stop_signals:
+            signal.signal(number, signal.SIG_IGN)
+        if code == 0 and show_json:
+            print(json.dumps(result, allow_nan=False), file=stdout, flush=True)
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()  # a cluster of this process ends with its processes
-    _say("", end="")  # flushes what the lines of the job have left
     gc.freeze()  # Python would search a million objects of PyTorch and Ray for cycles, 0.7 s
     return code
-
-
-class StopSignals:
-    """The first stop signal raises KeyboardInterrupt, and a later one ends the process."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._received_at = 0.0
-        stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # `nohup` ignores SIGHUP, and a script's `&` SIGINT.
-        self._numbers = [one for one in stop_signals if signal.getsignal(one) != signal.SIG_IGN]
-        self.handle_by(self._interrupt)
-
-    def handle_by(self, handler: Any) -> None:
-        """Let this handle the stop signals from here on."""
-        for number in self._numbers:
-            signal.signal(number, handler)
-
-    def _interrupt(self, number: int, _: Any) -> None:
-        if self.received is None:
-            self.received, self._received_at = signal.Signals(number), time.monotonic()
-            raise KeyboardInterrupt
-        if time.monotonic() > self._received_at + 1:  # `timeout` sends its signal twice
-            os._exit(128 + number)
 
 
 def _explain(error: BaseException, received: signal.Signals | None) -> int:
@@ -366,9 +295,5 @@ def _explain(error: BaseException, received: signal.Signals | None) -> int:
     return code
 
 
-def _say(text: str, end: str = "\n") -> None:
-    """Write to standard error, whose reader may be gone, or whose disk may be full."""
-    try:
-        print(text, end=end, file=sys.stderr, flush=True)
-    except OSError:  # at exit Python would try again to write it, and end with code 120
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -3,9 +3,6 @@
 The text below a field is its help; brackets in it hold the value of an unset field.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,10 +19,9 @@ from pydantic import (
 )
 
 from mnistsum_ray.data.columns import Column
-from mnistsum_ray.data.images import Images, Photos
 from mnistsum_ray.errors import RequestError, did_you_mean, shortened, spelled
 from mnistsum_ray.storage.uri import SECRETS_REFUSED, hide_secrets, may_hold_secrets
-from mnistsum_ray.task import BUILT_IN, Settings, Task
+from mnistsum_ray.task import BUILT_IN, Task
 from mnistsum_ray.task_loader import load_task, task_name
 
 if TYPE_CHECKING:  # a program may pass a Path, or a list: `_check_texts` makes texts of them
@@ -36,12 +32,13 @@ else:
 
 
 class JobConfig(BaseModel):
-    """Base of all configs. RequestError: fields are wrong; its line names each."""
+    """Base of all configs. RequestError: fields are wrong; its line names the flag of each."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,  # `name: 7` in YAML
         hide_input_in_errors=True,  # messages would quote the values, and so secrets
     )
 
@@ -51,14 +48,7 @@ class JobConfig(BaseModel):
             try:
                 super().__init__(**fields)
             except ValidationError as error:
-                known = type(self).model_fields
-                raise RequestError(explain_fields(error, str, known)) from error
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Let `help(TrainConfig)` say what each field means."""
-        fields = [f"{name}: {field.description}" for name, field in cls.model_fields.items()]
-        cls.__doc__ = "\n\n".join([cls.__doc__ or "", *fields])
+                raise RequestError(explain_fields(error, type(self))) from error
 
     @field_validator("*", mode="before")
     @classmethod
@@ -66,32 +56,33 @@ class JobConfig(BaseModel):
         """Make texts of paths, and refuse those that hold secrets."""
         is_list = isinstance(value, list | tuple)
         values = value if is_list else [value]
-        if any(isinstance(one, Path) and re.match(r"\w+:/", str(one)) for one in values):
-            raise ValueError("a Path holds no URI; give a text")  # str(Path("s3://b")) is "s3:/b"
         texts = [str(one) if isinstance(one, Path) else one for one in values]
         if any(isinstance(text, str) and may_hold_secrets(text) for text in texts):
             raise ValueError(SECRETS_REFUSED)
         return texts if is_list else texts[0]
 
 
-def explain_fields(
-    error: ValidationError, shown: Callable[[str], str], known: Iterable[str]
-) -> str:
-    """One line on all fields that are wrong or missing; `shown` makes the name of a field."""
-    problems: dict[str, list[str]] = defaultdict(list)
+def flag_name(field: str) -> str:
+    """The flag of a field, by which messages name it."""
+    return f"--{field.replace('_', '-')}"
+
+
+def explain_fields(error: ValidationError, kind: type[BaseModel]) -> str:
+    """One line on all fields that are wrong or missing."""
+    problems: dict[str, str] = {}
     for found in error.errors():
-        field = hide_secrets(str(found["loc"][0]))
+        field = str(found["loc"][0])
         problem = found["msg"].removeprefix("Value error, ")
         if found["type"] == "missing":
             problem = "required"
         elif found["type"] == "extra_forbidden":
-            problem = f"there is no such setting{did_you_mean(field, known)}"
+            problem = f"there is no such setting{did_you_mean(field, kind.model_fields)}"
         elif found["type"] != "value_error":  # pydantic's own; this package's say enough
             got = shortened(spelled(found["input"]))
             problem = f"{problem[:1].lower()}{problem[1:]}, got {got!r}"
-        problems[shown(shortened(field))].append(problem)
-    # Where a type is a union, each of its types has a problem.
-    return "; ".join(f"{name}: {', or '.join(texts)}" for name, texts in problems.items())
+        # Where a type is a union, each of its types has a problem: the first says enough.
+        problems.setdefault(shortened(hide_secrets(flag_name(field))), problem)
+    return "; ".join(f"{flag}: {problem}" for flag, problem in problems.items())
 
 
 class TaskConfig(JobConfig):
@@ -112,26 +103,6 @@ class TaskConfig(JobConfig):
     def __new__(cls, **fields: Any) -> Self:
         """Make the config of the task's own class."""
         return object.__new__(cls.of_task(fields.get("task")))
-
-    if not TYPE_CHECKING:
-
-        def __init__(self, **fields: Any) -> None:
-            super().__init__(**fields)
-            self._check_pictures()
-
-    def _check_pictures(self) -> None:
-        """RequestError: a column of pictures would be another column of the task too."""
-        columns = self.columns_of(self.task_class)
-        names = {key: name or _usual(key, columns[key][0]) for key, name in self.columns.items()}
-        for key, (column, _) in columns.items():
-            others = [other for other in names if other != key and names[other] == names[key]]
-            if others and isinstance(column, Images | Photos):
-                what = f"is the column of the {others[0]} too; pictures need their own"
-                raise RequestError(f"{self.flag_of(key)}: {what}")
-
-    def __reduce__(self) -> Any:  # a class that `of_task` makes has no place in a module
-        kind = type(self).__mro__[1]
-        return _make_again, (kind, self.task_class, self.__dict__, self.__pydantic_fields_set__)
 
     @classmethod
     def of_task(cls, named: Any) -> type[Self]:
@@ -156,9 +127,9 @@ class TaskConfig(JobConfig):
         raise NotImplementedError
 
     @classmethod
-    def settings_of(cls, task: type[Task]) -> type[Settings] | None:
-        """The settings of a task that are fields here."""
-        return None
+    def fields_of(cls, task: type[Task]) -> dict[str, Any]:
+        """More fields of this job that depend on the task: their types and defaults."""
+        return {}
 
     @property
     def columns(self) -> dict[str, str | None]:
@@ -168,38 +139,31 @@ class TaskConfig(JobConfig):
     @classmethod
     def flag_of(cls, key: str) -> str:
         """The flag for the name of a task's column."""
-        return f"--{cls.column_fields[key].replace('_', '-')}"
+        return flag_name(cls.column_fields[key])
 
 
 @cache
 def _config_class(kind: Any, task: Any) -> Any:
     """The subclass of a config with the columns and settings of a task as fields."""
-    fields: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     column_fields: dict[str, str] = {}
     for key, (column, unset) in kind.columns_of(task).items():
-        field = column.flag or f"{key}_column"
+        column_fields[key] = column.flag or f"{key}_column"
         text = f"column of the {key}: {column.form} [{unset}]"
-        fields[field] = (str | None, Field(default=None, min_length=1, description=text))
-        column_fields[key] = field
-    if task.data_names and issubclass(kind, TrainConfig):
-        meanings = [f"{name} ({meaning})" for name, meaning in task.data_names.items()]
-        text = f"folder or URI of Parquet files, or {', '.join(meanings)}"
-        fields["data"] = (Place, Field(default=next(iter(task.data_names)), description=text))
-    settings = kind.settings_of(task)
-    setting_fields = settings.model_fields if settings else {}
-    for name in [*column_fields.values(), *setting_fields]:
-        if name in kind.model_fields or (name in fields and name in setting_fields):
-            flag = f"--{name.replace('_', '-')}"
-            raise RequestError(f"--task {task_name(task)}: two flags are {flag}; rename one")
-    fields |= {name: (field.annotation, field) for name, field in setting_fields.items()}
+        field = Field(default=None, min_length=1, description=text)
+        columns[column_fields[key]] = (str | None, field)
+    settings = task.Settings.model_fields if kind is TrainConfig else {}
+    for name in [*columns, *settings]:
+        if name in kind.model_fields or (name in columns and name in settings):
+            clash = f"two flags are {flag_name(name)}; rename one"
+            raise RequestError(f"--task {task_name(task)}: {clash}")
+    fields: dict[str, Any] = {}
+    for name, field in settings.items():
+        fields[name] = (field.annotation, field)
+    fields |= columns | kind.fields_of(task)
     made = create_model(kind.__name__, __base__=kind, __module__=kind.__module__, **fields)
     made.task_class, made.column_fields = task, column_fields
-    made.setting_fields = tuple(setting_fields)
-    return made
-
-
-def _make_again(kind: Any, task: Any, fields: dict[str, Any], given: set[str]) -> TaskConfig:
-    made: TaskConfig = _config_class(kind, task).model_construct(_fields_set=given, **fields)
+    made.setting_fields = tuple(settings)
     return made
 
 
@@ -260,8 +224,12 @@ class TrainConfig(TaskConfig):
         return {key: (column, _usual(key, column)) for key, column in columns.items()}
 
     @classmethod
-    def settings_of(cls, task: type[Task]) -> type[Settings] | None:
-        return task.Settings
+    def fields_of(cls, task: type[Task]) -> dict[str, Any]:
+        if not task.data_names:
+            return {}
+        meanings = [f"{name} ({meaning})" for name, meaning in task.data_names.items()]
+        text = f"folder or URI of Parquet files, or {', '.join(meanings)}"
+        return {"data": (Place, Field(default=next(iter(task.data_names)), description=text))}
 
     @property
     def settings(self) -> Any:
@@ -270,7 +238,7 @@ class TrainConfig(TaskConfig):
         try:
             return self.task_class.Settings(**given)
         except ValidationError as error:
-            raise RequestError(explain_fields(error, str, self.setting_fields)) from error
+            raise RequestError(explain_fields(error, self.task_class.Settings)) from error
 
     @field_validator("num_workers", mode="wrap")
     @classmethod

@@ -1,6 +1,5 @@
 """The config of a job has its task's columns and settings, as fields and as flags."""
 
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,18 +32,16 @@ def test_a_config_has_the_fields_of_its_task() -> None:
     assert built_in.columns == {"image": None, "digit": None}, "a training draws the numbers"
     scoring = ScoreConfig(model="m", input="i", output="o")
     assert scoring.columns == {"image": None, "number": None, "digit": None}
-    with pytest.raises(RequestError, match=r"^hidden: there is no such setting"):
+    with pytest.raises(RequestError, match=r"^--hidden: there is no such setting"):
         ScoreConfig(task=Points, model="m", input="i", output="o", hidden=5)  # the model's is taken
 
 
-def test_a_config_of_a_task_goes_to_other_processes_and_is_made_again_from_its_fields() -> None:
+def test_a_config_of_a_task_is_made_again_from_its_fields() -> None:
     config = TrainConfig(task=Points, data="d", hidden=5, epochs=2)
-    for again in (pickle.loads(pickle.dumps(config)), config.model_copy()):
-        assert again == config
-        assert type(again) is type(config)
-        assert again.model_fields_set == {"task", "data", "hidden", "epochs"}
-    fields = config.model_dump(mode="json")
-    assert TrainConfig(**fields) == config
+    again = config.model_copy()
+    assert (again, type(again)) == (config, type(config))
+    assert again.model_fields_set == {"task", "data", "hidden", "epochs"}
+    assert TrainConfig(**config.model_dump(mode="json")) == config
     changed = config.model_copy(update={"dropout": 0.5})
     assert (changed.settings.dropout, config.settings.dropout) == (0.5, None)
 
@@ -73,7 +70,7 @@ def test_help_names_them_with_their_meanings(capsys: pytest.CaptureFixture[str])
 WRONG: list[tuple[list[str], str]] = [
     (["--recipe", "quick"], "--recipe: there is no such flag"),
     (["--hiden", "5"], "--hiden: there is no such flag; did you mean --hidden?"),
-    (["--hidden", "0"], "--hidden: input should be greater than or equal to 1, got '0' (see"),
+    (["--hidden", "0"], "--hidden: input should be greater than or equal to 1, got '0'"),
     (["--kind", "flat"], "--kind: input should be 'plain' or 'deep', got 'flat'"),
     (["--label-column", "x"], "--label-column: there is no such flag"),
 ]
@@ -121,14 +118,10 @@ TASKS: list[tuple[Any, str]] = [
     (changed(name=""), "name is '', and must be a text"),
     (changed(inputs={}), "inputs is {}, and must be a dict of columns"),
     (changed(labels={"side": 2}), "column 'side' is 2, and must be Images, Whole, …"),
-    (changed(labels={"a side": Whole(2)}), "column 'a side' needs a name as Python has them"),
     (changed(labels={"place": Whole(2)}), "column 'place' is there twice, in inputs and in labels"),
     (changed(labels={"path": Whole(2)}), "no column may be row_id, reason or path, which"),
-    (changed(drawn=frozenset({"x"})), "drawn has 'x', which is not in inputs"),
-    (changed(drawn=frozenset({"place"})), "drawn has all inputs; training must read one"),
     (changed(outputs=pa.schema({})), "must be a pyarrow.schema with a field or more"),
-    (changed(outputs=pa.schema({"Reason": pa.int8()})), "outputs has 'reason', which scoring adds"),
-    (changed(outputs=pa.schema([("x", pa.int8()), ("X", pa.int8())])), "outputs has 'x' twice"),
+    (changed(outputs=pa.schema({"reason": pa.int8()})), "outputs has 'reason', which scoring adds"),
     (changed(Settings=dict), "Settings must be a subclass of mnistsum_ray.Settings"),
     (changed(Settings=Clash), "two flags are --epochs; rename one"),
     (changed(labels={"data": Floats(flag="data")}), "two flags are --data; rename one"),

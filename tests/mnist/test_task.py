@@ -162,5 +162,7 @@ def test_few_rows_have_smaller_batches_and_what_is_given_stays() -> None:
         assert (defaults["epochs"], defaults["batch_size"]) == (epochs, batch_size)
     long = TrainConfig(recipe="long").settings
     assert MnistSum(long).defaults(60_000)["dropout"] == 0.25
-    with pytest.raises(RequestError, match=r"^recipe: input should be 'quick', 'short' or 'long'"):
+    with pytest.raises(
+        RequestError, match=r"^--recipe: input should be 'quick', 'short' or 'long'"
+    ):
         TrainConfig(recipe="longer")

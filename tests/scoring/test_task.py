@@ -184,7 +184,6 @@ def test_a_task_that_breaks_its_promises_ends_the_run_in_one_line(
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"price_column": "price"}, "^--kind-column: metrics need all labels, so name this one too"),
     ({"precision": "bf16"}, "^--precision bf16: task houses needs fp32"),
-    ({"photo_column": "sizes"}, "--photo-column: is the column of the sizes too"),
 ]
 
 
