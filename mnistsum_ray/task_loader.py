@@ -4,9 +4,7 @@ A task is code. It is loaded because `--task` or `task=` names it, and never bec
 """
 
 import hashlib
-import inspect
 import sys
-from collections.abc import Collection
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -30,8 +28,7 @@ def load_task(named: Any) -> type[Task]:
     if isinstance(named, type):
         found, shown = named, task_name(named)
     else:
-        shown = str(named)
-        found = _find(shown)
+        found, shown = _find(named), named
     if not issubclass(found, Task):
         raise RequestError(f"--task {shown}: is no subclass of {_PACKAGE}.Task")
     problem = _problem(found)
@@ -89,61 +86,41 @@ def code_of(task: type[Task]) -> str:
     """
     if task.__module__.startswith(f"{_PACKAGE}."):
         return BUILT_IN
-    file = getattr(sys.modules.get(task.__module__), "__file__", None)
-    if file is None or not Path(file).is_file():
-        try:
-            return hashlib.sha256(inspect.getsource(task).encode()).hexdigest()
-        except (OSError, TypeError):
-            return ""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    file = Path(getattr(sys.modules.get(task.__module__), "__file__", None) or "")
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _problem(task: type[Task]) -> str | None:
     """Why a class is no whole task; None if it is one."""
     if task.__abstractmethods__:
         return f"lacks the method {min(task.__abstractmethods__)}"
-    for name, kind in (("name", str), ("inputs", dict), ("labels", dict), ("outputs", pa.Schema)):
+    wanted: dict[str, tuple[type, str]] = {
+        "name": (str, "a text"),
+        "inputs": (dict, "a dict of columns"),
+        "labels": (dict, "a dict of columns"),
+        "outputs": (pa.Schema, "a pyarrow.schema with a field or more"),
+    }
+    for name, (kind, meaning) in wanted.items():
         value = getattr(task, name, None)
         if not value or not isinstance(value, kind):
-            wanted = {"inputs": "a dict of columns", "labels": "a dict of columns"}.get(
-                name, "a text" if kind is str else "a pyarrow.schema with a field or more"
-            )
-            return f"{name} is {shortened(repr(value))}, and must be {wanted}"
+            return f"{name} is {shortened(repr(value))}, and must be {meaning}"
     if not (isinstance(task.Settings, type) and issubclass(task.Settings, Settings)):
         return f"Settings must be a subclass of {_PACKAGE}.Settings"
-    columns = [*task.inputs.items(), *task.labels.items()]
-    for key, column in columns:
+    columns = {**task.inputs, **task.labels}
+    for key, column in columns.items():
         if not isinstance(column, Column):
             return f"column {key!r} is {shortened(repr(column))}, and must be Images, Whole, …"
-        if not str(key).isidentifier():
-            return f"column {key!r} needs a name as Python has them, such as a_name"
-    keys = [key for key, _ in columns]
-    if len({*keys}) < len(keys):
-        return f"column {_twice(keys)!r} is there twice, in inputs and in labels"
-    if {"row_id", "reason", "path"} & {*keys}:
+    both = task.inputs.keys() & task.labels.keys()
+    if both:
+        return f"column {min(both)!r} is there twice, in inputs and in labels"
+    if {"row_id", "reason", "path"} & columns.keys():
         return "no column may be row_id, reason or path, which the training adds"
-    if not task.drawn <= task.inputs.keys():
-        return f"drawn has {min(task.drawn - task.inputs.keys())!r}, which is not in inputs"
-    if task.drawn == task.inputs.keys():
-        return "drawn has all inputs; training must read one"
     for field in task.outputs:
         kind = field.type.value_type if pa.types.is_list(field.type) else field.type
         is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
         if not is_number and not pa.types.is_boolean(kind):
             known = "an integer, a float, a bool, or pa.list_ of one"
             return f"outputs has {field.name!r} of type {field.type}, and must be {known}"
-    names = [name.lower() for name in task.outputs.names]
-    if "reason" in names:
+    if "reason" in task.outputs.names:
         return "outputs has 'reason', which scoring adds; rename it"
-    if len({*names}) < len(names):
-        return f"outputs has {_twice(names)!r} twice"
     return None
-
-
-def _twice(names: Collection[str]) -> str:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return ""

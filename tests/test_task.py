@@ -1,6 +1,5 @@
 """A task that is none, or breaks a promise: one line, exit code 2, and nothing is written."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mnistsum_ray.cli import main
-from mnistsum_ray.errors import RequestError
-from mnistsum_ray.task_loader import load_task
 
 GOOD = """
 import pyarrow as pa
@@ -77,16 +74,7 @@ NUMBERS = '{"epochs": 1, "batch_size": 8, "learning_rate": 0.1'
 AUGMENT = ("self, batch, draws", "task plain: augment ")
 MORE: list[tuple[str, str]] = [
     (method("loss", "return outputs.mean()"), "task plain: loss must return a tensor of "),
-    (method("loss", "return batch['y']"), "task plain: loss must return a tensor of floating"),
-    (method("loss", "return 1 / 0"), "task plain: loss raised ZeroDivisionError: "),
-    (method("predict", "return {'y': outputs.argmax(1)}"), "predict must return the columns of "),
-    (method("predict", "return 1 / 0"), "task plain: predict raised ZeroDivisionError: "),
-    (method("judge", "return 1 / 0", "self, predicted, batch"), "task plain: judge raised ZeroD"),
     (method("network", "return 1 / 0", "self"), "task plain: network raised ZeroDivisionError: "),
-    (
-        method("network", "return First(nn.Linear(3, 2), nn.BatchNorm1d(2))", "self"),
-        "task plain: network has BatchNorm1d (1), by which the rows of a batch depend on each",
-    ),
     (method("augment", "return 1 / 0", AUGMENT[0]), f"{AUGMENT[1]}raised ZeroDivisionError: "),
     (
         method("augment", "return {'x': batch['x']}", AUGMENT[0]),
@@ -98,35 +86,10 @@ MORE: list[tuple[str, str]] = [
     ),
     (method("augment", "return None", AUGMENT[0]), f"{AUGMENT[1]}must return a dict of arrays"),
     (method("evaluate", "return 1 / 0", "self, *_"), "task plain: evaluate raised ZeroDivision"),
-    (method("metrics", "return 1 / 0", "self, *_"), "task plain: metrics raised ZeroDivision"),
-    (
-        method("optimizer", "return 1 / 0", "self, *_, bf16"),
-        "task plain: optimizer raised ZeroDivisionError: ",
-    ),
     (method("defaults", "return {'batch_size': 8}", "self, rows"), "defaults must have 'epochs'"),
     (method("defaults", f"return {NUMBERS}, 'z': 1}}", "self, rows"), "defaults has 'z', which is"),
     (method("defaults", "return 1 / 0", "self, rows"), "task plain: defaults raised ZeroDivision"),
     ("    inputs = {'x': 3}\n", "task.py:Plain: column 'x' is 3, and must be Images, Whole, …"),
-    ("    inputs = {}\n", "task.py:Plain: inputs is {}, and must be a dict of columns"),
-    ("    inputs = {'y': Whole(2)}\n", "column 'y' is there twice, in inputs and in labels"),
-    ("    inputs = {'reason': Whole(2)}\n", "no column may be row_id, reason or path, which"),
-    ("    outputs = pa.schema({'reason': pa.int8()})\n", "outputs has 'reason', which scoring"),
-    (
-        "    outputs = pa.schema([('a', pa.int8()), ('A', pa.int8())])\n",
-        "task.py:Plain: outputs has 'a' twice",
-    ),
-    ("    outputs = None\n", "outputs is None, and must be a pyarrow.schema with a field or more"),
-    ("    name = 3\n", "task.py:Plain: name is 3, and must be a text"),
-    ("    Settings = int\n", "task.py:Plain: Settings must be a subclass of mnistsum_ray.Settings"),
-    (
-        "    class Settings(Settings):\n        epochs: int = 3\n",
-        "task.py:Plain: two flags are --epochs; rename one",
-    ),
-    (
-        "    class Settings(Settings):\n        x_column: int = 3\n",
-        "task.py:Plain: two flags are --x-column; rename one",
-    ),
-    ("    drawn = frozenset({'z'})\n", "task.py:Plain: drawn has 'z', which is not in inputs"),
 ]
 
 
@@ -140,11 +103,7 @@ def test_a_broken_promise_is_refused_before_anything_is_written(
 
 CHANGED: list[tuple[str, str, str]] = [
     ("    def judge(", "    def judged(", "task.py:Plain: lacks the method judge"),
-    ("class Plain(Task)", "class Plane(Task)", "there is no class Plain in "),
-    ("class Plain(Task)", "class Plain", "task.py:Plain: is no subclass of mnistsum_ray.Task"),
     ("import pyarrow", "import no_such_module as", "cannot be imported: SyntaxError: "),
-    ("from torch", "from no_such_module", "cannot be imported: ModuleNotFoundError: No module"),
-    ('    name = "plain"\n', "", "task.py:Plain: name is None, and must be a text"),
     ('"x": Floats(3)', '"z": Floats(3)', "z"),  # a column that no file has
 ]
 
@@ -154,18 +113,3 @@ def test_what_is_no_whole_task_is_refused(
     rows: Path, old: str, new: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in refusal(rows.parent, GOOD.replace(old, new), capsys)
-
-
-NAMED = [
-    ("none.py:Plain", "there is no file none.py"),
-    ("task.py", "must be file.py:Class or module:Class"),
-    ("no_such_module:Plain", "cannot be imported: ModuleNotFoundError: "),
-    ("mnistsum_ray.mnist.task:MnistSun", "there is no class MnistSun in .*; did you mean MnistSum"),
-    ("mnistsum_ray.mnist.task:MnistSettings", "is no subclass of mnistsum_ray.Task"),
-]
-
-
-@pytest.mark.parametrize(("named", "said"), NAMED)
-def test_a_name_of_no_task_is_refused(named: str, said: str) -> None:
-    with pytest.raises(RequestError, match=rf"^--task {re.escape(named)}: {said}"):
-        load_task(named)

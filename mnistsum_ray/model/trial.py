@@ -28,41 +28,40 @@ def try_task(task: Task, network: nn.Module | None = None) -> tuple[str, ...]:
     the rows of a batch together.
     """
     try:
-        return _try(task, network)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # a program's own draws stay
+            if network is not None:
+                return _try_scoring(task, network)
+            with calling(task, "network"):
+                network = task.network()
+            _check(task, "network", isinstance(network, nn.Module), "must return a torch.nn.Module")
+            names = _try_scoring(task, network.eval())
+            _try_training(task, network)
+            return names
     except TaskError as error:
         raise RequestError(str(error)) from error
 
 
-@torch.random.fork_rng(devices=[])  # a program's own draws stay as they are
-def _try(task: Task, given: nn.Module | None) -> tuple[str, ...]:
-    network = given
-    if network is None:
-        with calling(task, "network"):
-            network = task.network()
-    _check(task, "network", isinstance(network, nn.Module), "must return a torch.nn.Module")
-    _check_layers(task, network)
-    was_training = network.training
-    network.eval()
-    rows = _random_rows({**task.inputs, **task.labels})
-    batch = {key: torch.from_numpy(values) for key, values in rows.items()}
-    with torch.no_grad():
-        outputs = forward(task, network, batch, bf16=False)
-        with calling(task, "loss"):
-            loss = task.loss(outputs, batch)
-        _check_rows(task, "loss", loss, "f")
-        with calling(task, "predict"):
-            predicted = task.predict(outputs, batch)
-        _check_predicted(task, predicted)
-        _check_alone(task, network, batch, predicted)
-        scalars = {name: values for name, values in predicted.items() if values.dim() == 1}
-        with calling(task, "judge"):  # scoring has lists only with `--probabilities`
-            judged = task.judge(scalars, batch)
-        _check(task, "judge", isinstance(judged, dict), "must return a dict of tensors")
-        for name, values in judged.items():
-            _check_rows(task, f"judge[{name!r}]", values, "fib")
-    network.train(was_training)
-    if given is None:
-        _try_training(task, network)
+def _try_scoring(task: Task, network: nn.Module) -> tuple[str, ...]:
+    for name, layer in network.named_modules():
+        is_batch_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        problem = f"has {type(layer).__name__} ({name}), by which the rows of a batch depend on "
+        problem += "each other and on the number of workers; take GroupNorm or LayerNorm"
+        _check(task, "network", not is_batch_norm, problem)
+    batch = _tensors(_random_rows({**task.inputs, **task.labels}))
+    outputs = forward(task, network, batch, bf16=False)
+    with calling(task, "loss"):
+        loss = task.loss(outputs, batch)
+    _check_rows(task, "loss", loss, "f")
+    with calling(task, "predict"):
+        predicted = task.predict(outputs, batch)
+    _check_predicted(task, predicted)
+    _check_alone(task, network, batch, predicted)
+    scalars = {name: values for name, values in predicted.items() if values.dim() == 1}
+    with calling(task, "judge"):  # scoring has lists only with `--probabilities`
+        judged = task.judge(scalars, batch)
+    _check(task, "judge", isinstance(judged, dict), "must return a dict of tensors")
+    for name, values in judged.items():
+        _check_rows(task, f"judge[{name!r}]", values, "fib")
     return tuple(judged)
 
 
@@ -76,21 +75,13 @@ def _try_training(task: Task, network: nn.Module) -> None:
     for key, array in augmented.items():
         is_whole = isinstance(array, np.ndarray) and len(array) == _ROWS
         _check(task, f"augment[{key!r}]", is_whole, f"must be an array of {_ROWS} for {_ROWS} rows")
-    batch = {key: torch.from_numpy(values) for key, values in rows.items()}
-    with torch.no_grad():
-        outputs = forward(task, network.eval(), batch, bf16=False)
-        with calling(task, "evaluate"):
-            found = task.evaluate(network, outputs, batch)
-    _check(task, "evaluate", "loss" in found, "must return a 'loss'")
+    batch = _tensors(rows)
+    outputs = forward(task, network, batch, bf16=False)
+    with calling(task, "evaluate"):
+        found = task.evaluate(network, outputs, batch)
     for name, values in found.items():
         _check_rows(task, f"evaluate[{name!r}]", values, "fib")
-    with calling(task, "metrics"):
-        metrics = task.metrics(_ROWS, {name: float(sum(found[name])) for name in found})
-    _check(task, "metrics", "loss" in metrics, "must return a 'loss'")
-    with calling(task, "optimizer"):
-        optimizer = task.optimizer(network, 0.0, bf16=False)
-    is_optimizer = isinstance(optimizer, torch.optim.Optimizer)
-    _check(task, "optimizer", is_optimizer, "must return a torch.optim.Optimizer")
+    _check(task, "evaluate", "loss" in found, "must return a 'loss'")
 
 
 def _random_rows(columns: Mapping[str, Column]) -> Arrays:
@@ -98,44 +89,38 @@ def _random_rows(columns: Mapping[str, Column]) -> Arrays:
     return {key: column.random(_ROWS, generator) for key, column in columns.items()}
 
 
+def _tensors(rows: Arrays) -> Batch:
+    return {key: torch.from_numpy(values) for key, values in rows.items()}
+
+
 def _check(task: Task, method: str, is_right: bool, promise: str) -> None:
     if not is_right:
         raise TaskError(f"task {task.name}: {method} {promise}")
 
 
-def _check_rows(task: Task, what: str, values: Any, kinds: str, length: str = "") -> None:
-    """Check that a method has returned a tensor [n] of some kinds; with `length` [n, length]."""
+def _check_rows(task: Task, what: str, values: Any, kinds: str, dimensions: int = 1) -> None:
+    """Check that a method has returned a tensor [n], or [n, length], of some kinds."""
     wanted = " or ".join(_KINDS[kind] for kind in kinds)
-    promise = f"must return a tensor of {wanted} [{_ROWS}{length}] for {_ROWS} rows"
+    shape = f"[{_ROWS}]" if dimensions == 1 else f"[{_ROWS}, length]"
+    promise = f"must return a tensor of {wanted} {shape} for {_ROWS} rows"
     _check(task, what, isinstance(values, Tensor), f"{promise}, not {type(values).__name__}")
-    has_shape = values.dim() == (2 if length else 1) and len(values) == _ROWS
-    kind = values.numpy().dtype.kind if values.dtype != torch.bfloat16 else "f"
+    has_shape = values.dim() == dimensions and len(values) == _ROWS
+    kind = "f" if values.is_floating_point() else "b" if values.dtype == torch.bool else "i"
     found = f"{str(values.dtype).removeprefix('torch.')}{list(values.shape)}"
     _check(task, what, has_shape and kind in kinds, f"{promise}, not {found}")
-    _check(task, what, values.device.type == "cpu", f"{promise} on their device ({values.device})")
 
 
 def _check_predicted(task: Task, predicted: Any) -> None:
     _check(task, "predict", isinstance(predicted, dict), "must return a dict of tensors")
-    promised, found = {*task.outputs.names}, {*predicted}
-    if promised != found:
-        missing, more = sorted(promised - found), sorted(found - promised)
-        names = f"lacks {missing[0]!r}" if missing else f"has {more[0]!r}"
-        _check(task, "predict", False, f"must return the columns of outputs, and {names}")
+    names = f"{sorted(task.outputs.names)}, not {sorted(predicted)}"
+    is_whole = {*task.outputs.names} == {*predicted}
+    _check(task, "predict", is_whole, f"must return the columns of outputs: {names}")
     for field in task.outputs:
         is_list = pa.types.is_list(field.type)
         kind = np.dtype((field.type.value_type if is_list else field.type).to_pandas_dtype()).kind
-        length = ", length" if is_list else ""
+        kind = "i" if kind == "u" else kind
         what = f"predict[{field.name!r}]"
-        _check_rows(task, what, predicted[field.name], {"u": "i"}.get(kind, kind), length)
-
-
-def _check_layers(task: Task, network: nn.Module) -> None:
-    for name, layer in network.named_modules():
-        is_batch_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        problem = f"has {type(layer).__name__} ({name}), by which the rows of a batch depend on "
-        problem += "each other and on the number of workers; take GroupNorm or LayerNorm"
-        _check(task, "network", not is_batch_norm, problem)
+        _check_rows(task, what, predicted[field.name], kind, 2 if is_list else 1)
 
 
 def _check_alone(task: Task, network: nn.Module, batch: Batch, predicted: dict[str, Any]) -> None:
