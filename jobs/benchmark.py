@@ -69,15 +69,18 @@ def timed(epochs: Iterable[Iterable[Any]], step: Callable[[Any], object]) -> flo
     rows, started = 0, 0.0
     for epoch, batches in enumerate(epochs):
         if epoch == 1:
-            if CUDA:
-                torch.cuda.synchronize()
+            wait_for_device()
             rows, started = 0, time.perf_counter()
         for batch in batches:
             step(batch)
             rows += len(next(iter(batch.values())))
+    wait_for_device()
+    return rows / (time.perf_counter() - started)
+
+
+def wait_for_device() -> None:
     if CUDA:
         torch.cuda.synchronize()
-    return rows / (time.perf_counter() - started)
 
 
 def project_step(task: Task) -> Callable[[Batch], None]:

@@ -22,9 +22,8 @@ def tune_malloc() -> None:
         return
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # in glibc's malloc.h
     mallopt = ctypes.CDLL(None).mallopt
-    # glibc before 2.35 takes 2^25 at most. If it takes neither, the two others stay unset: each of
-    # them fixes mmap_threshold at 128 KiB, and larger blocks would be given back each time.
-    if mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25):
+    # glibc before 2.35 takes less: then the two others, which fix mmap_threshold, stay unset.
+    if mallopt(mmap_threshold, 2**30):
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 2**28)
 

@@ -5,7 +5,6 @@ import json
 from typing import Any, Final, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -85,24 +84,13 @@ def load_model(place: Location, task: type[Task]) -> LoadedModel:
         name = description["task"]["name"]
         if name != task.name:
             raise ValueError(f"its task is {name}, and not {task.name}; give its --task")
-        made = task(make_settings(task, description["settings"]))
+        made = task(task.Settings(**description["settings"]))
         network = made.network().eval()
         network.load_state_dict(weights)
     except Exception as error:  # libraries raise many types for bytes that anybody may have written
         reason = shortened(one_line(error))
         raise RequestError(f"{file.display}: cannot be used: {reason}") from None
     return LoadedModel(made, network, description)
-
-
-def make_settings(task: type[Task], stored: dict[str, Any]) -> Any:
-    """The settings that a model was trained with. ValueError: the task has them no longer."""
-    try:
-        return task.Settings(**stored)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        problem = f"its setting {name!r} is not one of the task's now ({first['msg']})"
-        raise ValueError(f"{problem}; give the task's file as it was") from None
 
 
 def read_header(data: bytes) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Inference: batched prediction on a device, and predictions as columns of a table."""
 
-from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -149,18 +148,14 @@ def sum_metrics(
     task: Task, predictions: Arrays, rows: Arrays, is_labelled: npt.NDArray[np.bool_]
 ) -> dict[str, float]:
     """Sums of `judge` over the labelled rows, which have predictions, inputs and labels."""
-    predicted = _as_tensors(predictions, is_labelled, lambda key, values: values)
     columns = {**task.inputs, **task.labels}
-    batch = _as_tensors(rows, is_labelled, lambda key, values: columns[key].load(values))
+    batch = {}
+    for key, values in rows.items():
+        batch[key] = torch.from_numpy(columns[key].load(values[is_labelled]))
+    predicted = {key: torch.from_numpy(values[is_labelled]) for key, values in predictions.items()}
     with calling(task, "judge"):
         judged = task.judge(predicted, batch)
     return {name: float(values.double().sum()) for name, values in judged.items()}
-
-
-def _as_tensors(
-    rows: Arrays, is_taken: npt.NDArray[np.bool_], load: Callable[[str, Array], Array]
-) -> dict[str, Tensor]:
-    return {key: torch.from_numpy(load(key, values[is_taken])) for key, values in rows.items()}
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -5,7 +5,6 @@ Ray sends its last values to the agent of its node, which keeps counters while R
 gauges for 20 s.
 """
 
-from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -23,7 +22,7 @@ GAUGES: Final = {
 
 
 class JobMetrics:
-    """Metrics of one job. A value that Ray refuses is left out, and does not end the job.
+    """Metrics of one job.
 
     Tags: `kind` (train or score) and `run` (the run or output folder, percent-encoded: Ray's tags
     must be ASCII).
@@ -47,11 +46,9 @@ class JobMetrics:
             name = f"mnistsum_{short}"
             more = total - self._counted[name]
             if more > 0:
-                with suppress(Exception):
-                    self._metrics[name].inc(more)
+                self._metrics[name].inc(more)
                 self._counted[name] = total
 
     def set(self, **values: float) -> None:
         for name, value in values.items():
-            with suppress(Exception):
-                self._metrics[f"mnistsum_{name}"].set(value)
+            self._metrics[f"mnistsum_{name}"].set(value)

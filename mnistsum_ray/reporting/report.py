@@ -33,8 +33,7 @@ def versions() -> dict[str, str]:
 
 def how_to_score(command: str, task: str, model: str) -> str:
     """The command that scores with a model; `task` is the text that names its task."""
-    named = task.replace("__main__:", "FILE.py:")  # of a notebook, which no command can name
-    of_task = "" if task == BUILT_IN else f" --task {shlex.quote(named)}"
+    of_task = "" if task == BUILT_IN else f" --task {shlex.quote(task)}"
     return f"{command}{of_task} --model {shlex.quote(model)} --input ROWS --output SCORED"
 
 
@@ -45,29 +44,26 @@ def report_page(
     pictures: Pictures,
 ) -> str:
     """Render the HTML page of a finished training: metrics, pictures, configuration."""
-    data, test = manifest["data"], description["test"]
-    cards = metric_cards(test)
-    speed, seconds = manifest["metrics"]["images_per_second"], manifest["training_seconds"]
-    cards.append((f"{speed:,.0f}", "training rows per second"))
-    cards.append((f"{seconds:,.0f} s", "for the epochs, evaluation included"))
-    on_sample = " (on the sample)" if data["notice"] else ""
-    counts = [f"{value:,} {name}" for name, value in test.items() if isinstance(value, int)]
-    tested = f"Epoch {description['epoch']}, on the test split: {', '.join(counts)}."
-    command = how_to_score("mnistsum score", manifest["config"]["task"], manifest["metrics"]["run"])
-    weights = {key: description[key] for key in ("parameters", "sha256")}
-    tables = [
-        *findings.tables,
-        reasons_table("Rejected rows", data["bad_rows"]),
-        settings_table(manifest, weights),
+    data, test, metrics = manifest["data"], description["test"], manifest["metrics"]
+    cards = [
+        *metric_cards(test),
+        (f"{metrics['images_per_second']:,.0f}", "training rows per second"),
+        (f"{manifest['training_seconds']:,.0f} s", "for the epochs, evaluation included"),
     ]
-    metrics = describe_metrics(test, counts=False)
+    on_sample = " (on the sample)" if data["notice"] else ""
+    tested = f"Epoch {description['epoch']}, on the test split of {test['rows']:,} rows."
+    weights = {key: description[key] for key in ("parameters", "sha256")}
     return render(
         pictures,
-        title=f"{manifest['config']['name']}: {metrics}{on_sample}",
+        title=f"{manifest['config']['name']}: {describe_metrics(test, counts=False)}{on_sample}",
         lines=[data["notice"], findings.notice, tested],
         cards=cards,
-        tables=tables,
-        command=command,
+        tables=[
+            *findings.tables,
+            reasons_table("Rejected rows", data["bad_rows"]),
+            settings_table(manifest, weights),
+        ],
+        command=how_to_score("mnistsum score", manifest["config"]["task"], metrics["run"]),
     )
 
 
@@ -77,10 +73,8 @@ def metric_cards(metrics: dict[str, Any], of_rows: str = "") -> list[tuple[str, 
     for name, value in metrics.items():
         if value is None or isinstance(value, int) or name == "loss":
             continue
-        meaning = short_name(name)
-        if name.endswith("_accuracy"):
-            meaning = f"{meaning} correct"
-        cards.append((metric_value(name, value), meaning + of_rows))
+        of_metric = " correct" if name.endswith("_accuracy") else ""
+        cards.append((metric_value(name, value), short_name(name) + of_metric + of_rows))
     return cards
 
 
