@@ -180,10 +180,6 @@ def guide(task: Task, what: str, folder: str, rows: int, *, is_tuned: bool = Fal
     return None
 
 
-def tuned(task: Task, what: str, folder: str, rows: int) -> float | None:
-    return guide(task, what, folder, rows, is_tuned=True)
-
-
 def train_by_guide(task: Task, folder: str, dataset: ray.data.Dataset, is_tuned: bool) -> float:
     def worker() -> float:
         torch.set_num_threads(CORES)  # Ray sets one, with which two cores train half as fast
@@ -224,25 +220,25 @@ def main() -> None:
     kind = load_task(args.task)
     defaults, settings = kind().defaults(rows), kind.Settings.model_fields
     task = kind(kind.Settings(**{key: defaults[key] for key in settings if key in defaults}))
-    measures: list[Any] = [bare, guide, tuned, project]
-    ways = {}
+    tuned = partial(guide, is_tuned=True)
+    ways: dict[str, Any] = {"bare": bare, "guide": guide, "tuned": tuned, "project": project}
+    rates = {}
     with TemporaryDirectory() as folder:
         if args.task == BUILT_IN:
-            measures.insert(0, original)
+            ways = {"original": original} | ways
         columns, arrays = {**task.inputs, **task.labels}, random_rows(task, rows)
         table = pa.table({key: columns[key].to_arrow(arrays[key]) for key in columns})
         repeated = table.take(pa.array(np.arange(rows) % len(table)))
         Path(folder, "rows").mkdir()
         pq.write_table(repeated, f"{folder}/rows/all.parquet", row_group_size=8192)
         save_model(task.network(), f"{folder}/model", task)  # the speed depends on no weights
-        for measure in measures:
+        for way, measure in ways.items():
             started = time.perf_counter()
             rate = measure(task, args.what, folder, rows)  # None: all seconds count
-            way = measure.__name__
-            ways[way] = rate or rows / (time.perf_counter() - started)
+            rates[way] = rate or rows / (time.perf_counter() - started)
             ray.shutdown()
-            print(f"{way:10}{ways[way]:12,.1f} rows/s", flush=True)
-    print(json.dumps({"rows": rows, "cores": CORES, "gpu": CUDA, "rows_per_second": ways}))
+            print(f"{way:10}{rates[way]:12,.1f} rows/s", flush=True)
+    print(json.dumps({"rows": rows, "cores": CORES, "gpu": CUDA, "rows_per_second": rates}))
 
 
 if __name__ == "__main__":
