@@ -27,7 +27,7 @@ def test_a_config_has_the_fields_of_its_task() -> None:
     assert type(config).model_fields["hidden"].description == "width of the hidden layer"
     assert "dropout" not in TrainConfig.model_fields, "the class itself has no task"
     built_in = TrainConfig()
-    assert (built_in.task, built_in.data, built_in.settings.recipe) == (BUILT_IN, "auto", "short")
+    assert (built_in.task, built_in.data, built_in.settings.recipe) == (BUILT_IN, "auto", None)
     assert built_in.flag_of("digit") == "--label-column"
     assert built_in.columns == {"image": None, "digit": None}, "a training draws the numbers"
     scoring = ScoreConfig(model="m", input="i", output="o")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mnistsum_ray.cli import COMMANDS, parse
-from mnistsum_ray.mnist.task import FEW_ROWS, MnistSum
+from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.model.trial import try_task
 from tests.jobs import ROOT
 
@@ -52,9 +52,8 @@ def test_a_command_that_is_shown_parses(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_recipes_have_the_epochs_that_readme_says() -> None:
     text = (ROOT / "README.md").read_text()
-    for recipe in ("quick", "short", "long"):
-        task = MnistSum(MnistSum.Settings(recipe=recipe))
-        epochs = task.defaults(FEW_ROWS)["epochs"]
+    for recipe in ("quick", "short", "long", "small"):
+        epochs = MnistSum(MnistSum.Settings(recipe=recipe)).defaults(1)["epochs"]
         assert re.search(rf"`{recipe}` \({epochs}\b", text), recipe
 
 

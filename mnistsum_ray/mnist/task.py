@@ -18,31 +18,54 @@ if TYPE_CHECKING:  # `--help` needs no torch, which takes seconds to import
 
 FEW_ROWS: Final = 20_000
 
-_LITTLE: Final = {"distortion": 0.5, "label_smoothing": 0.05, "dropout": 0.0}
-_MUCH: Final = {"distortion": 1.0, "label_smoothing": 0.05, "dropout": 0.25}
-
-_QUICK: Final = {"epochs": 1, "batch_size": 128, "learning_rate": 0.05} | _LITTLE
-_SHORT: Final = {"epochs": 5, "batch_size": 256, "learning_rate": 0.02} | _LITTLE
-_LONG: Final = {"epochs": 30, "batch_size": 128, "learning_rate": 0.02} | _MUCH
-_RECIPES: Final = {"quick": _QUICK, "short": _SHORT | {"label_smoothing": 0.0}, "long": _LONG}
-
-# Few rows make few steps an epoch. `short` is then the same as `quick`, whose rate these need.
-_QUICK_OF_FEW: Final = {"epochs": 3, "batch_size": 64, "learning_rate": 0.05} | _LITTLE
-_LONG_OF_FEW: Final = {"epochs": 40, "batch_size": 64, "learning_rate": 0.02} | _MUCH
-_OF_FEW_ROWS: Final = {"quick": _QUICK_OF_FEW, "short": _QUICK_OF_FEW, "long": _LONG_OF_FEW}
+_RECIPES: Final[dict[str, dict[str, Any]]] = {
+    "quick": {
+        "epochs": 1,
+        "batch_size": 128,
+        "learning_rate": 0.05,
+        "distortion": 0.5,
+        "label_smoothing": 0.05,
+        "dropout": 0.0,
+    },
+    "short": {
+        "epochs": 5,
+        "batch_size": 256,
+        "learning_rate": 0.02,
+        "distortion": 0.5,
+        "label_smoothing": 0.0,
+        "dropout": 0.0,
+    },
+    "long": {
+        "epochs": 30,
+        "batch_size": 128,
+        "learning_rate": 0.02,
+        "distortion": 1.0,
+        "label_smoothing": 0.05,
+        "dropout": 0.25,
+    },
+    # Few rows make few steps an epoch.
+    "small": {
+        "epochs": 3,
+        "batch_size": 64,
+        "learning_rate": 0.05,
+        "distortion": 0.5,
+        "label_smoothing": 0.05,
+        "dropout": 0.0,
+    },
+}
 
 
 class MnistSettings(Settings):
     """The built-in task's own settings."""
 
-    recipe: Literal["quick", "short", "long"] = "short"
-    """quick: the original's accuracy in less time; long: the highest, in more epochs"""
+    recipe: Literal["quick", "short", "long", "small"] | None = None
+    """what sets the others and epochs, batch size and rate [short; small under 20,000 rows]"""
     distortion: float | None = Field(default=None, ge=0, le=4)
-    """strength of random distortions [quick 0.5, short 0.5, long 1]"""
+    """strength of random distortions [of the recipe]"""
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
-    """share of other labels [quick 0.05, short 0, long 0.05; under 20,000 rows 0.05]"""
+    """share of other labels [of the recipe]"""
     dropout: float | None = Field(default=None, ge=0, lt=1)
-    """dropout rate of the last hidden layer [quick 0, short 0, long 0.25]"""
+    """dropout rate of the last hidden layer [of the recipe]"""
 
 
 class MnistSum(Task):
@@ -81,8 +104,8 @@ class MnistSum(Task):
         return MuonAdamW(network, weight_decay, bf16=bf16)
 
     def defaults(self, train_rows: int) -> dict[str, Any]:
-        recipes = _OF_FEW_ROWS if train_rows < FEW_ROWS else _RECIPES
-        return dict(recipes[self.settings.recipe])
+        recipe = self.settings.recipe or ("small" if train_rows < FEW_ROWS else "short")
+        return {"recipe": recipe, **_RECIPES[recipe]}
 
     def named_data(self, data: str) -> NamedData | None:
         return datasets.find(data)

@@ -156,13 +156,14 @@ def test_predictions_are_the_surest_classes_and_a_scored_row_is_one_pair() -> No
     assert task().metrics(2, sums) == {"digit_accuracy": 0.5, "sum_accuracy": 1.0}
 
 
-def test_few_rows_have_smaller_batches_and_what_is_given_stays() -> None:
-    for rows, epochs, batch_size in ((19_999, 3, 64), (20_000, 5, 256)):
-        defaults = MnistSum().defaults(rows)
-        assert (defaults["epochs"], defaults["batch_size"]) == (epochs, batch_size)
-    long = TrainConfig(recipe="long").settings
-    assert MnistSum(long).defaults(60_000)["dropout"] == 0.25
-    with pytest.raises(
-        RequestError, match=r"^--recipe: input should be 'quick', 'short' or 'long'"
+def test_few_rows_have_a_recipe_of_their_own_unless_one_is_given() -> None:
+    for rows, given, chosen in (
+        (19_999, None, ("small", 3, 64)),
+        (20_000, None, ("short", 5, 256)),
+        (19_999, "long", ("long", 30, 128)),
     ):
+        defaults = MnistSum(TrainConfig(recipe=given).settings).defaults(rows)
+        assert (defaults["recipe"], defaults["epochs"], defaults["batch_size"]) == chosen
+    said = r"^--recipe: input should be 'quick', 'short', 'long' or"
+    with pytest.raises(RequestError, match=said):
         TrainConfig(recipe="longer")
