@@ -5,9 +5,7 @@ logits of a head are divided by its temperature before softmax.
 """
 
 import math
-from collections.abc import Iterator
 from functools import partial
-from operator import itemgetter
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import Tensor
 from mnistsum_ray.data.columns import Array
 from mnistsum_ray.mnist import DIGITS, HEADS, NUMBERS, SIDE, SUMS
 from mnistsum_ray.mnist.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
-from mnistsum_ray.mnist.report import digit_table, draw_confusion, draw_mistakes, draw_reliability
+from mnistsum_ray.mnist.report import confusion_table, draw_mistakes, draw_reliability
 from mnistsum_ray.task import Batch, Evaluated, Findings
 
 RELIABILITY_BINS: Final = 15  # of equal width over the probability 0..1, as in Guo et al.
@@ -31,7 +29,7 @@ def finish(network: TwoHeadCNN, test: Evaluated) -> Findings:
     of_heads = analysis["probabilities"]
     image = f"{SIDE} x {SIDE} grayscale, uint8, 0 background, 255 ink"
     scaled = {"scaled": "(image / 255 - mean) / std", "mean": PIXEL_MEAN, "std": PIXEL_STD}
-    confusion, surest = analysis["confusion"], "The most confident mistakes"
+    surest = "The most confident mistakes"
     reliability = "Reliability: accuracy by predicted probability, with numbers of answers"
     return Findings(
         manifest={"error_analysis": analysis},
@@ -40,9 +38,8 @@ def finish(network: TwoHeadCNN, test: Evaluated) -> Findings:
             "output": {"digit": f"{DIGITS} scores", "sum": f"{SUMS} scores"},
             "calibration_error": {name: of_head["ece"] for name, of_head in of_heads.items()},
         },
-        tables=[digit_table(confusion)],
+        tables=[confusion_table(analysis["confusion"])],
         pictures={
-            "confusion.png": ("Digits: confusion matrix", partial(draw_confusion, confusion)),
             "mistakes.png": (surest, partial(draw_mistakes, analysis["mistakes"], images)),
             "reliability.png": (reliability, partial(draw_reliability, of_heads)),
         },
@@ -65,14 +62,22 @@ def with_all_numbers(
     return [("digit", digit_logits[:, None], digits), ("sum", sums, digits + numbers)]
 
 
+def of_all_rows(network: TwoHeadCNN, rows: Evaluated) -> dict[str, tuple[Tensor, Tensor]]:
+    """By head the logits and the true classes, as of `with_all_numbers`, of all batches."""
+    batches = [with_all_numbers(network, *one) for one in rows]
+    found = {}
+    for index, head in enumerate(HEADS):
+        logits = torch.cat([of_heads[index][1] for of_heads in batches])
+        truth = torch.cat([of_heads[index][2] for of_heads in batches])
+        found[head] = logits, truth
+    return found
+
+
 def fit_temperatures(network: TwoHeadCNN, rows: Evaluated) -> dict[str, float]:
     """Fit the temperature of each head, by its name, on rows that it was not trained on."""
-    batches = [with_all_numbers(network, *one) for one in rows]
     temperatures = {}
-    for index, head in enumerate(HEADS):
-        logits = torch.cat([of_heads[index][1].flatten(0, 1) for of_heads in batches])
-        truth = torch.cat([of_heads[index][2].flatten() for of_heads in batches])
-        temperatures[head] = fit_temperature(logits, truth)
+    for head, (logits, truth) in of_all_rows(network, rows).items():
+        temperatures[head] = fit_temperature(logits.flatten(0, 1), truth.flatten())
     return temperatures
 
 
@@ -99,55 +104,47 @@ def fit_temperature(logits: Tensor, classes: Tensor) -> float:
 def analyse_errors(network: TwoHeadCNN, rows: Evaluated) -> tuple[dict[str, Any], Array]:
     """The entry `error_analysis` of manifest.json, and the images of its mistakes.
 
-    `confusion`: rows by true and predicted digit. `mistakes`: see `_mistakes`, the surest first.
-    `probabilities`: see `_reliability`, by head.
+    `confusion`: rows by true and predicted digit. `mistakes`: images with a wrong answer, each with
+    the number whose wrong answer is the surest; the surest first. `probabilities`: see
+    `_reliability`, by head.
     """
-    confusion = np.zeros((DIGITS, DIGITS), np.int64)
-    mistakes: list[dict[str, Any]] = []
-    sureness: dict[str, list[Tensor]] = {head: [] for head in HEADS}
-    for batch, digit_logits in rows:
-        answers = {}
-        confidence = torch.zeros(len(digit_logits), NUMBERS)
-        for head, logits, truth in with_all_numbers(network, batch, digit_logits):
-            probability, answer = logits.softmax(2).max(2)
-            is_right = answer == truth
-            sureness[head].append(torch.stack([probability.flatten(), is_right.flatten()]))
-            answers[f"pred_{head}"] = answer.expand(-1, NUMBERS)
-            answers[f"{head}_prob"] = probability.expand(-1, NUMBERS)
-            confidence = torch.maximum(confidence, probability * ~is_right)
-        np.add.at(confusion, (batch["digit"], answers["pred_digit"][:, 0]), 1)
-        mistakes += _mistakes(batch, answers, confidence)
-    mistakes = sorted(mistakes, key=itemgetter("confidence"), reverse=True)[:MAX_MISTAKES]
-    images = [mistake.pop("image") for mistake in mistakes]
-    of_heads = {head: _reliability(torch.cat(pairs, dim=1)) for head, pairs in sureness.items()}
+    known = {key: torch.cat([batch[key] for batch, _ in rows]) for key in rows[0][0]}
+    of_heads, answers = {}, {}
+    confidence = torch.zeros(len(known["digit"]), NUMBERS)  # of the surest wrong answer
+    for head, (logits, truth) in of_all_rows(network, rows).items():
+        probability, answer = logits.softmax(2).max(2)
+        is_right = answer == truth
+        of_heads[head] = _reliability(probability.flatten(), is_right.flatten())
+        answers[f"pred_{head}"] = answer.expand(-1, NUMBERS)
+        answers[f"{head}_prob"] = probability.expand(-1, NUMBERS)
+        confidence = torch.maximum(confidence, probability * ~is_right)
+    cells = DIGITS * known["digit"] + answers["pred_digit"][:, 0]
+    confusion = torch.bincount(cells, minlength=DIGITS**2).view(DIGITS, DIGITS)
+    surest, numbers = confidence.max(1)
+    mistakes, images = [], []
+    for row in surest.argsort(descending=True)[:MAX_MISTAKES].tolist():
+        if surest[row] == 0:  # all answers are right
+            break
+        number = int(numbers[row])
+        mistake = {name: known[name][row].item() for name in ("row_id", "digit")}
+        mistake |= {"number": number, "confidence": surest[row].item()}
+        mistake |= {name: values[row, number].item() for name, values in answers.items()}
+        mistakes.append(mistake)
+        images.append(known["image"][row].numpy())
     analysis = {"confusion": confusion.tolist(), "mistakes": mistakes, "probabilities": of_heads}
     return analysis, np.array(images, np.uint8).reshape(-1, SIDE, SIDE)
 
 
-def _reliability(answers: Tensor) -> dict[str, Any]:
+def _reliability(probabilities: Tensor, is_right: Tensor) -> dict[str, Any]:
     """The expected calibration error `ece`, the mean distance of probability and accuracy.
 
-    `answers`, float32[2, m], are their probabilities, and 1 where they are right. `reliability` has
-    for each bin of the probability the number of answers, and the sums of both.
+    Of answers, float32[m] and bool[m]. `reliability` has for each bin of the probability the number
+    of answers, and the sums of both.
     """
-    bin_of = (answers[0] * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
-    rows = np.bincount(bin_of, minlength=RELIABILITY_BINS)
-    probability, right = (np.bincount(bin_of, one, RELIABILITY_BINS) for one in answers)
+    bins = (probabilities * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
+    rows = np.bincount(bins, minlength=RELIABILITY_BINS)
+    probability = np.bincount(bins, probabilities, RELIABILITY_BINS)
+    right = np.bincount(bins, is_right, RELIABILITY_BINS)
     ece = float(np.abs(probability - right).sum() / rows.sum())
     sums = {"probability": probability.tolist(), "right": right.astype(int).tolist()}
     return {"ece": ece, "reliability": {"rows": rows.tolist(), **sums}}
-
-
-def _mistakes(batch: Batch, answers: Batch, confidence: Tensor) -> Iterator[dict[str, Any]]:
-    """The images with a wrong answer, each with the number whose wrong answer is the surest.
-
-    `answers` are by column name and number; `confidence` is the probability of the surest wrong
-    answer, float32[n, NUMBERS], 0 where all are right.
-    """
-    surest, numbers = confidence.max(1)
-    for row in surest.nonzero().flatten().tolist():
-        number = int(numbers[row])
-        mistake = {name: batch[name][row].item() for name in ("row_id", "digit")}
-        mistake |= {"number": number, "confidence": surest[row].item()}
-        mistake |= {name: values[row, number].item() for name, values in answers.items()}
-        yield mistake | {"image": batch["image"][row].numpy()}

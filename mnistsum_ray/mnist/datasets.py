@@ -8,9 +8,9 @@ from typing import Final
 from mnistsum_ray.data.columns import Arrays
 from mnistsum_ray.data.images import Images
 from mnistsum_ray.data.parquet import open_parquet
-from mnistsum_ray.errors import RequestError, did_you_mean, one_line
+from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.mnist import SIDE
-from mnistsum_ray.storage.uri import as_request_error, locate, locate_existing
+from mnistsum_ray.storage.uri import as_request_error, locate
 from mnistsum_ray.task import NamedData
 
 SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
@@ -19,19 +19,14 @@ SAMPLE: Final = Path(__file__).parent / "sample" / "mnist_5k.parquet"
 def find(data: str) -> NamedData | None:
     """`auto`, `sample`, `mnist`, or MNIST's files in a local folder; None: it is another place.
 
-    RequestError: the data is missing or damaged, or a word is mistyped.
+    RequestError: the data is missing or damaged.
     """
     if data == "sample":
         return _sample()
     if data in ("auto", "mnist"):
         return _full_mnist(fall_back=data == "auto")
-    if not locate(data, "--data").is_local:
-        return None
-    location = locate_existing(data, "--data")
-    hint = did_you_mean(data, ("auto", "mnist", "sample"))
-    if hint and not location.exists():
-        raise RequestError(f"--data {data}: there is no such file or folder{hint}")
-    folder = _find_mnist(Path(location.path))
+    location = locate(data, "--data")
+    folder = _find_mnist(Path(location.path)) if location.is_local else None
     return _mnist(folder) if folder else None
 
 

@@ -47,20 +47,12 @@ def describe(counts: Mapping[str, Any]) -> Findings:
     tables: list[Table] = [
         ("Predicted digits", ("digit", "rows"), list(enumerate(digits))),
         ("Probabilities", ("probability", *(f"{head}, rows" for head in HEADS)), tenths),
-        _confusion_table(counts.get("confusion", [])),
+        confusion_table(counts.get("confusion", [])),
     ]
     return Findings(tables=tables, notice=notice)
 
 
-def digit_table(confusion: list[list[int]]) -> Table:
-    """Rows and share correct by true digit, which the picture of the confusion matrix has not."""
-    rows = []
-    for digit, *predicted, correct in _confusion_table(confusion)[2]:
-        rows.append((digit, f"{sum(predicted):,}", correct))
-    return "Accuracy by digit", ("digit", "rows", "correct"), rows
-
-
-def _confusion_table(confusion: list[list[int]]) -> Table:
+def confusion_table(confusion: list[list[int]]) -> Table:
     """Rows by true digit (down) and predicted digit (across), and how many of them are correct."""
     rows = []
     for digit, predicted in enumerate(confusion):
@@ -68,29 +60,6 @@ def _confusion_table(confusion: list[list[int]]) -> Table:
         rows.append((digit, *predicted, correct))
     columns = ("", *range(DIGITS), "correct")
     return "Digits: true (down) and predicted (across)", columns, rows
-
-
-def draw_confusion(confusion: list[list[int]]) -> "Figure":
-    """Counts by true digit (down) and predicted digit (across)."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-
-    counts = np.array(confusion)
-    figure = Figure(figsize=(6.5, 6))
-    axes = figure.subplots()
-    # On a logarithmic scale a mistake can be seen beside a thousand right ones.
-    shades = LogNorm(0.5, max(10, counts.max()), clip=True)
-    axes.imshow(counts, "Blues", norm=shades)
-    axes.grid(visible=False)
-    for (true, predicted), count in np.ndenumerate(counts):
-        if count:
-            color = "white" if shades(count) > 0.6 else "black"
-            axes.text(predicted, true, f"{count:,}", ha="center", va="center", color=color)
-    digits = range(len(counts))
-    share = np.trace(counts) / counts.sum()
-    axes.set_title(f"digits: {share:.2%} of {counts.sum():,} rows correct")
-    axes.set(xlabel="predicted digit", ylabel="true digit", xticks=digits, yticks=digits)
-    return figure
 
 
 def draw_mistakes(mistakes: list[dict[str, Any]], images: Array) -> "Figure":

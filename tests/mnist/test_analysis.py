@@ -105,7 +105,7 @@ def test_a_calibrated_network_has_its_logits_divided_by_temperatures() -> None:
     assert all(abs(temperature - 1) > 0.01 for temperature in temperatures.values())
     assert task().calibrate(model, rows_with_logits()) == {"temperatures_in_weights": temperatures}
     findings = task().finish(model, rows_with_logits(), rows_with_logits())
-    assert {*findings.pictures} == {"confusion.png", "mistakes.png", "reliability.png"}
+    assert {*findings.pictures} == {"mistakes.png", "reliability.png"}
     analysis: dict[str, Any] = findings.manifest["error_analysis"]
     errors = {name: head["ece"] for name, head in analysis["probabilities"].items()}
     assert findings.model["calibration_error"] == errors

@@ -26,6 +26,7 @@ MANIFEST: dict[str, Any] = {
 }
 DESCRIPTION = {"parameters": 220_125, "sha256": "f" * 64, "epoch": 1, "test": TEST}
 CONFUSION = (np.eye(10, dtype=int) * 50).tolist()
+NO_IMAGES = np.zeros((0, 28, 28), np.uint8)
 
 
 @pytest.mark.filterwarnings("error")
@@ -33,9 +34,9 @@ def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(tmp_path: Path)
     """Of a task's pictures too; what cannot be drawn never costs the run."""
     place, said = Location(str(tmp_path)), list[str]()
     findings = Findings(
-        tables=[report.digit_table(CONFUSION)],
+        tables=[report.confusion_table(CONFUSION)],
         pictures={
-            "confusion.png": ("Confusion", lambda: report.draw_confusion(CONFUSION)),
+            "mistakes.png": ("Mistakes", lambda: report.draw_mistakes([], NO_IMAGES)),
             "broken.png": ("Broken", lambda: 1 / 0),  # type: ignore[dict-item,return-value]
         },
         notice="cheap & cheerful",
@@ -50,7 +51,7 @@ def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(tmp_path: Path)
         with Image.open(file) as picture:
             assert 600 <= picture.width <= 2025, "wide enough to read"
     command = "mnistsum score --model &#39;/runs/my run&#39; --input ROWS --output SCORED</pre>"
-    cells = "<tr><td>0</td><td>50</td><td>100.00 %</td></tr>"
+    cells = "<td>50</td><td>100.00 %</td></tr>"
     for shown in (
         "a &lt;b&gt; &amp; c",
         "NOT the full set",
