@@ -64,6 +64,9 @@ def blocks_of(document: Path) -> list[str]:
 
 def test_the_task_on_the_page_is_that_of_its_file_and_keeps_its_promises() -> None:
     """But for the file's docstring, and what draws pictures with its imports."""
+    of_examples: dict[str, Any] = {"__name__": "a_page"}
+    exec(blocks_of(ROOT / ".readme/recipes.md")[1], of_examples)
+    assert try_task(of_examples["WithAdamW"]())
     (shown,) = [block for block in blocks_of(ROOT / "README.md") if "(Task):" in block]
     in_file = (ROOT / "jobs/examples/shapes.py").read_text()
     task = in_file.partition('"""\n\n')[2].partition("\n\n\ndef draw(")[0] + "\n"
@@ -73,12 +76,6 @@ def test_the_task_on_the_page_is_that_of_its_file_and_keeps_its_promises() -> No
     names: dict[str, Any] = {"__name__": "a_page"}
     exec(shown, names)
     assert try_task(names["Shapes"]()) == ("accuracy",)
-
-
-def test_a_task_of_the_examples_page_keeps_its_promises() -> None:
-    names: dict[str, Any] = {"__name__": "a_page"}
-    exec(blocks_of(ROOT / ".readme/recipes.md")[1], names)
-    try_task(names["WithAdamW"]())
 
 
 def test_every_relative_link_leads_somewhere() -> None:

@@ -17,7 +17,7 @@ from mnistsum_ray.storage.uri import as_request_error, locate_existing
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import nn
 
-Picture: TypeAlias = str | Path | bytes  # a file, a URI, or the bytes of a file
+Picture: TypeAlias = str | Path | bytes | Image.Image  # a file, a URI, the bytes of a file, …
 
 SURE: Final = 0.9  # probability of a digit from which on an answer is sure
 
@@ -110,13 +110,14 @@ def prepare_picture(picture: Picture) -> Array:
 def _read_grey(picture: Picture) -> tuple[str, Array]:
     """The name of a picture in messages, and its brightness, float32[height, width] in 0..255."""
     name = "the picture"
-    if not isinstance(picture, bytes):
+    if isinstance(picture, str | Path):
         file = locate_existing(str(picture), "picture")
         with as_request_error():
             name, picture = file.display, file.read_bytes()
     try:
-        opened = Image.open(io.BytesIO(picture), formats=_FORMATS)
-        image = ImageOps.exif_transpose(opened).convert("RGBA")
+        if isinstance(picture, bytes):
+            picture = Image.open(io.BytesIO(picture), formats=_FORMATS)
+        image = ImageOps.exif_transpose(picture).convert("RGBA")
     except Exception as error:  # Pillow's decoders raise many types
         problem = f"cannot be read as a picture ({type(error).__name__})"
         raise RequestError(f"{name}: {problem}; save it as PNG") from None

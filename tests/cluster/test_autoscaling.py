@@ -30,7 +30,7 @@ _EMPTY_OBJECTS = "auth docker file_mounts"
 
 
 @contextmanager
-def autoscaling_cluster(version: str, folder: Path) -> Iterator[str]:
+def autoscaling_cluster(folder: Path) -> Iterator[str]:
     """The address of a head without CPUs, to which up to 3 nodes with CPUs and 2 with a GPU come.
 
     `ray.cluster_utils.AutoscalingCluster` is this with a `ray stop --force`, which would end other
@@ -68,8 +68,7 @@ def autoscaling_cluster(version: str, folder: Path) -> Iterator[str]:
     (folder / "scaling.yaml").write_text(json.dumps(config))
     given = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     given |= {"RAY_AUTH_MODE": "disabled"}
-    if version == "v2":
-        given |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": _HEAD_ID}
+    given |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": _HEAD_ID}
     command = [str(RAY), "start", "--head", "--block", "--num-cpus=0", f"--port={port}"]
     command += [f"--autoscaling-config={folder / 'scaling.yaml'}", "--include-dashboard=false"]
     command += [f"--object-store-memory={200 * 2**20}"]
@@ -91,16 +90,15 @@ def workers() -> list[dict[str, float]]:
     return [node["Resources"] for node in alive if node["NodeID"] != _HEAD_ID]
 
 
-@pytest.mark.parametrize("version", ["v2", "v1"])
 def test_nodes_come_work_and_all_go(
-    version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None comes with a GPU, and a training leaves no process that keeps its node up."""
     rows = write_sample(tmp_path / "rows.parquet", 500)
     train = training(rows, tmp_path, "--epochs", 1, "--num-workers", 3)
     score = scoring(model, rows, tmp_path / "out", "--number-column", "digit")
     ray.shutdown()
-    with autoscaling_cluster(version, tmp_path) as address:
+    with autoscaling_cluster(tmp_path) as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
         connect()
         for words, nodes in ((train, 2), (score, 1)):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 
-from mnistsum_ray.cluster.connection import connect, head_answers, started_cluster
+from mnistsum_ray.cluster.connection import connect
 from mnistsum_ray.errors import RequestError, TryAgainError
 
 
@@ -19,20 +19,9 @@ def not_connected() -> None:
 @pytest.mark.parametrize(
     ("address", "kind", "said"),
     [
-        (
-            "127.0.0.1:9",
-            TryAgainError,
-            "no cluster answers at 127.0.0.1:9; correct RAY_ADDRESS, or",
-        ),
-        ("no..where:6379", TryAgainError, "no cluster answers at no..where:6379"),
-        # `ray.init` would try for minutes.
-        (
-            "auto",
-            TryAgainError,
-            "no cluster answers at 127.0.0.1:10; correct RAY_ADDRESS, or `ray stop`",
-        ),
+        ("127.0.0.1:9", TryAgainError, "no cluster answers at 127.0.0.1:9; correct RAY_ADDRESS,"),
+        ("auto", TryAgainError, "no cluster answers at 127.0.0.1:10; correct RAY_ADDRESS, or"),
         ("ray://127.0.0.1:10001", RequestError, "must be HOST:PORT, as `ray start` prints it"),
-        ("127.0.0.1", RequestError, "must be HOST:PORT"),
         ("me:top@secret@127.0.0.1:9", RequestError, "must be HOST:PORT"),
     ],
 )
@@ -56,15 +45,3 @@ def test_ray_that_cannot_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("RAY_TMPDIR", str(too_long))
     with pytest.raises(TryAgainError, match=r"^Ray cannot be started here: [^\n]*x{100}[^\n]*$"):
         connect()
-
-
-@pytest.mark.slow
-def test_a_question_about_the_cluster_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    connect()
-    assert head_answers()
-    assert started_cluster()
-    ray.shutdown()
-    assert not head_answers()
-    assert not started_cluster()
-    assert not ray.is_initialized()

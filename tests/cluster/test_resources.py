@@ -44,7 +44,6 @@ CLUSTERS: list[Any] = [
     # Nodes, what is given, workers, what each reserves, threads.
     (cpus(2), {"joined": False}, (1, 1), {"CPU": 2}, 2),  # a laptop
     (cpus(16), {"num_workers": 3}, (3, 3), {"CPU": 5}, 5),
-    (cpus(2), {"threads": 1}, (1, 1), {"CPU": 1}, 1),
     (cpus(8, nodes=64), {}, (1, 1), {"CPU": 8}, 8),  # and not 64 workers of four rows
     (cpus(8, nodes=3), {"num_workers": 6}, (6, 6), {"CPU": 3}, 3),  # one CPU a node stays free
     ([], {}, (1, 1), {"CPU": 1}, 1),  # nodes come for it
@@ -52,7 +51,6 @@ CLUSTERS: list[Any] = [
     (cpus(16), {"is_kept": False}, (1, 1), {"CPU": 15}, 15),
     (cpus(16), {"is_kept": False, "num_workers": 3}, (3, 3), {"CPU": 5}, 5),
     (cpus(8, nodes=2), {"is_kept": False, "num_workers": 2}, (2, 2), {"CPU": 7}, 7),
-    (cpus(8, nodes=2), {"is_kept": False}, (1, 1), {"CPU": 8}, 8),
     (gpus(1), {}, (1, 1), {"GPU": 1}, None),  # one GPU box
     (gpus(1), {"use_gpu": False}, (1, 1), {"CPU": 16}, 16),
     (gpus(4, nodes=2), {"batch_size": 2048}, (8, 8), {"GPU": 1}, None),

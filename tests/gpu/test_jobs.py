@@ -1,9 +1,5 @@
-"""Both jobs on a GPU from the shell: trained, killed, resumed on a CPU; scored as a CPU scores.
+"""Both jobs on a GPU from the shell: trained, killed, resumed on a CPU; scored as a CPU scores."""
 
-Figures are printed: `pytest -m gpu -s`.
-"""
-
-import json
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +64,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ExportPairsConfig(data="sample", output=str(folder), rows=SCORED_ROWS, files=16)
     export_pairs(config, print)
     return folder
-
-
-def test_the_job_is_as_fast_as_the_bare_loop() -> None:
-    ways = run_job("benchmark", "train", "--rows", 120_000).line["rows_per_second"]
-    print(json.dumps(ways))
-    assert ways["project"] >= 0.9 * ways["bare"]
 
 
 def rows(output: Path) -> pa.Table:

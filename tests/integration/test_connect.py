@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -122,29 +121,3 @@ def wait_for_job_agent() -> None:
     probe: Any = [RAY, "job", "submit", "--no-wait", "--", "true"]
     variables = os.environ | {"RAY_AUTH_MODE": "token"}
     wait_until(lambda: subprocess.run(probe, env=variables, **SILENT).returncode == 0, 120)
-
-
-def test_a_submitted_training_that_is_stopped_says_how_to_resume(home: Path) -> None:
-    """It runs in a copy of its working folder, and its relative paths begin at home."""
-    project, run = home / "project", home / "runs" / "stopped"
-    for part in ("jobs", "mnistsum_ray"):
-        shutil.copytree(ROOT / part, project / part)
-    with (project / "mnistsum_ray" / "__init__.py").open("a") as package:
-        package.write('\n__version__ = "9.9.9"\n')  # the manifest shows it if this copy has run
-    write_sample(home / "small.parquet", 500)
-    submit = ["submit", "--working-dir", str(project), "--submission-id", "train", "--no-wait"]
-    train = ["python", "jobs/train.py", "--data", "small.parquet", "--epochs", "500"]
-
-    def ray_job(*words: str) -> str:
-        return subprocess.check_output([str(RAY), "job", *words], text=True, timeout=240)
-
-    wait_for_job_agent()
-    ray_job(*submit, "--", *train, "--name", "stopped")
-    wait_until((run / "history.jsonl").exists, 300)
-    ray_job("stop", "train")
-    log = ray_job("logs", "train")
-    command = f"python jobs/train.py --storage-path {run.parent} --name stopped --resume"
-    assert f"stopped by SIGTERM; checkpoints are kept, and this command resumes: {command}" in log
-    assert "Traceback" not in log
-    manifest = json.loads((run / "manifest.json").read_text())
-    assert (manifest["status"], manifest["versions"]["mnistsum_ray"]) == ("stopped", "9.9.9")

@@ -3,9 +3,8 @@ row is counted. Those of jobs/examples, with two workers, and one of photos."""
 
 import io
 import json
+import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.jobs import ROOT, Done, Job, history_of, run_job, training
+from mnistsum_ray.errors import RequestError
+from tests.integration.conftest import score_here, train_here
+from tests.jobs import ROOT, Job, history_of, training
 
 pytestmark = pytest.mark.slow
 
@@ -23,78 +24,65 @@ EXAMPLES = ROOT / "jobs" / "examples"
 EPOCHS = 4
 
 
-class Place:
-    """A working folder with a copy of a task's file, rows, and new rows to score."""
-
-    def __init__(self, folder: Path, name: str, class_name: str, label: str) -> None:
-        self.folder, self.label, self.file = folder, label, folder / f"{name}.py"
-        shutil.copy(EXAMPLES / self.file.name, folder)
-        self.task: list[Any] = ["--task", f"{self.file}:{class_name}"]
-        for rows, count in (("rows", 1500), ("new", 300)):
-            command = [sys.executable, str(self.file), str(folder / rows), str(count)]
-            subprocess.run(command, check=True)
-
-    def train(self, runs: str, *flags: Any) -> list[Any]:
-        """Name and flags of a job: a training with two workers, whose run is `mine`."""
-        flags = ("--epochs", EPOCHS, "--num-workers", 2, "--threads", 1, *flags)
-        return training(self.folder / "rows", self.folder / runs, *self.task, *flags)
-
-    @property
-    def labelled(self) -> list[str]:
-        return [f"--{self.label}-column", self.label]
-
-    def resume(self, *flags: Any) -> Done:
-        runs = ["--storage-path", self.folder / "killed", "--name", "mine", "--resume"]
-        return run_job("train", *runs, *flags, cwd=self.folder)
-
-    def score(self, output: str, *flags: Any, runs: str = "calm") -> Done:
-        where = ["--input", self.folder / "new", "--output", self.folder / output]
-        model = self.folder / runs / "mine"
-        return run_job("score", "--model", model, *where, *flags, cwd=self.folder)
-
-    def trained_sha256(self, runs: str) -> Any:
-        file = self.folder / runs / "mine" / "model" / "model.json"
-        return json.loads(file.read_text())["trained_sha256"]
+def write_rows(task: str, folder: Path, count: int) -> None:
+    """Let the file of a task write so many rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [task, str(folder), str(count)])
+        runpy.run_path(str(EXAMPLES / f"{task}.py"), run_name="__main__")
 
 
-def error_of(done: Done) -> str:
-    """The one line by which a request is refused."""
-    assert (done.code, done.out) == (2, ""), done.err
-    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    return line
+def refusal(run: Any, *args: Any, **settings: Any) -> str:
+    with pytest.raises(RequestError) as refused:
+        run(*args, **settings)
+    return str(refused.value)
 
 
-TASKS = [("shapes", "Shapes", "shape"), ("houses", "Houses", "price")]
+def trained_sha256(run: Path) -> Any:
+    return json.loads((run / "model" / "model.json").read_text())["trained_sha256"]
+
+
+TASKS = [
+    ("shapes", "Shapes", "shape"),
+    pytest.param("houses", "Houses", "price", marks=pytest.mark.nightly),
+]
 
 
 @pytest.mark.parametrize(("name", "class_name", "label"), TASKS)
 def test_a_killed_training_has_the_same_bits_and_its_model_scores(
-    tmp_path: Path, name: str, class_name: str, label: str
+    cluster: str, tmp_path: Path, name: str, class_name: str, label: str
 ) -> None:
-    place = Place(tmp_path, name, class_name, label)
-    other = ["--task", f"{EXAMPLES / 'houses.py'}:Houses"]
-    if name == "houses":
-        other = ["--task", f"{EXAMPLES / 'shapes.py'}:Shapes"]
-    calm = run_job(*place.train("calm"), cwd=tmp_path).line
-    assert sum(calm["data"][f"{split}_rows"] for split in ("train", "validation", "test")) == 1500
+    """The file of shapes has changed meanwhile, by a comment."""
+    file = Path(shutil.copy(EXAMPLES / f"{name}.py", tmp_path))
+    task, rows = f"{file}:{class_name}", tmp_path / "rows"
+    write_rows(name, rows, 1500)
+    write_rows(name, tmp_path / "new", 300)
+    settings: dict[str, Any] = {"task": task, "data": rows, "epochs": EPOCHS}
+    settings |= {"num_workers": 2, "threads": 1, "name": "mine"}
+    calm = train_here(**settings, storage_path=tmp_path / "calm")
+    counts = calm.line["data"]
+    assert sum(counts[f"{split}_rows"] for split in ("train", "validation", "test")) == 1500
 
-    job = Job(*place.train("killed"), cwd=tmp_path)
-    job.wait_until(lambda: [*tmp_path.glob("killed/mine/checkpoints/*/epoch_*/trainer.sha256")])
+    killed = tmp_path / "killed"
+    flags = ["--task", task, "--epochs", EPOCHS, "--num-workers", 2, "--threads", 1]
+    job = Job(*training(rows, killed, *flags), address=cluster)
+    job.wait_until(lambda: [*killed.glob("mine/checkpoints/*/epoch_*/trainer.sha256")])
     job.kill()
-    assert not (tmp_path / "killed" / "mine" / "model").exists(), "it was killed too late"
-    assert "task" in error_of(place.resume()), "a file alone loads no code"
-    assert "is of the task" in error_of(place.resume(*other))
-    code = place.file.read_text()
-    place.file.write_text(code + "\n# One line more.\n")
-    assert "has changed since the run began; --changed-task true" in error_of(
-        place.resume(*place.task)
-    )
-    place.file.write_text(code)
-    assert place.resume(*place.task).line["test"] == calm["test"]
-    assert place.trained_sha256("killed") == place.trained_sha256("calm")
-    assert len(history_of(tmp_path / "killed" / "mine")) == EPOCHS
+    assert not (killed / "mine" / "model").exists(), "it was killed too late"
+    again: dict[str, Any] = {"storage_path": killed, "name": "mine", "resume": True}
+    assert "task" in refusal(train_here, **again), "a file alone loads no code"
+    if name == "shapes":
+        file.write_text(file.read_text() + "\n# One line more.\n")
+        changed = "has changed since the run began"
+        assert f"{changed}; --changed-task true" in refusal(train_here, **again, task=task)
+        again["changed_task"] = True
+    resumed = train_here(**again, task=task)
+    assert ("the run goes on with it" in resumed.said) == (name == "shapes")
+    assert resumed.line["test"] == calm.line["test"]
+    assert trained_sha256(killed / "mine") == trained_sha256(tmp_path / "calm" / "mine")
+    assert len(history_of(killed / "mine")) == EPOCHS
 
-    line = place.score("out", *place.task, *place.labelled).line
+    scoring: list[Any] = [killed / "mine", tmp_path / "out", tmp_path / "new"]
+    line = score_here(*scoring, task=task, **{f"{label}_column": label}).line
     assert (line["input_rows"], line["scored_rows"], line["rejected_rows"]) == (300, 300, 0)
     if name == "shapes":
         assert line["accuracy"] > 0.3, "though it has seen few, each drawn anew"
@@ -103,22 +91,7 @@ def test_a_killed_training_has_the_same_bits_and_its_model_scores(
     columns = pq.read_table(tmp_path / "out" / "predictions").column_names
     assert columns[-1] == "reason"
     assert "image" not in columns
-    assert f"its task is {name}, and not" in error_of(place.score("other", *other))
-
-
-def test_a_run_whose_task_has_changed_goes_on_if_that_is_asked_for(tmp_path: Path) -> None:
-    place = Place(tmp_path, "houses", "Houses", "price")
-    job = Job(*place.train("killed", "--epochs", 15), cwd=tmp_path)
-    job.wait_until(lambda: [*tmp_path.glob("killed/mine/checkpoints/*/epoch_*/trainer.sha256")])
-    job.kill()
-    place.file.write_text(place.file.read_text().replace("rows: int", "rows : int"))
-    done = place.resume(*place.task, "--changed-task", "true")
-    assert done.code == 0, done.err
-    assert "has changed since the run began; the run goes on with it" in done.err
-    place.file.write_text(place.file.read_text() + "\n")
-    done = place.score("out", *place.task, *place.labelled, runs="killed")
-    assert done.line["scored_rows"] == 300
-    assert "has changed" in done.err
+    assert f"its task is {name}, and not" in refusal(score_here, *scoring)
 
 
 PHOTOS = '''
@@ -155,38 +128,36 @@ class Colours(Task):
 '''
 
 
-def write_photos(folder: Path, count: int, files: int = 2) -> None:
+def write_photos(folder: Path, count: int) -> None:
     """JPEGs of any size, of which one of three colours is stronger."""
     random = np.random.default_rng(0)
+    photos, colours = [], random.integers(3, size=count)
+    for colour in colours:
+        small = random.integers(0, 150, (12, 16, 3))
+        small[:, :, colour] += 100
+        size = tuple(random.integers(200, 400, 2).tolist())
+        data = io.BytesIO()
+        Image.fromarray(small.astype(np.uint8)).resize(size).save(data, "JPEG")
+        photos.append(data.getvalue())
     folder.mkdir()
-    for file in range(files):
-        photos, colours = [], random.integers(3, size=count // files)
-        for colour in colours:
-            small = random.integers(0, 150, (12, 16, 3))
-            small[:, :, colour] += 100
-            size = tuple(random.integers(200, 400, 2).tolist())
-            data = io.BytesIO()
-            Image.fromarray(small.astype(np.uint8)).resize(size).save(data, "JPEG")
-            photos.append(data.getvalue())
-        table = pa.table({"photo": photos, "colour": colours})
-        pq.write_table(table, folder / f"{file}.parquet", row_group_size=500)
+    table = pa.table({"photo": photos, "colour": colours})
+    pq.write_table(table, folder / "rows.parquet", row_group_size=100)
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("cluster")
 def test_photos_of_any_size_are_trained_on_and_scored(tmp_path: Path) -> None:
     """By hand, 20,000 of them."""
     (tmp_path / "colours.py").write_text(PHOTOS)
-    write_photos(tmp_path / "rows", 600)
-    task = ["--task", tmp_path / "colours.py:Colours"]
-    flags = [*task, "--epochs", 2, "--learning-rate", 0.1]
-    line = run_job(*training(tmp_path / "rows", tmp_path / "runs", *flags), cwd=tmp_path).line
-    assert line["test"]["accuracy"] > 0.8
-    where = ["--input", tmp_path / "rows", "--output", tmp_path / "out", "--colour-column"]
-    done = run_job("score", *task, "--model", tmp_path / "runs" / "mine", *where, "colour")
-    assert done.line["scored_rows"] == 600
-    assert done.line["accuracy"] > 0.8
-    assert pq.read_schema(next(tmp_path.glob("out/predictions/*"))).names == [
-        "colour",
-        "pred_colour",
-        "reason",
-    ]
+    rows, task = tmp_path / "rows", f"{tmp_path}/colours.py:Colours"
+    write_photos(rows, 600)
+    settings: dict[str, Any] = {"task": task, "epochs": 2, "learning_rate": 0.1}
+    trained = train_here(data=rows, storage_path=tmp_path / "runs", **settings).line
+    assert trained["test"]["accuracy"] > 0.8
+    line = score_here(
+        trained["run"], tmp_path / "out", rows, task=task, colour_column="colour"
+    ).line
+    assert line["scored_rows"] == 600
+    assert line["accuracy"] > 0.8
+    names = pq.read_schema(next(tmp_path.glob("out/predictions/*"))).names
+    assert names == ["colour", "pred_colour", "reason"]

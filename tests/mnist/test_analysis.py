@@ -14,8 +14,8 @@ from mnistsum_ray.mnist.analysis import (
     analyse_errors,
     fit_temperature,
     fit_temperatures,
-    with_all_numbers,
 )
+from mnistsum_ray.mnist.report import draw_mistakes
 from mnistsum_ray.task import Evaluated
 from tests.mnist import new_model, random_rows, task
 
@@ -34,19 +34,6 @@ def rows_with_logits() -> Evaluated:
         with torch.no_grad():
             batches.append((batch, new_model()({"image": batch["image"]})))
     return batches
-
-
-@torch.no_grad()
-def test_all_numbers_at_once_are_each_number_alone() -> None:
-    model = new_model()
-    (batch, logits), *_ = rows_with_logits()
-    (_, digit, digits), (_, total, sums) = with_all_numbers(model, batch, logits)
-    for number in range(10):
-        alone = model(batch | {"number": torch.full((128,), number)})
-        torch.testing.assert_close(digit[:, 0], alone[0])
-        torch.testing.assert_close(total[:, number], alone[1], rtol=1e-5, atol=1e-5)
-        assert torch.equal(sums[:, number], batch["digit"] + number)
-    assert torch.equal(digits[:, 0], batch["digit"])
 
 
 @torch.no_grad()
@@ -112,3 +99,13 @@ def test_a_calibrated_network_has_its_logits_divided_by_temperatures() -> None:
     after = model(batch)
     for head, logits, folded in zip(temperatures, before, after, strict=True):
         torch.testing.assert_close(folded, logits / temperatures[head], rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_answer_is_named_with_the_right_one() -> None:
+    mistake: dict[str, Any] = {"digit": 3, "number": 4}
+    mistake |= {"pred_digit": 5, "digit_prob": 0.9, "pred_sum": 9, "sum_prob": 0.8}
+    figure = draw_mistakes([mistake, mistake | {"pred_digit": 3}], IMAGES[:2].numpy())
+    assert [axes.get_title() for axes in figure.axes[:2]] == [
+        "image + 4\ndigit 5 (90%), not 3\nsum 9 (80%), not 7",
+        "image + 4\ndigit 3 (90%)\nsum 9 (80%), not 7",
+    ]

@@ -9,11 +9,9 @@ import torch.nn.functional as F
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.columns import Arrays
-from mnistsum_ray.data.randomness import Draws, Purpose, seeds
+from mnistsum_ray.data.randomness import Draws
 from mnistsum_ray.errors import RequestError
-from mnistsum_ray.mnist.network import distort, prepare_images
 from mnistsum_ray.mnist.task import MnistSum
-from mnistsum_ray.model.calls import forward
 from mnistsum_ray.task import Batch
 from tests.mnist import new_model, random_rows, task
 
@@ -63,45 +61,6 @@ def test_the_loss_is_the_mean_of_the_heads_with_the_gradient_of_smoothed_labels(
     expected = torch.autograd.grad(plain_loss(network, batch, smoothing), parameters)
     for gradient, theirs in zip(ours, expected, strict=True):
         assert (gradient - theirs).norm() <= 1e-4 * theirs.norm()
-
-
-def test_bfloat16_is_autocast_and_gradients_are_float32() -> None:
-    network, batch = new_model().train(), random_rows(ROWS)
-    found = []
-    for bf16 in (False, True):
-        outputs = forward(task(), network, batch, bf16=bf16)
-        assert [logits.dtype for logits in outputs] == [torch.float32] * 2
-        found.append(task().loss(outputs, batch).sum())
-    exact, rounded = found
-    assert rounded.item() != exact.item()
-    assert rounded.item() == pytest.approx(exact.item(), rel=0.01)
-    gradients = torch.autograd.grad(rounded, list(network.parameters()))
-    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
-        assert (gradient.dtype, gradient.stride()) == (torch.float32, parameter.stride())
-
-
-def test_a_step_is_a_plain_one_with_the_same_seeds() -> None:
-    """What is random in it follows from its seed, and not from what was drawn before."""
-    (seed,) = seeds(0, 0, Purpose.STEP, range(1))
-    assert seed == 5784922337503569493, "pinned: it is part of each run's numbers"
-    network, batch = new_model(dropout=0.25).train(), random_rows(ROWS)
-    matrices = augmented(distortion=0.5)["affine"]
-    rows = batch | {"affine": torch.from_numpy(matrices)}
-    torch.manual_seed(seed)
-    losses = task(label_smoothing=0.05).loss(network(rows), rows)
-
-    draws = torch.rand(ROWS, 3, 3, 128, generator=torch.Generator().manual_seed(seed))
-    x = distort(prepare_images(batch["image"]), rows["affine"])
-    for index, layer in enumerate(network.convolutions):
-        x = F.relu(layer(x))
-        x = F.max_pool2d(x, 2) if index in (1, 3) else x
-    x = x * (draws >= 0.25).movedim(-1, 1) / 0.75
-    digit = network.conv7(x).flatten(1)
-    hidden = network.fc1(torch.cat([digit, F.one_hot(batch["number"], 10).float()], dim=1))
-    total = network.fc2(F.relu(hidden))
-    expected = F.cross_entropy(digit, batch["digit"], reduction="none")
-    expected = expected + F.cross_entropy(total, batch["digit"] + batch["number"], reduction="none")
-    torch.testing.assert_close(losses, expected / 2, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
