@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from mnistsum_ray.mnist.pairs import ExportPairsConfig, export_pairs
 from tests.jobs import Done, Job, kill_worker, run_job, scoring, training, wait_for_files
@@ -33,23 +32,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return done
 
 
-def test_a_killed_worker_is_replaced_and_the_memory_of_the_card_is_free_again(
+def test_a_run_that_loses_a_worker_and_is_killed_on_a_gpu_is_resumed_on_a_cpu(
     tmp_path: Path,
 ) -> None:
-    free, total = torch.cuda.mem_get_info()
-    job = Job(*training(SAMPLE, tmp_path, "--epochs", 40))
+    job = Job(*training(SAMPLE, tmp_path, "--epochs", 12, "--precision", "fp32"))
     job.wait_for_line("epoch 2: loss ")
     kill_worker(job.process.pid, "RayTrainWorker")
     job.wait_for_line("going on after epoch")
-    done = job.wait()
-    assert "GPU worker" in done.err
-    assert done.line["test"]["digit_accuracy"] > 0.985
-    assert torch.cuda.mem_get_info()[0] > free - 0.01 * total
-
-
-def test_a_run_begun_on_a_gpu_is_resumed_on_a_cpu(tmp_path: Path) -> None:
-    job = Job(*training(SAMPLE, tmp_path, "--epochs", 6, "--precision", "fp32"))
-    job.wait_for_line("epoch 3: loss ")
+    job.wait_for_line("epoch 4: loss ")
     job.kill()
     run = ["--storage-path", tmp_path, "--name", "mine"]
     done = run_job("train", *run, "--resume", "--use-gpu", "false")
@@ -77,7 +67,7 @@ def share_equal(first: pa.Table, second: pa.Table) -> float:
     return min(float(np.mean(one.to_numpy() == other.to_numpy())) for one, other in columns)
 
 
-def test_a_gpu_scores_as_a_cpu_also_after_a_killed_actor_and_a_killed_run(
+def test_a_gpu_scores_as_a_cpu_also_after_a_killed_run(
     trained: Done, pairs: Path, tmp_path: Path
 ) -> None:
     model = Path(trained.line["model"])
@@ -91,8 +81,6 @@ def test_a_gpu_scores_as_a_cpu_also_after_a_killed_actor_and_a_killed_run(
     flags = scoring(model, pairs, killed, "--max-rows-per-file", 5_000)
     job = Job(*flags)
     wait_for_files(job, killed, 8)
-    kill_worker(job.process.pid, "MapBatches(ScoreParts)")
-    wait_for_files(job, killed, 4)
     job.kill()
     assert run_on_gpu(*flags).line["resumed_rows"] > 0
     assert share_equal(rows(killed), rows(cpu)) >= 0.999, "bfloat16"
