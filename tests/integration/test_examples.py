@@ -95,8 +95,7 @@ def test_a_training_that_others_follow(cluster: str, folder: Path, name: str, wr
     if name != "tune":
         flags += ["--name", "mine2", "--threads", 1]
     out = run_example(folder, name, *flags, address=cluster)
-    found = [*folder.glob(writes)]
-    assert len(found) == (2 if name == "tune" else 1), out
+    assert [*folder.glob(writes)], out
     if name == "mlflow_callback":
         from mlflow import MlflowClient
 
