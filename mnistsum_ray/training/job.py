@@ -148,7 +148,8 @@ def errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
         # Ray Train's own errors, such as of a start that timed out, have types that are private.
         is_of_ray = type(cause).__module__.startswith("ray.")
         kind = TryAgainError if is_of_ray or isinstance(cause, OSError) else RunError
-        problem = f"Ray Train gave up: {type(cause).__name__}: {root_cause(cause)}"
+        what, _, _ = root_cause(cause).partition(". ")  # Ray's advice follows
+        problem = f"Ray Train gave up: {type(cause).__name__}: {what}"
         raise kind(f"{problem}; {describe_free()}; {how_to_go_on}") from error
     except ray.exceptions.RayError as error:  # some are OSErrors too
         console.say_lines(str(error))

@@ -117,6 +117,7 @@ def test_a_uri_with_a_key_is_refused_by_each_flag_and_shown_nowhere(
     uri = KEYS.split()[0]
     requests = [f"predict {uri} --number 5", f"train {uri}"]
     for command, flags in FLAGS.items():
+        command += " picture.png" * (command == "predict")
         requests += [f"{command} {flag} {uri}" for flag in flags.split()]
     texts = {"a.yaml": f"data: {uri}", "b.yaml": f"epochs: {uri}", "c.yaml": f"x: {uri}: ]"}
     for name, text in texts.items():
