@@ -190,11 +190,14 @@ def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_befo
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("cache", ["true", "false"])
 def test_a_training_that_loses_nodes_gives_the_model_of_an_undisturbed_one(
-    four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path
+    cache: str, four_nodes: Cluster, undisturbed: Result, rows: Path, tmp_path: Path
 ) -> None:
+    """Also where rows are read anew in each epoch, by tasks that are lost too."""
     runs = locate(str(tmp_path), "--storage-path")
     flags = [*FLAGS, "--max-failures", 1]  # that a node was drained is no failure
+    flags += ["--cache", cache]
     job = Job(*training(rows, tmp_path, *flags), address=four_nodes.address)
     wait_for_checkpoint(job, runs, 1)
     lose_node(four_nodes, notice=True)
