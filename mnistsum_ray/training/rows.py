@@ -126,7 +126,9 @@ def read_rows(
         splits = [split for split in source.ranges(named_split) if split != "train"]
         held_out = dataset
         if named_split == "train" and not is_kept and splits:
-            held_out = _rows_of(dataset, splits).materialize()  # read once for both of them
+            # Read once for both of them.
+            held_out = dataset.map_batches(select, fn_kwargs={"splits": splits}, **_BLOCKS)
+            held_out = held_out.materialize()
         for split in splits:
             rows.datasets[split] = _in_blocks(held_out, split, rows).materialize()
         if named_split == "train":
@@ -139,13 +141,10 @@ _BLOCKS: Final[Mapping[str, Any]] = {"batch_size": None, "batch_format": "pyarro
 """Arguments of `map_batches` for functions of whole blocks, as tables of Arrow."""
 
 
-def _rows_of(decoded: Dataset, splits: list[str]) -> Dataset:
-    return decoded.map_batches(select, fn_kwargs={"splits": splits}, **_BLOCKS)
-
-
 def _in_blocks(decoded: Dataset, split: str, rows: Rows) -> Dataset:
     """Rows of a split, as workers need them, in blocks of one length but for the last."""
-    needed = _rows_of(decoded, [split]).map_batches(without_origin, **_BLOCKS)
+    needed = decoded.map_batches(select, fn_kwargs={"splits": [split]}, **_BLOCKS)
+    needed = needed.map_batches(without_origin, **_BLOCKS)
     return needed.repartition(target_num_rows_per_block=rows.rows_of_block, strict=True)
 
 
@@ -194,8 +193,7 @@ def _decoded(source: Source, split: str, columns: Mapping[str, Column], seed: in
 
 def _read_files(files: list[DataFile], seed: int) -> list[tuple[Dataset, dict[str, str]]]:
     """Datasets of Parquet files, in an order of this seed, and the names of the task's columns."""
-    # Files may be sorted by label. In a random order of files neither a rank nor the buffer in
-    # which it shuffles gets one label alone.
+    # Files may be sorted by label: else a rank, or its buffer for shuffling, had one label alone.
     order = np.argsort(seeds(seed, 0, Purpose.FILE_ORDER, range(len(files))))
     groups: dict[tuple[object, ...], list[DataFile]] = {}
     for file in (files[index] for index in order):
