@@ -68,8 +68,7 @@ class Rows:
 
 
 def fits_in_store(source: Source, task: Task) -> bool:
-    """Whether the decoded training rows, which lie there twice for a moment, take at most a third
-    of Ray's object store."""
+    """Whether they take a third of Ray's object store: they lie there twice for a moment."""
     store: float = ray.cluster_resources().get("object_store_memory", 0.0)
     return source.stored_bytes(task.training_columns) <= store / 3
 
