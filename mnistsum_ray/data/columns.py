@@ -82,7 +82,8 @@ class Column(ABC):
         """Rows of `decode` as they lie in Ray's object store."""
         if not self.shape:
             return pa.array(values)
-        return pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+        # Else a transposed array becomes a tensor whose type says so, and whose values do not.
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
 
     @property
     def row_bytes(self) -> int:
@@ -149,8 +150,9 @@ class Floats(Column):
         if is_list:
             values = values.value_type
         has_form = _is_number(values) and is_list == (self.length is not None)
-        is_known = has_form or values == pa.null()
-        return None if is_known else f"has type {kind}, which holds no {self.form}"
+        if has_form or values == pa.null():
+            return tensor_error(kind, self.shape)
+        return f"has type {kind}, which holds no {self.form}"
 
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
         column = plain(column)
@@ -220,6 +222,16 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     if isinstance(kind, pa.BaseExtensionType):
         return kind.storage_type
     return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def tensor_error(kind: pa.DataType, shape: tuple[int, ...]) -> str | None:
+    """Why values of this type lie in another order than rows of this shape; None: they do not."""
+    order = getattr(kind, "permutation", None) or []
+    # A tensor may be flat, or have dimensions of 1 beside the others.
+    wide = [size for size in getattr(kind, "shape", shape) if size != 1]
+    if order == sorted(order) and wide in ([size for size in shape if size != 1], [prod(shape)]):
+        return None
+    return f"has type {kind}, which is transposed or not {' x '.join(map(str, shape))}"
 
 
 def name_in_file(column: Column, key: str, present: Collection[str], given: str | None) -> str:

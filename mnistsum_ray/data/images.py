@@ -20,6 +20,7 @@ from mnistsum_ray.data.columns import (
     Reasons,
     plain,
     plain_type,
+    tensor_error,
 )
 
 _BYTES: Final = (pa.binary(), pa.large_binary(), pa.binary_view())
@@ -70,7 +71,7 @@ class Images(_Pictures):
         while isinstance(values, LISTS):
             values, depth = values.value_type, depth + 1
         if 1 <= depth <= len(self.shape) and pa.types.is_integer(values):
-            return None
+            return tensor_error(kind, self.shape)
         size = self.row_bytes
         known = f"lists of {size} integers, {size} bytes, PNG or JPEG bytes, {{bytes, path}}"
         return f"has type {kind}, which holds no images ({known})"

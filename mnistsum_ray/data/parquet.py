@@ -1,8 +1,10 @@
 """The one place that opens Parquet files, and says whether a file or the storage fails."""
 
 import io
+import json
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeAlias
 
 import pyarrow as pa
@@ -149,5 +151,22 @@ def column_error(
         columns = shortened(", ".join(schema.names))
         found = f"{count} columns" if count else "no column"
         return f"has {found} {name!r} but {columns}; {flag} names another"
-    error = type_error(schema.field(name).type)
+    error = type_error(_type_with_shape(schema, name))
     return f"column {name!r} {error}; convert it, or {flag} names another" if error else None
+
+
+def _type_with_shape(schema: pa.Schema, name: str) -> pa.DataType:
+    """The type of a column; if the file's Arrow types say that it holds tensors, Arrow's of these.
+
+    No type of Ray comes back: its shape is read as JSON.
+    """
+    kind = schema.field(name).type
+    with suppress(Exception):  # damaged ones say nothing
+        data = b64decode(schema.metadata[b"arrow:schema"])
+        data = data.replace(b"ARROW:extension:name", b"arrow:extension:name")
+        field = pa.ipc.read_schema(pa.py_buffer(data)).field(name)
+        tensor = json.loads(field.metadata[b"ARROW:extension:metadata"])
+        tensor = tensor if isinstance(tensor, dict) else {"shape": tensor}  # of Ray
+        order = tensor.get("permutation")
+        return pa.fixed_shape_tensor(kind.value_type, tensor["shape"], permutation=order)
+    return kind

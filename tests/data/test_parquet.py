@@ -10,8 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
+from mnistsum_ray.data.columns import Floats
 from mnistsum_ray.data.images import Images
-from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
+from mnistsum_ray.data.parquet import (
+    column_error,
+    open_parquet,
+    read_footer,
+    read_ranges,
+    to_parquet,
+)
 from mnistsum_ray.errors import StorageError, UnusableFileError
 from mnistsum_ray.storage.uri import locate
 
@@ -60,6 +67,36 @@ def test_types_of_arrow_ray_and_parquet_are_read_as_plain_ones(tmp_path: Path) -
     # A second schema of Arrow does not bring Ray's types back.
     path.write_bytes(data.replace(b"OTHER:schema", b"ARROW:schema"))
     assert read(path)[0].schema.types[2:] == plain
+
+
+PIXELS = np.zeros((3, 28, 28), np.uint8)
+of_arrow = pa.FixedShapeTensorArray.from_numpy_ndarray
+TENSORS: list[tuple[Any, bool]] = [
+    (of_arrow(PIXELS), True),
+    (of_arrow(PIXELS.reshape(3, 1, 28, 28)), True),
+    (of_arrow(PIXELS.reshape(3, 784)), True),
+    (ArrowTensorArray.from_numpy(PIXELS), True),
+    (of_arrow(PIXELS.transpose(0, 2, 1)), False),
+    (of_arrow(PIXELS.reshape(3, 14, 56)), False),
+    (ArrowTensorArray.from_numpy(PIXELS.reshape(3, 14, 56)), False),
+]
+
+
+@pytest.mark.parametrize(("column", "is_right"), TENSORS)
+def test_a_tensor_of_another_order_or_shape_is_refused_in_memory_and_in_a_file(
+    tmp_path: Path, column: Any, is_right: bool
+) -> None:
+    file = locate(str(tmp_path / "in.parquet"), "--input")
+    file.write(to_parquet(pa.table({"image": column})))
+    listed = file.file_entry()
+    assert listed
+    schema = read_footer(file, listed).schema_arrow
+    said = "which is transposed or not 28 x 28"
+    errors = [Images(28, 28).type_error(column.type)]
+    errors.append(column_error(schema, "image", "--image-column", Images(28, 28).type_error))
+    assert [said in str(error) for error in errors] == [not is_right] * 2
+    is_flat = len(column.type.shape) == 1
+    assert (Floats(784).type_error(column.type) is None) == is_flat
 
 
 def test_ranges_of_rows_are_read_whatever_groups_and_batches_they_lie_in(tmp_path: Path) -> None:
