@@ -31,7 +31,10 @@ Ranges: TypeAlias = dict[str, tuple[float, float]]
 _MOST_HELD_OUT: Final = 5000
 """About so many training rows are held out at most, for a split that no file is named for."""
 
-_SPLIT_WORD: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(?![a-z])")
+_WORD_BEGINS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?=[A-Z][a-z])")
+"""Where a word begins by its capital, as in `mnistTrain`."""
+
+_SPLIT_WORD: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(set|data)?(?![a-z])")
 """A word in the name of a file or folder, in lower case, that names a split."""
 
 
@@ -237,7 +240,7 @@ def _describe(
 def _split_of_name(file: str) -> str:
     """The split that the file names or, failing that, its folder; empty where neither does."""
     for name in reversed(file.split("/")[-2:]):
-        found = _SPLIT_WORD.search(name.lower())
+        found = _SPLIT_WORD.search(_WORD_BEGINS.sub("-", name).lower())
         if found:
             return "validation" if found[1] == "val" else found[1]
     return ""

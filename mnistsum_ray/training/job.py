@@ -207,6 +207,9 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console, *, is_kept: 
         say(f"rejected: {counted(rows.rejected.total, 'row')}: {rows.rejected.describe()}")
     counts = ", ".join(f"{totals.rows:,} {split}" for split, totals in rows.totals.items())
     say(f"run {config.name}: {counts} rows of {source}")
+    held_out = [split for split in source.ranges("train") if split != "train"]
+    if source.files and held_out:
+        say(f"no file's name says {' or '.join(held_out)}: training rows are held out for that")
     if not is_kept:
         say("training rows are not kept in memory, but read again in each epoch (--cache)")
     return rows

@@ -43,6 +43,8 @@ NAMES = [
     ("train-00000-of-00001.parquet", "validation-0.parquet", "test-0.parquet"),
     ("training/a.parquet", "val/a.parquet", "testing/a.parquet"),
     ("mnist_Train.parquet", "VALID.pq", "TEST/a.PARQ"),
+    ("trainset.parquet", "validationset/a.parquet", "testset.parquet"),
+    ("mnistTrain.parquet", "MNISTVal2.parquet", "kaggleData/testdata.parquet"),
 ]
 
 
