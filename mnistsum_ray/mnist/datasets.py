@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from mnistsum_ray.data.columns import Arrays
+from mnistsum_ray.data.columns import Array, Arrays
 from mnistsum_ray.data.images import Images
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.errors import RequestError, one_line
@@ -64,23 +64,27 @@ def _find_mnist(root: Path) -> Path | None:
 
 def _mnist(folder: Path) -> NamedData:
     """MNIST in the files of this folder. RequestError: one is missing or damaged."""
-    from torchvision.datasets import MNIST  # takes seconds to import
-
-    class MnistHere(MNIST):
-        raw_folder = str(folder)
-
     splits: dict[str, Arrays] = {}
-    for split, is_train in (("train", True), ("test", False)):
-        try:
-            found = MnistHere(str(folder), train=is_train)
-            images, digits = found.data.numpy(), found.targets.numpy()
-            if images.shape != (*digits.shape, SIDE, SIDE):  # torchvision takes what it finds
-                raise ValueError(f"images and labels have shapes {images.shape}, {digits.shape}")
-        except Exception as error:  # torchvision raises many types on damaged files
-            problem = f"holds no whole MNIST ({one_line(error)}); get its four files again"
-            raise RequestError(f"--data {folder}: {problem}") from None
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images = _read_idx(folder / f"{prefix}-images-idx3-ubyte", (None, SIDE, SIDE))
+        digits = _read_idx(folder / f"{prefix}-labels-idx1-ubyte", (len(images),))
         splits[split] = {"image": images, "digit": digits.astype("int64")}
     return NamedData("mnist", str(folder), str(folder), splits)
+
+
+def _read_idx(file: Path, shape: tuple[int | None, ...]) -> Array:
+    """The bytes of one of MNIST's files. RequestError: it is missing, or has another shape."""
+    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor  # seconds to import
+
+    try:
+        found: Array = read_sn3_pascalvincent_tensor(str(file)).numpy()
+        wanted = (shape[0] or len(found), *shape[1:])
+        if found.shape != wanted or found.dtype != "uint8":
+            raise ValueError(f"has {found.dtype} of shape {found.shape}, and not {wanted}")
+    except Exception as error:  # torchvision raises many types on damaged files
+        problem = f"is no whole file of MNIST ({one_line(error)}); get it again"
+        raise RequestError(f"--data {file}: {problem}") from None
+    return found
 
 
 def _download_mnist(root: Path) -> Path:

@@ -83,7 +83,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
 def test_damaged_files_of_mnist_are_refused(idx: Path, name: str, damage: Any) -> None:
     damage(idx / "MNIST" / "raw" / name)
-    said = rf"^--data {idx}/MNIST/raw: holds no whole MNIST \(.*\); get its four files again$"
+    said = rf"^--data {idx}/MNIST/raw/{name}: is no whole file of MNIST \(.*\); get it again$"
     with pytest.raises(RequestError, match=said):
         opened(idx)
 
