@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mnistsum_ray.data.columns import Array
 from tests.conftest import plain_predictions, write_sample
@@ -133,11 +134,13 @@ def test_serve_answers_for_a_picture_and_says_what_is_wrong(folder: Path) -> Non
 
 
 def test_photos_become_rows_and_one_that_is_missing_a_rejected_one(folder: Path) -> None:
-    (folder / "photos.csv").write_text("file,number\nseven.png,5\nnone.png,3\n")
+    Image.new("L", (50, 50)).save(folder / "blank.png")
+    (folder / "photos.csv").write_text("file,number\nseven.png,5\nnone.png,3\nblank.png,4\n")
     run_example(folder, "photos", "photos.csv", "photos.parquet")
-    seven, missing = pq.read_table(folder / "photos.parquet").to_pylist()
+    seven, missing, blank = pq.read_table(folder / "photos.parquet").to_pylist()
     assert (seven["file"], seven["number"], len(seven["image"])) == ("seven.png", 5, 784)
-    assert (missing["number"], missing["image"]) == (3, None)
+    assert (missing["number"], missing["image"], seven["problem"]) == (3, None, None)
+    assert (blank["image"], "nothing is drawn on it" in blank["problem"]) == (None, True)
 
 
 @pytest.mark.nightly
