@@ -287,8 +287,11 @@ class ReasonCounts:
         return self.reasons.total()
 
     def describe(self) -> str:
-        """The first rejected rows with their reasons, for a message."""
-        texts = [f"{file}: row {row}: {reason}" for file, row, reason in self.examples]
-        if self.total > len(texts):
+        """The first rejected rows by reason, for a message."""
+        rows: dict[str, list[str]] = {}
+        for file, row, reason in self.examples:
+            rows.setdefault(reason, []).append(f"{file}: row {row}")
+        texts = [f"{', '.join(places)}: {reason}" for reason, places in rows.items()]
+        if self.total > len(self.examples):
             texts.append("…")
         return " | ".join(texts)

@@ -158,9 +158,14 @@ class Summary(NamedTuple):
     def rejected(self, source: Source, columns: Mapping[str, Column]) -> ReasonCounts:
         """The rejected rows by reason, with the first of them.
 
-        Their files are read again, since Ray Data says no row's place in its file.
+        They are read or decoded again, since Ray Data says no row's place in its file.
         """
-        examples: list[RejectedRow] = []  # none of rows in memory, which the task has made
+        examples: list[RejectedRow] = []
+        for split, table in source.tables.items():
+            name = f"{source.name} ({split})"
+            if name in self.rejected_paths:
+                _, reasons = decode_columns(columns, table, {key: key for key in columns})
+                examples += [(name, row, reason) for row, reason in reasons.items()]
         for file in source.all_files:
             if arrow_place(file.path)[1] not in self.rejected_paths:
                 continue

@@ -112,9 +112,12 @@ def read_rows(
     _check_counts(source, summary)
     rejected = summary.rejected(source, columns)
     if rejected.total and not skip_bad_rows:
-        all_rows = counted(summary.rows_of_paths.total(), "row")
-        unusable = f"{rejected.total:,} of {all_rows} cannot be used: {rejected.describe()}"
-        advice = "correct them, or train with --skip-bad-rows, which leaves them out"
+        all_rows = summary.rows_of_paths.total()
+        share = f"{rejected.total:,} of {counted(all_rows, 'row')}"
+        unusable = f"{share} cannot be used: {rejected.describe()}"
+        advice = "correct them"
+        if rejected.total < all_rows:
+            advice += ", or train with --skip-bad-rows, which leaves them out"
         raise RequestError(f"--data {source.location}: {unusable}; {advice}")
     _check_splits(source, summary, rejected)
     rows_of_block = summary.totals["train"].rows // (_BLOCKS_OF_RANK * workers)

@@ -174,3 +174,8 @@ def test_sums_of_reasons_stay_small() -> None:
     assert counts.examples == [("00", row, f"the digit is {row}") for row in range(5)]
     assert counts.describe().startswith("00: row 0: the digit is 0 | 00: row 1: ")
     assert counts.describe().endswith(" | …")
+    alike = ReasonCounts()
+    alike.add(
+        {"is null": 2, "is 10": 1}, [("a", 3, "is null"), ("a", 7, "is 10"), ("b", 1, "is null")]
+    )
+    assert alike.describe() == "a: row 3, b: row 1: is null | a: row 7: is 10"

@@ -258,11 +258,9 @@ def test_bad_rows_are_counted_by_reason_and_named_by_file_and_row(
     null = "the image is null; fill it in or drop the row"
     wrong = "the digit is {}, not one of 0..9; correct it or drop the row"
     examples = [
-        f"train a.parquet: row 3: {null}",
-        f"train a.parquet: row 7: {wrong.format(10)}",
+        f"train a.parquet: row 3, train-c.parquet: row 3: {null}",
+        f"train a.parquet: row 7, train-c.parquet: row 190: {wrong.format(10)}",
         f"train a.parquet: row 150: {wrong.format(-1)}",
-        f"train-c.parquet: row 3: {null}",
-        f"train-c.parquet: row 190: {wrong.format(10)}",
     ]
     said = f"--data {tmp_path}: 5 of 400 rows cannot be used: {' | '.join(examples)}; correct them,"
     with pytest.raises(RequestError, match=f"^{re.escape(said)} or train with --skip-bad-rows"):
@@ -324,6 +322,17 @@ def test_each_split_needs_rows(split: str, count: int) -> None:
 
 
 LOST: list[tuple[str, Callable[[pa.Table], list[pa.Table]]]] = [
+def test_rows_in_memory_are_named_once_for_one_reason_and_none_are_left_to_train_with() -> None:
+    sample = open_data("sample")
+    table = sample.tables["train"][:6]
+    wrong = replace(sample, tables={"train": table.set_column(1, "digit", pa.array([10] * 6))})
+    places = ", ".join(f"sample (train): row {row}" for row in range(5))
+    reason = "the digit is 10, not one of 0..9; correct it or drop the row"
+    said = f": 6 of 6 rows cannot be used: {places}: {reason} | …; correct them"
+    with pytest.raises(RequestError, match=f"{re.escape(said)}$"):
+        read_rows(wrong, COLUMNS, seed=0, skip_bad_rows=False)
+
+
     ("saw 199 rows, where the plan has 200: ", lambda rows: [rows[1:]]),
     ("saw 201 rows, where the plan has 200: ", lambda rows: [rows, rows[:1]]),
     ("saw other rows than planned: ", lambda rows: [rows[1:2], rows[1:]]),
