@@ -7,7 +7,7 @@ one split. What a run must know of its rows is a summary a block, which `summari
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -97,12 +97,16 @@ def without_origin(decoded: pa.Table) -> pa.Table:
     return decoded.drop_columns(["split", "reason", "path"])
 
 
-def summarize(decoded: pa.Table) -> pa.Table:
-    """Count rows, and sum up their ids modulo 2**64, by `path`, `split` and `reason`."""
+def summarize(decoded: pa.Table, classes: Sequence[str]) -> pa.Table:
+    """Count rows, and sum up their ids modulo 2**64, by `path`, `split` and `reason`.
+
+    Of the columns `classes` the values that there are.
+    """
     keys = {"path": decoded["path"].cast(pa.string())}
-    keys |= {key: decoded[key] for key in ("split", "reason", "row_id")}
+    keys |= {key: decoded[key] for key in ("split", "reason", "row_id", *classes)}
     groups = pa.table(keys).group_by(["path", "split", "reason"])
-    return groups.aggregate([("row_id", "count"), ("row_id", "sum")])
+    values = [(key, "distinct") for key in classes]
+    return groups.aggregate([("row_id", "count"), ("row_id", "sum"), *values])
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,12 @@ class Summary(NamedTuple):
     rows_of_paths: Counter[str]
     reasons: Counter[str]  # of rejected rows
     rejected_paths: set[str]
+    classes: dict[str, set[int]]  # of training rows, by column
 
     @classmethod
-    def of(cls, summaries: Iterable[Mapping[str, Any]]) -> "Summary":
+    def of(cls, summaries: Iterable[Mapping[str, Any]], classes: Sequence[str]) -> "Summary":
         """Add up rows of the tables of `summarize`."""
-        found = cls({}, Counter(), Counter(), set())
+        found = cls({}, Counter(), Counter(), set(), {key: set() for key in classes})
         for group in summaries:
             rows, path, reason = group["row_id_count"], group["path"], group["reason"]
             found.rows_of_paths[path] += rows
@@ -152,6 +157,8 @@ class Summary(NamedTuple):
                 split = SPLITS[group["split"]]
                 before = found.totals.get(split, RowTotals(0, 0))
                 found.totals[split] = before.plus(rows, group["row_id_sum"])
+                for key in classes if split == "train" else ():
+                    found.classes[key].update(group[f"{key}_distinct"])
         in_order = sorted(found.totals, key=SPLITS.index)
         return found._replace(totals={split: found.totals[split] for split in in_order})
 

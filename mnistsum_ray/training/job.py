@@ -35,6 +35,7 @@ from mnistsum_ray.errors import (
     counted,
     ended_by_storage,
     root_cause,
+    shortened,
 )
 from mnistsum_ray.model.finished import FinishedModel
 from mnistsum_ray.model.folder import WEIGHTS_FILE, LoadedModel, copy_weights, load_model
@@ -210,6 +211,9 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console, *, is_kept: 
     held_out = [split for split in source.ranges("train") if split != "train"]
     if source.files and held_out:
         say(f"no file's name says {' or '.join(held_out)}: training rows are held out for that")
+    for key, missing in rows.missing.items():
+        if missing:
+            say(f"no training row has the {key} {shortened(', '.join(map(str, missing)))}")
     if not is_kept:
         say("training rows are not kept in memory, but read again in each epoch (--cache)")
     return rows

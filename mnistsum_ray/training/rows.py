@@ -24,7 +24,7 @@ from ray.data.dataset import MaterializedDataset
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.workarounds import default_environment
-from mnistsum_ray.data.columns import Column, ReasonCounts, rows_in
+from mnistsum_ray.data.columns import Column, ReasonCounts, Whole, rows_in
 from mnistsum_ray.data.decoding import (
     RowTotals,
     Summary,
@@ -59,6 +59,7 @@ class Rows:
     totals: dict[str, RowTotals]
     rows_of_block: int  # of all blocks of a split but its last one
     rejected: ReasonCounts  # of rows that are in no split
+    missing: dict[str, list[int]]  # by column of classes, those that no training row has
 
     @property
     def fingerprint(self) -> str:
@@ -89,6 +90,10 @@ def read_rows(
     RequestError: a file or a row cannot be used, or too few rows can.
     RowCountError: files hold more or fewer rows than their footers say.
     """
+    whole = {key: column for key, column in columns.items() if isinstance(column, Whole)}
+    # A column of a million values is none of classes, and the driver would keep them.
+    below = {key: column.below for key, column in whole.items() if column.below <= 1000}
+    classes = {"classes": [*below]}
     decoded: dict[str, Dataset] = {}
     groups: list[dict[str, Any]] = []
     try:
@@ -98,7 +103,7 @@ def read_rows(
                 if is_kept or named_split != "train":
                     dataset = dataset.materialize()
                 decoded[named_split] = dataset
-                groups += dataset.map_batches(summarize, **_BLOCKS).take_all()
+                groups += dataset.map_batches(summarize, fn_kwargs=classes, **_BLOCKS).take_all()
     except (ray.exceptions.RayTaskError, OSError, ValueError) as error:
         cause = getattr(error, "cause", error)  # what a task has raised
         if not isinstance(cause, OSError | ValueError):
@@ -108,7 +113,7 @@ def read_rows(
         if isinstance(cause, ValueError | FileNotFoundError | PermissionError):
             raise RequestError(problem) from error
         raise TryAgainError(f"{problem}; no file is damaged") from error
-    summary = Summary.of(groups)
+    summary = Summary.of(groups, [*below])
     _check_counts(source, summary)
     rejected = summary.rejected(source, columns)
     if rejected.total and not skip_bad_rows:
@@ -123,7 +128,8 @@ def read_rows(
     rows_of_block = summary.totals["train"].rows // (_BLOCKS_OF_RANK * workers)
     rows_of_block = max(rows_of_block, _LEAST_BLOCK_ROWS)
     rows_of_block = min(rows_of_block, rows_in(_MOST_BLOCK_BYTES, columns.values()))
-    rows = Rows({}, summary.totals, rows_of_block, rejected)
+    missing = {key: sorted({*range(below[key])} - summary.classes[key]) for key in below}
+    rows = Rows({}, summary.totals, rows_of_block, rejected, missing)
     for named_split, dataset in decoded.items():
         splits = [split for split in source.ranges(named_split) if split != "train"]
         held_out = dataset

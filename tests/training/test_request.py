@@ -239,12 +239,13 @@ def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch)
     def read_rows(_source: Any, columns: Any, seed: int, **settings: Any) -> Rows:
         assert columns == MnistSum().training_columns
         asked_for.update(settings, seed=seed)
-        return Rows({}, {}, 32, ReasonCounts())
+        return Rows({}, {}, 32, ReasonCounts(), {"digit": [5, 9]})
 
     monkeypatch.setattr(job, "read_rows", read_rows)
     plan = WorkerPlan(1, 3, {"CPU": 2.0}, 2)
-    request = asked(seed=7, skip_bad_rows=True)
-    job.read(request, plan, Console(io.StringIO()), is_kept=False)
+    request, said = asked(seed=7, skip_bad_rows=True), io.StringIO()
+    job.read(request, plan, Console(said), is_kept=False)
+    assert "no training row has the digit 5, 9\n" in said.getvalue()
     assert asked_for == {"seed": 7, "skip_bad_rows": True, "is_kept": False, "workers": 3}
 
 
