@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from mnistsum_ray.cli import parse
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.prometheus import COUNTERS, GAUGES
-from tests.jobs import ROOT
+from tests.jobs import RAY, ROOT, free_port, kill_everything
 
 DEPLOY = ROOT / ".deploy"
 CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
@@ -40,6 +43,35 @@ def test_cluster_yaml_is_one_and_opens_nothing_to_the_world() -> None:
         assert ("download.pytorch.org/whl/cpu" in commands[-1]) == (kind == "head")
         assert "--dashboard-host" not in " ".join(config[f"{kind}_start_ray_commands"])
     assert f"{HOME}/.ray/auth_token" in config["file_mounts"]
+
+
+def test_a_worker_of_cluster_yaml_joins_its_head_with_the_token() -> None:
+    """Both run their own last line, but for ports and for what starts machines."""
+    ports = {"6379": str(free_port()), "8080": "0"}
+    with tempfile.TemporaryDirectory(prefix="r") as home:  # short, as a socket's path must be
+        Path(home, "venv").mkdir()
+        Path(home, "venv", "bin").symlink_to(RAY.parent)
+        Path(home, ".ray").mkdir()
+        Path(home, ".ray", "auth_token").write_text("a" * 64)
+        given = {name: os.environ[name] for name in os.environ if not name.startswith("RAY_")}
+        given |= {"HOME": home, "RAY_TMPDIR": home, "RAY_HEAD_IP": "127.0.0.1"}
+        nodes = []
+        try:
+            for kind in ("head", "worker"):
+                line = CLUSTER[f"{kind}_start_ray_commands"][-1]
+                line = re.sub("6379|8080", lambda port: ports[port[0]], line)
+                line = re.sub("--autoscaling-config.*", "--include-dashboard=false", line)
+                command = ["bash", "-c", f"{line} --num-cpus=1 --block"]
+                node = subprocess.Popen(command, env=given, stdout=subprocess.PIPE, text=True)
+                nodes.append(node)
+                said = ""
+                while node.poll() is None and "Ray runtime started" not in said:
+                    said += node.stdout.readline()  # type: ignore[union-attr]
+                assert "Ray runtime started" in said, f"{kind}: {said}"
+        finally:
+            for node in nodes:
+                kill_everything(node.pid)
+                node.wait()
 
 
 def test_kuberay_and_kubernetes_know_every_field_and_give_no_privileges() -> None:

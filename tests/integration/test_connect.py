@@ -111,6 +111,7 @@ def test_readmes_commands_for_a_team(home: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RAY_AUTH_MODE")
     wait_for_job_agent()
     subprocess.run(["bash", "-ec", commands], cwd=home, check=True, timeout=300)
+    assert (home / ".ray" / "auth_token").stat().st_mode & 0o77 == 0
     for name in ("box", "later"):
         manifest = json.loads((home / "runs" / name / "manifest.json").read_text())
         assert manifest["status"] == "finished"
