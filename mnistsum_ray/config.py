@@ -199,7 +199,7 @@ class TrainConfig(TaskConfig):
     use_gpu: bool | None = None
     """train on GPUs [true if the cluster has GPUs]"""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPUs and threads of a worker, which decide the last bits [all CPUs of a node]"""
+    """CPUs and threads of a worker, which decide the last bits [all free CPUs of a node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
     """failures of workers to recover from; nodes that announce their end do not count"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)

@@ -16,7 +16,7 @@ from mnistsum_ray import TrainConfig, fit
 parser = argparse.ArgumentParser()
 parser.add_argument("--data", default="sample", help="a name, or an absolute path or URI")
 parser.add_argument("--epochs", type=int, default=3)
-parser.add_argument("--at-once", type=int, default=1, help="trials, of a CPU or a GPU each")
+parser.add_argument("--at-once", type=int, default=1, help="trials; of several each has one CPU")
 args = parser.parse_args()
 storage = str(Path("tuned").resolve())
 
@@ -25,8 +25,9 @@ def trial(chosen: dict[str, Any]) -> None:
     """A run of the trial's name. It reports each epoch, where the scheduler may end it."""
     settings = {"data": args.data, "epochs": args.epochs, "storage_path": storage, **chosen}
     settings["name"] = tune.get_context().get_trial_name()
-    # The worker reserves a CPU for its thread, beside the little that the trial holds.
-    config = TrainConfig(**settings, num_workers=1, threads=1)
+    # Beside the little that the trials hold, one alone takes the CPUs that are free, others one.
+    threads = None if args.at_once == 1 else 1
+    config = TrainConfig(**settings, num_workers=1, threads=threads)
     fit(config, callbacks=[TuneReportCallback()])
 
 

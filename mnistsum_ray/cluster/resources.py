@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from mnistsum_ray.cluster.connection import started_cluster
+from mnistsum_ray.cluster.workarounds import free_cpus
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.errors import RequestError, TryAgainError, counted, spelled
 
@@ -122,11 +123,17 @@ class WorkerPlan:
 
 
 def plan_training(
-    config: TrainConfig, batch_size: int, say: Callable[[str], None], *, is_kept: bool
+    config: TrainConfig,
+    batch_size: int,
+    say: Callable[[str], None],
+    stored_threads: int | None = None,
+    *,
+    is_kept: bool,
 ) -> WorkerPlan:
-    """Choose the workers of a training: as requested, else by what the cluster has.
+    """Choose the workers of a training: as requested, else by what the cluster has free.
 
-    If rows are not kept, but read in each epoch, a CPU is left to the tasks that read.
+    If rows are not kept, but read in each epoch, a CPU is left to the tasks that read. A run that
+    goes on keeps its `stored_threads`, or what the nodes have of them.
 
     RequestError: these workers can never be had, or are more than the rows of a batch.
     """
@@ -141,7 +148,18 @@ def plan_training(
     if use_gpu:
         plan = WorkerPlan(least, most, {"GPU": 1.0}, config.threads)
     else:
-        threads = config.threads or _cpus(most, leave_one=not is_kept)
+        nodes = [int(node.get("CPU", 0)) for node in cluster.nodes]
+        all_threads = max(1, _cpus(nodes, most, leave_one=not is_kept))
+        threads = config.threads or min(stored_threads or all_threads, all_threads)
+        if cluster.can_grow and not config.threads and not stored_threads:
+            # Who holds the rest may be the very trial of Ray Tune that this training is.
+            free = free_cpus()
+            free_threads = _cpus(free, most, leave_one=not is_kept)
+            if 0 < free_threads < threads:
+                found = f"{sum(free)} of {counted(sum(nodes), 'CPU')} are free"
+                advice = f"--threads {threads} waits for more"
+                say(f"{found}: {counted(free_threads, 'thread')}; {advice}")
+                threads = free_threads
         plan = WorkerPlan(least, most, {"CPU": float(threads)}, threads)
     fitting = cluster.workers_that_fit(plan.per_worker)
     if least > fitting and not cluster.can_grow:
@@ -168,19 +186,18 @@ def _gpus_of_use(cluster: ClusterResources, batch_size: int, say: Callable[[str]
     return used
 
 
-def _cpus(workers: int, *, leave_one: bool) -> int:
+def _cpus(nodes: list[int], workers: int, *, leave_one: bool) -> int:
     """CPUs of each of so many workers: all of a node, or a worker's share of those of a node."""
-    found = [int(node["Resources"].get("CPU", 0)) for node in usable_nodes()]
-    cpus_of_nodes = sorted((cpus for cpus in found if cpus), reverse=True)
+    cpus_of_nodes = sorted(filter(None, nodes), reverse=True)
     if not cpus_of_nodes:  # nodes will come, and nobody knows of which size
-        return 1
+        return 0
     cpus_of_used = cpus_of_nodes[:workers]  # of the largest nodes, with a worker or more on each
     workers_of_node = math.ceil(workers / len(cpus_of_used))
     all_used = len(cpus_of_used) == len(cpus_of_nodes)
     cpus = (min(cpus_of_used) - (leave_one and all_used)) // workers_of_node
     if len(cpus_of_nodes) > 1 and all_used and not leave_one:
         cpus -= 1  # stays free for the tasks that read again what was lost with a node
-    return max(1, cpus)
+    return cpus
 
 
 def wait_for(wanted: Resources, purpose: str, seconds: float, say: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ elsewhere.
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -32,6 +33,22 @@ def in_order(dataset: Any) -> Any:
         dataset = dataset.copy(dataset, _deep_copy=True)  # the given one keeps its options
     dataset.context.execution_options.preserve_order = True
     return dataset
+
+
+def free_cpus() -> list[int]:
+    """Whole CPUs that are free on each node; none where Ray does not tell.
+
+    Ray says late that a CPU is free again: three seconds are waited for all.
+    """
+    free: list[int] = []
+    with suppress(*_RENAMED):
+        for _ in range(30):
+            nodes = ray._private.state.available_resources_per_node()  # noqa: TID251
+            free = [int(node.get("CPU", 0)) for node in nodes.values()]
+            if sum(free) == ray.cluster_resources().get("CPU", 0):
+                break
+            time.sleep(0.1)
+    return free
 
 
 @contextmanager

@@ -114,7 +114,8 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
                 config.cache == "auto" and fits_in_store(request.source, request.task)
             )
             batch_size = request.hyperparameters.batch_size
-            plan = plan_training(config, batch_size, console.say, is_kept=is_kept)
+            threads = stored.get("threads")
+            plan = plan_training(config, batch_size, console.say, threads, is_kept=is_kept)
             say_what_differs(stored, plan, console.say)
             rows = read(request, plan, console, is_kept=is_kept)
             record = RunRecord(request, plan)

@@ -21,13 +21,16 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
         joined: bool = True,
         batch_size: int = 256,
         is_kept: bool = True,
+        free: tuple[int, ...] = (),
+        stored: int | None = None,
         **given: Any,
     ) -> WorkerPlan:
         alive = [{"NodeID": f"node {index}", "Resources": of} for index, of in enumerate(nodes)]
         monkeypatch.setattr(resources, "usable_nodes", lambda: alive)
         monkeypatch.setattr(resources, "started_cluster", lambda: not joined)
+        monkeypatch.setattr(resources, "free_cpus", lambda: list(free))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        return plan_training(TrainConfig(**given), batch_size, say, is_kept=is_kept)
+        return plan_training(TrainConfig(**given), batch_size, say, stored, is_kept=is_kept)
 
     return made
 
@@ -73,6 +76,24 @@ def test_gpus_that_a_batch_is_too_small_for_stay_unused_and_a_line_says_so(plan:
     small = "a batch of 767 rows is too small for more; give --batch-size"
     assert said == [f"using 2 of 8 GPUs: {small}"]
     assert plan(gpus(2), batch_size=64).most == 1
+
+
+def test_a_training_begins_with_the_cpus_that_are_free_and_goes_on_with_its_own(plan: Any) -> None:
+    """Else it would wait for what its own trial of Ray Tune holds."""
+    said: list[str] = []
+    for threads, given in (
+        (3, {"free": (3,)}),
+        (2, {"free": (3,), "is_kept": False}),  # another one reads
+        (3, {"free": (1,), "is_kept": False}),  # which waits: one CPU cannot both read and train
+        (4, {"free": (3,), "threads": 4}),
+        (4, {"free": (3,), "joined": False}),
+        (3, {"free": (4,), "stored": 3}),
+        (4, {"free": (3,), "stored": 8}),
+    ):
+        assert plan(cpus(4), said.append, **given).threads == threads, given
+    free = "3 of 4 CPUs are free"
+    assert said[0] == f"{free}: 3 threads; --threads 4 waits for more"
+    assert said[1:] == [f"{free}: 2 threads; --threads 3 waits for more"]
 
 
 def test_more_than_a_cluster_of_this_job_has_is_refused(plan: Any) -> None:

@@ -26,6 +26,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, save_model
 from mnistsum_ray.cli import parse
+from mnistsum_ray.cluster.workarounds import free_cpus
 from mnistsum_ray.data.decoding import RowTotals, decode, without_origin
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import TryAgainError, percent
@@ -288,6 +289,13 @@ def one_cpu_is_held() -> Iterator[None]:
         yield
     finally:
         remove_placement_group(group)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_plan_sees_the_cpus_that_are_free() -> None:
+    with one_cpu_is_held():
+        assert free_cpus() == [1]
+    assert free_cpus() == [2]
 
 
 @pytest.mark.slow
