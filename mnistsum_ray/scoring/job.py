@@ -67,9 +67,13 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
         config = request.config.model_copy(update={"precision": precision})
         run.request = replace(request, config=config)
         plan(run, console)
-        score_missing(run, workers, console)
+        metrics = JobMetrics("score", request.output.display)
+        score_missing(run, workers, metrics, console)
         settle(run, console)
-        return record.publish(run, time.monotonic() - started, console)
+        metrics.set(rejected_files=len(run.rejected_files))
+        result = record.publish(run, time.monotonic() - started, console)
+        metrics.set(last_success_seconds=time.time())
+        return result
     except (KeyboardInterrupt, OSError, *_ERRORS_OF_RAY) as error:
         raise explain_end(error, run, console) from error
 
@@ -147,16 +151,21 @@ def say_what_goes_on(run: Run, console: Console) -> None:
             console.say(f"{counted(len(files), 'file')} of the input: {kind}")
 
 
-def score_missing(run: Run, workers: WorkerPlan, console: Console) -> None:
+def score_missing(run: Run, workers: WorkerPlan, metrics: JobMetrics, console: Console) -> None:
     """Score the parts that are missing, and delete those of files that have changed."""
     request = run.request
     todo = [part for name, part in run.planned.items() if name not in run.done]
     if todo or run.stale:
         (request.output / MANIFEST).delete()
         (request.output / PREDICTIONS).delete_files(list(run.stale))
+    total, known = sum(part.rows for part in todo), sum(file.rows or 0 for file in request.files)
+    done_rows = sum(part.rows for part in run.done.values())
+    rejected_rows = sum(part.rejected_rows for part in run.done.values())
+    metrics.count(rows=done_rows, rejected_rows=rejected_rows)
+    planned_rows = done_rows + total
+    metrics.set(planned_rows=planned_rows)
     if not todo:
         return
-    total, known = sum(part.rows for part in todo), sum(file.rows or 0 for file in request.files)
     tasks = make_tasks(request, todo, workers.most)
     workers = replace(workers, most=min(workers.most, len(tasks)))
     console.say(
@@ -164,9 +173,8 @@ def score_missing(run: Run, workers: WorkerPlan, console: Console) -> None:
         f"{counted(len(request.files), 'file')} below {request.root.display}; "
         f"with {workers}, {request.config.precision}"
     )
-    metrics = JobMetrics("score", request.output.display)
     progress = Progress(console.progress, "rows scored", total)
-    rows = rejected_rows = 0
+    rows = 0
     started = 0.0
     for answer in score_on_ray(request, workers, tasks, console):
         started = started or time.monotonic()
@@ -178,9 +186,9 @@ def score_missing(run: Run, workers: WorkerPlan, console: Console) -> None:
         rows += answer.rows
         rejected_rows += answer.rejected_rows
         progress(answer.rows)
-        metrics.count(rows=rows, rejected_rows=rejected_rows)
+        metrics.count(rows=done_rows + rows, rejected_rows=rejected_rows)
         run.rows_per_second = rows / max(time.monotonic() - started, 1e-9)
-        metrics.set(rows_per_second=run.rows_per_second)
+        metrics.set(rows_per_second=run.rows_per_second, planned_rows=planned_rows)
 
 
 def score_on_ray(

@@ -121,9 +121,14 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             record = RunRecord(request, plan)
             record.begin(rows, init_model)
         with errors_in_one_line(console, request.how_to_resume):
+            metrics = JobMetrics("train", request.folder.display)
             try:
-                finished = run_trainer(request, plan, rows, init_model, record, console, callbacks)
-                return record.publish(finished, time.monotonic() - started, console.say)
+                finished = run_trainer(
+                    request, plan, rows, init_model, record, metrics, console, callbacks
+                )
+                result = record.publish(finished, time.monotonic() - started, console.say)
+                metrics.set(last_success_seconds=time.time())
+                return result
             except KeyboardInterrupt:
                 record.write_status("stopped")
                 raise RunInterrupted(request.how_to_resume) from None
@@ -226,12 +231,11 @@ def run_trainer(
     rows: Rows,
     init_model: LoadedModel | None,
     record: RunRecord,
+    metrics: JobMetrics,
     console: Console,
     callbacks: Callbacks,
 ) -> FinishedModel:
     """Train the epochs that are left with Ray Train, which starts workers again that fail."""
-    done_rows = len(record.history) * rows.totals["train"].rows
-    metrics = JobMetrics("train", request.folder.display, done_rows)
     follower = EventFollower(console, metrics, record.add_epoch)
     loop = LoopConfig(
         task=request.task,

@@ -127,6 +127,7 @@ class EventFollower:
             total = event["epochs"] * event["of_rows"]
             self._console.progress("training rows", done, total, note)
             self._metrics.count(rows=done)
+            self._metrics.set(planned_rows=total)
             names = ("rows_per_second", "epoch", "loss")
             self._metrics.set(**{name: event[name] for name in names})
         elif kind == "epoch":

@@ -123,7 +123,9 @@ def test_the_run_folder_holds_history_report_pictures_and_no_pickle(
 
 def test_prometheus_sees_the_rows_of_all_epochs(done: Result) -> None:
     rows, run = 2 * done.line["data"]["train_rows"], done.line["run"]
-    wait_until(lambda: metrics_of(run).get("ray_mnistsum_rows_total") == rows, 30)
+    wait_until(lambda: metrics_of(run).get("ray_mnistsum_last_success_seconds"), 30)
+    found = metrics_of(run)
+    assert found["ray_mnistsum_rows_total"] == found["ray_mnistsum_planned_rows"] == rows
 
 
 def check_in_plain_pytorch(line: dict[str, Any], test_rows: pa.Table) -> None:

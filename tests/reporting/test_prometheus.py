@@ -17,8 +17,9 @@ def test_a_folder_of_any_name_is_counted_and_no_row_twice(
         counted.append(value)
 
     monkeypatch.setattr(Counter, "inc", recorded)
-    metrics = JobMetrics("train", "/runs/ü [1]", rows=5)
-    metrics.set(loss=1.0)
-    for total in (8, 6, 9):  # after a failure a job begins again at a checkpoint
-        metrics.count(rows=total)
-    assert counted == [3, 1]
+    for totals in ((5, 8, 6, 9), (9, 10)):  # after a failure, and what another job finds
+        metrics = JobMetrics("train", "/runs/ü [1]")
+        metrics.set(loss=1.0)
+        for total in totals:
+            metrics.count(rows=total)
+    assert counted == [5, 3, 1, 1]
