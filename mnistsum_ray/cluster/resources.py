@@ -37,6 +37,15 @@ def on_this_node() -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
+def fits_in_store(rows_bytes: int) -> bool:
+    """Whether decoded rows take at most a third of Ray's object store.
+
+    They lie there twice for a moment.
+    """
+    store: float = ray.cluster_resources().get("object_store_memory", 0.0)
+    return rows_bytes <= store / 3
+
+
 def usable_nodes() -> list[dict[str, Any]]:
     """Ray's entry of each living node that has CPUs or GPUs."""
     alive = [node for node in ray.nodes() if node["Alive"]]

@@ -7,7 +7,7 @@ one split. What a run must know of its rows is a summary a block, which `summari
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +20,7 @@ from mnistsum_ray.data.columns import (
     Column,
     ReasonCounts,
     RejectedRow,
+    Whole,
     decode_columns,
     one_chunk,
     rows_in,
@@ -97,11 +98,15 @@ def without_origin(decoded: pa.Table) -> pa.Table:
     return decoded.drop_columns(["split", "reason", "path"])
 
 
-def summarize(decoded: pa.Table, classes: Sequence[str]) -> pa.Table:
-    """Count rows, and sum up their ids modulo 2**64, by `path`, `split` and `reason`.
+def _classes(columns: Mapping[str, Column]) -> dict[str, set[int]]:
+    """The values of columns of few whole numbers: of a million the driver would keep each."""
+    whole = {key: column for key, column in columns.items() if isinstance(column, Whole)}
+    return {key: {*range(column.below)} for key, column in whole.items() if column.below <= 1000}
 
-    Of the columns `classes` the values that there are.
-    """
+
+def summarize(decoded: pa.Table, columns: Mapping[str, Column]) -> pa.Table:
+    """Count rows, sum up their ids modulo 2**64, and list classes, by path, split and reason."""
+    classes = _classes(columns)
     keys = {"path": decoded["path"].cast(pa.string())}
     keys |= {key: decoded[key] for key in ("split", "reason", "row_id", *classes)}
     groups = pa.table(keys).group_by(["path", "split", "reason"])
@@ -141,12 +146,12 @@ class Summary(NamedTuple):
     rows_of_paths: Counter[str]
     reasons: Counter[str]  # of rejected rows
     rejected_paths: set[str]
-    classes: dict[str, set[int]]  # of training rows, by column
+    missing: dict[str, set[int]]  # by column, the classes that no training row has
 
     @classmethod
-    def of(cls, summaries: Iterable[Mapping[str, Any]], classes: Sequence[str]) -> "Summary":
+    def of(cls, summaries: Iterable[Mapping[str, Any]], columns: Mapping[str, Column]) -> "Summary":
         """Add up rows of the tables of `summarize`."""
-        found = cls({}, Counter(), Counter(), set(), {key: set() for key in classes})
+        found = cls({}, Counter(), Counter(), set(), _classes(columns))
         for group in summaries:
             rows, path, reason = group["row_id_count"], group["path"], group["reason"]
             found.rows_of_paths[path] += rows
@@ -157,8 +162,8 @@ class Summary(NamedTuple):
                 split = SPLITS[group["split"]]
                 before = found.totals.get(split, RowTotals(0, 0))
                 found.totals[split] = before.plus(rows, group["row_id_sum"])
-                for key in classes if split == "train" else ():
-                    found.classes[key].update(group[f"{key}_distinct"])
+                for key, missing in found.missing.items() if split == "train" else ():
+                    missing.difference_update(group[f"{key}_distinct"])
         in_order = sorted(found.totals, key=SPLITS.index)
         return found._replace(totals={split: found.totals[split] for split in in_order})
 

@@ -20,7 +20,13 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.cluster.connection import started_cluster
-from mnistsum_ray.cluster.resources import WorkerPlan, describe_free, plan_training, wait_for
+from mnistsum_ray.cluster.resources import (
+    WorkerPlan,
+    describe_free,
+    fits_in_store,
+    plan_training,
+    wait_for,
+)
 from mnistsum_ray.cluster.workarounds import ctrl_c_as_before, default_environment
 from mnistsum_ray.data.inputs import report_skipped
 from mnistsum_ray.data.sources import check_unchanged
@@ -50,7 +56,7 @@ from mnistsum_ray.training.loop import LoopConfig, train_loop_per_worker
 from mnistsum_ray.training.progress import EventFollower, FailureLines, explain_silence
 from mnistsum_ray.training.record import RunRecord
 from mnistsum_ray.training.request import TrainRequest
-from mnistsum_ray.training.rows import EveryRow, Rows, fits_in_store, read_rows
+from mnistsum_ray.training.rows import EveryRow, Rows, read_rows
 
 _STARTS: Final = 4
 """How often Ray tries to start the workers; each time it waits for a part of `--wait-seconds`."""
@@ -110,9 +116,9 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
             init_model = load_init_model(request)
             # The tasks that read rows need a CPU, and a plan needs to see a node.
             wait_for({"CPU": 1}, "the tasks that read rows", config.wait_seconds, console.say)
-            is_kept = config.cache is True or (
-                config.cache == "auto" and fits_in_store(request.source, request.task)
-            )
+            is_kept = config.cache is True
+            if config.cache == "auto":
+                is_kept = fits_in_store(request.source.stored_bytes(request.task.training_columns))
             batch_size = request.hyperparameters.batch_size
             threads = stored.get("threads")
             plan = plan_training(config, batch_size, console.say, threads, is_kept=is_kept)
@@ -219,7 +225,7 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console, *, is_kept: 
         say(f"no file's name says {' or '.join(held_out)}: training rows are held out for that")
     for key, missing in rows.missing.items():
         if missing:
-            say(f"no training row has the {key} {shortened(', '.join(map(str, missing)))}")
+            say(f"no training row has the {key} {shortened(', '.join(map(str, sorted(missing))))}")
     if not is_kept:
         say("training rows are not kept in memory, but read again in each epoch (--cache)")
     return rows

@@ -24,7 +24,7 @@ from ray.data.dataset import MaterializedDataset
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.workarounds import default_environment
-from mnistsum_ray.data.columns import Column, ReasonCounts, Whole, rows_in
+from mnistsum_ray.data.columns import Column, ReasonCounts, rows_in
 from mnistsum_ray.data.decoding import (
     RowTotals,
     Summary,
@@ -39,7 +39,6 @@ from mnistsum_ray.data.randomness import Purpose, seeds
 from mnistsum_ray.data.sources import SPLITS, DataFile, Source
 from mnistsum_ray.errors import RequestError, RowCountError, TryAgainError, counted, root_cause
 from mnistsum_ray.storage.uri import arrow_place
-from mnistsum_ray.task import Task
 
 _BLOCKS_OF_RANK: Final = 64
 _LEAST_BLOCK_ROWS: Final = 32
@@ -59,19 +58,13 @@ class Rows:
     totals: dict[str, RowTotals]
     rows_of_block: int  # of all blocks of a split but its last one
     rejected: ReasonCounts  # of rows that are in no split
-    missing: dict[str, list[int]]  # by column of classes, those that no training row has
+    missing: dict[str, set[int]]  # by column, the classes that no training row has
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of which rows each split has: the same for the same rows, wherever they lie."""
         found = [(split, totals.rows, totals.id_sum) for split, totals in self.totals.items()]
         return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
-
-
-def fits_in_store(source: Source, task: Task) -> bool:
-    """Whether they take a third of Ray's object store: they lie there twice for a moment."""
-    store: float = ray.cluster_resources().get("object_store_memory", 0.0)
-    return source.stored_bytes(task.training_columns) <= store / 3
 
 
 def read_rows(
@@ -90,10 +83,6 @@ def read_rows(
     RequestError: a file or a row cannot be used, or too few rows can.
     RowCountError: files hold more or fewer rows than their footers say.
     """
-    whole = {key: column for key, column in columns.items() if isinstance(column, Whole)}
-    # A column of a million values is none of classes, and the driver would keep them.
-    below = {key: column.below for key, column in whole.items() if column.below <= 1000}
-    classes = {"classes": [*below]}
     decoded: dict[str, Dataset] = {}
     groups: list[dict[str, Any]] = []
     try:
@@ -103,7 +92,8 @@ def read_rows(
                 if is_kept or named_split != "train":
                     dataset = dataset.materialize()
                 decoded[named_split] = dataset
-                groups += dataset.map_batches(summarize, fn_kwargs=classes, **_BLOCKS).take_all()
+                summaries = dataset.map_batches(summarize, fn_args=[columns], **_BLOCKS)
+                groups += summaries.take_all()
     except (ray.exceptions.RayTaskError, OSError, ValueError) as error:
         cause = getattr(error, "cause", error)  # what a task has raised
         if not isinstance(cause, OSError | ValueError):
@@ -113,7 +103,7 @@ def read_rows(
         if isinstance(cause, ValueError | FileNotFoundError | PermissionError):
             raise RequestError(problem) from error
         raise TryAgainError(f"{problem}; no file is damaged") from error
-    summary = Summary.of(groups, [*below])
+    summary = Summary.of(groups, columns)
     _check_counts(source, summary)
     rejected = summary.rejected(source, columns)
     if rejected.total and not skip_bad_rows:
@@ -128,8 +118,7 @@ def read_rows(
     rows_of_block = summary.totals["train"].rows // (_BLOCKS_OF_RANK * workers)
     rows_of_block = max(rows_of_block, _LEAST_BLOCK_ROWS)
     rows_of_block = min(rows_of_block, rows_in(_MOST_BLOCK_BYTES, columns.values()))
-    missing = {key: sorted({*range(below[key])} - summary.classes[key]) for key in below}
-    rows = Rows({}, summary.totals, rows_of_block, rejected, missing)
+    rows = Rows({}, summary.totals, rows_of_block, rejected, summary.missing)
     for named_split, dataset in decoded.items():
         splits = [split for split in source.ranges(named_split) if split != "train"]
         held_out = dataset

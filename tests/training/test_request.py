@@ -239,7 +239,7 @@ def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch)
     def read_rows(_source: Any, columns: Any, seed: int, **settings: Any) -> Rows:
         assert columns == MnistSum().training_columns
         asked_for.update(settings, seed=seed)
-        return Rows({}, {}, 32, ReasonCounts(), {"digit": [5, 9]})
+        return Rows({}, {}, 32, ReasonCounts(), {"digit": {5, 9}})
 
     monkeypatch.setattr(job, "read_rows", read_rows)
     plan = WorkerPlan(1, 3, {"CPU": 2.0}, 2)
