@@ -267,14 +267,9 @@ def settle(run: Run, console: Console) -> None:
     missing = run.planned.keys() - run.done.keys()
     strange = run.stale.keys() | (run.gone.keys() - gone_before)
     wrong = [f"{PREDICTIONS}/{name}" for name in sorted(missing | strange)]
-    if record.read_run(output).get("id") != run.request.run_id:
-        wrong = [record.RUN_FILE]
+    record.check_is_own(run.request)
     if wrong:
-        raise TryAgainError(
-            f"--output {output.display}: {wrong[0]} is missing, or of another run; "
-            f"no {MANIFEST} is written; let all nodes share the folder, wait for other runs there, "
-            "and run the command again"
-        )
+        raise record.other_run(output, wrong[0])
 
 
 def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, use_gpu: bool) -> WorkerPlan:

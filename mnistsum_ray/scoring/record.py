@@ -21,7 +21,14 @@ import pyarrow as pa
 from mnistsum_ray import __version__
 from mnistsum_ray.data.columns import ReasonCounts
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.errors import ConflictError, MissingFileError, RunError, counted, spelled
+from mnistsum_ray.errors import (
+    ConflictError,
+    MissingFileError,
+    RunError,
+    TryAgainError,
+    counted,
+    spelled,
+)
 from mnistsum_ray.model.calls import calling
 from mnistsum_ray.reporting.console import Console, describe_metrics
 from mnistsum_ray.reporting.report import REPORT, versions
@@ -90,6 +97,21 @@ def begin(request: ScoreRequest) -> str:
     return str(begun["id"])
 
 
+def check_is_own(request: ScoreRequest) -> None:
+    """TryAgainError: another run has begun in the output since, as with --overwrite."""
+    if read_run(request.output).get("id") != request.run_id:
+        raise other_run(request.output, RUN_FILE)
+
+
+def other_run(output: Location, name: str) -> TryAgainError:
+    """The error for a file of the output that another run may have changed."""
+    return TryAgainError(
+        f"--output {output.display}: {name} is missing, or of another run; "
+        f"no {MANIFEST} is written; let all nodes share the folder, wait for other runs there, "
+        "and run the command again"
+    )
+
+
 def delete_output(output: Location, console: Console) -> None:
     """Delete an earlier output, run.json last: until then all files are known to be ours.
 
@@ -109,6 +131,7 @@ def publish(run: Run, seconds: float, console: Console) -> ScoreResult:
     """Write the files about the run, and the manifest last, and say the result.
 
     RunError, and no manifest: nothing was scored, or with `--strict` something is rejected.
+    TryAgainError, and no manifest: another run has begun in the output.
     """
     request, output = run.request, run.request.output
     counts, sums, rejected = _add_up(run)
@@ -147,7 +170,13 @@ def publish(run: Run, seconds: float, console: Console) -> ScoreResult:
             failed = "--strict" if totals["scored_rows"] else "nothing was scored"
             raise RunError(f"{failed}: {problem}; no {MANIFEST} is written")
         console.say(problem)
+    check_is_own(request)
     (output / MANIFEST).write(manifest)
+    try:
+        check_is_own(request)
+    except TryAgainError:  # the manifest is of rows that --overwrite has deleted
+        (output / MANIFEST).delete()
+        raise
     return ScoreResult(**totals)
 
 

@@ -20,6 +20,7 @@ from mnistsum_ray.errors import RequestError, RunError, TryAgainError
 from mnistsum_ray.scoring import actor
 from mnistsum_ray.scoring.parts import PART_KEY
 from mnistsum_ray.scoring.record import RUN_FORMAT
+from mnistsum_ray.storage.store import Location
 from mnistsum_ray.storage.uri import locate
 from tests.conftest import write_model
 from tests.scoring.conftest import CONSOLE, TIMED, Example, score_without_ray, write_rows
@@ -401,6 +402,24 @@ def test_a_run_publishes_nothing_where_another_one_was_at_work(
     with pytest.raises(TryAgainError, match=f"{name}.* is missing, or of another run; no manifest"):
         example.score(execute)
     assert example.files() == others
+
+
+@pytest.mark.parametrize("before", ["files.parquet", "manifest.json"])
+def test_a_run_that_begins_while_another_publishes_gets_no_manifest_of_it(
+    before: str, example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has deleted the rows, and begun, just before the other run writes a file about them."""
+    write_as_before = Location.write
+
+    def write(place: Location, data: Any) -> None:
+        if place.path.endswith(before):
+            another_run_begins(example)
+        write_as_before(place, data)
+
+    monkeypatch.setattr(Location, "write", write)
+    with pytest.raises(TryAgainError, match=r"run.json is missing, or of another run; no manifest"):
+        example.score()
+    assert not (example.output / "manifest.json").exists()
 
 
 def test_parts_that_a_later_run_has_put_of_a_changed_file_stay(example: Example) -> None:
