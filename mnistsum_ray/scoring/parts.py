@@ -135,7 +135,12 @@ def read_parts(
             metadata = read_footer(output / PREDICTIONS / name, entry).metadata
             footer = metadata.metadata[PART_KEY]
             says = json.loads(footer)
-            part, rejected_rows = Part(**says["part"]), says["counts"]["rejected_rows"]
+            part, counts = Part(**says["part"]), says["counts"]
+            rejected_rows = sum(says["reasons"].values())
+            if (counts["rows"], counts["rejected_rows"]) != (part.rows, rejected_rows):
+                raise ValueError("counts")  # they would be added up
+            if not {"metrics", "examples"} <= says.keys():
+                raise KeyError("metrics")
             return StoredPart(entry, metadata.num_rows, says["run"], part, rejected_rows, footer)
         raise refusal(output, f"{PREDICTIONS}/{name} {NOT_OURS}")
 

@@ -94,6 +94,8 @@ def begin(request: ScoreRequest) -> str:
             begun_with = spelled(begun.get(flag))
             differs = f"was begun with {flag} {begun_with}, and this run has {spelled(value)}"
             raise refusal(output, f"{differs}; give the same again, or {START_OVER}")
+    if "id" not in begun:
+        raise refusal(output, f"{RUN_FILE} has no id; {START_OVER}")
     return str(begun["id"])
 
 

@@ -154,6 +154,26 @@ def another_run_begins(example: Example) -> None:
     run.write_text(json.dumps(json.loads(run.read_text()) | {"id": "another"}))
 
 
+def lose_id(example: Example) -> None:
+    run = example.output / "run.json"
+    kept = json.loads(run.read_text())
+    del kept["id"]
+    run.write_text(json.dumps(kept))
+
+
+def edit_footer(edit: Any) -> Any:
+    """Change what a part says of itself."""
+
+    def change(example: Example) -> None:
+        table = pq.read_table(example.output / OF_A[1])
+        says = json.loads(table.schema.metadata[PART_KEY])
+        edit(says)
+        table = table.replace_schema_metadata({PART_KEY: json.dumps(says)})
+        pq.write_table(table, example.output / OF_A[1])
+
+    return change
+
+
 OLD = b'{"format": "mnistsum_ray.score/1", "version": "0.0.1", "request": {}}'
 AGAIN = "--overwrite deletes that output and scores everything again"
 BEGUN = f"was begun with {{}}, and this run has {{}}; give the same again, or {AGAIN}"
@@ -179,6 +199,10 @@ REFUSALS: list[tuple[Any, str]] = [
     (write("run.json", OLD), BEGUN.format("format mnistsum_ray.score/1", RUN_FORMAT)),
     (another_run_begins, f"{OF_A[0]} is of another run than run.json; {AGAIN}"),
     (copy("in/deep/b.pq", OF_A[1]), f"{OF_A[1]} {AWAY}"),
+    (lose_id, f"run.json has no id; {AGAIN}"),
+    (edit_footer(lambda says: says.pop("metrics")), f"{OF_A[1]} {AWAY}"),
+    (edit_footer(lambda says: says["counts"].update(rows=1000)), f"{OF_A[1]} {AWAY}"),
+    (edit_footer(lambda says: says["counts"].update(rejected_rows=3)), f"{OF_A[1]} {AWAY}"),
     (lambda example: (example.output / "run.json").unlink(), f"files.parquet {AWAY}"),
     (write("run.json"), f"run.json {AWAY}"),
     (write("run.json", b'{"format": "of another", "run": 1}'), f"run.json {AWAY}"),
