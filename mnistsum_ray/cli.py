@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 import yaml
@@ -226,9 +227,17 @@ def _add_flag(parser: ArgumentParser, name: str, field: FieldInfo) -> None:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     """The settings of the config file by field name."""
+    place = locate(path, "--config")
+    if place.is_local and Path(place.path).is_fifo():  # a shell makes one of `<(…)`
+        _say(f"--config {path}: is a pipe, which is read until its writer closes it")
     with as_request_error("--config"):
-        data = locate(path, "--config").read_bytes()
+        data = place.read_bytes()
     try:
+        # Lists of aliases of lists of aliases would fill the memory as soon as one is shown.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(BytesIO(data))):
+            raise RequestError(
+                f"--config {path}: has an alias (*NAME); write out what it stands for"
+            )
         # From a stream: errors about a string quote its lines, which may hold secrets.
         settings = yaml.safe_load(BytesIO(data)) or {}
         return {key.replace("-", "_"): value for key, value in settings.items()}

@@ -1,5 +1,6 @@
 """The command `mnistsum`, without Ray: flags, config files, signals, last line and exit codes."""
 
+import os
 import re
 import shlex
 import signal
@@ -197,6 +198,17 @@ def test_the_command_line_and_below_it_the_config_file_fill_the_config(
     assert {name: getattr(made, name) for name in expected} == expected
 
 
+def test_a_config_file_that_is_a_pipe_is_read_and_a_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["sh", "-c", f"echo epochs: 3 > {pipe}"]):
+        assert parse(TrainConfig, ["--config", str(pipe)]).epochs == 3
+    said = f"--config {pipe}: is a pipe, which is read until its writer closes it\n"
+    assert capsys.readouterr().err == said
+
+
 PLACES = "--model=m --input=i --output=o"
 WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
     (TrainConfig, "--epohs=3", "", ["--epohs: there is no such flag; did you mean --epochs?"]),
@@ -209,6 +221,7 @@ WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
     (ScoreConfig, "--batch-size 0", "", ["--model: req", "--input: req", "--output: req", "got"]),
     (TrainConfig, "", "epohs: 3", ["--epohs: there is no such setting; did you mean epochs?"]),
     (TrainConfig, "", "- epochs", ["is not YAML of `key: value` lines"]),
+    (TrainConfig, "", "x: &x [1]\ny: [*x, *x]", ["has an alias (*NAME); write out what it"]),
     (TrainConfig, "", "data: null", ["input should be a valid string, got 'null'"]),
     (TrainConfig, "", f"name: {'x' * 5000}", ["--name: string should"]),
 ]

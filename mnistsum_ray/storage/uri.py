@@ -26,8 +26,8 @@ SECRETS_REFUSED: Final = (
 """Message on a text that `may_hold_secrets`, which it must not quote."""
 
 _USER_INFO: Final = re.compile(
-    r"//[^/?\s@]*:[^\s@]*@"  # `//ID:SECRET@`, which may hold slashes
-    r"|(?<!abfs:)(?<!abfss:)//[^/?\s@:]+@"  # `//SECRET@`; in Azure a container stands there
+    r"(?<=[:/])/[^/?\s@]*:[^\s@]*@"  # `//ID:SECRET@`, which may hold slashes; or `s3:/ID:…`
+    r"|(?<=[:/])(?<!abfs:/)(?<!abfss:/)/[^/?\s@:]+@"  # `//SECRET@`; in Azure it is a container
 )
 
 _ALIASES: Final = {"s3a": "s3", "gcs": "gs", "abfss": "abfs"}
@@ -133,7 +133,7 @@ def may_hold_secrets(text: str) -> bool:
 
 def hide_secrets(text: str) -> str:
     """The text without the user info of any URI in it, for what is printed."""
-    return _USER_INFO.sub("//…@", text)
+    return _USER_INFO.sub("/…@", text)
 
 
 def arrow_uri(location: Location) -> str:

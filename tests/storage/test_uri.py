@@ -59,6 +59,7 @@ def test_a_path_is_refused_with_the_reason() -> None:
 
 KEYS = """
 s3://AKIA:topsecret@b/in s3://AKIA:top/secret@b/in s3://topsecret@b/in
+s3:/AKIA:topsecret@b/in s3:/topsecret@b/in
 s3://AKIA:0/topsecret@b/in s3://AKIA:/topsecret@b/in s3//AKIA:topsecret@b
 s3://AKIA:topsecret@[x/y s3://b/in?key=topsecret s3://b/in?region=x&topsecret
 s3://b/in?endpoint_override=http%3A%2F%2Fme%3Atopsecret%40h
@@ -80,10 +81,10 @@ def test_a_text_that_may_hold_a_key_is_known() -> None:
 
 
 def test_user_info_is_cut_out_of_a_message() -> None:
-    for uri in ("http://me:top/secret@h:1/x", "https://topsecret@h/x"):
+    for uri in ("http://me:top/secret@h:1/x", "https://topsecret@h/x", "s3:/me:secret@b"):
         said = hide_secrets(f"cannot read {uri} (no answer); mail a@b, or go on")
         assert "secret" not in said
-        assert re.fullmatch(r"cannot read \w+://…@\S+ \(no answer\); mail a@b, or go on", said)
+        assert re.fullmatch(r"cannot read \w+://?…@\S+ \(no answer\); mail a@b, or go on", said)
     for text in ("abfs://container@account/a", "http://127.0.0.1:80/x: a@b", "/a/b:c@d"):
         assert hide_secrets(text) == text
 
