@@ -44,7 +44,8 @@ _HELP: Final = """
 The value of an unset flag is in brackets below; a bare flag that takes true or
 false says true. Standard output gets one JSON object, the result. Exit codes:
 0 done, 2 the request is invalid, 75 try again later (no resources in time, no
-cluster, storage that does not answer, a folder that another run holds),
+cluster, storage that does not answer, expired keys, a folder that another
+run holds),
 128 + N stopped by signal N, 1 anything else.
 """
 """What `--help` says of every command."""

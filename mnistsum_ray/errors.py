@@ -45,7 +45,7 @@ class TransientStorageError(StorageError):
 
 
 class NoAnswerError(TransientStorageError):
-    """The storage does not answer, or is not able to now, although it was asked again."""
+    """The storage does not answer, is not able to now, or the keys may have expired."""
 
 
 class MissingFileError(TransientStorageError):

@@ -13,7 +13,7 @@ from obstore.store import from_url  # noqa: TID251
 from mnistsum_ray.errors import StorageError, shortened
 
 _RETRIES: Final[Any] = {
-    "max_retries": 20,  # with waits of 1 to 5 seconds, of 3 in the mean, the timeout comes first
+    "max_retries": 100,  # with waits of 1 second at least, the timeout comes first
     "retry_timeout": timedelta(seconds=50),
     "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=5)},
 }

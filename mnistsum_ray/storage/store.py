@@ -132,6 +132,8 @@ class Location:
             return _ObjectFile(self, listed)
         import pyarrow as pa
 
+        if self.is_folder():  # since it was listed; Arrow's error would look like the disk's
+            raise self._conflict()
         with self.storage_errors("read"):
             file = pa.OSFile(self.path)
         if self.file_entry() != listed:  # asked after it was opened: an open file stays what it is
@@ -231,6 +233,9 @@ class Location:
         """The error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
         is_gone = getattr(error, "errno", None) in _DISK_IS_GONE or _NO_ANSWER.search(str(error))
+        if _KEYS.search(str(error)):
+            is_gone = True  # until there are new ones
+            cause += "; the keys may have expired, or lack a permission"
         kind = NoAnswerError if is_gone else StorageError
         return kind(f"{self.display}: cannot be {what}: {cause}")
 
@@ -248,6 +253,10 @@ _DISK_IS_GONE: Final = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 
 _NO_ANSWER: Final = re.compile(r"HTTP error: |status code:? (429|5\d\d)")
 """What obstore says at last of a store that cannot be reached, or is too busy."""
+
+
+_KEYS: Final = re.compile(r"status code: 401|HEAD .*status code: 40[03]|ExpiredToken")
+"""What it says where keys have expired; the answer to HEAD has no text that tells why."""
 
 
 class _ObjectFile(io.RawIOBase):

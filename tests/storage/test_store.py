@@ -109,6 +109,46 @@ def test_a_storage_that_is_silent_or_busy_gives_no_answer(monkeypatch: pytest.Mo
                 locate_existing(silent.display, "--output")
 
 
+def test_a_busy_storage_is_asked_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many waits of the shortest are longer than the time; here each is 1 ms."""
+    asked, waits = [], buckets._RETRIES["backoff"]
+    monkeypatch.setitem(buckets._RETRIES, "backoff", dict.fromkeys(waits, timedelta(seconds=0.001)))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+    def refuse(environ: Any, start_response: Any) -> Any:
+        asked.append(environ["PATH_INFO"])
+        return Response("", 503)(environ, start_response)
+
+    with serving(refuse) as busy:
+        query = f"region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:{busy}"
+        with pytest.raises(NoAnswerError):
+            locate(f"s3://bucket/x?{query}", "--output").read_bytes()
+    assert (len(asked) - 1) * waits["init_backoff"] >= buckets._RETRIES["retry_timeout"]
+
+
+_EXPIRED = "<Error><Code>ExpiredToken</Code></Error>"
+
+
+@pytest.mark.parametrize(("code", "text"), [(400, _EXPIRED), (400, ""), (401, ""), (403, "")])
+def test_keys_that_have_expired_are_named_and_may_be_valid_again(
+    code: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to HEAD has no text; a PUT and a list without a right have one."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with serving(Response(text or "<Error><Code>AccessDenied</Code></Error>", code)) as port:
+        query = f"region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:{port}"
+        place = locate(f"s3://bucket/x?{query}", "--output")
+        for ask in (place.file_entry, *[place.files, partial(place.write, b"")] * bool(text)):
+            with pytest.raises(NoAnswerError, match=r"; the keys may have expired, or lack a perm"):
+                ask()
+        if code == 403:
+            with pytest.raises(StorageError, match="AccessDenied") as raised:
+                place.files()
+            assert type(raised.value) is StorageError
+
+
 def test_a_network_disk_that_is_gone_may_come_again() -> None:
     place = Location("/mnt/share/a")
     for number, kind in ((errno.ESTALE, NoAnswerError), (errno.ENOSPC, StorageError)):
