@@ -316,7 +316,7 @@ def test_strict_ends_without_a_manifest(example: Example) -> None:
 
 
 def test_a_file_that_cannot_be_read_costs_itself_alone(example: Example) -> None:
-    """The last page of one is damaged, and another is replaced while it is scored."""
+    """The last page of one is damaged; others are replaced while it is scored, by a folder too."""
     data, other = bytearray(example.file.read_bytes()), example.input / "deep" / "b.pq"
     column = pq.read_metadata(example.file).row_group(2).column(1)
     data[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
@@ -325,17 +325,22 @@ def test_a_file_that_cannot_be_read_costs_itself_alone(example: Example) -> None
 
     def execute(*given: Any) -> Any:
         other.write_bytes(data)
+        folder.unlink()
+        folder.mkdir()
         return score_without_ray(*given)
 
-    write_rows(example.input / "good.parquet", [13])
+    folder = example.input / "folder.parquet"
+    for name in ("folder.parquet", "good.parquet"):
+        write_rows(example.input / name, [13])
     example.score(execute)
     good = {"predictions/good.parquet", "predictions/none.parquet"}
     assert example.files(*TIMED).keys() == good | ABOUT
-    damaged, _, replaced, _, none = listed(example)
+    damaged, _, replaced, of_folder, _, none = listed(example)
     assert damaged[:6] == ["a.parquet", 10, 0, 0, 10, "failed"]
     assert replaced[:6] == ["deep/b.pq", 3, 0, 0, 3, "failed"]
     assert "CRC" in damaged[6]
-    assert "has changed since the run began" in replaced[6]
+    for failed in (replaced, of_folder):
+        assert "has changed since the run began" in failed[6]
     assert none[5] == "scored"
     whole.replace(example.file)
     assert example.score().scored_rows == 9
