@@ -44,7 +44,13 @@ from mnistsum_ray.errors import (
     shortened,
 )
 from mnistsum_ray.model.finished import FinishedModel
-from mnistsum_ray.model.folder import WEIGHTS_FILE, LoadedModel, copy_weights, load_model
+from mnistsum_ray.model.folder import (
+    DESCRIPTION_FILE,
+    WEIGHTS_FILE,
+    LoadedModel,
+    copy_weights,
+    load_model,
+)
 from mnistsum_ray.reporting.console import Console
 from mnistsum_ray.reporting.prometheus import JobMetrics
 from mnistsum_ray.reporting.report import versions
@@ -109,7 +115,8 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
     config, stored = request.config, request.stored
     with folder_lock(request.folder, "--name"):
         with errors_in_one_line(console, "nothing was begun; the same command tries again"):
-            has_model = (request.folder / "model" / WEIGHTS_FILE).exists()
+            files = [request.folder / "model" / name for name in (WEIGHTS_FILE, DESCRIPTION_FILE)]
+            has_model = all(file.exists() for file in files)
             if stored.get("status") == "finished" and has_model:  # else it is made again
                 console.say("the run is finished")
                 return TrainResult(**stored["metrics"])

@@ -103,7 +103,7 @@ class EventFollower:
                 except ray.exceptions.RayActorError:
                     if not self._ended.is_set():
                         lost = "the queue of the workers' events is lost"
-                        self._console.say(f"{lost}; the training goes on, and its lines do not")
+                        self._console.say(f"{lost}; the next lines say how the training ends")
                     return
                 except ray.exceptions.RayError:  # the node is too busy
                     continue

@@ -296,11 +296,16 @@ def test_an_analysis_that_changes_the_network_is_refused() -> None:
         train_points(Changing())
 
 
-def test_a_line_says_that_the_workers_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_says_that_the_workers_are_silent_or_not_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(console, "SILENCE_SECONDS", 0.5)
     lines = io.StringIO()
     follower = EventFollower(Console(lines), JobMetrics("train", "run"), print)
     said = "no word from the workers for 1 s: they are being started or replaced, or wait for each "
     with follower.following():
         wait_until(lambda: said in lines.getvalue())
+        ray.kill(follower.queue.actor)
+        lost = "the queue of the workers' events is lost; the next lines say how the training ends"
+        wait_until(lambda: lost in lines.getvalue())
     assert re.search(r"\d CPUs? and 0 GPUs are free \(2 CPUs and 0 GPUs on 1", lines.getvalue())

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
@@ -209,8 +210,11 @@ def test_a_run_that_cannot_begin_is_to_be_tried_again_and_not_resumed(
         job.train(request, Console(io.StringIO()))
     monkeypatch.setattr(job, "wait_for", fail)
     said = "^--storage-path no answer; nothing was begun; the same command tries again$"
-    with pytest.raises(TryAgainError, match=said):
-        job.train(request, Console(io.StringIO()))
+    # So it is with a run that was finished, and whose model has lost one of its files.
+    (request.folder / "model" / "model.safetensors").write(b"")
+    for again in (request, replace(request, stored={"status": "finished"})):
+        with pytest.raises(TryAgainError, match=said):
+            job.train(again, Console(io.StringIO()))
 
 
 def test_a_run_that_goes_on_with_other_versions_or_workers_says_so() -> None:
