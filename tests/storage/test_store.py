@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -140,7 +141,10 @@ def test_keys_that_have_expired_are_named_and_may_be_valid_again(
     with serving(Response(text or "<Error><Code>AccessDenied</Code></Error>", code)) as port:
         query = f"region=eu-west-1&scheme=http&endpoint_override=127.0.0.1:{port}"
         place = locate(f"s3://bucket/x?{query}", "--output")
-        for ask in (place.file_entry, *[place.files, partial(place.write, b"")] * bool(text)):
+        asks: list[Callable[[], object]] = [place.file_entry]
+        if text:
+            asks += [place.files, partial(place.write, b"")]
+        for ask in asks:
             with pytest.raises(NoAnswerError, match=r"; the keys may have expired, or lack a perm"):
                 ask()
         if code == 403:
