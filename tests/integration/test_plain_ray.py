@@ -39,7 +39,7 @@ def test_blocks_stand_in_the_order_in_which_their_tasks_end(tmp_path: Path) -> N
         pq.write_table(rows, tmp_path / f"{number}.parquet")
 
     def read_slowly(batch: dict[str, Any]) -> dict[str, Any]:
-        time.sleep(2 if batch["row"][0] == 0 else 0)
+        time.sleep(10 if batch["row"][0] == 0 else 0)  # another process takes seconds to start
         return batch
 
     files = ray.data.read_parquet(str(tmp_path), override_num_blocks=4)
