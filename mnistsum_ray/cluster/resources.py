@@ -77,24 +77,26 @@ def inspect_cluster() -> ClusterResources:
     return ClusterResources(nodes, can_grow=not started_cluster())
 
 
-def has_usable_gpu(use_gpu: bool | None) -> bool:
+def has_usable_gpu(use_gpu: bool | None, say: Callable[[str], None]) -> bool:
     """Whether a job uses GPUs: as it is told, else if the cluster has any.
 
-    On a cluster of this job PyTorch must see them too: Ray counts one on every Mac with Apple
-    silicon, and NVIDIA's by their driver alone.
+    If the cluster is this machine, PyTorch must see them too: Ray counts one on every Mac with
+    Apple silicon, and NVIDIA's by their driver alone.
 
     RequestError: GPUs are asked for, and there will be none.
     """
-    if use_gpu is False:
-        return False
     cluster = inspect_cluster()
     has_gpu = cluster.total("GPU") > 0
-    if has_gpu and not cluster.can_grow:
-        has_gpu = torch.cuda.is_available()
+    is_this_machine = sum(node["Alive"] for node in ray.nodes()) == 1
+    if has_gpu and use_gpu is not False and is_this_machine and not torch.cuda.is_available():
+        problem = "Ray counts GPUs here, but PyTorch has no CUDA that fits their driver"
+        if use_gpu:
+            raise RequestError(f"--use-gpu true: {problem}; install one, or leave the flag out")
+        say(f"running on CPUs: {problem}")
+        return False
     if use_gpu and not has_gpu and not cluster.can_grow:
-        problem = f"the cluster has no GPU that PyTorch can use ({cluster})"
-        raise RequestError(f"--use-gpu true: {problem}")
-    return bool(use_gpu or has_gpu)
+        raise RequestError(f"--use-gpu true: the cluster has no GPU ({cluster})")
+    return has_gpu if use_gpu is None else use_gpu
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def plan_training(
     RequestError: these workers can never be had, or are more than the rows of a batch.
     """
     cluster = inspect_cluster()
-    use_gpu = has_usable_gpu(config.use_gpu)
+    use_gpu = has_usable_gpu(config.use_gpu, say)
     asked = config.num_workers
     if asked is None:
         asked = _gpus_of_use(cluster, batch_size, say) if use_gpu else 1

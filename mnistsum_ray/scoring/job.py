@@ -61,7 +61,7 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
     started = time.monotonic()
     run = Run(request)
     try:
-        use_gpu = resources.has_usable_gpu(request.config.use_gpu)
+        use_gpu = resources.has_usable_gpu(request.config.use_gpu, console.say)
         workers = plan_workers(request.config, resources.inspect_cluster(), use_gpu=use_gpu)
         precision = choose_precision(request, console, use_gpu=use_gpu)
         config = request.config.model_copy(update={"precision": precision})

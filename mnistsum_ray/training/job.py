@@ -166,11 +166,13 @@ def errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
             raise ended_by_storage(cause, how_to_go_on) from error
         console.say_lines(str(error))
         # Ray Train's own errors, such as of a start that timed out, have types that are private.
-        is_of_ray = type(cause).__module__.startswith("ray.")
-        kind = TryAgainError if is_of_ray or isinstance(cause, OSError) else RunError
         what, _, _ = root_cause(cause).partition(". ")  # Ray's advice follows
         problem = f"Ray Train gave up: {type(cause).__name__}: {what}"
-        raise kind(f"{problem}; {describe_free()}; {how_to_go_on}") from error
+        is_of_code = isinstance(cause, ray.exceptions.RayTaskError)
+        if type(cause).__module__.startswith("ray.") and not is_of_code:
+            raise TryAgainError(f"{problem}; {describe_free()}; {how_to_go_on}") from error
+        kind = TryAgainError if isinstance(cause, OSError) else RunError
+        raise kind(f"{problem}; {how_to_go_on}") from error
     except ray.exceptions.RayError as error:  # some are OSErrors too
         console.say_lines(str(error))
         raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error

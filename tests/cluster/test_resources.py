@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from mnistsum_ray.cluster import resources
@@ -25,8 +26,8 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
         stored: int | None = None,
         **given: Any,
     ) -> WorkerPlan:
-        alive = [{"NodeID": f"node {index}", "Resources": of} for index, of in enumerate(nodes)]
-        monkeypatch.setattr(resources, "usable_nodes", lambda: alive)
+        alive = [{"Alive": True, "Resources": of} for of in nodes]
+        monkeypatch.setattr(ray, "nodes", lambda: alive)
         monkeypatch.setattr(resources, "started_cluster", lambda: not joined)
         monkeypatch.setattr(resources, "free_cpus", lambda: list(free))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

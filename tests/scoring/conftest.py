@@ -59,7 +59,7 @@ def score_without_ray(
 def score(patch: pytest.MonkeyPatch, execute: Any = score_without_ray, **given: Any) -> ScoreResult:
     """Score on a machine of two CPUs, without Ray."""
     two_cpus = ClusterResources(({"CPU": 2.0},))
-    found = {"has_usable_gpu": lambda _: False, "inspect_cluster": lambda: two_cpus}
+    found = {"has_usable_gpu": lambda *_: False, "inspect_cluster": lambda: two_cpus}
     patch.setattr(job, "resources", SimpleNamespace(**found))
     patch.setattr(job, "score_on_ray", execute)
     return job.score(check_request(ScoreConfig(**given), CONSOLE), CONSOLE)
