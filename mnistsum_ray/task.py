@@ -99,7 +99,7 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self, outputs: Any, batch: Batch) -> "dict[str, Tensor]":
-        """Predictions of each row by column of `outputs`: [n], of a list column [n, length]."""
+        """Predictions of each row by column of `outputs`, numbers of its type: [n], [n, length]."""
 
     @abstractmethod
     def judge(self, predicted: "dict[str, Tensor]", batch: Batch) -> "dict[str, Tensor]":
