@@ -95,7 +95,7 @@ class Column(ABC):
 class Whole(Column):
     """Whole numbers 0..below - 1, such as classes: int64[n].
 
-    In files they are integers, booleans, whole floats, or the text of one: "7" or "7.0".
+    In files they are integers (no booleans), whole floats, or the text of one: "7" or "7.0".
     """
 
     below: int
@@ -109,7 +109,7 @@ class Whole(Column):
     def type_error(self, kind: pa.DataType) -> str | None:
         # pandas writes floats where a number is missing; labels may be text, or categories.
         values = plain_type(kind)
-        is_known = _is_number(values) or values in (pa.null(), pa.bool_(), *_TEXTS)
+        is_known = _is_number(values) or values in (pa.null(), *_TEXTS)
         return None if is_known else f"has type {kind}, which holds no whole numbers"
 
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
