@@ -32,7 +32,7 @@ _MOST_HELD_OUT: Final = 5000
 """About so many training rows are held out at most, for a split that no file is named for."""
 
 _WORD_BEGINS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?=[A-Z][a-z])")
-"""Where a word begins by its capital, as in `mnistTrain`."""
+"""Where a word begins by its capital, as in `dayTrain`."""
 
 _SPLIT_WORD: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(set|data)?(?![a-z])")
 """A word in the name of a file or folder, in lower case, that names a split."""
