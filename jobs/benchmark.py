@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from random import randrange
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +51,11 @@ CORES = os.cpu_count() or 1
 CUDA = torch.cuda.is_available()
 SCORED_BATCH = 2048 if CUDA else 1024  # Ray Data's default; on a GPU the rows of one pass
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def precision_of(task: Task) -> Literal["bf16", "fp32"]:
+    """That of all ways: what is faster here, if the task allows it."""
+    return "bf16" if task.bf16 and faster_with_bf16(DEVICE) else "fp32"
 
 
 def random_rows(task: Task, count: int) -> Arrays:
@@ -89,7 +94,7 @@ def project_step(task: Task) -> Callable[[Batch], None]:
     augmented = task.augment(random_rows(task, BATCH), Draws(0, 0, np.arange(BATCH)))
     drawn = {key: torch.tensor(values, device=DEVICE) for key, values in augmented.items()}
     drawn["row_id"] = torch.arange(BATCH, device=DEVICE)
-    bf16 = task.bf16 and faster_with_bf16(DEVICE)
+    bf16 = precision_of(task) == "bf16"
     network = task.network().to(DEVICE)
     objective = Objective(task, network, bf16=bf16)
     optimizer = task.optimizer(network, 0.01, bf16=bf16)
@@ -154,8 +159,7 @@ class Scorer:
 
     def __init__(self, task: Task, folder: str) -> None:
         weights = load_model(f"{folder}/model", type(task)).state_dict()
-        precision = "bf16" if faster_with_bf16(DEVICE) else "fp32"
-        self.predictor = Predictor(task, weights, DEVICE, precision, None)
+        self.predictor = Predictor(task, weights, DEVICE, precision_of(task), None)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         task = self.predictor.task
@@ -204,7 +208,8 @@ def project(task: Task, what: str, folder: str, rows: int) -> float | None:
         settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": BATCH, "num_workers": 1}
         config = TrainConfig(task=type(task), data=source, storage_path=output, **settings)
         return fit(config).images_per_second
-    score(ScoreConfig(task=type(task), model=f"{folder}/model", input=source, output=output))
+    places = {"model": f"{folder}/model", "input": source, "output": output}
+    score(ScoreConfig(task=type(task), precision=precision_of(task), **places))
     return None
 
 
