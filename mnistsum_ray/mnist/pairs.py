@@ -5,15 +5,15 @@ from itertools import count
 from typing import Final, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from mnistsum_ray.config import JobConfig, Place
+from mnistsum_ray.config import JobConfig
 from mnistsum_ray.data.columns import one_chunk
 from mnistsum_ray.data.decoding import decode, select
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.randomness import Draws
 from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.errors import RequestError, RunInterrupted
+from mnistsum_ray.errors import RequestError, RunInterrupted, counted
 from mnistsum_ray.mnist import NUMBERS, SIDE
 from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.storage.store import Location
@@ -32,11 +32,11 @@ SCHEMA: Final = pa.schema(
 class ExportPairsConfig(JobConfig):
     """Config of an export of pairs."""
 
-    data: Place = "auto"
+    data: str = "auto"
     """auto (full MNIST, else the bundled sample), sample, mnist, or a folder of MNIST's files"""
     split: Literal["train", "validation", "test"] = "test"
     """split whose rows are exported, in their order"""
-    output: Place
+    output: str
     """folder or URI for the files; it must be empty or not exist"""
     rows: int = Field(default=10_000, ge=1)
     """total rows; beyond the end of the split it repeats with other numbers"""
@@ -44,6 +44,16 @@ class ExportPairsConfig(JobConfig):
     """number of files, of about equal size"""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of the numbers"""
+
+    @field_validator("files")
+    @classmethod
+    def _fill_each_file(cls, files: int, info: ValidationInfo) -> int:
+        rows = info.data.get("rows", files)  # which are missing there if they are wrong
+        if files > rows:
+            raise ValueError(
+                f"{files:,} files of {counted(rows, 'row')} would be empty; give fewer"
+            )
+        return files
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:
