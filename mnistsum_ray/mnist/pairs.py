@@ -13,7 +13,7 @@ from mnistsum_ray.data.decoding import decode, select
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.randomness import Draws
 from mnistsum_ray.data.sources import Source, open_source
-from mnistsum_ray.errors import RequestError, RunInterrupted, counted
+from mnistsum_ray.errors import RequestError, RunInterrupted
 from mnistsum_ray.mnist import NUMBERS, SIDE
 from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.storage.store import Location
@@ -48,11 +48,9 @@ class ExportPairsConfig(JobConfig):
     @field_validator("files")
     @classmethod
     def _fill_each_file(cls, files: int, info: ValidationInfo) -> int:
-        rows = info.data.get("rows", files)  # which are missing there if they are wrong
+        rows = info.data.get("rows", files)  # missing there if they are wrong
         if files > rows:
-            raise ValueError(
-                f"{files:,} files of {counted(rows, 'row')} would be empty; give fewer"
-            )
+            raise ValueError(f"more files than --rows {rows}; give fewer")
         return files
 
 
