@@ -1,6 +1,7 @@
 """Python API: train and score on a cluster; load a model, and predict in this process."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pyarrow as pa
 
 from mnistsum_ray.cluster.connection import connect, head_answers, send_by_value
-from mnistsum_ray.config import ScoreConfig, TrainConfig
+from mnistsum_ray.config import Place, ScoreConfig, TrainConfig
 from mnistsum_ray.data.columns import decode_columns, name_in_file
+from mnistsum_ray.data.parquet import column_error
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError, one_line, shortened
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
@@ -104,7 +106,7 @@ def _on_cluster(console: Console, run: str, task: type[Task]) -> Iterator[None]:
             raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error
 
 
-def load_model(model: str | Path, task: TaskName = BUILT_IN) -> "nn.Module":
+def load_model(model: Place, task: TaskName = BUILT_IN) -> "nn.Module":
     """Load the model of a run or of a model folder (`runs/mine`, `runs/mine/model` or a URI).
 
     The network is in evaluation mode, on the CPU. It takes a batch of its task: a dict of tensors
@@ -117,13 +119,13 @@ def load_model(model: str | Path, task: TaskName = BUILT_IN) -> "nn.Module":
     return _load(model, load_task(task)).network
 
 
-def _load(model: str | Path, task: type[Task]) -> "LoadedModel":
+def _load(model: Place, task: type[Task]) -> "LoadedModel":
     from mnistsum_ray.model.folder import load_model as load_folder
 
-    return load_folder(locate_existing(str(model), "model"), task)
+    return load_folder(locate_existing(os.fspath(model), "model"), task)
 
 
-def save_model(model: "nn.Module", folder: str | Path, task: TaskName | Task = BUILT_IN) -> None:
+def save_model(model: "nn.Module", folder: Place, task: TaskName | Task = BUILT_IN) -> None:
     """Write a network as a model folder, which `load_model`, scoring and `--init-from` take.
 
     A task whose network depends on its settings must be given with them: `Shapes(settings)`.
@@ -135,7 +137,7 @@ def save_model(model: "nn.Module", folder: str | Path, task: TaskName | Task = B
     """
     from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
 
-    output = empty_output(str(folder), "folder")
+    output = empty_output(os.fspath(folder), "folder")
     made = task if isinstance(task, Task) else load_task(task)()
     copy = made.network()
     try:
@@ -151,7 +153,7 @@ def save_model(model: "nn.Module", folder: str | Path, task: TaskName | Task = B
 
 
 def predict_rows(
-    model: "nn.Module | str | Path",
+    model: "nn.Module | Place",
     rows: Any,
     task: TaskName | Task = BUILT_IN,
     *,
@@ -169,14 +171,13 @@ def predict_rows(
         scoring adds.
 
     Raises:
-        TypeError: `rows` is something else, or a keyword names no column of the task.
-        KeyError: a column is not there, or twice.
-        ValueError: a column cannot be read, or has the name of one that is added.
-        RequestError, TryAgainError: of `load_model`, where the model is named.
+        RequestError: `rows` is something else, or a keyword names no column of the task; a column
+            is not there, or twice, cannot be read, or has the name of one that is added; and those
+            of `load_model`, as TryAgainError, where the model is named.
         RunError: a prediction is not finite.
     """
     made = task if isinstance(task, Task) else load_task(task)()
-    if isinstance(model, str | Path):
+    if isinstance(model, str | os.PathLike):
         made, network, _ = _load(model, type(made))  # the task with the model's settings
     else:
         network = model
@@ -193,11 +194,14 @@ def predict_rows(
     from mnistsum_ray.model.inference import append_predictions, clashing_column
     from mnistsum_ray.model.inference import predict_rows as predict_arrays
 
-    table = pa.table(rows)  # a TypeError says what it takes
+    try:
+        table = pa.table(rows)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise RequestError(f"rows: no table: {shortened(one_line(error))}") from None
     names = _names_in(table, made, columns)
     clashing = clashing_column(made, table.column_names, probabilities=probabilities)
     if clashing:
-        raise ValueError(f"column {clashing!r} would be added; rename it")
+        raise RequestError(f"rows: column {clashing!r} would be added; rename it")
     arrays, reasons = decode_columns(made.inputs, table, names)
     batch_size = 64  # to which a small table is padded: padding to 256 takes four times as long
     found = predict_arrays(made, network, arrays, batch_size, probabilities=probabilities)
@@ -209,12 +213,13 @@ def _names_in(table: pa.Table, task: Task, given: dict[str, str]) -> dict[str, s
     flags = {column.flag or f"{key}_column": key for key, column in task.inputs.items()}
     unknown = given.keys() - flags.keys()
     if unknown:
-        raise TypeError(f"{min(unknown)} is none of {', '.join(flags)}")
-    names = {}
+        raise RequestError(f"{min(unknown)} is none of {', '.join(flags)}")
+    names: dict[str, str] = {}
     for flag, key in flags.items():
         name = name_in_file(task.inputs[key], key, table.column_names, given.get(flag))
-        error = task.inputs[key].type_error(table[name].type)
-        if error:
-            raise ValueError(f"column {name!r} {error}")
+        type_error = task.inputs[key].type_error
+        problem = column_error(table.schema, name, flag, type_error, names.values())
+        if problem:
+            raise RequestError(f"rows: {problem}")
         names[key] = name
     return names

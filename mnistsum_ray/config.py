@@ -3,10 +3,11 @@
 The text below a field is its help; brackets in it hold the value of an unset field.
 """
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, get_args
 
 from pydantic import (
     BaseModel,
@@ -24,11 +25,8 @@ from mnistsum_ray.storage.uri import SECRETS_REFUSED, hide_secrets, may_hold_sec
 from mnistsum_ray.task import BUILT_IN, Task
 from mnistsum_ray.task_loader import load_task, task_name
 
-if TYPE_CHECKING:  # a program may pass a Path, or a list: `_check_texts` makes texts of them
-    Place: TypeAlias = str | Any
-    Places: TypeAlias = tuple[str, ...] | Any
-else:
-    Place, Places = str, tuple[str, ...]
+Place: TypeAlias = str | os.PathLike[str]
+"""A path or URI as a program gives it: the field is its text."""
 
 
 class JobConfig(BaseModel):
@@ -52,11 +50,15 @@ class JobConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_texts(cls, value: Any) -> Any:
-        """Make texts of paths, and refuse those that hold secrets."""
+    def _check_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Make texts of paths; refuse those that hold secrets, and true and false as 1 and 0."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        kinds = (kind, *get_args(kind))
+        if isinstance(value, bool) and (int in kinds or float in kinds) and bool not in kinds:
+            raise ValueError(f"must be a number, not {spelled(value)}")
         is_list = isinstance(value, list | tuple)
         values = value if is_list else [value]
-        texts = [str(one) if isinstance(one, Path) else one for one in values]
+        texts = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in values]
         if any(isinstance(text, str) and may_hold_secrets(text) for text in texts):
             raise ValueError(SECRETS_REFUSED)
         return texts if is_list else texts[0]
@@ -170,7 +172,7 @@ def _config_class(kind: Any, task: Any) -> Any:
 class TrainConfig(TaskConfig):
     """Config of a training run. Unset fields follow from the task, the data and the cluster."""
 
-    data: Place | None = None
+    data: str | None = None
     """folder or URI of Parquet files [those of the run that is resumed]"""
     skip_bad_rows: bool = False
     """train without the rows that cannot be used, and count them in manifest and report"""
@@ -179,7 +181,7 @@ class TrainConfig(TaskConfig):
     cache: bool | Literal["auto"] = "auto"
     """keep decoded training rows in Ray's object store, or read them in each epoch, for the same
     model; auto: keep them if they fit into a third of it"""
-    init_from: Place | None = None
+    init_from: str | None = None
     """run or model folder (or URI) whose weights the training begins with [new weights]"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
@@ -204,7 +206,7 @@ class TrainConfig(TaskConfig):
     """failures of workers to recover from; nodes that announce their end do not count"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
     """seconds to wait for an autoscaling or busy cluster before giving up"""
-    storage_path: Place = "runs"
+    storage_path: str = "runs"
     """folder or URI (s3://...) that holds the runs; all nodes must reach it"""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     """name of the run and of its folder [a new unique name]"""
@@ -215,7 +217,15 @@ class TrainConfig(TaskConfig):
 
     if TYPE_CHECKING:  # a task's settings are fields, too
 
-        def __init__(self, *, task: type[Task] | str = ..., **fields: Any) -> None: ...
+        def __init__(
+            self,
+            *,
+            task: type[Task] | str = ...,
+            data: Place | None = ...,
+            init_from: Place | None = ...,
+            storage_path: Place = ...,
+            **fields: Any,
+        ) -> None: ...
 
     @classmethod
     def columns_of(cls, task: type[Task]) -> dict[str, tuple[Column, str]]:
@@ -229,7 +239,7 @@ class TrainConfig(TaskConfig):
             return {}
         meanings = [f"{name} ({meaning})" for name, meaning in task.data_names.items()]
         text = f"folder or URI of Parquet files, or {', '.join(meanings)}"
-        return {"data": (Place, Field(default=next(iter(task.data_names)), description=text))}
+        return {"data": (str, Field(default=next(iter(task.data_names)), description=text))}
 
     @property
     def settings(self) -> Any:
@@ -273,9 +283,9 @@ class Hyperparameters:
 class ScoreConfig(TaskConfig):
     """Config of a scoring run. Unset fields follow from the cluster."""
 
-    input: Places = Field(min_length=1)
+    input: tuple[str, ...] = Field(min_length=1)
     """Parquet to score: one or more files, folders (with subfolders), URIs or local globs"""
-    model: Place
+    model: str
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32"] | None = None
     """precision of the network, one an output [the model's; fp32 on CPUs without fast bf16]"""
@@ -284,7 +294,7 @@ class ScoreConfig(TaskConfig):
     """rows per forward pass [256 on CPUs, 2048 on GPUs, and fewer if they are large]"""
     probabilities: bool = False
     """add the task's lists, such as the probabilities of all classes"""
-    output: Place
+    output: str
     """folder or URI for the predictions; the same command continues after a kill"""
     strict: bool = False
     """write no manifest, and exit with 1, if any file or row is rejected"""
@@ -303,11 +313,19 @@ class ScoreConfig(TaskConfig):
     @field_validator("input", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | Path) else value
+        return (value,) if isinstance(value, str | os.PathLike) else value
 
     if TYPE_CHECKING:  # a task's columns are fields, too
 
-        def __init__(self, *, task: type[Task] | str = ..., **fields: Any) -> None: ...
+        def __init__(
+            self,
+            *,
+            model: Place,
+            input: Place | Sequence[Place],  # noqa: A002 - as the flag is called
+            output: Place,
+            task: type[Task] | str = ...,
+            **fields: Any,
+        ) -> None: ...
 
     @classmethod
     def columns_of(cls, task: type[Task]) -> dict[str, tuple[Column, str]]:

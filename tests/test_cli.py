@@ -222,6 +222,7 @@ WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
     (TrainConfig, "", "epohs: 3", ["--epohs: there is no such setting; did you mean epochs?"]),
     (TrainConfig, "", "- epochs", ["is not YAML of `key: value` lines"]),
     (TrainConfig, "", "x: &x [1]\ny: [*x, *x]", ["has an alias (*NAME); write out what it"]),
+    (TrainConfig, "", "epochs: true", ["--epochs: must be a number, not true"]),
     (TrainConfig, "", "data: null", ["input should be a valid string, got 'null'"]),
     (TrainConfig, "", f"name: {'x' * 5000}", ["--name: string should"]),
 ]
@@ -240,9 +241,11 @@ def test_all_that_is_wrong_is_said_in_one_short_line_by_flag_or_key(
     assert len(message) < 700
 
 
-def test_in_python_a_path_may_be_a_path_and_an_error_names_the_flag() -> None:
-    config = ScoreConfig(input=[Path("a"), "b"], model=Path("m"), output="o")
-    assert (config.input, config.model) == (("a", "b"), "m")
+def test_in_python_a_path_may_be_a_path_and_an_error_names_the_flag(tmp_path: Path) -> None:
+    (tmp_path / "m").touch()
+    (entry,) = os.scandir(tmp_path)
+    config = ScoreConfig(input=[Path("a"), "b"], model=entry, output="o")
+    assert (config.input, config.model) == (("a", "b"), f"{tmp_path}/m")
     said = r"^--seed: input should be .*; --epohs: there is no such setting; did you mean epochs\?$"
     with pytest.raises(RequestError, match=said):
         TrainConfig(epohs=2, seed=-1)

@@ -103,15 +103,30 @@ def test_what_does_not_fit_is_an_error(network: TwoHeadCNN, table: pa.Table) -> 
         (floats, "column 'image' has type double, which holds no images"),
         (reasons, "column 'reason' would be added; rename it"),
         (sums, "column 'Sum_Probs' would be added; rename it"),
+        (table.append_column("image", table["image"]), "has 2 columns 'image' but"),
+        (7, "rows: no table: "),
+        ({"image": [b""], "number": [1, 2]}, "rows: no table: "),
     ]
     for frame, said in cases:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(RequestError, match=said):
             predict_rows(network, frame, probabilities=True)
     assert predict_rows(network, sums).num_rows == ROWS
-    with pytest.raises(KeyError, match="picture"):
-        predict_rows(network, table, image_column="picture")
-    with pytest.raises(TypeError, match=r"^picture_column is none of image_column, number_column$"):
-        predict_rows(network, table, picture_column="image")
+    names: list[tuple[str, Any, str]] = [
+        (
+            "image_column",
+            "picture",
+            "^rows: has no column 'picture' but id, image, number; image_co",
+        ),
+        (
+            "number_column",
+            "image",
+            "^rows: column 'image' would be two columns of the task; number",
+        ),
+        ("picture_column", "image", "^picture_column is none of image_column, number_column$"),
+    ]
+    for column, name, said in names:
+        with pytest.raises(RequestError, match=said):
+            predict_rows(network, table, **{column: name})
     broken = deepcopy(network)
     torch.nn.init.constant_(broken.conv1.weight, 3e38)
     with pytest.raises(RunError, match="digit_prob is infinite or NaN for some row"):

@@ -66,7 +66,9 @@ def train_loop_per_worker(config: dict[str, int]) -> list[float]:
 
 
 ray.init()
-ray.data.DataContext.get_current().execution_options.preserve_order = True  # each run the same
+context = ray.data.DataContext.get_current()
+context.execution_options.preserve_order = True  # each run the same
+context.enable_progress_bars = context.print_on_execution_start = False  # they flood the result
 rows = ray.data.range(1001).map_batches(lambda batch: {"x": (batch["id"] / 1000).astype("float32")})
 rows = rows.repartition(target_num_rows_per_block=64).materialize()
 gpus = int(ray.cluster_resources().get("GPU", 0))

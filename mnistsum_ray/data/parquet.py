@@ -3,7 +3,7 @@
 import io
 import json
 from base64 import b64decode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeAlias
 
@@ -143,14 +143,23 @@ def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
 
 
 def column_error(
-    schema: pa.Schema, name: str, flag: str, type_error: Callable[[pa.DataType], str | None]
+    schema: pa.Schema,
+    name: str,
+    flag: str,
+    type_error: Callable[[pa.DataType], str | None],
+    taken: Collection[str],
 ) -> str | None:
-    """Why a file cannot be used by the column that a flag names; `type_error` looks at its type."""
+    """Why a file cannot be used by the column that a flag names.
+
+    `type_error` looks at its type; the task's columns before it have the names in `taken`.
+    """
     count = schema.names.count(name)
     if count != 1:
         columns = shortened(", ".join(schema.names))
         found = f"{count} columns" if count else "no column"
         return f"has {found} {name!r} but {columns}; {flag} names another"
+    if name in taken:
+        return f"column {name!r} would be two columns of the task; {flag} names another"
     error = type_error(_type_with_shape(schema, name))
     return f"column {name!r} {error}; convert it, or {flag} names another" if error else None
 

@@ -223,8 +223,9 @@ def _describe(
     schema = footer.schema_arrow
     names: dict[str, str] = {}
     for key, (column, flag, given) in columns.items():
+        taken = [*names.values()]
         names[key] = name_in_file(column, key, schema.names, given)
-        problem = column_error(schema, names[key], flag, column.type_error)
+        problem = column_error(schema, names[key], flag, column.type_error, taken)
         if problem:
             raise RequestError(f"{file.display}: {problem}")
     return DataFile(

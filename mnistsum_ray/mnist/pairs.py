@@ -5,9 +5,9 @@ from itertools import count
 from typing import Final, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from mnistsum_ray.config import JobConfig, Place
+from mnistsum_ray.config import JobConfig
 from mnistsum_ray.data.columns import one_chunk
 from mnistsum_ray.data.decoding import decode, select
 from mnistsum_ray.data.parquet import to_parquet
@@ -32,11 +32,11 @@ SCHEMA: Final = pa.schema(
 class ExportPairsConfig(JobConfig):
     """Config of an export of pairs."""
 
-    data: Place = "auto"
+    data: str = "auto"
     """auto (full MNIST, else the bundled sample), sample, mnist, or a folder of MNIST's files"""
     split: Literal["train", "validation", "test"] = "test"
     """split whose rows are exported, in their order"""
-    output: Place
+    output: str
     """folder or URI for the files; it must be empty or not exist"""
     rows: int = Field(default=10_000, ge=1)
     """total rows; beyond the end of the split it repeats with other numbers"""
@@ -44,6 +44,14 @@ class ExportPairsConfig(JobConfig):
     """number of files, of about equal size"""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """seed of the numbers"""
+
+    @field_validator("files")
+    @classmethod
+    def _fill_each_file(cls, files: int, info: ValidationInfo) -> int:
+        rows = info.data.get("rows", files)  # missing there if they are wrong
+        if files > rows:
+            raise ValueError(f"more files than --rows {rows}; give fewer")
+        return files
 
 
 def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple[Location, Source]:

@@ -1,7 +1,7 @@
 """One picture that a person draws: made what MNIST's images are, and its prediction."""
 
 import io
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -17,7 +17,7 @@ from mnistsum_ray.storage.uri import as_request_error, locate_existing
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import nn
 
-Picture: TypeAlias = str | Path | bytes | Image.Image  # a file, a URI, the bytes of a file, …
+Picture: TypeAlias = Place | bytes | Image.Image  # a file, a URI, the bytes of a file, …
 
 SURE: Final = 0.9  # probability of a digit from which on an answer is sure
 
@@ -31,11 +31,11 @@ _FAINT: Final = 0.25
 class PredictConfig(JobConfig):
     """Config of a prediction for one picture."""
 
-    picture: Place
+    picture: str
     """file or URI of a picture of one digit, of any size, darker or lighter than its background"""
     number: int
     """number that is added to the digit, in 0..9"""
-    model: Place
+    model: str
     """folder or URI of a training run, or of its model folder"""
 
 
@@ -51,7 +51,7 @@ class PicturePrediction(Result):
     unsure: bool  # whether the digit's probability is below SURE
 
 
-def predict(model: "nn.Module | str | Path", picture: Picture, number: int) -> PicturePrediction:
+def predict(model: "nn.Module | Place", picture: Picture, number: int) -> PicturePrediction:
     """Predict the digit of a picture, and digit + number, in this process.
 
     The model is one of `load_model`, or what that takes.
@@ -67,7 +67,7 @@ def predict(model: "nn.Module | str | Path", picture: Picture, number: int) -> P
     from mnistsum_ray.mnist.task import MnistSum
     from mnistsum_ray.model.inference import predict_rows
 
-    network = load_model(model) if isinstance(model, str | Path) else model
+    network = load_model(model) if isinstance(model, str | os.PathLike) else model
     rows = {"image": pixels[None], "number": np.array([number])}
     found = predict_rows(MnistSum(), network, rows, batch_size=1)
     answers = {name: values[0].item() for name, values in found.items()}
@@ -110,8 +110,8 @@ def prepare_picture(picture: Picture) -> Array:
 def _read_grey(picture: Picture) -> tuple[str, Array]:
     """The name of a picture in messages, and its brightness, float32[height, width] in 0..255."""
     name = "the picture"
-    if isinstance(picture, str | Path):
-        file = locate_existing(str(picture), "picture")
+    if isinstance(picture, str | os.PathLike):
+        file = locate_existing(os.fspath(picture), "picture")
         with as_request_error():
             name, picture = file.display, file.read_bytes()
     try:

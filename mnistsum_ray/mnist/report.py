@@ -8,7 +8,7 @@ import numpy as np
 
 from mnistsum_ray.data.columns import Array, Arrays
 from mnistsum_ray.errors import percent
-from mnistsum_ray.mnist import DIGITS, HEADS
+from mnistsum_ray.mnist import DIGITS, HEADS, NUMBERS
 from mnistsum_ray.task import Findings, Table
 
 if TYPE_CHECKING:  # it takes a second to import, and what is drawn is drawn in another process
@@ -16,10 +16,11 @@ if TYPE_CHECKING:  # it takes a second to import, and what is drawn is drawn in 
 
 
 def count(predicted: Arrays, batch: Arrays) -> dict[str, Any]:
-    """Counts of scored rows: numbers, and lists of them by digit or by tenth of probability."""
-    edges = batch["image"][:, [0, -1]]
+    """Counts of scored rows, or lists of them by digit, by number or by tenth of probability."""
+    edges, numbers = batch["image"][:, [0, -1]], batch["number"]
     counts: dict[str, Any] = {
-        "consistent_rows": predicted["consistent"].sum(),
+        "numbers": np.bincount(numbers, minlength=NUMBERS),
+        "consistent": np.bincount(numbers[predicted["consistent"]], minlength=NUMBERS),
         # No image of MNIST has a light edge: these are black on white.
         "light_rows": (edges.mean((1, 2)) > 127).sum(),
         "predicted_digits": np.bincount(predicted["pred_digit"], minlength=DIGITS),
@@ -40,12 +41,17 @@ def describe(counts: Mapping[str, Any]) -> Findings:
     if light > 0.5:
         light_images = f"{percent(light)} of the images are light at their edges"
         notice = f"{light_images}; the model was trained on white on black"
+    numbers = []
+    for number, rows in enumerate(counts["numbers"]):
+        consistent = percent(counts["consistent"][number] / rows) if rows else ""
+        numbers.append((number, f"{rows:,}", consistent))
     tenths = []
     for tenth in range(10):
         of_heads = [f"{counts[f'{head}_probabilities'][tenth]:,}" for head in HEADS]
         tenths.append((f"{tenth / 10} to {(tenth + 1) / 10}", *of_heads))
     tables: list[Table] = [
         ("Predicted digits", ("digit", "rows"), list(enumerate(digits))),
+        ("Numbers", ("number", "rows", "sum is digit + number"), numbers),
         ("Probabilities", ("probability", *(f"{head}, rows" for head in HEADS)), tenths),
         confusion_table(counts.get("confusion", [])),
     ]

@@ -50,7 +50,7 @@ from mnistsum_ray.task_loader import code_of
 RUN_FILE: Final = "run.json"
 FILES_TABLE: Final = "files.parquet"
 
-RUN_FORMAT: Final = "mnistsum_ray.score/6"
+RUN_FORMAT: Final = "mnistsum_ray.score/7"
 """Format of run.json and the manifest, of the footers, and of how files are cut into parts."""
 
 FILES_TABLE_SCHEMA: Final = pa.schema(

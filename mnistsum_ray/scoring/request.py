@@ -163,11 +163,13 @@ def _schema_error(request: ScoreRequest, schema: pa.Schema) -> str | None:
     from mnistsum_ray.model.inference import clashing_column
 
     config, columns = request.config, request.columns
+    taken: list[str] = []
     for key, name in request.names_in(schema.names).items():
-        problem = column_error(schema, name, config.flag_of(key), columns[key].type_error)
+        problem = column_error(schema, name, config.flag_of(key), columns[key].type_error, taken)
         if problem:
             return problem
+        taken.append(name)
     images = request.images_in(schema.names)
     passed_on = [name for name in schema.names if name not in images]
-    taken = clashing_column(request.task, passed_on, probabilities=config.probabilities)
-    return f"has a column {taken!r}, which scoring would add; rename it" if taken else None
+    clash = clashing_column(request.task, passed_on, probabilities=config.probabilities)
+    return f"has a column {clash!r}, which scoring would add; rename it" if clash else None

@@ -218,8 +218,8 @@ class Worker:
         """Train an epoch, counted from 0; return its figures for history.jsonl.
 
         `train_loss` is the mean a row; `step_losses` are pairs of a step and the mean of
-        the rows in the `_CHECK_STEPS` steps or fewer up to it. A RunError says that the loss is
-        infinite, or that rows were lost or repeated.
+        the rows in the `_CHECK_STEPS` steps up to it, or, at the end, in fewer than twice as many.
+        A RunError says that the loss is infinite, or that rows were lost or repeated.
         """
         parameters, steps = self.parameters, self._steps
         batches = self._batches(epoch)
@@ -241,7 +241,9 @@ class Worker:
             if batch is not None:
                 counter.add(batch["row_id"], loss)
             done = step + 1
-            if done % _CHECK_STEPS and done < steps.count:
+            # The last steps belong to those before: the mean of a few alone would jump.
+            steps_left = steps.count - done
+            if steps_left and (done % _CHECK_STEPS or steps_left < _CHECK_STEPS):
                 continue
             mean_loss = counter.all_reduce()
             curve.append((done, mean_loss))

@@ -16,7 +16,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 
 from mnistsum_ray.data import parquet
 from mnistsum_ray.data.parquet import read_ranges
-from mnistsum_ray.errors import RequestError, RunError, TryAgainError
+from mnistsum_ray.errors import RequestError, RunError, TryAgainError, percent
 from mnistsum_ray.scoring import actor
 from mnistsum_ray.scoring.parts import PART_KEY
 from mnistsum_ray.scoring.record import RUN_FORMAT
@@ -119,7 +119,11 @@ def test_counts_are_those_of_the_rows_and_the_report_shows_them(example: Example
     assert (totals["digit_accuracy"], totals["sum_accuracy"]) == (right.mean(), right_sums.mean())
     page = (example.output / "report.html").read_text()
     assert f"digit correct, of {len(labelled)} labelled rows" in page
-    for row in [("broken.parquet", BROKEN), *enumerate(counts["predicted_digits"])]:
+    by_number = []
+    for number, consistent in good.groupby("number")["consistent"]:
+        by_number.append((int(number), len(consistent), percent(consistent.mean())))
+    of_digits = enumerate(counts["predicted_digits"])
+    for row in [("broken.parquet", BROKEN), *of_digits, *by_number]:
         assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in page
 
 
@@ -192,6 +196,7 @@ REFUSALS: list[tuple[Any, str]] = [
     (given(max_rows_per_file=None), BEGUN.format("--max-rows-per-file 4", "null")),
     (given(precision="bf16"), BEGUN.format("--precision fp32", "bf16")),
     (other_model, AGAIN),
+    (given(label_column="number"), "column 'number' would be two columns of the task; --label-co"),
     (
         lambda example: {"input": str(example.input / "deep")},
         f"/in/deep; give the same again, or {AGAIN}",
