@@ -93,7 +93,8 @@ def test_a_tensor_of_another_order_or_shape_is_refused_in_memory_and_in_a_file(
     schema = read_footer(file, listed).schema_arrow
     said = "which is transposed or not 28 x 28"
     errors = [Images(28, 28).type_error(column.type)]
-    errors.append(column_error(schema, "image", "--image-column", Images(28, 28).type_error))
+    type_error = Images(28, 28).type_error
+    errors.append(column_error(schema, "image", "--image-column", type_error, taken=()))
     assert [said in str(error) for error in errors] == [not is_right] * 2
     is_flat = len(column.type.shape) == 1
     assert (Floats(784).type_error(column.type) is None) == is_flat
