@@ -148,7 +148,7 @@ def test_a_signal_after_the_result_or_one_that_the_parent_ignores_changes_nothin
 def test_a_picture_is_answered_and_a_terminal_gets_json_when_asked(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, shown = ROOT / ".readme" / "seven.png", []
+    file, shown = ROOT / "docs" / "pictures" / "seven.png", []
 
     def run(job: Any, show_json: bool) -> int:
         shown.append((show_json, job()))

@@ -19,10 +19,10 @@ from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.prometheus import COUNTERS, GAUGES
 from tests.jobs import RAY, ROOT, free_port, kill_everything
 
-DEPLOY = ROOT / ".deploy"
+DEPLOY = ROOT / "docs/deploy"
 CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 HOME = "/home/ubuntu"
-INSTALL = "cd ~/mnistsum_ray && ~/venv/bin/pip install -q -c .constraints.txt"
+INSTALL = "cd ~/mnistsum_ray && ~/venv/bin/pip install -q -c constraints.txt"
 KUBERAY: dict[str, Any] = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
 CRONJOB: dict[str, Any] = yaml.safe_load((DEPLOY / "cronjob.yaml").read_text())
 RAY_CLUSTER = KUBERAY["spec"]["rayClusterSpec"]
@@ -113,7 +113,7 @@ def test_a_job_may_write_its_own_results_alone() -> None:
 def test_all_have_the_tested_ray() -> None:
     version = RAY_CLUSTER["rayVersion"]
     assert f"FROM rayproject/ray:{version}-py311" in (DEPLOY / "Dockerfile").read_text()
-    assert f"ray=={version}\n" in (ROOT / ".constraints.txt").read_text()
+    assert f"ray=={version}\n" in (ROOT / "constraints.txt").read_text()
 
 
 def test_dashboard_and_alerts_know_the_metrics_that_are_exported() -> None:

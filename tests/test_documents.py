@@ -16,8 +16,8 @@ from mnistsum_ray.model.trial import try_task
 from tests.jobs import ROOT
 
 PACKAGE = ROOT / "mnistsum_ray"
-DOCUMENTS = [ROOT / "README.md"]
-for folder in (".deploy", ".github", ".readme", "jobs", "mnistsum_ray", "tests"):
+DOCUMENTS = [*ROOT.glob("*.md")]
+for folder in (".github", "docs", "jobs", "mnistsum_ray", "tests"):
     DOCUMENTS += (ROOT / folder).rglob("*.md")
 SHOWN = re.compile(
     r"(?:python jobs/|mnistsum (?=[a-z-]+ --|predict ))([a-z_/-]+)(?:\.py)?([^\n`#]*)"
@@ -25,19 +25,19 @@ SHOWN = re.compile(
 
 
 def test_the_figure_of_readme_is_that_of_its_script(tmp_path: Path) -> None:
-    script = shutil.copy(ROOT / ".readme" / "architecture.py", tmp_path)
+    script = shutil.copy(ROOT / "docs" / "pictures" / "architecture.py", tmp_path)
     runpy.run_path(str(script), run_name="__main__")
     for name in ("architecture.svg", "architecture-dark.svg"):
-        assert (tmp_path / name).read_text() == (ROOT / ".readme" / name).read_text()
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / "pictures" / name).read_text()
 
 
 def test_a_command_that_is_shown_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where files of tasks are
     Path("jobs").symlink_to(ROOT / "jobs")
     shutil.copy(ROOT / "jobs/examples/shapes.py", tmp_path)
-    Path("adamw.py").write_text(blocks_of(ROOT / ".readme/recipes.md")[1])
+    Path("adamw.py").write_text(blocks_of(ROOT / "docs/recipes.md")[1])
     files = [*DOCUMENTS, ROOT / "cluster.yaml", PACKAGE / "cli.py"]
-    files += [*ROOT.glob(".deploy/*"), *ROOT.glob("jobs/**/*.py")]
+    files += [*ROOT.glob("docs/deploy/*"), *ROOT.glob("jobs/**/*.py")]
     texts = [re.sub(r"\\+\n#? *", " ", file.read_text()) for file in files]
     commands = {command for text in texts for command in SHOWN.findall(text)}
     assert len(commands) > 20
@@ -65,7 +65,7 @@ def blocks_of(document: Path) -> list[str]:
 def test_the_task_on_the_page_is_that_of_its_file_and_keeps_its_promises() -> None:
     """But for the file's docstring, and what draws pictures with its imports."""
     of_examples: dict[str, Any] = {"__name__": "a_page"}
-    exec(blocks_of(ROOT / ".readme/recipes.md")[1], of_examples)
+    exec(blocks_of(ROOT / "docs/recipes.md")[1], of_examples)
     assert try_task(of_examples["WithAdamW"]())
     (shown,) = [block for block in blocks_of(ROOT / "README.md") if "(Task):" in block]
     in_file = (ROOT / "jobs/examples/shapes.py").read_text()
@@ -106,7 +106,7 @@ def test_every_test_that_is_named_is_there() -> None:
 def test_the_lines_of_the_walk_are_those_of_the_code() -> None:
     code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     lines = {line.strip() for line in code.splitlines()}
-    walk = (ROOT / "jobs" / "README.md").read_text()
+    walk = (ROOT / "docs" / "walk.md").read_text()
     shown = "".join(re.findall(r"```python\n(.*?)```", walk, re.DOTALL)).splitlines()
     assert len(shown) > 60
     assert not {line.strip() for line in shown} - lines - {"..."}
@@ -115,7 +115,7 @@ def test_the_lines_of_the_walk_are_those_of_the_code() -> None:
 def test_each_line_of_the_messages_page_is_in_the_code() -> None:
     """But for those of Ray."""
     code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    rows = re.findall(r"^\| (`.*?) \|", (ROOT / ".readme/messages.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/messages.md").read_text(), re.MULTILINE)
     texts = [text for row in rows for text in re.findall(r"`([^`]+)`", row) if " job " not in text]
     of_ray = ["Unauthorized", "Failed to connect to GCS within 60 seconds"]
     of_ray.append("constructor arguments in the object store and max_restarts > 0")
@@ -125,7 +125,7 @@ def test_each_line_of_the_messages_page_is_in_the_code() -> None:
 
 def test_the_map_names_every_module_and_no_other() -> None:
     """A folder's modules stand before the first semicolon; the package's own are `name.py`."""
-    text = (PACKAGE / "README.md").read_text()
+    text = (ROOT / "docs" / "map.md").read_text()
     tree = text.partition("mnistsum_ray/")[2].partition("```")[0]
     named = {f"{name}.py" for name in re.findall(r"\b(\w+)\.py\b", tree)}
     for folder, modules in re.findall(r"^  (\w+)/ +([^;\n]+)", tree, re.MULTILINE):

@@ -26,7 +26,7 @@ def test_what_is_exported_is_there_and_documents_and_recipes_need_no_more() -> N
     assert "Any" not in dir(mnistsum_ray)
     for name in mnistsum_ray.__all__:
         assert getattr(mnistsum_ray, name).__name__ == name
-    documents = [ROOT / "README.md", ROOT / ".readme" / "recipes.md"]
+    documents = [ROOT / "README.md", ROOT / "docs" / "recipes.md"]
     for file in [*(ROOT / "jobs" / "examples").glob("*.py"), *documents]:
         imports = re.findall(r"^from (mnistsum_ray\S*) import (.+)", file.read_text(), re.MULTILINE)
         for module, names in imports:

@@ -1,4 +1,4 @@
-"""Each file of jobs/examples, and jobs/benchmark.py, runs as it is; so does .readme/recipes.md."""
+"""Each file of jobs/examples, and jobs/benchmark.py, runs as it is; so does docs/recipes.md."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def folder(model: Path, tmp_path: Path) -> Path:
     """The working folder, with the run runs/mine, the rows of a training, and a picture."""
     shutil.copytree(model, tmp_path / "runs" / "mine")
     write_sample(tmp_path / "rows.parquet", 500)
-    shutil.copy(ROOT / ".readme" / "seven.png", tmp_path)
+    shutil.copy(ROOT / "docs" / "pictures" / "seven.png", tmp_path)
     return tmp_path
 
 
@@ -58,7 +58,7 @@ def test_an_onnx_file_answers_as_pytorch_and_not_for_other_numbers(
 
 
 def test_plain_pytorch_as_in_the_document(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = (ROOT / ".readme" / "recipes.md").read_text()
+    document = (ROOT / "docs" / "recipes.md").read_text()
     code = document.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}

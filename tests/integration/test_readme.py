@@ -55,7 +55,7 @@ ONE_THREAD = ("--threads", "1")
 def said(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """What the commands of the first minutes say. The working folder is that of their reader."""
     folder = tmp_path_factory.mktemp("reader")
-    shutil.copytree(ROOT / ".readme", folder / ".readme")
+    shutil.copytree(ROOT / "docs" / "pictures", folder / "docs" / "pictures")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train, *others = commands_of(FIRST)

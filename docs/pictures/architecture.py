@@ -1,6 +1,6 @@
 """Draw architecture.svg and architecture-dark.svg, the figure of the README.
 
-python .readme/architecture.py
+python docs/pictures/architecture.py
 
 Needs nothing but Python. Each lane is one job: the driver on top, and below it the way of the rows.
 """
