@@ -104,6 +104,8 @@ def _on_cluster(console: Console, run: str, task: type[Task]) -> Iterator[None]:
             if head_answers():
                 raise
             raise TryAgainError(f"the head of the Ray cluster does not answer; {error}") from error
+        finally:
+            console.end_progress()
 
 
 def load_model(model: Place, task: TaskName = BUILT_IN) -> "nn.Module":

@@ -1,13 +1,16 @@
 """The installed package: what type checkers see of it, and what its wheel holds."""
 
+import email
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mnistsum_ray
 from tests.jobs import ROOT
@@ -65,14 +68,27 @@ def test_programs_of_users_are_checked_strictly(tmp_path: Path) -> None:
     assert "mnistsum_ray" not in said
 
 
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the sdist and the wheel, built as the release workflow builds them."""
+    folder = tmp_path_factory.mktemp("package")
+    source = folder / "source"
+    for name in (".ci", ".github", "docs", "jobs", "mnistsum_ray", "tests"):
+        shutil.copytree(ROOT / name, source / name)
+    for file in ROOT.iterdir():  # among them .gitignore, which says what is no part of the sdist
+        if file.is_file():
+            shutil.copy(file, source)
+    address = "https://github.com/somebody/mnistsum_ray"
+    script = [sys.executable, ".ci/prepare_release.py", address]
+    subprocess.run(script, cwd=source, check=True)
+    said = run(source, "build", "--outdir", folder)
+    assert "Successfully built" in said, said
+    return folder
+
+
 @pytest.mark.slow
-def test_the_wheel_works_outside_the_repository(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # setuptools leaves a folder in it
-    shutil.copytree(ROOT / "mnistsum_ray", source / "mnistsum_ray")
-    for name in ("LICENSE", "README.md", "pyproject.toml"):
-        shutil.copy(ROOT / name, source)
-    run(tmp_path, "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, source)
-    (wheel,) = tmp_path.glob("*.whl")
+def test_the_wheel_works_outside_the_repository(packages: Path, tmp_path: Path) -> None:
+    (wheel,) = packages.glob("*.whl")
     run(tmp_path, "pip", "install", "--no-deps", "--target", "installed", wheel)
     where = str(tmp_path / "installed")
     program = """
@@ -83,3 +99,38 @@ print(mnistsum_ray.reporting.report.__file__, mnistsum_ray.cli.main(words.split(
     (tmp_path / "program.py").write_text(program)
     assert f"{where}/mnistsum_ray/reporting/report.py 0" in run(tmp_path, "program", path=where)
     assert len(list(tmp_path.glob("pairs/*.parquet"))) == 2
+
+
+@pytest.mark.slow
+def test_pypi_shows_no_link_that_leads_nowhere(packages: Path) -> None:
+    (wheel,) = packages.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = [name for name in files.namelist() if name.endswith("/METADATA")]
+        fields = email.message_from_bytes(files.read(name))
+    page = fields.get_payload()
+    assert isinstance(page, str)
+    links = re.findall(r'(?:\]\(|src="|srcset=")([^)"\s]+)', page)
+    assert len(links) > 20
+    assert [link for link in links if not re.match(r"https?:|#", link)] == []
+    urls = dict(url.split(", ") for url in fields.get_all("Project-URL") or [])
+    assert {*urls} == {"Documentation", "Repository", "Issues", "Changelog"}
+    assert "OWNER" not in page + str(urls)
+
+
+@pytest.mark.slow
+def test_the_tests_run_from_the_sdist(packages: Path, tmp_path: Path) -> None:
+    (sdist,) = packages.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    for name in ("tests/conftest.py", "docs/task.md", "jobs/train.py", "constraints.txt"):
+        assert (source / name).exists(), name
+    tests = ["tests/test_documents.py", "tests/data", "tests/test_config.py"]
+    said = run(source, "pytest", "-q", "-p", "no:cacheprovider", *tests, path=str(source))
+    assert re.search(r"\d+ passed", said.splitlines()[-1]), said
+    assert "failed" not in said.splitlines()[-1], said
+
+
+def test_the_version_is_the_same_wherever_a_machine_reads_it() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == mnistsum_ray.__version__
+    assert f"## {mnistsum_ray.__version__}" in (ROOT / "CHANGELOG.md").read_text()

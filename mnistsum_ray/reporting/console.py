@@ -1,31 +1,38 @@
-"""Console output of a running job, on standard error: lines, also on how far it is.
+"""Console output of a running job, on standard error: lines, and a progress bar on a terminal.
 
 The lines go through the logger "mnistsum_ray", so that a program may redirect them, by other
 handlers, or silence them: `logging.getLogger("mnistsum_ray").setLevel("WARNING")`.
 """
 
+import io
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any, Final, TextIO
+
+from tqdm import tqdm
 
 from mnistsum_ray.errors import percent, printable
 from mnistsum_ray.storage.uri import hide_secrets
 
-UPDATE_SECONDS: Final = 2.0
+UPDATE_SECONDS: Final = 0.5
 """Minimum time between two updates of progress."""
 LINE_SECONDS: Final = 30.0
-"""Progress is a line after so much time without a line."""
+"""Where there is no bar, progress is a line after this time without a line."""
 SILENCE_SECONDS: Final = 60.0
 """Time without a line or progress after which a line says so."""
 
+_LINE: Final = "{desc}: {n:,} of {total:,}{postfix}, {rate_noinv_fmt}, {remaining} left"
+_BAR: Final = "{percentage:3.0f}% {bar:16} " + _LINE
+"""Formats of tqdm."""
+
 
 class _Lines(logging.Handler):
-    """Writes a line, with the time of day and the run where there is one."""
+    """Writes a line above the progress bar, with the time of day and the run where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
@@ -34,7 +41,8 @@ class _Lines(logging.Handler):
             text = f"{time.strftime('%H:%M:%S')} {run}  {text}"
         stream = getattr(record, "mnistsum_stream", None) or sys.stderr
         with suppress(OSError):  # the job goes on without its terminal
-            print(text, file=stream, flush=True)
+            tqdm.write(text, file=stream)
+            stream.flush()
 
 
 LOG: Final = logging.getLogger("mnistsum_ray")
@@ -42,6 +50,14 @@ LOG.setLevel(LOG.level or logging.INFO)
 if not LOG.handlers:  # a program has set none
     LOG.addHandler(_Lines())
     LOG.propagate = False  # a program that has set up logging would get each line twice
+
+
+def shows_bars(stream: TextIO | None = None) -> bool:
+    """Return whether progress is a bar: on a terminal, without NO_COLOR, and not in CI."""
+    if any(name in os.environ for name in ("NO_COLOR", "CI")):
+        return False
+    is_silent = not LOG.isEnabledFor(logging.INFO)
+    return not is_silent and (stream or sys.stderr).isatty()
 
 
 class Progress:
@@ -72,9 +88,7 @@ class Console:
         """Once it is set, each line begins with the time of day and this name."""
         self._stream = stream
         self._last_line_at = self._last_sign_at = time.monotonic()  # a sign: a line, or progress
-        self._work = ("", 0)  # what is counted, and its total
-        self._first = self._done = 0  # counted when this work was first seen, and since
-        self._first_at = 0.0
+        self._bar: Any = None  # of tqdm, which is shown on a terminal alone
 
     @contextmanager
     def waiting_for(self, who: str, explain: Callable[[], str]) -> Iterator[None]:
@@ -114,17 +128,37 @@ class Console:
         self._last_line_at = time.monotonic()
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Show how far some work is, by a line now and then."""
-        now = self._last_sign_at = time.monotonic()
-        if self._work != (what, total) or done < self._done:
-            self._work, self._first, self._first_at = (what, total), done, now
-        self._done = done
-        is_due = now - self._last_line_at >= LINE_SECONDS
-        if is_due and self._first < done < total:
-            rate = (done - self._first) / (now - self._first_at)
-            left = timedelta(seconds=round((total - done) / rate))
-            shown = f"{what}: {done:,} of {total:,}{note and f', {note}'}"
-            self.say(f"{shown}, {rate:,.1f}/s, {left} left")
+        """Show how far some work is: by a bar on a terminal, else by a line now and then."""
+        self._last_sign_at = time.monotonic()
+        has_bar = shows_bars(self._stream)
+        bar = self._bar
+        if bar is None or (bar.desc, bar.total) != (what, total) or done < bar.n:
+            self.end_progress()
+            if done >= total:  # it was too quick for a bar
+                return
+            bar = self._bar = tqdm(
+                desc=what,
+                total=total,
+                initial=done,  # the rate is that of what follows
+                unit="",
+                file=(self._stream or sys.stderr) if has_bar else io.StringIO(),
+                bar_format=_BAR if has_bar else _LINE,
+                dynamic_ncols=True,
+                leave=False,
+            )
+        bar.n = done
+        bar.set_postfix_str(note, refresh=has_bar)
+        is_line_due = time.monotonic() - self._last_line_at >= LINE_SECONDS
+        if not has_bar and is_line_due and bar.initial < done < total:
+            self.say(str(bar))
+        if done >= total:
+            self.end_progress()
+
+    def end_progress(self) -> None:
+        """Remove the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def describe_metrics(metrics: Mapping[str, float | None], *, counts: bool = True) -> str:

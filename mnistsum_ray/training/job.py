@@ -218,6 +218,7 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console, *, is_kept: 
                 skip_bad_rows=config.skip_bad_rows,
                 is_kept=is_kept,
                 workers=plan.most,
+                show_progress=console.progress,
             )
         except (RequestError, RowCountError):
             check_unchanged(source)  # which may be the reason

@@ -1,7 +1,8 @@
 """Progress: what the processes of a training tell its driver, by a queue that a thread follows.
 
 kind      sent by                     fields
-progress  Worker.train_epoch          epoch, epochs, rows, of_rows, rows_per_second, loss
+progress  Worker.train_epoch          epoch, epochs, step, steps, rows, of_rows,
+                                      rows_per_second, loss
 epoch     the loop                    those of a line of history.jsonl
 counter   HeldOutRows.evaluate        what, done, total
 note      the loop, FailureLines      text
@@ -123,7 +124,9 @@ class EventFollower:
             self._console.progress(event["what"], event["done"], event["total"])
         elif kind == "progress":
             done = (event["epoch"] - 1) * event["of_rows"] + event["rows"]
-            note = f"epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}"
+            of_epoch = f"epoch {event['epoch']}/{event['epochs']}"
+            of_step = f"step {event['step']}/{event['steps']}"
+            note = f"{of_epoch}, {of_step}, loss {event['loss']:.4f}"
             total = event["epochs"] * event["of_rows"]
             self._console.progress("training rows", done, total, note)
             self._metrics.count(rows=done)

@@ -11,7 +11,7 @@ processes that read would wait for it.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Final
@@ -38,6 +38,7 @@ from mnistsum_ray.data.inputs import SUFFIXES
 from mnistsum_ray.data.randomness import Purpose, seeds
 from mnistsum_ray.data.sources import SPLITS, DataFile, Source
 from mnistsum_ray.errors import RequestError, RowCountError, TryAgainError, counted, root_cause
+from mnistsum_ray.reporting.console import Progress
 from mnistsum_ray.storage.uri import arrow_place
 
 _BLOCKS_OF_RANK: Final = 64
@@ -75,25 +76,32 @@ def read_rows(
     skip_bad_rows: bool,
     is_kept: bool = True,
     workers: int = 1,
+    show_progress: Callable[..., None] = lambda **_: None,
 ) -> Rows:
     """Read, decode and split all rows; those of the training are kept if `is_kept`.
 
-    `seed` is that of the order of files; at most `workers` train with the rows.
+    `seed` is that of the order of files; at most `workers` train with the rows. `show_progress` is
+    called as `Console.progress`.
 
     RequestError: a file or a row cannot be used, or too few rows can.
     RowCountError: files hold more or fewer rows than their footers say.
     """
     decoded: dict[str, Dataset] = {}
     groups: list[dict[str, Any]] = []
+    progress = Progress(show_progress, "rows read", sum(map(source.rows_of, SPLITS)))
     try:
         for named_split in SPLITS:
             if source.rows_of(named_split):
                 dataset = _decoded(source, named_split, columns, seed)
-                if is_kept or named_split != "train":
-                    dataset = dataset.materialize()
+                is_kept_now = is_kept or named_split != "train"
+                if is_kept_now:
+                    dataset = _keep(dataset, progress)
                 decoded[named_split] = dataset
                 summaries = dataset.map_batches(summarize, fn_args=[columns], **_BLOCKS)
-                groups += summaries.take_all()
+                for group in summaries.iter_rows():
+                    groups.append(group)
+                    if not is_kept_now:
+                        progress(group["row_id_count"])
     except (ray.exceptions.RayTaskError, OSError, ValueError) as error:
         cause = getattr(error, "cause", error)  # what a task has raised
         if not isinstance(cause, OSError | ValueError):
@@ -136,6 +144,19 @@ def read_rows(
 
 _BLOCKS: Final[Mapping[str, Any]] = {"batch_size": None, "batch_format": "pyarrow"}
 """Arguments of `map_batches` for functions of whole blocks, as tables of Arrow."""
+
+
+def _keep(dataset: Dataset, progress: Progress) -> Dataset:
+    """Do what `materialize` does, and count the rows of each block as soon as it is there."""
+    blocks = []
+    for bundle in dataset.iter_internal_ref_bundles():
+        blocks += bundle.block_refs
+        progress(bundle.num_rows())
+    kept = ray.data.from_arrow_refs(blocks)
+    kept.context.execution_options.preserve_order = True
+    kept.context.enable_progress_bars = kept.context.print_on_execution_start = False
+    kept.set_name("read-rows")
+    return kept
 
 
 def _in_blocks(decoded: Dataset, split: str, rows: Rows) -> Dataset:

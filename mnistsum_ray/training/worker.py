@@ -253,6 +253,8 @@ class Worker:
                 "progress",
                 epoch=epoch + 1,
                 epochs=parameters.epochs,
+                step=done,
+                steps=steps.count,
                 rows=counter.rows,
                 of_rows=self._totals.rows,
                 rows_per_second=counter.rows / (time.perf_counter() - started),
