@@ -150,7 +150,8 @@ def show_speeds(record: dict[str, Any]) -> str:
 
 def median_rate(record: dict[str, Any], what: str, way: str) -> float:
     """Return rows per second of a way of jobs/benchmark.py."""
-    return statistics.median(found[way] for found in record["speeds"][what])
+    rates: list[float] = [found[way] for found in record["speeds"][what]]
+    return statistics.median(rates)
 
 
 def show_machine(record: dict[str, Any]) -> str:
