@@ -10,6 +10,7 @@ commands stands below them. Tests compare the pages with docs/record.json, and c
 """
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -72,7 +73,7 @@ def shell_block_of(page: Path, name: str) -> str:
 
 
 def run_shell(commands: str, folder: Path, environment: dict[str, str]) -> list[str]:
-    """Run commands in a folder; return the lines that a page shows of their output."""
+    """Run commands in a folder; return the lines of their output."""
     for name in ("jobs", "docs"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
@@ -84,16 +85,16 @@ def run_shell(commands: str, folder: Path, environment: dict[str, str]) -> list[
         stderr=subprocess.STDOUT,
         text=True,
     )
-    lines = done.stdout.replace(str(folder), "/home/you/mnistsum_ray").splitlines()
-    return [line for line in lines if _SHOWN.match(line)]
+    return done.stdout.replace(str(folder), "/home/you/mnistsum_ray").splitlines()
 
 
 def shown_of(name: str, lines: Sequence[str]) -> list[str]:
-    """Return the lines of a block that its page shows."""
-    for index, line in enumerate(lines):
+    """Return the lines of the output of a block's commands that its page shows."""
+    shown = [line for line in lines if _SHOWN.match(line)]
+    for index, line in enumerate(shown):
         if name in _FIRST_SHOWN and _FIRST_SHOWN[name] in line:
-            return [*lines[index:]]
-    return [*lines]
+            return shown[index:]
+    return shown
 
 
 def stable(line: str, *, is_same_machine: bool) -> str:
@@ -109,7 +110,7 @@ def stable(line: str, *, is_same_machine: bool) -> str:
 
 
 def show_lines(name: str, record: dict[str, Any]) -> str:
-    return "\n".join(["```text", *shown_of(name, record["blocks"][name]["lines"]), "```"])
+    return "\n".join(["```text", *record["blocks"][name]["lines"], "```"])
 
 
 def show_accuracies(record: dict[str, Any]) -> str:
@@ -227,6 +228,7 @@ def record_commands() -> None:
                     continue
                 started = time.monotonic()
                 lines = run_shell(shell_block_of(page, name), Path(folder), environment())
+                lines = shown_of(name, lines)
                 seconds = round(time.monotonic() - started, 1)
                 blocks[name] = {"seconds": seconds, "lines": lines}
                 print(name, seconds, *lines, sep="\n", flush=True)
@@ -234,10 +236,9 @@ def record_commands() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of commands: a cluster of their own, and no terminal's colours."""
-    from os import environ
-
-    return {**environ, "RAY_ADDRESS": "local", "NO_COLOR": "1"}
+    """Return the environment of commands: this Python, and a cluster of their own."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "RAY_ADDRESS": "local", "NO_COLOR": "1"}
 
 
 def run_json(folder: Path, *words: str) -> dict[str, Any]:

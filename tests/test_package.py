@@ -24,12 +24,12 @@ def run(folder: Path, *words: object, path: str = "") -> str:
     return done.stdout + done.stderr
 
 
-def test_what_is_exported_is_there_and_documents_and_recipes_need_no_more() -> None:
+def test_what_is_exported_is_there_and_documents_and_examples_need_no_more() -> None:
     assert {*mnistsum_ray.__all__} <= {*dir(mnistsum_ray)}
     assert "Any" not in dir(mnistsum_ray)
     for name in mnistsum_ray.__all__:
         assert getattr(mnistsum_ray, name).__name__ == name
-    documents = [ROOT / "README.md", ROOT / "docs" / "recipes.md"]
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     for file in [*(ROOT / "jobs" / "examples").glob("*.py"), *documents]:
         imports = re.findall(r"^from (mnistsum_ray\S*) import (.+)", file.read_text(), re.MULTILINE)
         for module, names in imports:
@@ -57,12 +57,13 @@ def test_the_machine_knows_no_word_of_the_built_in_task() -> None:
 
 @pytest.mark.nightly  # mypy reads all of PyTorch
 def test_programs_of_users_are_checked_strictly(tmp_path: Path) -> None:
-    """Those of README, of which the later ones are a task and its use, and the examples."""
-    program, *task = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "program.py").write_text(program)
-    (tmp_path / "own.py").write_text("\n".join(task))
-    for recipe in (ROOT / "jobs" / "examples").glob("*.py"):
-        shutil.copy(recipe, tmp_path)
+    """Those of the pages, and the examples."""
+    for name in ("python", "task", "examples"):
+        page = (ROOT / "docs" / f"{name}.md").read_text()
+        program = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+        (tmp_path / f"page_{name}.py").write_text(program)
+    for example in (ROOT / "jobs" / "examples").glob("*.py"):
+        shutil.copy(example, tmp_path)
     said = run(tmp_path, "mypy", "--strict", *sorted(tmp_path.glob("*.py")))
     assert re.search(r"^(Success|Found)", said, re.MULTILINE), said
     assert "mnistsum_ray" not in said

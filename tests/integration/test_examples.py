@@ -1,6 +1,7 @@
-"""Each file of jobs/examples, and jobs/benchmark.py, runs as it is; so does docs/recipes.md."""
+"""Each file of jobs/examples, and jobs/benchmark.py, runs as it is; so does the model in docs/python.md."""
 
 import json
+import re
 import shutil
 import time
 import urllib.error
@@ -58,8 +59,8 @@ def test_an_onnx_file_answers_as_pytorch_and_not_for_other_numbers(
 
 
 def test_plain_pytorch_as_in_the_document(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = (ROOT / "docs" / "recipes.md").read_text()
-    code = document.partition("```python\n")[2].partition("```")[0]
+    document = (ROOT / "docs" / "python.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", document, re.DOTALL)[1]
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     exec(code, names)

@@ -1,11 +1,12 @@
-"""README's commands and Python, and the notebook, do what they say. `ray job`: test_connect."""
+"""The commands and programs of README, the pages and the notebook do what is shown of them.
+
+`ray job`: test_connect.
+"""
 
 import io
 import json
-import os
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,24 +20,27 @@ from nbclient import NotebookClient
 
 from mnistsum_ray.cli import COMMANDS, parse
 from mnistsum_ray.config import TrainConfig
+from tests import record
 from tests.integration.test_tasks import write_rows
-from tests.jobs import ROOT, run_job
+from tests.jobs import ROOT
 
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+GUIDE = ROOT / "docs" / "task.md"
 NOTEBOOK = ROOT / "jobs" / "example.ipynb"
 
 
-def blocks(section: str, language: str) -> str:
-    """The blocks of code in a section."""
-    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    return "".join(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL))
-
-
 def commands_of(section: str) -> list[list[str]]:
-    """The jobs in the shell blocks of a section, as words of `mnistsum`."""
+    """The jobs in the shell blocks of a section of README, as words of `mnistsum`."""
+    text = README.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    shell = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
     jobs = r"^(?:python jobs/(?=\w+\.py)|mnistsum )([\w-]+)(?:\.py)?(.*)$"
-    found = re.findall(jobs, blocks(section, "bash"), re.MULTILINE)
+    found = re.findall(jobs, shell, re.MULTILINE)
     return [[job.replace("_", "-"), *shlex.split(flags, comments=True)] for job, flags in found]
+
+
+def programs_of(document: Path) -> list[str]:
+    """The blocks of Python in a document."""
+    return re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
 
 
 def run_command(name: str, *flags: str) -> str:
@@ -47,52 +51,50 @@ def run_command(name: str, *flags: str) -> str:
     return said.getvalue()
 
 
-FIRST = "First five minutes"
-ONE_THREAD = ("--threads", "1")
-
-
 @pytest.fixture(scope="module")
-def said(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """What the commands of the first minutes say. The working folder is that of their reader."""
+def said(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[str]]]:
+    """What the first commands of README say. The working folder is that of their reader."""
     folder = tmp_path_factory.mktemp("reader")
-    shutil.copytree(ROOT / "docs" / "pictures", folder / "docs" / "pictures")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train, *others = commands_of(FIRST)
-        # On a cluster of its own. Beside other tests two threads wait for each other: with a core
-        # that is busy, 230 rows/s, and one thread 850.
-        done = run_job(*train, *ONE_THREAD, cwd=folder)
-        assert done.out == json.dumps(done.line) + "\n", "the result alone"
-        yield done.err + "".join(run_command(*command) for command in others)
+        yield {name: run_block(README, name) for name in ("train", "score")}
 
 
-def form_of(line: str) -> str:
-    """A line without what differs between two runs: time, name, folders, figures."""
-    line = re.sub(r"^[\d:]{8} \S+  ", "", line)
-    line = re.sub(r"/\S*/", "/", line)
-    return re.sub(r"[\d.,]+|(?<=worker|thread)s|bf16|fp32", "", line)
+def run_block(page: Path, name: str) -> list[str]:
+    commands = record.shell_block_of(page, name)
+    return record.run_shell(commands, Path.cwd(), record.environment())
+
+
+def check_block(name: str, said: list[str]) -> None:
+    """Compare what commands say with the record, to the last digit on a machine of its kind."""
+    recorded = record.read_record()["blocks"]
+    is_same = record.is_like(recorded["machine"])
+    found, expected = (
+        [record.stable(line, is_same_machine=is_same) for line in lines]
+        for lines in (record.shown_of(name, said), recorded[name]["lines"])
+    )
+    assert found == expected
 
 
 @pytest.mark.slow
-def test_the_output_that_is_shown_has_the_form_of_what_is_said(said: str) -> None:
-    text = blocks(FIRST, "text")
-    shown = [line for line in text.splitlines() if re.match(r"\d\d:|digit|settings", line)]
-    assert len(shown) > 10
-    lines = [line for line in said.splitlines() if "(raylet)" not in line]  # of a busy machine
-    assert {*map(form_of, shown)} <= {*map(form_of, lines)}
+@pytest.mark.parametrize("name", ["train", "score"])
+def test_the_commands_of_readme_say_what_is_shown(said: dict[str, list[str]], name: str) -> None:
+    check_block(name, said[name])
+    lines = [line for line in said[name] if "(raylet)" not in line]  # of a busy machine
     assert not [line for line in lines if re.search(r"INFO|WARNING|\(pid=|dataset_", line)]
-    tree = re.findall(r"^  ([\w./]+)  ", text, re.MULTILINE)
-    assert len(tree) == 6
-    assert all(Path("runs/mine", name).exists() for name in tree)
+    tree = README.read_text().partition("\nruns/mine/\n")[2].partition("```")[0]
+    names = re.findall(r"^  ([\w./]+)  ", tree, re.MULTILINE)
+    assert len(names) == 6
+    assert all(Path("runs/mine", name).exists() for name in names)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("said")
-def test_the_commands_of_train_and_score() -> None:
+def test_the_commands_that_train_and_score_more() -> None:
     learned = json.loads(Path("runs/mine/manifest.json").read_text())["metrics"]["test"]
     assert min(learned["digit_accuracy"], learned["sum_accuracy"]) >= 0.97
     assert Path("scored/report.html").exists()
-    for name, *flags in commands_of("Train") + commands_of("Score"):
+    for name, *flags in commands_of("Train and score more"):
         if "--config" in flags:
             parse(TrainConfig, flags)  # test_train.py trains so
         elif flags != ["--help"]:
@@ -105,23 +107,25 @@ def test_the_commands_of_train_and_score() -> None:
 @pytest.mark.nightly
 @pytest.mark.usefixtures("said")
 def test_a_training_that_is_killed_by_these_commands_has_the_same_bits() -> None:
-    Path("jobs").symlink_to(ROOT / "jobs")
-    commands = blocks("Kill it", "bash").replace(
-        "--name killed", shlex.join(["--name", "killed", *ONE_THREAD])
-    )
-    done = subprocess.run(
-        ["bash", "-c", commands],
-        env=os.environ | {"RAY_ADDRESS": "local"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.endswith("the same bits\n"), done.stderr
+    check_block("killed", run_block(README, "killed"))
+
+
+@pytest.mark.nightly
+def test_the_commands_of_the_guide_say_what_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    data = re.findall(r"```bash\n(.*?)```", GUIDE.read_text(), re.DOTALL)[0]
+    subprocess.run(["bash", "-c", data], check=True, env=record.environment())
+    for name in ("first", "shapes", "out"):
+        check_block(name, run_block(GUIDE, name))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("said")
 def test_the_example_in_python() -> None:
-    code, written = blocks("From Python", "python"), 'data="sample", epochs=2)'
+    code, written = programs_of(ROOT / "docs" / "python.md")[0], 'data="sample", epochs=2)'
     assert written in code
     names: dict[str, Any] = {}
     exec(code.replace(written, 'name="mine", resume=True)'), names)  # which trains no more
@@ -131,14 +135,13 @@ def test_the_example_in_python() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_the_task_of_the_page_trains_and_scores(
+def test_the_task_of_the_guide_trains_and_scores_in_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In Python; test_tasks.py has the commands."""
     monkeypatch.chdir(tmp_path)
     write_rows("shapes", Path("shapes"), 500)
     write_rows("shapes", Path("new"), 50)
-    code, written = blocks("For your own task", "python"), "dropout=0.2)"
+    code, written = "".join(programs_of(GUIDE)), "dropout=0.2)"
     assert written in code
     # As in a notebook, whose classes are those of `__main__`.
     exec(code.replace(written, "dropout=0.2, epochs=1, threads=1)"), {"__name__": "__main__"})
@@ -151,11 +154,11 @@ def read_notebook() -> nbformat.NotebookNode:
 
 
 def results_of(notebook: nbformat.NotebookNode) -> list[str]:
-    """The forms of the results of a notebook's cells, without the folder where it runs."""
+    """The results of a notebook's cells, without figures and the folder where it runs."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     texts = [output.data["text/plain"] for output in outputs if "execution_count" in output]
     texts = [re.sub(r"/\S*/(?=runs/|scored)", "", text) for text in texts]
-    return [" ".join(form_of(text).split()) for text in texts]
+    return [" ".join(re.sub(r"[\d.,]+", "", text).split()) for text in texts]
 
 
 @pytest.mark.nightly
