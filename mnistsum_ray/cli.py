@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter, _ArgumentGroup
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
@@ -41,14 +41,28 @@ from mnistsum_ray.mnist.picture import PredictConfig
 from mnistsum_ray.storage.uri import as_request_error, hide_secrets, locate
 
 _HELP: Final = """
-The value of an unset flag is in brackets below; a bare flag that takes true or
-false says true. Standard output gets one JSON object, the result. Exit codes:
-0 done, 2 the request is invalid, 75 try again later (no resources in time, no
-cluster, storage that does not answer, expired keys, a folder that another
-run holds),
-128 + N stopped by signal N, 1 anything else.
+Defaults are in brackets. A true/false flag without a value means true. The
+result is one JSON object on standard output.
 """
 """What `--help` says of every command."""
+
+_EXIT_CODES: Final = """
+exit codes: 0 done; 2 correct the request; 75 try the same command later (no
+free resources, cluster or storage; expired keys; a locked folder); 128 + N
+stopped by signal N; 1 anything else
+"""
+
+_GROUPS: Final = {
+    "most used": "picture number input model output data task name resume epochs num_workers "
+    "storage_path seed max_rows recipe overwrite strict split rows files",
+    "the data": "skip_bad_rows cache",
+    "the job": "batch_size learning_rate weight_decay precision init_from max_failures "
+    "changed_task",
+    "the machine": "use_gpu threads wait_seconds",
+    "the output": "probabilities max_rows_per_file",
+    "the task's own": "",
+}
+"""Fields whose flags `--help` shows together, in this order; all other fields are the task's."""
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -62,10 +76,10 @@ Line = dict[str, Any]
 def train(config: TrainConfig) -> Line:
     """Train a network: without --task, for the digit of an image, and digit + number.
 
-    mnistsum train --data sample                takes half a minute on two cores
-    mnistsum train --name mine --resume auto    begins, or goes on after a kill
-    mnistsum train --config runs/mine/config.yaml     trains the same again
-    mnistsum train --task shapes.py:Shapes --data shapes/     rows of your own
+    mnistsum train --data sample                           half a minute, two cores
+    mnistsum train --name mine --resume auto               starts or resumes a run
+    mnistsum train --config runs/mine/config.yaml          trains the same again
+    mnistsum train --task shapes.py:Shapes --data shapes/  your own task
     """
     from mnistsum_ray.api import fit
 
@@ -78,7 +92,7 @@ def score(config: ScoreConfig) -> Line:
     mnistsum score --model runs/mine --input pairs/ --output scored/
     mnistsum score --model M --input 'days/*/*.parquet' a.parquet --output s3://B/o
 
-    The same command continues after a kill, and adds input files that are new.
+    The same command resumes after a kill, and scores new input files.
     OUTPUT/predictions/ has one row for each input row; OUTPUT/manifest.json, which
     is written last, has the totals.
     """
@@ -152,12 +166,13 @@ def main(argv: list[str] | None = None) -> int:
 class Parser(ArgumentParser):
     """A parser whose errors are RequestErrors. A flag that is not given has no value."""
 
-    def __init__(self, command: str, description: str, *, add_help: bool = True) -> None:
+    def __init__(self, command: str = "", description: str = "") -> None:
         super().__init__(
-            add_help=add_help,
+            add_help=False,  # `parse` adds it below the other flags
             prog=command,
             usage=f"{command} [flags]",
             description=description,
+            epilog=_EXIT_CODES,
             formatter_class=RawDescriptionHelpFormatter,
             argument_default=SUPPRESS,
             allow_abbrev=False,
@@ -176,17 +191,23 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     SystemExit: `--help` is printed: the description, then the flags of the command.
     """
     if issubclass(kind, TaskConfig):
-        first = Parser("", "", add_help=False)
+        first = Parser()
         first.add_argument("--task")
         named = vars(first.parse_known_args(argv)[0]).get("task")
         kind = cast(type[Config], kind.of_task(named))
     parser = Parser(command, description)
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of these settings; flags win"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result on a terminal too")
-    for name, field in kind.model_fields.items():
-        _add_flag(parser, name, field)
+    listed = " ".join(_GROUPS.values()).split()
+    of_task = [name for name in kind.model_fields if name not in listed]
+    for title, names in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names.split() or of_task:
+            if name in kind.model_fields:
+                _add_flag(group, name, kind.model_fields[name])
+    other = parser.add_argument_group("other")
+    config_help = "YAML file with any of these settings; flags win"
+    other.add_argument("--config", metavar="FILE", help=config_help)
+    other.add_argument("--json", action="store_true", help="print the result on a terminal too")
+    other.add_argument("-h", "--help", action="help", help="show this help and exit")
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = shortened(hide_secrets(unknown[0]).partition("=")[0])
@@ -202,7 +223,7 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     return kind(**settings | flags)
 
 
-def _add_flag(parser: ArgumentParser, name: str, field: FieldInfo) -> None:
+def _add_flag(group: _ArgumentGroup, name: str, field: FieldInfo) -> None:
     """Add the flag of a field. Its value stays text, which pydantic converts and checks."""
     text = " ".join((field.description or "").split())
     if field.is_required():
@@ -221,9 +242,9 @@ def _add_flag(parser: ArgumentParser, name: str, field: FieldInfo) -> None:
     elif get_origin(annotation) is tuple:  # several words, as a shell expands `*.parquet`
         options |= {"nargs": "+", "action": "extend"}  # the flag may be given again too
     if name == "picture":  # the one value that needs no flag
-        parser.add_argument(name, metavar="PICTURE", **options)
+        group.add_argument(name, metavar="PICTURE", **options)
     else:
-        parser.add_argument(flag_name(name), **options)
+        group.add_argument(flag_name(name), **options)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

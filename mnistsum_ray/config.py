@@ -100,7 +100,7 @@ class TaskConfig(JobConfig):
     setting_fields: ClassVar[tuple[str, ...]] = ()
 
     task: str = BUILT_IN
-    """file.py:Class or module:Class, for rows and a network of your own"""
+    """your own task: file.py:Class or module:Class"""
 
     def __new__(cls, **fields: Any) -> Self:
         """Make the config of the task's own class."""
@@ -173,47 +173,46 @@ class TrainConfig(TaskConfig):
     """Config of a training run. Unset fields follow from the task, the data and the cluster."""
 
     data: str | None = None
-    """folder or URI of Parquet files [those of the run that is resumed]"""
+    """Parquet: folder, file or URI [that of the resumed run]"""
     skip_bad_rows: bool = False
-    """train without the rows that cannot be used, and count them in manifest and report"""
+    """train without the rows that cannot be used, and count them"""
     max_rows: int | None = Field(default=None, ge=1)
-    """about so many rows of each split, from the first files, for a first try [all]"""
+    """use only about this many rows per split, for a quick test [all]"""
     cache: bool | Literal["auto"] = "auto"
-    """keep decoded training rows in Ray's object store, or read them in each epoch, for the same
-    model; auto: keep them if they fit into a third of it"""
+    """keep decoded training rows in memory; auto: if they fit"""
     init_from: str | None = None
-    """run or model folder (or URI) whose weights the training begins with [new weights]"""
+    """start with the weights of this run or model folder [new weights]"""
     precision: Literal["bf16", "fp32"] | None = None
-    """precision of the forward pass [bf16 if it is faster on all workers, else fp32]"""
+    """precision of the forward pass [bf16 where it is faster, else fp32]"""
     epochs: int | None = Field(default=None, ge=1, le=1000)
     """passes over the training rows [the task's]"""
     # A layer may make 50,000 values of a row, and kernels of GPUs count to 2^31.
     batch_size: int | None = Field(default=None, ge=1, le=32_768)
-    """rows of a step of all workers [the task's]"""
+    """rows per step, over all workers [the task's]"""
     learning_rate: float | None = Field(default=None, gt=0, lt=1e6)
-    """highest learning rate [the task's]"""
+    """maximum learning rate [the task's]"""
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     """decoupled weight decay"""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """seed of initial weights, order, and all that is random in training"""
+    """seed of everything random: initial weights, order, augmentation"""
     num_workers: int | tuple[int, int] | None = None
-    """workers: N, or MIN,MAX if elastic [one per GPU with 256 rows a batch; without GPUs, one]"""
+    """workers: N, or MIN,MAX to be elastic [one, or one per GPU]"""
     use_gpu: bool | None = None
-    """train on GPUs [true if the cluster has GPUs]"""
+    """train on GPUs [true if the cluster has any]"""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPUs and threads of a worker, which decide the last bits [all free CPUs of a node]"""
+    """CPUs and threads per worker [all free CPUs of a node]"""
     max_failures: int = Field(default=3, ge=0, le=1000)
-    """failures of workers to recover from; nodes that announce their end do not count"""
+    """worker failures to recover from; drained nodes do not count"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
-    """seconds to wait for an autoscaling or busy cluster before giving up"""
+    """seconds to wait for a busy or autoscaling cluster"""
     storage_path: str = "runs"
-    """folder or URI (s3://...) that holds the runs; all nodes must reach it"""
+    """folder or URI of all runs; every node must reach it"""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
-    """name of the run and of its folder [a new unique name]"""
+    """name of the run and its folder [a new unique name]"""
     resume: bool | Literal["auto"] = False
-    """continue the run --name from its last checkpoint; auto: begin it if there is none"""
+    """resume run --name from its last checkpoint; auto: start it if new"""
     changed_task: bool = False
-    """resume although the task's file has changed: the numbers of the run are then of both"""
+    """resume although the task's file has changed"""
 
     if TYPE_CHECKING:  # a task's settings are fields, too
 
@@ -237,8 +236,7 @@ class TrainConfig(TaskConfig):
     def fields_of(cls, task: type[Task]) -> dict[str, Any]:
         if not task.data_names:
             return {}
-        meanings = [f"{name} ({meaning})" for name, meaning in task.data_names.items()]
-        text = f"folder or URI of Parquet files, or {', '.join(meanings)}"
+        text = f"Parquet (folder, file or URI), or {', '.join(task.data_names)}"
         return {"data": (str, Field(default=next(iter(task.data_names)), description=text))}
 
     @property
@@ -284,31 +282,31 @@ class ScoreConfig(TaskConfig):
     """Config of a scoring run. Unset fields follow from the cluster."""
 
     input: tuple[str, ...] = Field(min_length=1)
-    """Parquet to score: one or more files, folders (with subfolders), URIs or local globs"""
+    """Parquet to score: files, folders, URIs or local globs"""
     model: str
     """folder or URI of a training run, or of its model folder"""
     precision: Literal["bf16", "fp32"] | None = None
-    """precision of the network, one an output [the model's; fp32 on CPUs without fast bf16]"""
+    """precision of the forward pass [the model's, or fp32 on older CPUs]"""
     # Far below 2^31 values, where kernels of GPUs end: a layer may make 50,000 of a row.
     batch_size: int | None = Field(default=None, ge=1, le=16_384)
-    """rows per forward pass [256 on CPUs, 2048 on GPUs, and fewer if they are large]"""
+    """rows per forward pass [256 on CPUs, 2048 on GPUs]"""
     probabilities: bool = False
-    """add the task's lists, such as the probabilities of all classes"""
+    """also write the task's lists, such as all class probabilities"""
     output: str
-    """folder or URI for the predictions; the same command continues after a kill"""
+    """folder or URI for the predictions"""
     strict: bool = False
-    """write no manifest, and exit with 1, if any file or row is rejected"""
+    """fail if any file or row is rejected"""
     overwrite: bool = False
-    """delete an earlier output first and score everything; without it a scoring goes on"""
+    """delete an earlier output first, and score everything again"""
     # Arrow's limit of 2^31 bytes is 2 million rows of a KiB.
     max_rows_per_file: int | None = Field(default=None, ge=1, le=2_000_000)
-    """most rows of an output file, and what a kill costs [a quarter of a file, of 8 to 32 MiB]"""
+    """maximum rows of an output file [a quarter of its input, 8 to 32 MiB]"""
     num_workers: int | None = Field(default=None, ge=1)
-    """scoring workers, at most [four per GPU; without GPUs, one per CPU]"""
+    """maximum number of workers [one per CPU, or four per GPU]"""
     use_gpu: bool | None = None
-    """score on GPUs [true if the cluster has GPUs]"""
+    """score on GPUs [true if the cluster has any]"""
     wait_seconds: float = Field(default=600, ge=0, le=86_400)
-    """seconds to wait for an autoscaling or busy cluster before giving up"""
+    """seconds to wait for a busy or autoscaling cluster"""
 
     @field_validator("input", mode="before")
     @classmethod
@@ -330,7 +328,7 @@ class ScoreConfig(TaskConfig):
     @classmethod
     def columns_of(cls, task: type[Task]) -> dict[str, tuple[Column, str]]:
         inputs = {key: (column, _usual(key, column)) for key, column in task.inputs.items()}
-        unread = "not read; where it is named, it measures accuracy, and other values are unknown"
+        unread = "not used; set it to measure accuracy"
         return inputs | {key: (column, unread) for key, column in task.labels.items()}
 
 

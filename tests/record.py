@@ -33,10 +33,17 @@ PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 BLOCK: Final = re.compile(r"(<!-- record: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SHELL: Final = re.compile(r"```bash\n(.*?)```", re.DOTALL)
-_INSTALLS: Final = re.compile(r"(git clone|python3 -m venv|export|pip install)\b.*\n")
+_INSTALLS: Final = re.compile(
+    r"^(?:git clone|python3 -m venv|export) .*\n|^pip install .*?(?:&& |\n)", re.MULTILINE
+)
 _SHOWN: Final = re.compile(r"\d\d:\d\d:\d\d |digit: |using |error: |the same bits|\d[\d,]* ")
-_FIRST_SHOWN: Final = {"killed": "going on"}
-"""Text of the first line that is shown of a block, where that is not the first one."""
+_LEFT_OUT: Final = {
+    "killed": r"started Ray|run killed|training with|using|beginning|epoch 1:|finishing|report:|score with it",
+    "first": r"started Ray|training with|finishing|report:|score with it",
+    "shapes": r"started Ray|no .* files|training with|epoch [2-9]:|finishing|report:|score with it",
+    "out": r"started Ray|predictions:",
+}
+"""Lines that a block shows as `...`."""
 
 RECIPES: Final = ("quick", "short")
 SEEDS: Final = (0, 1, 2)
@@ -67,9 +74,9 @@ def is_like(recorded: dict[str, Any]) -> bool:
 
 
 def shell_block_of(page: Path, name: str) -> str:
-    """Return the commands above a block of a page, without those that install."""
+    """Return the commands between the block before and this one, without those that install."""
     before = page.read_text().partition(f"<!-- record: {name} -->")[0]
-    return _INSTALLS.sub("", _SHELL.findall(before)[-1])
+    return _INSTALLS.sub("", "".join(_SHELL.findall(before.rpartition("<!-- end -->")[2])))
 
 
 def run_shell(commands: str, folder: Path, environment: dict[str, str]) -> list[str]:
@@ -78,22 +85,30 @@ def run_shell(commands: str, folder: Path, environment: dict[str, str]) -> list[
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     done = subprocess.run(
-        ["bash", "-c", commands],
+        ["bash", "-ec", commands],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    return done.stdout.replace(str(folder), "/home/you/mnistsum_ray").splitlines()
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}:\n{done.stdout}")
+    said = done.stdout
+    for place in (str(folder), str(ROOT)):
+        said = said.replace(place, "/home/you/mnistsum_ray")
+    return said.splitlines()
 
 
 def shown_of(name: str, lines: Sequence[str]) -> list[str]:
     """Return the lines of the output of a block's commands that its page shows."""
-    shown = [line for line in lines if _SHOWN.match(line)]
-    for index, line in enumerate(shown):
-        if name in _FIRST_SHOWN and _FIRST_SHOWN[name] in line:
-            return shown[index:]
+    left_out = _LEFT_OUT.get(name, "^$")
+    shown: list[str] = []
+    for line in filter(_SHOWN.match, lines):
+        if not re.search(left_out, line):
+            shown.append(line)
+        elif shown[-1:] != ["..."]:
+            shown.append("...")
     return shown
 
 
@@ -128,7 +143,7 @@ def show_accuracies(record: dict[str, Any]) -> str:
             values = [100 * run[name] for run in runs]
             cells.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
         seconds = statistics.median(run["seconds"] for run in runs)
-        cells.append(f"{seconds / 60:.0f}")
+        cells.append(f"{seconds / 60:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -177,7 +192,7 @@ def show_results(record: dict[str, Any]) -> str:
         ("`--recipe short`, 5 epochs", short),
     ):
         _, _, _, digit, total, minutes, _ = (cell.strip() for cell in line.split("|"))
-        time_taken = f", {minutes} minutes" if minutes.isdigit() else ""
+        time_taken = "" if "not" in minutes else f", {minutes} minutes"
         lines.append(f"| {what} | digit {digit} %, sum {total} %{time_taken} |")
     for what, meaning in (("train", "training"), ("score", "scoring")):
         rates = {way: median_rate(record, what, way) for way in ("project", "guide", "bare")}

@@ -13,7 +13,7 @@ import pytest
 
 from mnistsum_ray import __version__, cli
 from mnistsum_ray.cli import parse
-from mnistsum_ray.config import JobConfig, ScoreConfig, TrainConfig
+from mnistsum_ray.config import JobConfig, ScoreConfig, TaskConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.mnist.picture import PredictConfig
 from tests.jobs import ROOT, default_signals
@@ -77,8 +77,21 @@ def test_help_fits_a_terminal_and_imports_nothing_large(monkeypatch: pytest.Monk
         assert f"usage: mnistsum {command} " in text
     for shown in ("--resume [auto] ", "--precision bf16|fp32\n", "--json "):
         assert shown in text
+    groups = ["most used", "the data", "the job", "the machine", "the task's own", "other"]
+    of_train = text.partition("usage: mnistsum train ")[2]
+    places = [of_train.index(f"\n{group}:\n") for group in groups]
+    assert places == sorted(places)
     job = run_command(sys.executable, ROOT / "jobs" / "export_pairs.py", "--help").stdout
     assert job.startswith("usage: python jobs/export_pairs.py ")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_flag_has_fifteen_words_at_most(command: str) -> None:
+    kind = cli.COMMANDS[command][1]
+    if issubclass(kind, TaskConfig):
+        kind = kind.of_task(None)
+    for name, field in kind.model_fields.items():
+        assert 1 < len((field.description or "").split()) <= 15, name
 
 
 _JOB = """

@@ -1,6 +1,6 @@
 """A task of your own: the price of a house, in 100,000 euros, from eight numbers.
 
-python jobs/examples/houses.py houses/ 5000    makes up so many, others each time: new/ 1000, too
+python jobs/examples/houses.py houses/ 5000    5,000 rows; new/ 1000 has others
 python jobs/train.py --task jobs/examples/houses.py:Houses --data houses/ --name houses
 python jobs/score.py --task jobs/examples/houses.py:Houses --model runs/houses --input new/ \\
     --output out/ --price-column price    (without it where nobody knows the prices)
@@ -62,7 +62,8 @@ class Houses(Task):
 
 
 if __name__ == "__main__":
-    folder, rows, random = Path(sys.argv[1]), int(sys.argv[2]), np.random.default_rng()
+    folder, rows = Path(sys.argv[1]), int(sys.argv[2])
+    random = np.random.default_rng(rows)  # the same each time; another number gives others
     houses = {name: random.normal(*FEATURES[name], rows) for name in FEATURES}
     price = houses["area"] * houses["income"] / 2000 * np.exp(-houses["distance"] / 20)
     price += houses["garden"] / 400 - abs(houses["age"] - 40) / 50 + random.normal(0, 0.1, rows)

@@ -1,6 +1,6 @@
 """A task of your own: which of five shapes is on an RGB picture of 32 x 32 pixels?
 
-python jobs/examples/shapes.py shapes/ 5000    draws so many, others each time: new/ 1000, too
+python jobs/examples/shapes.py shapes/ 5000    5,000 rows; new/ 1000 has others
 python jobs/train.py --task jobs/examples/shapes.py:Shapes --data shapes/ --name shapes
 python jobs/score.py --task jobs/examples/shapes.py:Shapes --model runs/shapes --input new/ \\
     --output out/ --shape-column shape    (without it where nobody knows the shapes)
@@ -73,7 +73,8 @@ def draw(shape: int, random: np.random.Generator) -> bytes:
 
 
 if __name__ == "__main__":
-    folder, rows, random = Path(sys.argv[1]), int(sys.argv[2]), np.random.default_rng()
+    folder, rows = Path(sys.argv[1]), int(sys.argv[2])
+    random = np.random.default_rng(rows)  # the same each time; another number gives others
     shapes = random.integers(len(SHAPES), size=rows)
     images = [draw(shape, random) for shape in shapes]
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,11 +59,11 @@ class MnistSettings(Settings):
     """The built-in task's own settings."""
 
     recipe: Literal["quick", "short", "long", "small"] | None = None
-    """what sets the others and epochs, batch size and rate [short; small under 20,000 rows]"""
+    """preset of epochs, batch size, learning rate and more [short, or small]"""
     distortion: float | None = Field(default=None, ge=0, le=4)
     """strength of random distortions [of the recipe]"""
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
-    """share of other labels [of the recipe]"""
+    """label smoothing, a share [of the recipe]"""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """dropout rate of the last hidden layer [of the recipe]"""
 

@@ -232,7 +232,7 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console, *, is_kept: 
     say(f"run {config.name}: {counts} rows of {source}")
     held_out = [split for split in source.ranges("train") if split != "train"]
     if source.files and held_out:
-        say(f"no file's name says {' or '.join(held_out)}: training rows are held out for that")
+        say(f"no {' or '.join(held_out)} files found: holding out training rows instead")
     for key, missing in rows.missing.items():
         if missing:
             say(f"no training row has the {key} {shortened(', '.join(map(str, sorted(missing))))}")

@@ -96,7 +96,7 @@ def check_request(config: TrainConfig, start_progress: StartProgress | None = No
     chosen = _task_defaults(task, config, source.train_rows)
     if chosen and not resume:
         flags = (f"--{key.replace('_', '-')} {spelled(value)}" for key, value in chosen.items())
-        notice = f"settings that are not given: {' '.join(flags)}"
+        notice = f"using the defaults {' '.join(flags)}"
     # Absolute paths, so that --resume from another folder finds the same data.
     chosen |= {"name": name, "storage_path": storage.display, "resume": resume}
     chosen["data"] = source.data

@@ -1,11 +1,13 @@
 """Each file of jobs/examples, and jobs/benchmark.py, runs as it is; so does the model in docs/python.md."""
 
+import io
 import json
 import re
 import shutil
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.jobs import ROOT, Job, free_port, history_of, run_job
 # the tests. What takes long runs at night; mypy knows the names that an example uses.
 pytestmark = pytest.mark.slow
 
+SEVEN = ROOT / "docs" / "pictures" / "seven.png"
 ANSWERS = ("pred_digit", "digit_prob", "pred_sum", "sum_prob")
 
 
@@ -30,7 +33,7 @@ def folder(model: Path, tmp_path: Path) -> Path:
     """The working folder, with the run runs/mine, the rows of a training, and a picture."""
     shutil.copytree(model, tmp_path / "runs" / "mine")
     write_sample(tmp_path / "rows.parquet", 500)
-    shutil.copy(ROOT / "docs" / "pictures" / "seven.png", tmp_path)
+    shutil.copy(SEVEN, tmp_path)
     return tmp_path
 
 
@@ -108,30 +111,104 @@ def test_a_training_that_others_follow(cluster: str, folder: Path, name: str, wr
         assert [entry.value for entry in logged] == accuracies
 
 
-@pytest.mark.nightly
-def test_serve_answers_for_a_picture_and_says_what_is_wrong(folder: Path) -> None:
-    port, picture = free_port(), (folder / "seven.png").read_bytes()
-    server = Job("examples/serve", "runs/mine", port, cwd=folder)
+STROKES = {  # of each digit, in a square of 100 x 100, as a person draws it
+    0: [[(50, 12), (28, 25), (22, 52), (32, 82), (52, 90), (72, 78), (78, 48), (68, 20), (50, 12)]],
+    1: [[(50, 10), (50, 90)]],
+    2: [[(26, 28), (40, 12), (62, 12), (74, 28), (66, 48), (24, 88), (78, 88)]],
+    3: [[(28, 14), (60, 12), (72, 26), (64, 42), (46, 48), (66, 54), (76, 70), (62, 88), (26, 86)]],
+    4: [[(32, 10), (26, 52), (72, 52)], [(70, 12), (66, 92)]],
+    5: [[(74, 12), (34, 12), (30, 46), (58, 44), (74, 60), (68, 82), (46, 90), (24, 82)]],
+    6: [[(62, 10), (38, 30), (27, 60), (34, 84), (54, 90), (70, 78), (68, 60), (50, 54), (30, 66)]],
+    7: [[(24, 14), (76, 14), (60, 46), (46, 90)]],
+    8: [
+        [(68, 22), (50, 10), (32, 22), (40, 42), (64, 58), (70, 76), (50, 90), (30, 76)]
+        + [(38, 56), (62, 40), (68, 22)]
+    ],
+    9: [[(70, 34), (56, 48), (36, 44), (32, 24), (48, 12), (68, 18), (70, 34), (66, 90)]],
+}
 
-    def ask(query: str, body: bytes) -> tuple[int, dict[str, Any]]:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{query}", body) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """Address of draw.py, which answers with a model that has learned the sample."""
+    trained = run_job("train", "--data", "sample", "--name", "mine", "--threads", 1, cwd=tmp_path)
+    assert trained.code == 0, trained.err
+    port, picture = free_port(), SEVEN.read_bytes()
+    job, address = Job("examples/draw", "runs/mine", port, cwd=tmp_path), f"http://127.0.0.1:{port}"
 
     def is_up() -> bool:
         try:
-            return ask("?number=5", picture)[0] == 200
+            return ask(f"{address}/answer?number=5", picture)[0] == 200
         except (urllib.error.URLError, ValueError):
             time.sleep(0.5)
             return False
 
-    server.wait_until(is_up)
-    assert set(ask("?number=5", picture)[1]) == {"digit", "sum", "unsure"}
-    wrong = [("?number=10", picture), ("", picture), ("?number=5", b"none")]
-    assert [ask(*request)[0] for request in wrong] == [422] * 3
-    server.kill()
+    job.wait_until(is_up)
+    yield address
+    job.kill()
+
+
+def ask(address: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(address, body) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.nightly
+def test_what_is_drawn_in_a_browser_is_recognized(server: str) -> None:
+    """With real events of a pointer; what is wrong gets a line, of a server and of the page."""
+    from playwright.sync_api import sync_playwright
+
+    picture = SEVEN.read_bytes()
+    found = ask(f"{server}/answer?number=5", picture)[1]
+    assert (found["digit"], found["sum"]) == (7, 12)
+    assert [len(found["digit_probs"]), len(found["sum_probs"])] == [10, 19]
+    empty = io.BytesIO()
+    Image.new("RGBA", (448, 448)).save(empty, "PNG")
+    wrong = {
+        "": picture,
+        "?number=10": picture,
+        "?number=5": b"none",
+        "?number=6": empty.getvalue(),
+    }
+    answers = [ask(f"{server}/answer{query}", body) for query, body in wrong.items()]
+    assert [code for code, _ in answers] == [422] * 4
+    assert "cannot be read as a picture" in answers[2][1]["detail"]
+    assert "nothing is drawn" in answers[3][1]["detail"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = chromium.new_page(viewport={"width": 400, "height": 900})
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(server)
+        answer = page.locator("#answer")
+        assert answer.inner_text() == "Draw a digit."
+        box = page.locator("canvas").bounding_box()
+        assert box and box["width"] > 300
+        right = 0
+        for digit, strokes in STROKES.items():
+            page.get_by_role("button", name="Clear").click()
+            page.locator(f"input[value='{digit}']").check(force=True)
+            for stroke in strokes:
+                for index, (across, down) in enumerate(stroke):
+                    x = box["x"] + across / 100 * box["width"]
+                    y = box["y"] + down / 100 * box["height"]
+                    page.mouse.move(x, y, steps=4)
+                    if index == 0:
+                        page.mouse.down()
+                with page.expect_response("**/answer*"):
+                    page.mouse.up()
+            page.wait_for_function("document.querySelector('#answer').textContent[0] === 'I'")
+            right += answer.inner_text() == f"It is {digit}, and {digit} + {digit} is {2 * digit}."
+            assert page.locator("#digit .bar").count() + page.locator("#sum .bar").count() == 29
+        assert right >= 9
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        assert all(url.startswith((server, "data:", "blob:")) for url in requests)
+        chromium.close()
 
 
 def test_photos_become_rows_and_one_that_is_missing_a_rejected_one(folder: Path) -> None:

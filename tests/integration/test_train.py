@@ -91,7 +91,7 @@ def test_the_result_has_these_fields_and_the_console_shows_its_figures(done: Res
     digit, total = (f"{100 * test[f'{head}_accuracy']:.2f} %" for head in ("digit", "sum"))
     assert f"test: digit {digit}, sum {total} (93 rows, 930 pairs)\n" in done.said
     assert re.findall(r"epoch (\d): loss ", done.said) == ["1", "2"]
-    assert "no file's name says test or validation: training rows are held out for" in done.said
+    assert "no test or validation files found: holding out training rows instead" in done.said
 
 
 def test_the_run_folder_holds_history_report_pictures_and_no_pickle(
