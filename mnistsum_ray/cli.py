@@ -76,10 +76,10 @@ Line = dict[str, Any]
 def train(config: TrainConfig) -> Line:
     """Train a network: without --task, for the digit of an image, and digit + number.
 
-    mnistsum train --data sample                           half a minute, two cores
-    mnistsum train --name mine --resume auto               starts or resumes a run
-    mnistsum train --config runs/mine/config.yaml          trains the same again
-    mnistsum train --task shapes.py:Shapes --data shapes/  your own task
+    mnistsum train --data sample                  half a minute on two cores
+    mnistsum train --name mine --resume auto      starts or resumes a run
+    mnistsum train --config runs/mine/config.yaml     trains the same again
+    mnistsum train --task shapes.py:Shapes --data shapes/     your own task
     """
     from mnistsum_ray.api import fit
 
@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = "".join(f"  {name:<14}{meaning}\n" for name, (*_, meaning) in COMMANDS.items())
     parser = Parser("mnistsum COMMAND", f"{commands}\nCOMMAND --help lists its flags")
     parser.add_argument("command", choices=COMMANDS, help=SUPPRESS)
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     parser.add_argument("--version", action="version", version=f"mnistsum_ray {__version__}")
     show_json = "--json" in words or not sys.stdout.isatty()
     try:

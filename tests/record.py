@@ -38,7 +38,9 @@ _INSTALLS: Final = re.compile(
 )
 _SHOWN: Final = re.compile(r"\d\d:\d\d:\d\d |digit: |using |error: |the same bits|\d[\d,]* ")
 _LEFT_OUT: Final = {
-    "killed": r"started Ray|run killed|training with|using|beginning|epoch 1:|finishing|report:|score with it",
+    "killed": r"started Ray|run killed|training with|using|beginning|epoch|finishing"
+    r"|report:|score with it",
+    "score": r"started Ray|predictions:",
     "first": r"started Ray|training with|finishing|report:|score with it",
     "shapes": r"started Ray|no .* files|training with|epoch [2-9]:|finishing|report:|score with it",
     "out": r"started Ray|predictions:",

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from mnistsum_ray.cli import COMMANDS, parse
-from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.model.trial import try_task
 from tests.jobs import ROOT
 
@@ -48,13 +47,6 @@ def test_a_command_that_is_shown_parses(tmp_path: Path, monkeypatch: pytest.Monk
             parse(COMMANDS[name][1], flags)
         else:
             assert (ROOT / "jobs" / f"{job}.py").exists(), job
-
-
-def test_the_recipes_have_the_epochs_that_readme_says() -> None:
-    text = (ROOT / "README.md").read_text()
-    for recipe in ("quick", "short", "long", "small"):
-        epochs = MnistSum(MnistSum.Settings(recipe=recipe)).defaults(1)["epochs"]
-        assert re.search(rf"`{recipe}` \({epochs}\b", text), recipe
 
 
 def blocks_of(document: Path) -> list[str]:

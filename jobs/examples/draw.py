@@ -24,7 +24,8 @@ PAGE = """<!doctype html>
 <style>
   :root { color-scheme: light dark; --digit: #1f5fa8; --sum: #b4520a }
   @media (prefers-color-scheme: dark) { :root { --digit: #7ab4f5; --sum: #f0a35e } }
-  body { font: 16px/1.4 system-ui, sans-serif; max-width: 46rem; margin: 1rem auto; padding: 0 1rem }
+  body { font: 16px/1.4 system-ui, sans-serif; max-width: 46rem; margin: 1rem auto;
+         padding: 0 1rem }
   main { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) }
   canvas { width: 100%; max-width: 22rem; background: #fff; border: 1px solid #888;
            border-radius: 6px; touch-action: none; cursor: crosshair; display: block }

@@ -32,7 +32,7 @@ class PredictConfig(JobConfig):
     """Config of a prediction for one picture."""
 
     picture: str
-    """file or URI of a picture of one digit, of any size, darker or lighter than its background"""
+    """file or URI of a picture of one digit on a plain background"""
     number: int
     """number that is added to the digit, in 0..9"""
     model: str

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_sample
-from tests.integration.test_readme import blocks
+from tests.integration.test_readme import shell_of
 from tests.jobs import RAY, ROOT, free_port, kill_everything, wait_until
 
 pytestmark = pytest.mark.nightly
@@ -99,7 +99,7 @@ def test_readmes_commands_for_a_team(home: Path, monkeypatch: pytest.MonkeyPatch
     """Stand-ins: the head of `home` for its first and last step, and few rows for MNIST."""
     (home / "jobs").symlink_to(ROOT / "jobs")
     write_sample(home / "few.parquet", 500)
-    commands = blocks("For a team", "bash")
+    commands = shell_of("For a team")
     for written, instead in (
         ("ray start --head\n", ""),
         ("ray stop\n", ""),

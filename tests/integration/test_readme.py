@@ -28,12 +28,16 @@ GUIDE = ROOT / "docs" / "task.md"
 NOTEBOOK = ROOT / "jobs" / "example.ipynb"
 
 
+def shell_of(section: str) -> str:
+    """The shell blocks of a section of README."""
+    text = README.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+
+
 def commands_of(section: str) -> list[list[str]]:
     """The jobs in the shell blocks of a section of README, as words of `mnistsum`."""
-    text = README.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    shell = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
     jobs = r"^(?:python jobs/(?=\w+\.py)|mnistsum )([\w-]+)(?:\.py)?(.*)$"
-    found = re.findall(jobs, shell, re.MULTILINE)
+    found = re.findall(jobs, shell_of(section), re.MULTILINE)
     return [[job.replace("_", "-"), *shlex.split(flags, comments=True)] for job, flags in found]
 
 
