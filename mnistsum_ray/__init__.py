@@ -1,6 +1,6 @@
 """Train a network on Ray and score Parquet files with it; every row is counted.
 
-What is learnt is a task. The built-in one is a two-head network for MNIST; write a `Task` for rows
+What is learned is a task. The built-in one is a two-head network for MNIST; write a `Task` for rows
 of your own, of columns `Images`, `Photos`, `Whole` and `Floats`, and give it as `task=Shapes`.
 
 The Python API does what the jobs do from a shell:

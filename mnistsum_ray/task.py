@@ -1,4 +1,4 @@
-"""What a task is: what is learnt from which columns. For rows of your own, write one.
+"""What a task is: what is learned from which columns. For rows of your own, write one.
 
 A batch is a dict of tensors by the names of `inputs` and `labels`. Losses, metrics and predictions
 are of each row: the jobs alone sum and count them. jobs/examples/shapes.py is a whole task.
@@ -63,20 +63,20 @@ class Task(ABC):
     """A task. Its class must be importable by name, or lie in the file that `--task` names."""
 
     name: ClassVar[str]
-    """A model of one task is refused by another."""
+    """Identifies the task. A job refuses the model of another one."""
     inputs: ClassVar[Mapping[str, Column]]
-    """What the network takes; a row with a value that cannot be used is rejected."""
+    """Columns that the network takes. A row with an unusable value is rejected."""
     drawn: ClassVar[frozenset[str]] = frozenset()
-    """Inputs that no training data have, since `augment` draws them."""
+    """Inputs that `augment` draws; training data do not have them."""
     labels: ClassVar[Mapping[str, Column]]
-    """What is learnt. Training reads them; scoring reads those that a flag names."""
+    """Columns to learn. Training reads all; scoring reads those that a flag names."""
     outputs: ClassVar[pa.Schema]
-    """Columns that scoring adds; lists of numbers only with `--probabilities`."""
+    """Columns that scoring adds. It adds lists only with `--probabilities`."""
     Settings: ClassVar[type[Settings]] = Settings
     data_names: ClassVar[Mapping[str, str]] = {}
     """Values of `--data` that `named_data` knows, with their meanings; the first is the default."""
     bf16: ClassVar[bool] = True
-    """Whether bfloat16, which keeps three decimal places, is precise enough."""
+    """Whether the three digits of bfloat16 are precise enough."""
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings
@@ -89,54 +89,63 @@ class Task(ABC):
 
     @abstractmethod
     def network(self) -> "nn.Module":
-        """A new network: it takes a batch, treats each row alone, and returns a tensor, or tensors
-        in a tuple, list or dict. It computes in bfloat16 where that is faster; outputs get float32.
+        """Return a new network. It takes a batch and must treat each row alone.
+
+        It returns a tensor, or a tuple, list or dict of tensors. It runs in bfloat16 where that is
+        faster; its outputs are then converted to float32.
         """
 
     @abstractmethod
     def loss(self, outputs: Any, batch: Batch) -> "Tensor":
-        """The loss of each row, float32[n]."""
+        """Return the loss of each row, float32[n]."""
 
     @abstractmethod
     def predict(self, outputs: Any, batch: Batch) -> "dict[str, Tensor]":
-        """Predictions of each row by column of `outputs`, numbers of its type: [n], [n, length]."""
+        """Return predictions by column of `outputs`: [n], or [n, length] for a list column."""
 
     @abstractmethod
     def judge(self, predicted: "dict[str, Tensor]", batch: Batch) -> "dict[str, Tensor]":
-        """Metrics of each row by their names, numbers or booleans [n].
+        """Return metrics by name, as numbers or booleans [n].
 
-        Names that end in `accuracy` are shown in percent.
+        Metrics whose names end in `accuracy` are shown in percent.
         """
 
     def augment(self, batch: Arrays, draws: Draws) -> Arrays:
-        """Change a training batch, or add to it: NumPy, beside the steps. What is random must come
-        from `draws`, so that a run that goes on has the same bits."""
+        """Return the training batch, changed or with more columns. Override this for augmentation.
+
+        Take random numbers from `draws` only, so that a resumed run draws the same ones.
+        """
         return batch
 
     def evaluate(self, network: "nn.Module", outputs: Any, batch: Batch) -> "dict[str, Tensor]":
-        """`loss` and metrics of each held-out row, [n] each. Overridden if inputs are `drawn`."""
+        """Return `loss` and metrics of held-out rows, [n] each. Override this if inputs are `drawn`."""
         judged = self.judge(self.predict(outputs, batch), batch)
         return {"loss": self.loss(outputs, batch), **judged}
 
     def metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of so many rows, of the sums of what `evaluate` or `judge` gives: their means."""
+        """Return the metrics of all rows, given their number and the sums over them. Default: means."""
         return {name: total / max(1, rows) for name, total in sums.items()}
 
     def optimizer(self, network: "nn.Module", weight_decay: float, *, bf16: bool) -> "Optimizer":
-        """An optimizer of PyTorch. A group's rate is its `factor`, 1 by default, times the run's.
-        `bf16` says whether the run computes in bfloat16."""
+        """Return a PyTorch optimizer. Default: AdamW.
+
+        The learning rate of a group is that of the run times its `factor` (default 1). `bf16` says
+        whether the run computes in bfloat16.
+        """
         import torch
 
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, weight_decay=weight_decay, fused=True)
 
     def calibrate(self, network: "nn.Module", validation: Evaluated) -> dict[str, Any]:
-        """Called after the last epoch, on the CPU: may change the weights, before held-out rows are
-        evaluated for the last time. Returns entries of model.json."""
+        """Change the weights after the last epoch, on the CPU; return entries for model.json.
+
+        The held-out rows are evaluated again afterwards. Override this to calibrate the network.
+        """
         return {}
 
     def finish(self, network: "nn.Module", validation: Evaluated, test: Evaluated) -> Findings:
-        """Called last, on the CPU: may analyse the errors of the network, which is final now."""
+        """Return an analysis of the final network, on the CPU. Override this to look at errors."""
         return Findings()
 
     def count(self, predicted: Arrays, batch: Arrays) -> dict[str, Any]:

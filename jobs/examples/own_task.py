@@ -85,4 +85,4 @@ trainer = TorchTrainer(
     ),
 )
 result = trainer.fit()
-print(f"2 and 1 are learnt as {result.return_value}, with all {rows.count()} rows in each epoch")
+print(f"2 and 1 are learned as {result.return_value}, with all {rows.count()} rows in each epoch")

@@ -175,8 +175,9 @@ def plan_training(
     fitting = cluster.workers_that_fit(plan.per_worker)
     if least > fitting and not cluster.can_grow:
         raise RequestError(
-            f"--num-workers {least}: only {fitting} of them, with {_format(plan.per_worker)} each, "
-            f"fit on the nodes ({cluster}); give fewer, or fewer --threads"
+            f"--num-workers {least}: the cluster ({cluster}) has room for "
+            f"{counted(fitting, 'worker')} with {_format(plan.per_worker)} each; "
+            "lower --num-workers or --threads"
         )
     left = cluster.total("CPU") - least * plan.per_worker.get("CPU", 0.0)
     if not is_kept and left < 1 and not cluster.can_grow:

@@ -36,14 +36,13 @@ class Column(ABC):
     """A kind of column. Decoded rows are an array `dtype[n, *shape]`."""
 
     names: tuple[str, ...] = ()
-    """Usual names of the column in files, of which the first that is there is taken; by default it
-    has the name that it has in the task."""
+    """Column names to try in each file, in this order. Default: the column's name in the task."""
     flag: str = ""
-    """Name of the flag for another name, by default `NAME_column`."""
+    """Field and flag that set another name. Default: `NAME_column`."""
 
     dtype: ClassVar[str]
     stays_encoded: ClassVar[bool] = False
-    """Whether rows are decoded once more for each batch, and lie encoded in the object store."""
+    """Whether rows stay encoded in the object store, and are decoded for each batch."""
 
     @property
     def shape(self) -> tuple[int, ...]:

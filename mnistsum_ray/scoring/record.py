@@ -108,9 +108,8 @@ def check_is_own(request: ScoreRequest) -> None:
 def other_run(output: Location, name: str) -> TryAgainError:
     """The error for a file of the output that another run may have changed."""
     return TryAgainError(
-        f"--output {output.display}: {name} is missing, or of another run; "
-        f"no {MANIFEST} is written; let all nodes share the folder, wait for other runs there, "
-        "and run the command again"
+        f"--output {output.display}: {name} is missing or was written by another run; "
+        "use a folder that all nodes share, wait for other runs to end, and run the command again"
     )
 
 

@@ -65,10 +65,10 @@ from mnistsum_ray.training.request import TrainRequest
 from mnistsum_ray.training.rows import EveryRow, Rows, read_rows
 
 _STARTS: Final = 4
-"""How often Ray tries to start the workers; each time it waits for a part of `--wait-seconds`."""
+"""Attempts to start the workers. Each gets an equal share of `--wait-seconds`."""
 
 _LEAST_WAIT_SECONDS: Final = 10.0
-"""Least wait for workers: Ray needs a moment for them also where all is free."""
+"""Minimum wait for workers: Ray needs a moment even if all resources are free."""
 
 Callbacks = Sequence[ray.train.UserCallback]
 

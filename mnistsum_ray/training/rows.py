@@ -63,7 +63,7 @@ class Rows:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of which rows each split has: the same for the same rows, wherever they lie."""
+        """Return a SHA-256 of the rows in each split. It does not depend on where the files are."""
         found = [(split, totals.rows, totals.id_sum) for split, totals in self.totals.items()]
         return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 

@@ -81,7 +81,7 @@ def test_a_task_of_ones_own_counts_each_row_and_learns_the_same_when_it_is_kille
     killed.wait_until(lambda: len([*checkpoints.glob("checkpoint_*/state.pt")]) > 2)
     killed.kill()
     calm = run_example(tmp_path / "calm", "own_task").splitlines()[-1]
-    assert calm.startswith("2 and 1 are learnt as ")
+    assert calm.startswith("2 and 1 are learned as ")
     assert calm.endswith(" with all 1001 rows in each epoch")
     assert run_example(tmp_path / "killed", "own_task").splitlines()[-1] == calm
 

@@ -433,7 +433,7 @@ def test_a_run_publishes_nothing_where_another_one_was_at_work(
         acts(example)
         others.update(example.files())
 
-    with pytest.raises(TryAgainError, match=f"{name}.* is missing, or of another run; no manifest"):
+    with pytest.raises(TryAgainError, match=f"{name}.* is missing or was written by another run"):
         example.score(execute)
     assert example.files() == others
 
@@ -451,7 +451,7 @@ def test_a_run_that_begins_while_another_publishes_gets_no_manifest_of_it(
         write_as_before(place, data)
 
     monkeypatch.setattr(Location, "write", write)
-    with pytest.raises(TryAgainError, match=r"run.json is missing, or of another run; no manifest"):
+    with pytest.raises(TryAgainError, match=r"run.json is missing or was written by another run"):
         example.score()
     assert not (example.output / "manifest.json").exists()
 
@@ -464,7 +464,7 @@ def test_parts_that_a_later_run_has_put_of_a_changed_file_stay(example: Example)
         example.score()
         return score_without_ray(*given)
 
-    with pytest.raises(TryAgainError, match=f"{OF_A[0]} is missing, or of another run"):
+    with pytest.raises(TryAgainError, match=f"{OF_A[0]} is missing or was written by another run"):
         example.score(execute)
     assert example.score().resumed_rows == 13
 
