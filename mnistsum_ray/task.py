@@ -118,12 +118,12 @@ class Task(ABC):
         return batch
 
     def evaluate(self, network: "nn.Module", outputs: Any, batch: Batch) -> "dict[str, Tensor]":
-        """Return `loss` and metrics of held-out rows, [n] each. Override this if inputs are `drawn`."""
+        """Return `loss` and metrics of held-out rows, [n] each. Override if inputs are `drawn`."""
         judged = self.judge(self.predict(outputs, batch), batch)
         return {"loss": self.loss(outputs, batch), **judged}
 
     def metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics of all rows, given their number and the sums over them. Default: means."""
+        """Return the metrics of all rows, given their number and sums. Default: the means."""
         return {name: total / max(1, rows) for name, total in sums.items()}
 
     def optimizer(self, network: "nn.Module", weight_decay: float, *, bf16: bool) -> "Optimizer":
