@@ -99,7 +99,7 @@ def test_a_training_begins_with_the_cpus_that_are_free_and_goes_on_with_its_own(
 
 def test_more_than_a_cluster_of_this_job_has_is_refused(plan: Any) -> None:
     for given, said in (
-        ({"num_workers": 3}, "has room for 2 workers with 1 CPU each; lower"),
+        ({"num_workers": 3}, r"the cluster .* has room for 2 workers with 1 CPU each; lower"),
         ({"num_workers": 65, "batch_size": 64}, "more than the rows of a batch"),
     ):
         with pytest.raises(RequestError, match=rf"^--num-workers \d+: {said}"):
