@@ -250,6 +250,7 @@ def test_the_seed_of_a_run_also_orders_its_rows(monkeypatch: pytest.MonkeyPatch)
     request, said = asked(seed=7, skip_bad_rows=True), io.StringIO()
     job.read(request, plan, Console(said), is_kept=False)
     assert "no training row has the digit 5, 9\n" in said.getvalue()
+    assert asked_for.pop("show_progress")
     assert asked_for == {"seed": 7, "skip_bad_rows": True, "is_kept": False, "workers": 3}
 
 
