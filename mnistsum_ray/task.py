@@ -76,7 +76,7 @@ class Task(ABC):
     data_names: ClassVar[Mapping[str, str]] = {}
     """Values of `--data` that `named_data` knows, with their meanings; the first is the default."""
     bf16: ClassVar[bool] = True
-    """Whether the three digits of bfloat16 are precise enough."""
+    """Whether bfloat16, which keeps three decimals, is precise enough."""
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings
