@@ -46,6 +46,8 @@ _LEFT_OUT: Final = {
     "out": r"started Ray|predictions:",
 }
 """Lines that a block shows as `...`."""
+_OF_SLOW_MACHINES: Final = re.compile(r"\w: [\d,]+ of [\d,]+\b|no word from")
+"""Lines about work that takes long: rows done so far, and what is waited for."""
 
 RECIPES: Final = ("quick", "short")
 SEEDS: Final = (0, 1, 2)
@@ -107,6 +109,8 @@ def shown_of(name: str, lines: Sequence[str]) -> list[str]:
     left_out = _LEFT_OUT.get(name, "^$")
     shown: list[str] = []
     for line in filter(_SHOWN.match, lines):
+        if _OF_SLOW_MACHINES.search(line):
+            continue
         if not re.search(left_out, line):
             shown.append(line)
         elif shown[-1:] != ["..."]:
