@@ -41,8 +41,9 @@ _LEFT_OUT: Final = {
     "killed": r"started Ray|run killed|training with|using|beginning|epoch|finishing"
     r"|report:|score with it",
     "score": r"started Ray|predictions:",
-    "first": r"started Ray|training with|finishing|report:|score with it",
-    "shapes": r"started Ray|no .* files|training with|epoch [2-9]:|finishing|report:|score with it",
+    "first": r"using|started Ray|run first|training with|beginning|finishing|report:|score with it",
+    "shapes": r"using|started Ray|run shapes|no .* files|training with|beginning|epoch [2-9]:"
+    r"|finishing|report:|score with it",
     "out": r"started Ray|predictions:",
 }
 """Lines that a block shows as `...`."""
@@ -178,14 +179,15 @@ def median_rate(record: dict[str, Any], what: str, way: str) -> float:
 
 def show_machine(record: dict[str, Any]) -> str:
     """Return where and when each part of the record was measured."""
-    lines = ["| measured | commit | on | with |", "|---|---|---|---|"]
-    for part in ("blocks", "accuracies", "speeds"):
+    commits: list[str] = []
+    machines: dict[str, None] = {}  # in their order
+    for part, name in (("blocks", "output"), ("accuracies", "accuracies"), ("speeds", "speeds")):
         of_part = record[part]["machine"]
+        commits.append(f"{name} at {of_part['commit']}, {of_part['date']}")
         cpu = f"{of_part['cores']} cores, {of_part['cpu']}"
         versions = f"Python {of_part['python']}, PyTorch {of_part['torch']}, Ray {of_part['ray']}"
-        name = "output of commands" if part == "blocks" else part
-        lines.append(f"| {name}, {of_part['date']} | {of_part['commit']} | {cpu} | {versions} |")
-    return "\n".join(lines)
+        machines[f"{cpu}; {versions}"] = None
+    return f"Measured: {'; '.join(commits)}. Machine: {' and '.join(machines)}."
 
 
 def show_results(record: dict[str, Any]) -> str:
