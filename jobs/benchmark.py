@@ -54,12 +54,12 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 def precision_of(task: Task) -> Literal["bf16", "fp32"]:
-    """That of all ways: what is faster here, if the task allows it."""
+    """Return the precision of all ways: the faster one here, if the task allows it."""
     return "bf16" if task.bf16 and faster_with_bf16(DEVICE) else "fp32"
 
 
 def random_rows(task: Task, count: int) -> Arrays:
-    """Inputs and labels of so many rows, 10,000 at most: the speed depends on no values."""
+    """Return inputs and labels of this many rows, at most 10,000. Speed depends on no values."""
     generator, rows = np.random.default_rng(0), min(count, 10_000)
     columns = {**task.inputs, **task.labels}
     return {key: column.random(rows, generator) for key, column in columns.items()}
@@ -89,7 +89,7 @@ def wait_for_device() -> None:
 
 
 def project_step(task: Task) -> Callable[[Batch], None]:
-    """A step as in `fit`, on a batch of inputs and labels on the device."""
+    """Return a step as in `fit`, on a batch of inputs and labels on the device."""
     tune_malloc()
     augmented = task.augment(random_rows(task, BATCH), Draws(0, 0, np.arange(BATCH)))
     drawn = {key: torch.tensor(values, device=DEVICE) for key, values in augmented.items()}
@@ -112,7 +112,7 @@ def project_step(task: Task) -> Callable[[Batch], None]:
 
 
 def original(task: Task, what: str, folder: str, rows: int) -> float:
-    """A row is made when it is read, with a random number."""
+    """Train or score on rows that are made when they are read, each with a random number."""
     is_training = what == "train"
     model = task.network().to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters())

@@ -49,7 +49,7 @@ def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainR
     Raises:
         RequestError: the request is invalid; the message names the field and says what to do.
         RunError: the run has begun and failed; after a TryAgainError the same call may work later.
-        RunInterrupted: a KeyboardInterrupt, whose message says how to go on. (Before the run has
+        RunInterrupted: a KeyboardInterrupt, whose message says how to resume. (Before the run has
             begun it is a plain KeyboardInterrupt.)
     """
     from mnistsum_ray.training.request import check_request
@@ -83,7 +83,7 @@ def score(config: ScoreConfig) -> ScoreResult:
 
 @contextmanager
 def _on_cluster(console: Console, run: str, task: type[Task]) -> Iterator[None]:
-    """Join a cluster or start one; if its head is gone, a RunError becomes a TryAgainError.
+    """Join a cluster or start one; if its head is lost, a RunError becomes a TryAgainError.
 
     Ray logs no more here: what it logs as an error it raises too, and its warnings advise what the
     user of a job cannot do, or repeat its console.
@@ -146,7 +146,7 @@ def save_model(model: "nn.Module", folder: Place, task: TaskName | Task = BUILT_
         copy.load_state_dict(model.state_dict())
     except RuntimeError as error:
         raise RequestError(
-            f"the model is no {type(copy).__name__}, and could not be loaded again: "
+            f"the model is not a {type(copy).__name__}, and could not be loaded again: "
             f"{shortened(one_line(error))}"
         ) from None
     weights = copy_weights(copy)
@@ -199,7 +199,9 @@ def predict_rows(
     try:
         table = pa.table(rows)
     except (TypeError, ValueError, pa.ArrowException) as error:
-        raise RequestError(f"rows: no table: {shortened(one_line(error))}") from None
+        raise RequestError(
+            f"rows: cannot be read as a table: {shortened(one_line(error))}"
+        ) from None
     names = _names_in(table, made, columns)
     clashing = clashing_column(made, table.column_names, probabilities=probabilities)
     if clashing:
@@ -211,11 +213,11 @@ def predict_rows(
 
 
 def _names_in(table: pa.Table, task: Task, given: dict[str, str]) -> dict[str, str]:
-    """The names of the task's inputs in a table; errors as of `predict_rows`."""
+    """Return the names of the task's inputs in a table; errors as of `predict_rows`."""
     flags = {column.flag or f"{key}_column": key for key, column in task.inputs.items()}
     unknown = given.keys() - flags.keys()
     if unknown:
-        raise RequestError(f"{min(unknown)} is none of {', '.join(flags)}")
+        raise RequestError(f"{min(unknown)} is not one of {', '.join(flags)}")
     names: dict[str, str] = {}
     for flag, key in flags.items():
         name = name_in_file(task.inputs[key], key, table.column_names, given.get(flag))

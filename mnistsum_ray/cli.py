@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are RequestErrors. A flag that is not given has no value."""
+    """A parser whose errors are RequestErrors. An unset flag has no value."""
 
     def __init__(self, command: str = "", description: str = "") -> None:
         super().__init__(
@@ -213,7 +213,7 @@ def parse(kind: type[Config], argv: list[str], description: str = "", command: s
     if unknown:
         flag = shortened(hide_secrets(unknown[0]).partition("=")[0])
         hint = did_you_mean(flag, [*map(flag_name, kind.model_fields), "--config", "--json"])
-        raise RequestError(f"{flag}: there is no such flag{hint} (--help lists them)")
+        raise RequestError(f"{flag}: unknown flag{hint} (--help lists them)")
     flags = vars(given)
     flags.pop("json", None)  # see `main`
     file = flags.pop("config", None)
@@ -249,7 +249,7 @@ def _add_flag(group: _ArgumentGroup, name: str, field: FieldInfo) -> None:
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    """The settings of the config file by field name."""
+    """Return the settings of the config file by field name."""
     place = locate(path, "--config")
     if place.is_local and Path(place.path).is_fifo():  # a shell makes one of `<(…)`
         _say(f"--config {path}: is a pipe, which is read until its writer closes it")
@@ -275,7 +275,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def run(job: Callable[[], Line], show_json: bool) -> int:
     """Run a job, whose result is the last line on standard output; return its exit code.
 
-    The first SIGINT, SIGTERM or SIGHUP stops it: a line says how to go on, and the code is 128 +
+    The first SIGINT, SIGTERM or SIGHUP stops it: a line says how to resume, and the code is 128 +
     signal. What follows is ignored: `timeout` sends its signal twice.
     """
     received: list[signal.Signals] = []
@@ -312,7 +312,7 @@ def run(job: Callable[[], Line], show_json: bool) -> int:
 
 
 def _explain(error: BaseException, received: signal.Signals | None) -> int:
-    """Say why the job has ended, and how to go on; return the exit code."""
+    """Say why the job has ended, and how to resume it; return the exit code."""
     text, code = f"error: {error}", 1
     if isinstance(error, KeyboardInterrupt):
         received = received or signal.SIGINT  # Ray Train's own handler has taken it

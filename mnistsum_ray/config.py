@@ -65,12 +65,12 @@ class JobConfig(BaseModel):
 
 
 def flag_name(field: str) -> str:
-    """The flag of a field, by which messages name it."""
+    """Return the flag of a field, by which messages name it."""
     return f"--{field.replace('_', '-')}"
 
 
 def explain_fields(error: ValidationError, kind: type[BaseModel]) -> str:
-    """One line on all fields that are wrong or missing."""
+    """Return one line on all fields that are wrong or missing."""
     problems: dict[str, str] = {}
     for found in error.errors():
         field = str(found["loc"][0])
@@ -108,7 +108,7 @@ class TaskConfig(JobConfig):
 
     @classmethod
     def of_task(cls, named: Any) -> type[Self]:
-        """The class of configs for a task: a class of Task, or its name. RequestError: it is none.
+        """Return the class of configs for a task (a class, or its name), or raise RequestError.
 
         This is where a task's code is loaded.
         """
@@ -125,28 +125,28 @@ class TaskConfig(JobConfig):
 
     @classmethod
     def columns_of(cls, task: type[Task]) -> dict[str, tuple[Column, str]]:
-        """The task's columns that this job reads, each with what an unset flag means."""
+        """Return the task's columns that this job reads, each with what an unset flag means."""
         raise NotImplementedError
 
     @classmethod
     def fields_of(cls, task: type[Task]) -> dict[str, Any]:
-        """More fields of this job that depend on the task: their types and defaults."""
+        """Return more fields of this job that depend on the task: their types and defaults."""
         return {}
 
     @property
     def columns(self) -> dict[str, str | None]:
-        """By the name of a column in the task its name in files; None where it is not given."""
+        """By the name of a column in the task its name in files; None if it is unset."""
         return {key: getattr(self, field) for key, field in self.column_fields.items()}
 
     @classmethod
     def flag_of(cls, key: str) -> str:
-        """The flag for the name of a task's column."""
+        """Return the flag for the name of a task's column."""
         return flag_name(cls.column_fields[key])
 
 
 @cache
 def _config_class(kind: Any, task: Any) -> Any:
-    """The subclass of a config with the columns and settings of a task as fields."""
+    """Return the subclass of a config with the columns and settings of a task as fields."""
     columns: dict[str, Any] = {}
     column_fields: dict[str, str] = {}
     for key, (column, unset) in kind.columns_of(task).items():

@@ -64,20 +64,20 @@ class RunInterrupted(KeyboardInterrupt):
     """The run was interrupted; the message says what is kept and how to continue."""
 
 
-def ended_by_storage(error: StorageError, how_to_go_on: str) -> RunError:
-    """The error of a job that its storage ends: it may work later, or never."""
+def ended_by_storage(error: StorageError, how_to_resume: str) -> RunError:
+    """Return the error of a job that its storage ends: it may work later, or never."""
     kind = TryAgainError if isinstance(error, TransientStorageError) else RunError
-    first_line = str(error).partition("\n")[0]  # an actor's error goes on with Ray's advice
-    return kind(f"{first_line}; {how_to_go_on}")
+    first_line = str(error).partition("\n")[0]  # an actor's error continues with Ray's advice
+    return kind(f"{first_line}; {how_to_resume}")
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line; its class name if it has no message."""
+    """Return the message of an error on one line; its class name if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def root_cause(error: BaseException) -> str:
-    """The line of an error's message that names the cause.
+    """Return the line of an error's message that names the cause.
 
     Ray keeps the exception of a task as `cause`, and Ray Train that of a lost worker as
     `health_check_failure`. Other messages may hold the traceback of another process, which ends
@@ -93,38 +93,38 @@ def root_cause(error: BaseException) -> str:
 
 
 def shortened(text: str) -> str:
-    """Text cut to a length that fits in a message; a user's input may have any length."""
+    """Return text cut to a length that fits in a message; a user's input may have any length."""
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def spelled(value: Any) -> str:
-    """A value of a setting as it is given: `true`, `null`, and not Python's `True`, `None`."""
+    """Return a setting's value as a user writes it: `true` and `null`, not `True` and `None`."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def counted(count: int, noun: str) -> str:
-    """A number of things: `1 file`, `2,000 files`."""
+    """Return a number of things: `1 file`, `2,000 files`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def percent(share: float) -> str:
-    """A share of 0..1: `99.46 %`."""
+    """Return a share of 0..1: `99.46 %`."""
     return f"{share:.2%}".replace("%", " %")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """End of a message on an unknown word: `; did you mean train?`, or nothing."""
+    """Return the end of a message on an unknown word: `; did you mean train?`, or nothing."""
     like = get_close_matches(word, known, n=1)
     return f"; did you mean {like[0]}?" if like else ""
 
 
 def printable(text: str) -> str:
-    """Text with control characters escaped: a file name could otherwise steer the terminal."""
+    """Return text with control characters escaped, so that no file name controls the terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def shell_command(command: str) -> str:
-    """How this process was started: `python jobs/train.py`, or `mnistsum train`."""
+    """Return how this process was started: `python jobs/train.py`, or `mnistsum train`."""
     if Path(sys.argv[0]).parent.name == "jobs":
         return f"python jobs/{command.replace('-', '_')}.py"
     return f"mnistsum {command}"

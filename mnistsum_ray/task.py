@@ -149,7 +149,7 @@ class Task(ABC):
         return Findings()
 
     def count(self, predicted: Arrays, batch: Arrays) -> dict[str, Any]:
-        """Numbers or lists of numbers of some scored rows, which scoring sums over all files.
+        """Return numbers, or lists of them, about scored rows; scoring sums them over all files.
 
         Called for all scored rows and again, with labels, for those whose labels are known: what
         the first call has is kept. Lists are predicted only with `--probabilities`.
@@ -157,13 +157,13 @@ class Task(ABC):
         return {}
 
     def describe(self, counts: Mapping[str, Any]) -> Findings:
-        """What the report of a scoring has of the sums of `count`."""
+        """Return what the report of a scoring has of the sums of `count`."""
         return Findings()
 
     def defaults(self, train_rows: int) -> dict[str, Any]:
-        """`epochs`, `batch_size`, `learning_rate` and settings, where they are not given."""
+        """`epochs`, `batch_size`, `learning_rate` and settings, where they are unset."""
         return {"epochs": 10, "batch_size": 64, "learning_rate": 1e-3}
 
     def named_data(self, data: str) -> NamedData | None:
-        """The rows that a value of `--data` names; None: it is a place of Parquet files."""
+        """Return the rows that a value of `--data` names; None: it is a place of Parquet files."""
         return None

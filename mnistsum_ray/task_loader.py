@@ -21,7 +21,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def load_task(named: Any) -> type[Task]:
-    """The class that `module:Class`, `file.py:Class` or a class itself names.
+    """Return the class that `module:Class`, `file.py:Class` or a class itself names.
 
     RequestError: there is no such class, or it is no whole task.
     """
@@ -30,7 +30,7 @@ def load_task(named: Any) -> type[Task]:
     else:
         found, shown = _find(named), named
     if not issubclass(found, Task):
-        raise RequestError(f"--task {shown}: is no subclass of {_PACKAGE}.Task")
+        raise RequestError(f"--task {shown}: is not a subclass of {_PACKAGE}.Task")
     problem = _problem(found)
     if problem:
         raise RequestError(f"--task {shown}: {problem}")
@@ -38,7 +38,7 @@ def load_task(named: Any) -> type[Task]:
 
 
 def task_name(task: type[Task]) -> str:
-    """The text that names a class: `module:Class`, or `file.py:Class` where it is from a file."""
+    """Return the text that names a class: `module:Class`, or `file.py:Class` of a file."""
     file = getattr(sys.modules.get(task.__module__), "__task_file__", None)
     return f"{file or task.__module__}:{task.__qualname__}"
 
@@ -62,7 +62,7 @@ def _find(text: str) -> type:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """The module of a file; the same one each time while the file stays as it is."""
+    """Return the module of a file; the same one each time while the file stays as it is."""
     path = path.resolve()
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
     name = f"{path.stem}_{digest[:12]}"
@@ -80,7 +80,7 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def code_of(task: type[Task]) -> str:
-    """What tells versions of a task's code apart: SHA-256 of its file; of the built-in its format.
+    """Return what identifies a task's code: its file's SHA-256, or the built-in task's format.
 
     A class of a notebook has no file: empty.
     """
@@ -91,7 +91,7 @@ def code_of(task: type[Task]) -> str:
 
 
 def _problem(task: type[Task]) -> str | None:
-    """Why a class is no whole task; None if it is one."""
+    """Return why a class is not a complete task, or None."""
     if task.__abstractmethods__:
         return f"lacks the method {min(task.__abstractmethods__)}"
     wanted: dict[str, tuple[type, str]] = {

@@ -41,7 +41,7 @@ for error in (RequestError("a"), RunError("b"), TryAgainError("c")):
 def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:
     for words, said in (
         ("trian", "error: command: invalid choice: 'trian' .*\n"),
-        ("train --config no.yaml", r"error: --config \S+/no.yaml: is not there\n"),
+        ("train --config no.yaml", r"error: --config \S+/no.yaml: does not exist\n"),
     ):
         done = run_command(MNISTSUM, *words.split(), cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
@@ -139,7 +139,7 @@ DONE = '{"done": true}\n'
 
 
 @pytest.mark.parametrize("number", [INT, TERM, HUP])
-def test_a_signal_stops_a_job_which_says_how_to_go_on(number: signal.Signals) -> None:
+def test_a_signal_stops_a_job_which_says_how_to_resume(number: signal.Signals) -> None:
     job = start(cleanup=0.3)
     job.send_signal(number)
     assert job.stderr.readline() == "stopping\n"
@@ -224,11 +224,11 @@ def test_a_config_file_that_is_a_pipe_is_read_and_a_line_says_so(
 
 PLACES = "--model=m --input=i --output=o"
 WRONG: list[tuple[type[JobConfig], str, str, list[str]]] = [
-    (TrainConfig, "--epohs=3", "", ["--epohs: there is no such flag; did you mean --epochs?"]),
+    (TrainConfig, "--epohs=3", "", ["--epohs: unknown flag; did you mean --epochs?"]),
     (TrainConfig, "--epochs 0", "", ["--epochs: input should be greater than", ", got '0'"]),
     (TrainConfig, "--num-workers 4,2 --resume", "", ["--num-workers: must be N", "needs --name"]),
     (TrainConfig, "--num-workers a", "", ["--num-workers: input should be a valid", ", got 'a'"]),
-    (TrainConfig, "--config no.yaml", "", ["no.yaml: is not there"]),
+    (TrainConfig, "--config no.yaml", "", ["no.yaml: does not exist"]),
     (TrainConfig, f"--data a {'x' * 5000}", "", ["xxx…"]),
     (PredictConfig, "--number 5 --model m", "", ["required: PICTURE"]),
     (ScoreConfig, "--batch-size 0", "", ["--model: req", "--input: req", "--output: req", "got"]),

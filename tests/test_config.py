@@ -68,11 +68,11 @@ def test_help_names_them_with_their_meanings(capsys: pytest.CaptureFixture[str])
 
 
 WRONG: list[tuple[list[str], str]] = [
-    (["--recipe", "quick"], "--recipe: there is no such flag"),
-    (["--hiden", "5"], "--hiden: there is no such flag; did you mean --hidden?"),
+    (["--recipe", "quick"], "--recipe: unknown flag"),
+    (["--hiden", "5"], "--hiden: unknown flag; did you mean --hidden?"),
     (["--hidden", "0"], "--hidden: input should be greater than or equal to 1, got '0'"),
     (["--kind", "flat"], "--kind: input should be 'plain' or 'deep', got 'flat'"),
-    (["--label-column", "x"], "--label-column: there is no such flag"),
+    (["--label-column", "x"], "--label-column: unknown flag"),
 ]
 
 
@@ -108,7 +108,7 @@ def changed(**attributes: Any) -> Any:
 
 
 TASKS: list[tuple[Any, str]] = [
-    (NoTask, "is no subclass of mnistsum_ray.Task"),
+    (NoTask, "is not a subclass of mnistsum_ray.Task"),
     (Task, "lacks the method judge"),
     ("Points", "must be file.py:Class or module:Class"),
     ("no.py:Points", "there is no file no.py"),

@@ -104,8 +104,8 @@ def test_what_does_not_fit_is_an_error(network: TwoHeadCNN, table: pa.Table) -> 
         (reasons, "column 'reason' would be added; rename it"),
         (sums, "column 'Sum_Probs' would be added; rename it"),
         (table.append_column("image", table["image"]), "has 2 columns 'image' but"),
-        (7, "rows: no table: "),
-        ({"image": [b""], "number": [1, 2]}, "rows: no table: "),
+        (7, "rows: cannot be read as a table: "),
+        ({"image": [b""], "number": [1, 2]}, "rows: cannot be read as a table: "),
     ]
     for frame, said in cases:
         with pytest.raises(RequestError, match=said):
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_an_error(network: TwoHeadCNN, table: pa.Table) -> 
             "image",
             "^rows: column 'image' would be two columns of the task; number",
         ),
-        ("picture_column", "image", "^picture_column is none of image_column, number_column$"),
+        ("picture_column", "image", "^picture_column is not one of image_column, number_column$"),
     ]
     for column, name, said in names:
         with pytest.raises(RequestError, match=said):
@@ -137,7 +137,7 @@ def test_a_model_that_could_not_be_loaded_again_is_not_saved(
     network: TwoHeadCNN, tmp_path: Path
 ) -> None:
     other: Any = torch.nn.Linear(2, 2)
-    with pytest.raises(RequestError, match="no TwoHeadCNN, and could not be loaded again"):
+    with pytest.raises(RequestError, match="not a TwoHeadCNN, and could not be loaded again"):
         save_model(other, tmp_path / "linear")
     assert not (tmp_path / "linear").exists()
     save_model(deepcopy(network).bfloat16(), tmp_path / "rounded")
@@ -155,5 +155,5 @@ def test_a_task_of_ones_own_is_predicted_with_its_settings(tmp_path: Path) -> No
     assert by_model == predict_rows(network, rows, task, place_column="where")
     expected = network(points(6)).argmax(1).tolist()
     assert by_model["pred_side"].to_pylist() == [*expected, None]
-    with pytest.raises(RequestError, match="its task is points, and not mnistsum; give its --task"):
+    with pytest.raises(RequestError, match="its task is points, and not mnistsum; add its --task"):
         load_model(tmp_path / "m")

@@ -3,8 +3,8 @@
 python jobs/examples/own_task.py     (kill it with kill -9, and give the same command again)
 
 Each row is trained on once an epoch, and counted, on any number of workers. A run that was killed
-goes on from its newest checkpoint, with as many workers as before; to train anew, delete its folder
-runs/own_task. This imports nothing of the project, which handles what else can fail.
+continues at its newest checkpoint, with as many workers as before; to train anew, delete its
+folder runs/own_task. This imports nothing of the project, which handles what else can fail.
 """
 
 import tempfile
@@ -79,7 +79,7 @@ trainer = TorchTrainer(
     dataset_config=EveryRow(),
     scaling_config=ray.train.ScalingConfig(num_workers=gpus or 2, use_gpu=gpus > 0),
     run_config=ray.train.RunConfig(
-        name="own_task",  # Ray Train goes on with a run of this name
+        name="own_task",  # Ray Train resumes a run of this name
         storage_path=str(Path("runs").resolve()),
         failure_config=ray.train.FailureConfig(max_failures=3),
     ),

@@ -22,7 +22,7 @@ storage = str(Path("tuned").resolve())
 
 
 def trial(chosen: dict[str, Any]) -> None:
-    """A run of the trial's name. It reports each epoch, where the scheduler may end it."""
+    """Train a run of the trial's name and report each epoch, where the scheduler may end it."""
     settings = {"data": args.data, "epochs": args.epochs, "storage_path": storage, **chosen}
     settings["name"] = tune.get_context().get_trial_name()
     # Beside the little that the trials hold, one alone takes the CPUs that are free, others one.

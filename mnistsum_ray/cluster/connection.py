@@ -53,7 +53,7 @@ def connect() -> str:
         address = last_cluster_address()
     elif asked == "local":  # a cluster of its own
         address = None
-    # `ray.init` would try for minutes to reach a cluster that is gone.
+    # `ray.init` would try for minutes to reach a cluster that has ended.
     if address and _answers(address):
         # With "auto" Ray sends this machine's token; with HOST:PORT it does not.
         _init("auto" if is_auto else address, f"the Ray cluster at {address} cannot be joined")
@@ -66,7 +66,7 @@ def connect() -> str:
     # The dashboard takes seconds to start.
     _init("local", "Ray cannot be started here", include_dashboard=False)
     _started = ray.get_runtime_context().gcs_address
-    # Each training takes 10 s more, until `ray stop` deletes the address of a cluster that is gone.
+    # Each training takes 10 s more, until `ray stop` deletes the address of the ended cluster.
     gone = f"; the last `ray start`, {address}, is gone: `ray stop` forgets it" if address else ""
     return f"started Ray on this machine, for this job alone{gone}"
 
@@ -92,14 +92,14 @@ def _init(address: str, problem: str, **options: Any) -> None:
 
 
 def started_cluster() -> bool:
-    """Whether this process has started the cluster that it is connected to: this machine alone."""
+    """Return whether this process started its cluster, which then is this machine alone."""
     import ray
 
     return ray.is_initialized() and bool(_started == ray.get_runtime_context().gcs_address)
 
 
 def head_answers() -> bool:
-    """Whether the head of the cluster that this process is connected to still answers."""
+    """Return whether the head of the cluster that this process is connected to still answers."""
     import ray
 
     # Asked without a cluster, Ray would start one.
@@ -107,7 +107,7 @@ def head_answers() -> bool:
 
 
 def _answers(address: str) -> bool:
-    """Whether a server accepts TCP connections at this address."""
+    """Return whether a server accepts TCP connections at this address."""
     host, _, port = address.rpartition(":")
     if not host or re.search("[/@]", host) or not port.isdecimal():
         shown = re.sub(".*@", "…@", address)  # user info may be a secret

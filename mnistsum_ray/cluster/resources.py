@@ -31,14 +31,14 @@ Resources = dict[str, float]
 
 
 def on_this_node() -> dict[str, Any]:
-    """Options of a task or actor that reserves nothing, on this node."""
+    """Return options of a task or actor that reserves nothing, on this node."""
     node = ray.get_runtime_context().get_node_id()
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     return {"num_cpus": 0, "scheduling_strategy": strategy}
 
 
 def fits_in_store(rows_bytes: int) -> bool:
-    """Whether decoded rows take at most a third of Ray's object store.
+    """Return whether decoded rows take at most a third of Ray's object store.
 
     They lie there twice for a moment.
     """
@@ -47,7 +47,7 @@ def fits_in_store(rows_bytes: int) -> bool:
 
 
 def usable_nodes() -> list[dict[str, Any]]:
-    """Ray's entry of each living node that has CPUs or GPUs."""
+    """Return Ray's entry of each living node that has CPUs or GPUs."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     return [node for node in alive if {"CPU", "GPU"} & node["Resources"].keys()]
 
@@ -63,7 +63,7 @@ class ClusterResources:
         return sum(node.get(kind, 0.0) for node in self.nodes)
 
     def workers_that_fit(self, per_worker: Resources) -> int:
-        """Number of workers that fit on the nodes; each reserves an amount of one kind."""
+        """Return how many workers fit on the nodes; each reserves an amount of one kind."""
         ((kind, amount),) = per_worker.items()
         return sum(int(node.get(kind, 0.0) / amount + 1e-9) for node in self.nodes)
 
@@ -78,7 +78,7 @@ def inspect_cluster() -> ClusterResources:
 
 
 def has_usable_gpu(use_gpu: bool | None, say: Callable[[str], None]) -> bool:
-    """Whether a job uses GPUs: as it is told, else if the cluster has any.
+    """Return whether a job uses GPUs: as it is told, else if the cluster has any.
 
     If the cluster is this machine, PyTorch must see them too: Ray counts one on every Mac with
     Apple silicon, and NVIDIA's by their driver alone.
@@ -144,7 +144,7 @@ def plan_training(
     """Choose the workers of a training: as requested, else by what the cluster has free.
 
     If rows are not kept, but read in each epoch, a CPU is left to the tasks that read. A run that
-    goes on keeps its `stored_threads`, or what the nodes have of them.
+    is resumed keeps its `stored_threads`, or what the nodes have of them.
 
     RequestError: these workers can never be had, or are more than the rows of a batch.
     """
@@ -189,17 +189,17 @@ def plan_training(
 
 
 def _gpus_of_use(cluster: ClusterResources, batch_size: int, say: Callable[[str], None]) -> int:
-    """GPUs that a batch has work for; a line if others stay unused."""
+    """Return the number of GPUs that a batch can use; say if others stay unused."""
     present = int(cluster.total("GPU"))
     used = max(1, min(present, batch_size // _ROWS_PER_GPU))
     if used < present:
         small = f"a batch of {batch_size} rows is too small for more"
-        say(f"using {used} of {counted(present, 'GPU')}: {small}; give --batch-size")
+        say(f"using {used} of {counted(present, 'GPU')}: {small}; raise --batch-size")
     return used
 
 
 def _cpus(nodes: list[int], workers: int, *, leave_one: bool) -> int:
-    """CPUs of each of so many workers: all of a node, or a worker's share of those of a node."""
+    """Return the CPUs of each worker: all of a node, or an equal share of a node's."""
     cpus_of_nodes = sorted(filter(None, nodes), reverse=True)
     if not cpus_of_nodes:  # nodes will come, and nobody knows of which size
         return 0
@@ -243,7 +243,7 @@ def wait_for(wanted: Resources, purpose: str, seconds: float, say: Callable[[str
 
 
 def shortage(needed: str, waited: float) -> str:
-    """Message that something could not be had: what is there, and what is missing."""
+    """Return the message that something could not be had: what exists, and what is missing."""
     return (
         f"needs {needed}, but after {waited:.0f} s only {describe_free()}: other jobs hold the "
         "rest (`ray list actors`), or the cluster has not grown (`ray status`); give more "
@@ -252,13 +252,13 @@ def shortage(needed: str, waited: float) -> str:
 
 
 def describe_free() -> str:
-    """What is free of what there is."""
+    """Return what is free of what there is."""
     free = ray.available_resources()
     amounts = _format({kind: free.get(kind, 0.0) for kind in ("CPU", "GPU")})
     return f"{amounts} are free ({inspect_cluster()})"
 
 
 def _format(resources: Resources) -> str:
-    """Amounts and kinds, such as `1 CPU and 0 GPUs`."""
+    """Return amounts and kinds, such as `1 CPU and 0 GPUs`."""
     amounts = (f"{n:g} {kind}{'' if n == 1 else 's'}" for kind, n in resources.items())
     return " and ".join(amounts)

@@ -18,7 +18,7 @@ _RENAMED: Final = (ImportError, AttributeError, TypeError)  # where Ray has rena
 
 
 def last_cluster_address() -> str | None:
-    """HOST:PORT of the cluster that `ray start` started last on this machine, running or not.
+    """Return HOST:PORT of the cluster that `ray start` last started here, running or not.
 
     `ray.init` takes it from the same file, and tries for minutes where that cluster has crashed.
     """
@@ -28,7 +28,7 @@ def last_cluster_address() -> str | None:
 
 
 def in_order(dataset: Any) -> Any:
-    """A Dataset whose rows come in their order; by default those of the fastest task come first."""
+    """Return a Dataset whose rows keep their order; by default the fastest task comes first."""
     with suppress(*_RENAMED):
         dataset = dataset.copy(dataset, _deep_copy=True)  # the given one keeps its options
     dataset.context.execution_options.preserve_order = True
@@ -36,7 +36,7 @@ def in_order(dataset: Any) -> Any:
 
 
 def free_cpus() -> list[int]:
-    """Whole CPUs that are free on each node; none where Ray does not tell.
+    """Return whole CPUs that are free on each node; none where Ray does not tell.
 
     Ray says late that a CPU is free again: three seconds are waited for all.
     """

@@ -56,29 +56,29 @@ class Column(ABC):
 
     @abstractmethod
     def type_error(self, kind: pa.DataType) -> str | None:
-        """Why a column of this Arrow type cannot be decoded; None where it can."""
+        """Return why a column of this Arrow type cannot be decoded; None where it can."""
 
     @abstractmethod
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
-        """The rows of a column whose type passes `type_error`, and why some cannot be used.
+        """Return the rows of a column whose type passes `type_error`, and why some cannot be used.
 
         `name` is what a reason calls the column.
         """
 
     def load(self, stored: Array) -> Array:
-        """What a batch has of rows that `decode` returned: the same, but for encoded pictures."""
+        """Return decoded rows as a batch has them. Only encoded pictures differ."""
         return stored
 
     def zeros(self, rows: int) -> Array:
-        """Rows of zeros, as `decode` returns rows."""
+        """Return rows of zeros, as `decode` returns rows."""
         return np.zeros((rows, *self.shape), self.dtype)
 
     @abstractmethod
     def random(self, rows: int, generator: np.random.Generator) -> Array:
-        """Some rows as a batch has them, to try a task with."""
+        """Return some rows as a batch has them, to try a task with."""
 
     def to_arrow(self, values: Array) -> pa.Array:
-        """Rows of `decode` as they lie in Ray's object store."""
+        """Return rows of `decode` as they lie in Ray's object store."""
         if not self.shape:
             return pa.array(values)
         # Else a transposed array becomes a tensor whose type says so, and whose values do not.
@@ -129,7 +129,7 @@ class Whole(Column):
 
 @dataclass(frozen=True)
 class Floats(Column):
-    """Finite numbers: float32[n] or, with a length, lists of so many, float32[n, length]."""
+    """Finite numbers: float32[n] or, with a length, lists of this length, float32[n, length]."""
 
     length: int | None = None
 
@@ -189,7 +189,7 @@ def _as_float32(column: pa.Array) -> Array:
 
 
 def _reasons(column: pa.Array, name: str, is_right: Array, wanted: str) -> Reasons:
-    """Why values of a column cannot be used: those that are not right, but null or not `wanted`."""
+    """Return why values that are not `right` cannot be used: they are null, or not `wanted`."""
     reasons: Reasons = {}
     for row in np.flatnonzero(~is_right).tolist():
         value, problem = column[row], NULL
@@ -202,14 +202,14 @@ def _reasons(column: pa.Array, name: str, is_right: Array, wanted: str) -> Reaso
 
 
 def one_chunk(column: ArrowColumn) -> pa.Array:
-    """A column as one array; `combine_chunks` alone would copy one chunk too."""
+    """Return a column as one array; `combine_chunks` alone would copy one chunk too."""
     if isinstance(column, pa.Array):
         return column
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def plain(column: ArrowColumn) -> pa.Array:
-    """A column as one array of its `plain_type`."""
+    """Return a column as one array of its `plain_type`."""
     column = one_chunk(column)
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
@@ -217,14 +217,14 @@ def plain(column: ArrowColumn) -> pa.Array:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type of the values below a tensor, or of categories."""
+    """Return the type of the values below a tensor, or of categories."""
     if isinstance(kind, pa.BaseExtensionType):
         return kind.storage_type
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def tensor_error(kind: pa.DataType, shape: tuple[int, ...]) -> str | None:
-    """Why values of this type lie in another order than rows of this shape; None: they do not."""
+    """Return why values of this type lie in another order than rows of this shape, or None."""
     order = getattr(kind, "permutation", None) or []
     # A tensor may be flat, or have dimensions of 1 beside the others.
     wide = [size for size in getattr(kind, "shape", shape) if size != 1]
@@ -234,7 +234,7 @@ def tensor_error(kind: pa.DataType, shape: tuple[int, ...]) -> str | None:
 
 
 def name_in_file(column: Column, key: str, present: Collection[str], given: str | None) -> str:
-    """The name in a file of a task's column `key`: the given one, else a usual one."""
+    """Return the name in a file of a task's column `key`: the given one, else a usual one."""
     if given is not None:
         return given
     usual = column.names or (key,)
@@ -258,7 +258,7 @@ def decode_columns(
 
 
 def rows_in(size: int, columns: Iterable[Column]) -> int:
-    """How many rows with these columns have so many bytes: one at least.
+    """Return how many rows with these columns fit into this many bytes: at least one.
 
     A row counts as a KiB at least, for what it costs beside its values.
     """
@@ -286,7 +286,7 @@ class ReasonCounts:
         return self.reasons.total()
 
     def describe(self) -> str:
-        """The first rejected rows by reason, for a message."""
+        """Return the first rejected rows by reason, for a message."""
         rows: dict[str, list[str]] = {}
         for file, row, reason in self.examples:
             rows.setdefault(reason, []).append(f"{file}: row {row}")

@@ -42,7 +42,7 @@ _NO_SPLIT: Final = -1
 
 
 def content_ids(arrays: Mapping[str, npt.NDArray[Any]]) -> RowIds:
-    """Ids of decoded rows, int64[n]: 64 bits of the BLAKE2b of a row's values.
+    """Return ids of decoded rows, int64[n]: 64 bits of the BLAKE2b of a row's values.
 
     Equal rows have one id. That any two of a billion other rows share theirs has odds of 3 %.
     """
@@ -59,7 +59,7 @@ def content_ids(arrays: Mapping[str, npt.NDArray[Any]]) -> RowIds:
 
 
 def positions(row_ids: RowIds) -> npt.NDArray[np.float64]:
-    """Where ids lie among all ids, 0..1 without 1: a split is a range of it."""
+    """Return where ids lie among all ids, 0..1 without 1: a split is a range of it."""
     upper_bits = (row_ids.view(np.uint64) >> np.uint64(11)).astype(np.float64)
     return upper_bits * 2.0**-53
 
@@ -88,18 +88,18 @@ def decode(
 
 
 def select(decoded: pa.Table, splits: list[str]) -> pa.Table:
-    """The rows of these splits."""
+    """Return the rows of these splits."""
     indexes = pa.array([SPLITS.index(split) for split in splits], pa.int8())
     return decoded.filter(pc.is_in(decoded["split"], indexes))
 
 
 def without_origin(decoded: pa.Table) -> pa.Table:
-    """What a worker needs of decoded rows: the task's columns and `row_id`."""
+    """Return what a worker needs of decoded rows: the task's columns and `row_id`."""
     return decoded.drop_columns(["split", "reason", "path"])
 
 
 def _classes(columns: Mapping[str, Column]) -> dict[str, set[int]]:
-    """The values of columns of few whole numbers: of a million the driver would keep each."""
+    """Return the values of columns with few whole numbers; the driver keeps each value."""
     whole = {key: column for key, column in columns.items() if isinstance(column, Whole)}
     return {key: {*range(column.below)} for key, column in whole.items() if column.below <= 1000}
 
@@ -129,7 +129,7 @@ class RowTotals:
         return RowTotals(self.rows + rows, (self.id_sum + id_sum) % 2**64)
 
     def check(self, rows: int, id_sum: int, where: str) -> None:
-        """Raise RowCountError unless so many rows with this sum, which were seen, are these."""
+        """Raise RowCountError unless the rows seen, by count and sum of ids, are these."""
         if rows == self.rows and (id_sum - self.id_sum) % 2**64 == 0:
             return
         seen = "other rows than planned"
@@ -168,7 +168,7 @@ class Summary(NamedTuple):
         return found._replace(totals={split: found.totals[split] for split in in_order})
 
     def rejected(self, source: Source, columns: Mapping[str, Column]) -> ReasonCounts:
-        """The rejected rows by reason, with the first of them.
+        """Return the rejected rows by reason, with the first of them.
 
         They are read or decoded again, since Ray Data says no row's place in its file.
         """
@@ -194,7 +194,7 @@ class Summary(NamedTuple):
 
 
 def refuse_damaged_file(source: Source, columns: Mapping[str, Column], said: str) -> None:
-    """RequestError that names the file which cannot be read, if there is one.
+    """Raise RequestError that names the file which cannot be read, if there is one.
 
     Only the files that Ray Data's error names are read, or all if it names none.
     """
@@ -205,7 +205,7 @@ def refuse_damaged_file(source: Source, columns: Mapping[str, Column], said: str
 
 
 def _read_again(file: DataFile, columns: Mapping[str, Column]) -> Iterator[pa.RecordBatch]:
-    """Batches of the task's columns. RequestError: the file is damaged.
+    """Yield batches of the task's columns. RequestError: the file is damaged.
 
     Unlike Ray Data this checks the CRC of pages.
     """

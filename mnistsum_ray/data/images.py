@@ -90,14 +90,14 @@ class Images(_Pictures):
         return images, reasons
 
     def view(self, column: pa.FixedSizeBinaryArray) -> Array:
-        """Values of `row_bytes` bytes, none of them null, without a copy."""
+        """Return values of `row_bytes` bytes, none of them null, without a copy."""
         size = self.row_bytes
         flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)
         start = column.offset * size
         return flat[start : start + len(column) * size].reshape(len(column), *self.shape)
 
     def _decode_bytes(self, column: pa.Array) -> Array | None:
-        """Values of raw bytes, else an ArrowException; None if some may be PNG or JPEG."""
+        """Return values of raw bytes, else an ArrowException; None if some may be PNG or JPEG."""
         pixels = self.view(column.cast(pa.binary(self.row_bytes)))
         rows = pixels.reshape(len(pixels), self.row_bytes)
         for start in _FIRST_BYTES.values():
@@ -106,7 +106,7 @@ class Images(_Pictures):
         return pixels
 
     def _decode_lists(self, column: pa.Array) -> Array | None:
-        """Values of lists of integers, else an ArrowException; None if one is null."""
+        """Return values of lists of integers, else an ArrowException; None if one is null."""
         is_nested = isinstance(column.type.value_type, LISTS)
         kind: Any = pa.uint8()
         for length in reversed(self.shape if is_nested else (self.row_bytes,)):
@@ -199,7 +199,7 @@ class Photos(_Pictures):
 
 @contextmanager
 def _picture(data: bytes, problem: str) -> Iterator[Image.Image]:
-    """An open PNG or JPEG. UnusablePictureError: the block cannot read it; `problem` says so."""
+    """Yield an open PNG or JPEG. If the block fails, raise UnusablePictureError with `problem`."""
     try:
         # Pillow reads only the header until pixels are asked for: a bomb is never unpacked.
         with Image.open(io.BytesIO(data), formats=[*_FIRST_BYTES]) as picture:
@@ -212,13 +212,13 @@ def _picture(data: bytes, problem: str) -> Iterator[Image.Image]:
 
 
 def _of_struct(kind: pa.DataType) -> pa.DataType:
-    """The type of `bytes` in Hugging Face's struct; of another type itself."""
+    """Return the type of `bytes` in Hugging Face's struct; of another type itself."""
     is_struct = pa.types.is_struct(kind) and "bytes" in kind.names
     return kind.field("bytes").type if is_struct else kind
 
 
 def _bytes_or_lists(column: ArrowColumn) -> pa.Array:
-    """A column as one array of lists or bytes."""
+    """Return a column as one array of lists or bytes."""
     column = plain(column)
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "bytes")

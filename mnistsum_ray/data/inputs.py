@@ -57,13 +57,13 @@ def report_skipped(skipped: list[str], say: Callable[[str], None]) -> None:
     """Say in one line how many files were left out, with an example."""
     if skipped:
         why = "hidden, no Parquet by their suffix, control characters, not UTF-8"
-        say(f"left out: {len(skipped):,}, such as {skipped[0]} ({why})")
+        say(f"skipped: {len(skipped):,}, such as {skipped[0]} ({why})")
 
 
 def _list(
     text: str, output: Location | None, flag: str
 ) -> tuple[Location, list[tuple[Entry, bool]]]:
-    """The folder that a value of the flag names, and the files there: whether each is taken."""
+    """Return the folder that a value of the flag names, its files, and whether each is taken."""
     place = locate_existing(text, flag)
     if place.is_folder():
         folder, places = place, [place]
@@ -86,7 +86,7 @@ def _list(
 
 
 def _matches(text: str, place: Location, flag: str) -> tuple[Location, list[Location]]:
-    """The folder before the first wildcard of a local glob, and what matches there."""
+    """Return the folder before the first wildcard of a local glob, and what matches there."""
     wild = re.search(r"[^/]*[*?\[].*", text, re.DOTALL)
     if not wild or not place.is_local:
         hint = "" if place.is_local else "; globs are for local paths"
@@ -103,7 +103,7 @@ def _name(entry: Entry, folder: Location) -> str:
 
 
 def _common_root(folders: list[Location], flag: str) -> Location:
-    """The deepest folder that contains all folders."""
+    """Return the deepest folder that contains all folders."""
     if len({(folder.bucket, folder.query) for folder in folders}) > 1:
         reason = "the files have no disk or bucket in common"
         raise RequestError(f"{flag}: {reason}; score them one after the other")

@@ -61,15 +61,15 @@ def open_parquet(file: Location, listed: Entry | None = None) -> Iterator[_Parqu
 
 
 def read_footer(file: Location, listed: Entry) -> _ParquetFile:
-    """The `metadata` and schemas of a file, which is closed again; errors as of `open_parquet`."""
+    """Return the `metadata` and schemas of a file, and close it. Errors: see `open_parquet`."""
     if not listed.e_tag:
-        raise UnusableFileError("is no file, or a link to none")
+        raise UnusableFileError("is not a file, or is a broken link")
     with open_parquet(file, listed) as parquet:
         return parquet
 
 
 def _read_metadata(stream: Any) -> pq.FileMetaData:
-    """The footer of an open file, whose columns have the types of Parquet alone.
+    """Return the footer of an open file, whose columns have the types of Parquet alone.
 
     The schema of Arrow types that many writers add is hidden. With that schema, Ray's type of
     pickles would come back, which runs code when a value is looked at, here or by a reader of the
@@ -100,9 +100,9 @@ def _read_metadata(stream: Any) -> pq.FileMetaData:
 def read_ranges(
     parquet: _ParquetFile, ranges: Sequence[range], batch_rows: int
 ) -> Iterator[pa.Table]:
-    """The rows of each range of a file, in one pass: ranges ascend, and only one is in memory.
+    """Yield the rows of each range of a file, in one pass. Ranges ascend; one is in memory.
 
-    Of a row group so many rows are decompressed at once, and nothing is read behind the last range.
+    Of a row group `batch_rows` rows are decompressed at once; reading stops after the last range.
     """
     schema = parquet.read_row_groups([]).schema
     batches = _read_batches(parquet, ranges, batch_rows)
@@ -122,7 +122,7 @@ def read_ranges(
 def _read_batches(
     parquet: _ParquetFile, ranges: Sequence[range], batch_rows: int
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Batches of the row groups that hold rows of the ranges, and the row that each begins with."""
+    """Yield batches of the row groups that hold rows of the ranges, each with its first row."""
     group_start = 0
     for group in range(parquet.num_row_groups):
         group_stop = group_start + parquet.metadata.row_group(group).num_rows
@@ -132,7 +132,7 @@ def _read_batches(
                 yield batch_start, batch
                 batch_start += batch.num_rows
             if batch_start != group_stop:
-                raise UnusableFileError("has other rows than its footer says; write it again")
+                raise UnusableFileError("its rows differ from its footer; write it again")
         group_start = group_stop
 
 
@@ -149,7 +149,7 @@ def column_error(
     type_error: Callable[[pa.DataType], str | None],
     taken: Collection[str],
 ) -> str | None:
-    """Why a file cannot be used by the column that a flag names.
+    """Return why a file cannot be used by the column that a flag names.
 
     `type_error` looks at its type; the task's columns before it have the names in `taken`.
     """
@@ -165,7 +165,7 @@ def column_error(
 
 
 def _type_with_shape(schema: pa.Schema, name: str) -> pa.DataType:
-    """The type of a column; if the file's Arrow types say that it holds tensors, Arrow's of these.
+    """Return the type of a column: Arrow's tensor type, if the file's Arrow types have one.
 
     No type of Ray comes back: its shape is read as JSON.
     """

@@ -37,7 +37,7 @@ def _mix(z: Bits) -> Bits:
 
 
 def _bits(seed: int, epoch: int, purpose: str | int, row_ids: RowIds) -> Bits:
-    """64 random bits for each row: uint64 of the shape of `row_ids`."""
+    """Return 64 random bits for each row: uint64 of the shape of `row_ids`."""
     if isinstance(purpose, str):
         digest = hashlib.sha256(purpose.encode()).digest()
         purpose = int.from_bytes(digest[:8], "little")
@@ -59,13 +59,13 @@ class Draws:
     row_ids: RowIds
 
     def whole(self, purpose: str | int, below: int) -> npt.NDArray[np.int64]:
-        """Whole numbers in 0..below - 1, each as likely: int64[n]."""
+        """Return whole numbers in 0..below - 1, all equally likely: int64[n]."""
         bits = _bits(self.seed, self.epoch, purpose, self.row_ids)
         # Lemire, 2019: multiply and shift; the bias is below `below` / 2**32.
         return (((bits >> np.uint64(32)) * np.uint64(below)) >> np.uint64(32)).astype(np.int64)
 
     def uniform(self, purpose: str | int, count: int) -> npt.NDArray[np.float32]:
-        """So many uniform numbers in 0..1, without 1, for each row: float32[n, count]."""
+        """Return this many uniform numbers in 0..1, without 1, for each row: float32[n, count]."""
         bits = _bits(self.seed, self.epoch, purpose, self.row_ids)
         draws = np.empty((len(bits), count), np.float32)
         for column in draws.T:
@@ -75,6 +75,6 @@ class Draws:
 
 
 def seeds(seed: int, epoch: int, purpose: Purpose, indexes: range) -> list[int]:
-    """Seeds of generators, one for each index of an epoch: 0..2**63 - 1."""
+    """Return seeds of generators, one for each index of an epoch: 0..2**63 - 1."""
     bits = _bits(seed, epoch, purpose, np.array(indexes, np.int64))
     return [int(seed) for seed in bits >> np.uint64(1)]

@@ -29,7 +29,7 @@ Ranges: TypeAlias = dict[str, tuple[float, float]]
 """Which rows are whose: by split, a range of the rows' `positions`."""
 
 _MOST_HELD_OUT: Final = 5000
-"""About so many training rows are held out at most, for a split that no file is named for."""
+"""Maximum of training rows, about, that are held out for a split without a file."""
 
 _WORD_BEGINS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?=[A-Z][a-z])")
 """Where a word begins by its capital, as in `dayTrain`."""
@@ -72,7 +72,7 @@ class Source:
     files: dict[str, list[DataFile]] = field(default_factory=dict)  # by split
     notice: str = ""  # message for the console about the choice of source
     skipped: list[str] = field(default_factory=list)  # as of `Inputs`
-    max_rows: int | None = None  # about so many rows of each split at most; None: all
+    max_rows: int | None = None  # about this many rows per split; None: all
 
     def __str__(self) -> str:
         return self.name if self.name == self.data else f"{self.name} ({self.location})"
@@ -82,7 +82,7 @@ class Source:
         return [*itertools.chain(*self.files.values())]
 
     def limited(self, max_rows: int | None) -> "Source":
-        """The same with about so many rows a split at most, and no more files than these need."""
+        """Return a source of about this many rows per split, and no more files than these need."""
         if max_rows is None:
             return self
         files: dict[str, list[DataFile]] = {}
@@ -95,13 +95,13 @@ class Source:
         return replace(self, files=files, max_rows=max_rows)
 
     def rows_of(self, split: str) -> int:
-        """Rows in memory, or in files, that are named for this split."""
+        """Return rows in memory, or in files, that are named for this split."""
         if split in self.tables:
             return int(self.tables[split].num_rows)
         return sum(file.rows for file in self.files.get(split, []))
 
     def ranges(self, named_split: str) -> Ranges:
-        """Which of the rows that are named for a split are whose.
+        """Return which of the rows that are named for a split are whose.
 
         Of training rows a tenth, and some 5,000 at most, are held out for each split that no file
         is named for.
@@ -120,7 +120,7 @@ class Source:
         return {split: (start, min(stop, start + share)) for split, (start, stop) in ranges.items()}
 
     def stored_bytes(self, columns: Mapping[str, Column]) -> int:
-        """About so many bytes the decoded rows that are named for the training have."""
+        """Return about how many bytes the decoded training rows take."""
         row_bytes = sum(of.row_bytes for of in columns.values() if not of.stays_encoded)
         stored = self.rows_of("train") * row_bytes
         if any(of.stays_encoded for of in columns.values()):
@@ -131,7 +131,7 @@ class Source:
 
     @property
     def train_rows(self) -> int:
-        """About so many rows are trained with."""
+        """About the number of training rows."""
         start, stop = self.ranges("train")["train"]
         return round(self.rows_of("train") * (stop - start))
 
@@ -161,7 +161,7 @@ def open_source(
 
 
 def _in_memory(task: "Task", found: "NamedData") -> Source:
-    """A source of rows that a task has found."""
+    """Return a source of rows that a task has found."""
     tables = {}
     for split, arrays in found.splits.items():
         columns = {key: of.to_arrow(arrays[key]) for key, of in task.training_columns.items()}
@@ -202,7 +202,7 @@ def _parquet(
 
 
 def check_unchanged(source: Source) -> None:
-    """RequestError: a file is not the one whose footer was read: its rows may be of both."""
+    """Raise RequestError if a file has changed since its footer was read."""
     now = list_inputs([source.data], flag="--data").files if source.files else {}
     for file in source.all_files:
         if now.get(file.name) != file.listed:
@@ -213,7 +213,7 @@ def check_unchanged(source: Source) -> None:
 def _describe(
     columns: Mapping[str, ColumnInFiles], root: Location, listed: tuple[str, Entry]
 ) -> DataFile:
-    """What the footer of an input file says. RequestError: the file cannot be used."""
+    """Return what the footer of an input file says. RequestError: the file cannot be used."""
     name, entry = listed
     file = root / name
     try:
@@ -239,7 +239,7 @@ def _describe(
 
 
 def _split_of_name(file: str) -> str:
-    """The split that the file names or, failing that, its folder; empty where neither does."""
+    """Return the split in the name of a file, or else of its folder; "" if neither has one."""
     for name in reversed(file.split("/")[-2:]):
         found = _SPLIT_WORD.search(_WORD_BEGINS.sub("-", name).lower())
         if found:

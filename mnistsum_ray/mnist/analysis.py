@@ -50,7 +50,7 @@ def finish(network: TwoHeadCNN, test: Evaluated) -> Findings:
 def with_all_numbers(
     network: TwoHeadCNN, batch: Batch, digit_logits: Tensor
 ) -> list[tuple[str, Tensor, Tensor]]:
-    """Each head with its logits and the true classes, of each image with every number.
+    """Return each head with its logits and the true classes, of each image with every number.
 
     float32[n, NUMBERS, classes] and int64[n, NUMBERS]; of the digit, which does not depend on the
     number, [n, 1, classes] and [n, 1]. With random numbers, the sum accuracy would be one of luck.
@@ -102,7 +102,7 @@ def fit_temperature(logits: Tensor, classes: Tensor) -> float:
 
 
 def analyse_errors(network: TwoHeadCNN, rows: Evaluated) -> tuple[dict[str, Any], Array]:
-    """The entry `error_analysis` of manifest.json, and the images of its mistakes.
+    """Return the entry `error_analysis` of manifest.json, and the images of its mistakes.
 
     `confusion`: rows by true and predicted digit. `mistakes`: images with a wrong answer, each with
     the number whose wrong answer is the surest; the surest first. `probabilities`: see
@@ -136,7 +136,7 @@ def analyse_errors(network: TwoHeadCNN, rows: Evaluated) -> tuple[dict[str, Any]
 
 
 def _reliability(probabilities: Tensor, is_right: Tensor) -> dict[str, Any]:
-    """The expected calibration error `ece`, the mean distance of probability and accuracy.
+    """Return the expected calibration error `ece`, the mean distance of probability and accuracy.
 
     Of answers, float32[m] and bool[m]. `reliability` has for each bin of the probability the number
     of answers, and the sums of both.

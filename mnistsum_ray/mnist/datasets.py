@@ -55,7 +55,7 @@ def _full_mnist(*, fall_back: bool) -> NamedData:
 
 
 def _find_mnist(root: Path) -> Path | None:
-    """The folder with MNIST's files: `root`/MNIST/raw or /raw, as in torchvision, or `root`."""
+    """Return the folder with MNIST's files: `root`, or `root`/MNIST/raw as in torchvision."""
     for folder in (root / "MNIST" / "raw", root / "raw", root):
         if (folder / "train-images-idx3-ubyte").exists():
             return folder
@@ -73,7 +73,7 @@ def _mnist(folder: Path) -> NamedData:
 
 
 def _read_idx(file: Path, shape: tuple[int | None, ...]) -> Array:
-    """The bytes of one of MNIST's files. RequestError: it is missing, or has another shape."""
+    """Return one of MNIST's files, or raise RequestError if it is missing or misshapen."""
     from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor  # seconds to import
 
     try:

@@ -24,7 +24,7 @@ PIXEL_STD: Final = 0.3081
 
 
 def prepare_images(images: Tensor) -> Tensor:
-    """Pixels uint8[n, 28, 28] (0 background, 255 ink) to float32[n, 1, 28, 28], normalized.
+    """Convert pixels uint8[n, 28, 28] (0 background, 255 ink) to float32[n, 1, 28, 28], normalized.
 
     Raises TypeError if they are not uint8: on a scale of 0..1 all answers would be wrong.
     """
@@ -35,7 +35,7 @@ def prepare_images(images: Tensor) -> Tensor:
 
 
 def to_channels_last(images: Tensor) -> Tensor:
-    """Images [n, 28, 28] as [n, 1, 28, 28], channels last; a view."""
+    """Return images [n, 28, 28] as [n, 1, 28, 28], channels last; a view."""
     # `Tensor.contiguous` would find nothing to do with one channel, and convolutions would be slow.
     return images.unsqueeze(3).permute(0, 3, 1, 2)
 

@@ -50,7 +50,7 @@ class ExportPairsConfig(JobConfig):
     def _fill_each_file(cls, files: int, info: ValidationInfo) -> int:
         rows = info.data.get("rows", files)  # missing there if they are wrong
         if files > rows:
-            raise ValueError(f"more files than --rows {rows}; give fewer")
+            raise ValueError(f"more files than --rows {rows}; lower --files")
         return files
 
 
@@ -83,7 +83,7 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
 
 
 def _pairs(source: Source, split: str, seed: int) -> Iterator[pa.Table]:
-    """The rows of a split, again and again; each repetition has other numbers."""
+    """Yield the rows of a split, again and again; each repetition has other numbers."""
     columns = MnistSum().training_columns
     names = {key: key for key in columns}
     rows = pa.concat_tables(

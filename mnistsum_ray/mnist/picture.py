@@ -108,7 +108,7 @@ def prepare_picture(picture: Picture) -> Array:
 
 
 def _read_grey(picture: Picture) -> tuple[str, Array]:
-    """The name of a picture in messages, and its brightness, float32[height, width] in 0..255."""
+    """Return a picture's name for messages, and its brightness: float32[h, w] in 0..255."""
     name = "the picture"
     if isinstance(picture, str | os.PathLike):
         file = locate_existing(os.fspath(picture), "picture")
@@ -127,6 +127,6 @@ def _read_grey(picture: Picture) -> tuple[str, Array]:
 
 
 def _start_when_centred(mass: Array) -> int:
-    """Where a digit with this mass by row or column must begin to have its centre in the middle."""
+    """Return where a digit of this mass by row or column begins if its centre is in the middle."""
     centre = np.average(np.arange(len(mass)), weights=mass)
     return int(np.clip(round(SIDE / 2 - centre), 0, SIDE - len(mass)))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # it takes a second to import, and what is drawn is drawn in 
 
 
 def count(predicted: Arrays, batch: Arrays) -> dict[str, Any]:
-    """Counts of scored rows, or lists of them by digit, by number or by tenth of probability."""
+    """Return counts of scored rows: numbers, or lists by digit, number or tenth of probability."""
     edges, numbers = batch["image"][:, [0, -1]], batch["number"]
     counts: dict[str, Any] = {
         "numbers": np.bincount(numbers, minlength=NUMBERS),
@@ -35,7 +35,7 @@ def count(predicted: Arrays, batch: Arrays) -> dict[str, Any]:
 
 
 def describe(counts: Mapping[str, Any]) -> Findings:
-    """Tables of `count`, and a notice where most images are light."""
+    """Return tables of `count`, and a notice where most images are light."""
     digits, notice = [f"{rows:,}" for rows in counts["predicted_digits"]], ""
     light = counts["light_rows"] / sum(counts["predicted_digits"])
     if light > 0.5:
@@ -59,7 +59,7 @@ def describe(counts: Mapping[str, Any]) -> Findings:
 
 
 def confusion_table(confusion: list[list[int]]) -> Table:
-    """Rows by true digit (down) and predicted digit (across), and how many of them are correct."""
+    """Return rows by true digit (down) and predicted digit (across), and the correct ones."""
     rows = []
     for digit, predicted in enumerate(confusion):
         correct = percent(predicted[digit] / sum(predicted)) if any(predicted) else ""
@@ -69,7 +69,7 @@ def confusion_table(confusion: list[list[int]]) -> Table:
 
 
 def draw_mistakes(mistakes: list[dict[str, Any]], images: Array) -> "Figure":
-    """Each mistake, as the manifest has it, with its image of uint8[m, 28, 28]."""
+    """Return each mistake, as the manifest has it, with its image of uint8[m, 28, 28]."""
     from matplotlib.figure import Figure
 
     across = 6

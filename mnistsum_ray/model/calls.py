@@ -28,7 +28,7 @@ def calling(task: Task, method: str) -> Iterator[None]:
 
 
 def forward(task: Task, network: nn.Module, batch: Batch, *, bf16: bool) -> Any:
-    """The network's outputs for a batch, float32; with `bf16` computed in bfloat16 by autocast."""
+    """Return the network's outputs for a batch, as float32; `bf16` computes them by autocast."""
     device = next(iter(batch.values())).device
     with (
         calling(task, "network"),

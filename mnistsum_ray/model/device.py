@@ -75,7 +75,7 @@ def faster_with_bf16(device: torch.device) -> bool:
 
 
 def array_to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """An array as a tensor: on CPUs without a copy where it can be, on GPUs without waiting."""
+    """Return an array as a tensor: on CPUs without a copy if possible, on GPUs without waiting."""
     tensor = torch.from_numpy(np.require(values, requirements="W"))
     if device.type == "cpu":
         return tensor

@@ -66,7 +66,7 @@ def finish_model(
 
 
 def _on_cpu(task: Task, weights: Weights) -> nn.Module:
-    """A network of its own, for code of the task that may change it."""
+    """Return a network of its own, for code of the task that may change it."""
     network = task.network().eval()
     network.load_state_dict(weights)
     return network

@@ -33,7 +33,7 @@ class LoadedModel(NamedTuple):
 
 
 def copy_weights(model: nn.Module) -> Weights:
-    """A copy of the weights on the CPU, contiguous."""
+    """Return a copy of the weights on the CPU, contiguous."""
     copied = {}
     for name, value in model.state_dict().items():
         copied[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -41,7 +41,7 @@ def copy_weights(model: nn.Module) -> Weights:
 
 
 def describe_model(task: Task, weights: Weights, code: str = "", **entries: Any) -> dict[str, Any]:
-    """The description of the weights of a task's network, whose `code_of` the driver knows.
+    """Return the description of the weights of a task's network, whose `code_of` the driver knows.
 
     `entries` are added.
     """
@@ -63,7 +63,7 @@ def write_model(folder: Location, weights: Weights, description: dict[str, Any])
 
 
 def load_model(place: Location, task: type[Task]) -> LoadedModel:
-    """The model in a model folder, in a run, or in the file of the weights itself.
+    """Return the model in a model folder, in a run, or in the file of the weights itself.
 
     Errors are those of `api.load_model`; a model of another task is refused.
     """
@@ -83,7 +83,7 @@ def load_model(place: Location, task: type[Task]) -> LoadedModel:
             raise ValueError("it is damaged (the SHA-256 of its weights differs)")
         name = description["task"]["name"]
         if name != task.name:
-            raise ValueError(f"its task is {name}, and not {task.name}; give its --task")
+            raise ValueError(f"its task is {name}, and not {task.name}; add its --task")
         made = task(task.Settings(**description["settings"]))
         network = made.network().eval()
         network.load_state_dict(weights)
@@ -94,7 +94,7 @@ def load_model(place: Location, task: type[Task]) -> LoadedModel:
 
 
 def read_header(data: bytes) -> dict[str, Any]:
-    """What stands under HEADER_KEY in a safetensors file, which begins with its header's length."""
+    """Return what a safetensors file's header has under HEADER_KEY."""
     length = int.from_bytes(data[:8], "little")
     metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     return dict(json.loads(metadata.get(HEADER_KEY, "{}")))

@@ -23,7 +23,7 @@ _BATCH_BYTES: Final = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 
 
 def clashing_column(task: Task, names: list[str], *, probabilities: bool) -> str | None:
-    """The first of a table's columns whose name an added one would have too; None: there is none.
+    """Return the first column of a table whose name an added column would have too, or None.
 
     Upper and lower case are one: DuckDB and Spark do not tell them apart.
     """
@@ -32,14 +32,14 @@ def clashing_column(task: Task, names: list[str], *, probabilities: bool) -> str
 
 
 def added_fields(task: Task, *, probabilities: bool) -> list[pa.Field]:
-    """The columns of a task's outputs; its lists only with `probabilities`."""
+    """Return the columns of a task's outputs; its lists only with `probabilities`."""
     return [one for one in task.outputs if probabilities or not pa.types.is_list(one.type)]
 
 
 def append_predictions(
     task: Task, table: pa.Table, predictions: Arrays, reasons: Reasons
 ) -> pa.Table:
-    """The table of these rows, and after its columns those that scoring adds.
+    """Return the table of these rows, and after its columns those that scoring adds.
 
     `reasons` say of rows why they cannot be scored: their predictions are null.
 
@@ -104,7 +104,7 @@ class Predictor:
 
 
 def default_batch_size(task: Task, device: torch.device) -> int:
-    """Rows of a forward pass on this device."""
+    """Return rows of a forward pass on this device."""
     most = CPU_BATCH if device.type == "cpu" else GPU_BATCH
     return min(most, rows_in(_BATCH_BYTES[device.type], task.inputs.values()))
 
@@ -147,7 +147,7 @@ def predict_rows(
 def sum_metrics(
     task: Task, predictions: Arrays, rows: Arrays, is_labelled: npt.NDArray[np.bool_]
 ) -> dict[str, float]:
-    """Sums of `judge` over the labelled rows, which have predictions, inputs and labels."""
+    """Return sums of `judge` over the labelled rows, which have predictions, inputs and labels."""
     columns = {**task.inputs, **task.labels}
     batch = {}
     for key, values in rows.items():
@@ -159,5 +159,5 @@ def sum_metrics(
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where the parameters of a network are."""
+    """Return where the parameters of a network are."""
     return next(network.parameters(), torch.zeros(())).device

@@ -4,7 +4,7 @@ import math
 
 
 def one_cycle(step: int, total_steps: int, peak: float) -> float:
-    """Learning rate at a step: up from peak / 25 in the first fifth, then down to peak / 10,000.
+    """Return the rate at a step: from peak / 25 up in the first fifth, down to peak / 10,000.
 
     Both along a cosine: the one-cycle schedule (Smith and Topin, "Super-Convergence", 2018).
     """

@@ -40,7 +40,7 @@ class _Lines(logging.Handler):
         if run:
             text = f"{time.strftime('%H:%M:%S')} {run}  {text}"
         stream = getattr(record, "mnistsum_stream", None) or sys.stderr
-        with suppress(OSError):  # the job goes on without its terminal
+        with suppress(OSError):  # the job continues without its terminal
             tqdm.write(text, file=stream)
             stream.flush()
 
@@ -162,7 +162,7 @@ class Console:
 
 
 def describe_metrics(metrics: Mapping[str, float | None], *, counts: bool = True) -> str:
-    """Metrics of some rows: `shape 99.46 %, colour 99.27 % (500 rows)`.
+    """Return metrics of some rows: `shape 99.46 %, colour 99.27 % (500 rows)`.
 
     `counts`: show whole numbers, such as rows.
     """
@@ -180,7 +180,7 @@ def describe_metrics(metrics: Mapping[str, float | None], *, counts: bool = True
 
 
 def metric_value(name: str, value: float) -> str:
-    """The value of a metric; names that end in `accuracy` are shown in percent."""
+    """Return the value of a metric; names that end in `accuracy` are shown in percent."""
     return percent(value) if name.endswith("accuracy") else f"{value:.4g}"
 
 

@@ -83,7 +83,7 @@ def _finish(axes: Axes) -> None:
 
 
 def draw_png(draw: Callable[..., Figure], *arguments: Any) -> bytes:
-    """What `draw` draws of these arguments, in the common style, as the content of a PNG file."""
+    """Return what `draw` draws of these arguments, in the common style, as PNG bytes."""
     file = io.BytesIO()
     # A user's matplotlibrc may ask for LaTeX, which may be missing.
     with style.context(["default", "tableau-colorblind10", _STYLE]):

@@ -27,7 +27,7 @@ GAUGES: Final = {
 }
 
 _counted: Final[dict[str, dict[str, int]]] = {}
-"""What this process has counted, by run: Ray goes on with its series in the next job."""
+"""What this process has counted, by run: Ray continues its series in the next job."""
 
 
 class JobMetrics:

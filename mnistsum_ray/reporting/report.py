@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def how_to_score(command: str, task: str, model: str) -> str:
-    """The command that scores with a model; `task` is the text that names its task."""
+    """Return the command that scores with a model; `task` is the text that names its task."""
     of_task = "" if task == BUILT_IN else f" --task {shlex.quote(task)}"
     return f"{command}{of_task} --model {shlex.quote(model)} --input ROWS --output SCORED"
 
@@ -68,7 +68,7 @@ def report_page(
 
 
 def metric_cards(metrics: dict[str, Any], of_rows: str = "") -> list[tuple[str, str]]:
-    """A card for each metric: its value and its meaning."""
+    """Return a card for each metric: its value and its meaning."""
     cards = []
     for name, value in metrics.items():
         if value is None or isinstance(value, int) or name == "loss":
@@ -106,7 +106,7 @@ def settings_table(manifest: dict[str, Any], model: dict[str, Any]) -> Table:
 
 
 def render(pictures: Pictures, **values: Any) -> str:
-    """The page with its pictures, title, lines, cards, tables and maybe a command."""
+    """Return the page with its pictures, title, lines, cards, tables and maybe a command."""
     loader = jinja2.PackageLoader("mnistsum_ray.reporting", ".")
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
     shown = [(title, b64encode(png).decode()) for title, png in pictures.values()]
@@ -132,7 +132,7 @@ def write_report(
         for name, (title, draw) in findings.pictures.items():
             pictures[name] = (title, plots.draw_png(draw))
     except Exception as error:  # such as of a font that a user's settings name
-        say(f"a picture cannot be drawn: {one_line(error)}; {REPORT} is without it")
+        say(f"a picture cannot be drawn: {one_line(error)}; {REPORT} omits it")
     for name, (_, png) in pictures.items():
         (folder / name).write(png)
     (folder / REPORT).write(report_page(manifest, description, findings, pictures).encode())

@@ -14,7 +14,7 @@ class Result(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     def line(self) -> dict[str, Any]:
-        """The command's JSON line: the fields that were given."""
+        """Return the command's JSON line: the fields that were given."""
         return self.model_dump(exclude_unset=True)
 
 

@@ -61,7 +61,7 @@ class ScoreParts:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Take one task, which is a row, and yield its answers, each as soon as it is known.
 
-        StorageError, RunError: the run cannot go on.
+        StorageError, RunError: the run cannot continue.
         """
         (row,) = batch.to_pylist()
         parts = [Part(**part) for part in row["parts"]]
@@ -72,7 +72,7 @@ class ScoreParts:
         yield Answer(task)
         most_rows = max(self._request.rows_in(_JOINED_BYTES), self._predictor.batch_size)
         # A worker that died may have put the first parts. Their answers are given again, since Ray
-        # leaves out so many answers of a repeated task as there were.
+        # leaves out as many answers of a repeated task as there were.
         missing = rows = 0
         for number, part in enumerate(parts, 1):
             if not (self._request.output / PREDICTIONS / part.output).file_entry():
@@ -181,7 +181,7 @@ def count_part(request: ScoreRequest, decoded: DecodedPart, predictions: Arrays)
 def count_rows(
     task: Task, predictions: Arrays, arrays: Arrays, is_counted: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """What a task counts of some rows, if it counts and there are any."""
+    """Return what a task counts of some rows, if it counts and there are any."""
     if type(task).count is Task.count or not is_counted.any():  # photos would be decoded again
         return {}
     columns = {**task.inputs, **task.labels}

@@ -1,6 +1,6 @@
 """The scoring job, top down: plan, score, settle, publish.
 
-input files ──▶ parts, less those that are there ──tasks──▶ ScoreParts ──answers──▶ settle, publish
+input files ──▶ parts that do not exist yet ──tasks──▶ ScoreParts ──answers──▶ settle, publish
 
 Why this is not `read_parquet -> map_batches -> write_parquet`: those promise neither one output row
 for each input row in order, nor a file that is whole or not there. `jobs/benchmark.py score`
@@ -79,20 +79,20 @@ def score(request: ScoreRequest, console: Console) -> ScoreResult:
 
 
 def explain_end(error: BaseException, run: Run, console: Console) -> BaseException:
-    """Why a run has ended, in one line that says how to go on."""
+    """Return why a run has ended, in one line that says how to resume."""
     again = "the same command" + (" without --overwrite" if run.request.config.overwrite else "")
-    how_to_go_on = f"what is scored is kept, and {again} goes on"
+    how_to_resume = f"what is scored is kept, and {again} continues"
     if isinstance(error, KeyboardInterrupt):
-        return RunInterrupted(how_to_go_on)
+        return RunInterrupted(how_to_resume)
     cause = getattr(error, "cause", error)  # what an actor raised, with Ray's advice below it
     if isinstance(cause, StorageError):
-        return ended_by_storage(cause, how_to_go_on)
+        return ended_by_storage(cause, how_to_resume)
     if isinstance(cause, RunError):
         return RunError(str(cause).partition("\n")[0])
     if isinstance(error, ray.data.exceptions.ExecutionTimeoutError):
         free = resources.describe_free()
         problem = f"no worker has answered for {_SILENT_SECONDS:.0f} s; only {free}"
-        return TryAgainError(f"{problem}; {how_to_go_on}")
+        return TryAgainError(f"{problem}; {how_to_resume}")
     console.say_lines(str(error))
     problem = root_cause(error)
     is_death = isinstance(error, ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError)
@@ -102,11 +102,11 @@ def explain_end(error: BaseException, run: Run, console: Console) -> BaseExcepti
         problem = f"workers died again and again ({problem}); in work were "
         problem += f"{', '.join(names[:10]) or 'no files yet'}; give the workers more memory, "
         problem += "or take such a file out of --input"
-    return RunError(f"{problem}; {how_to_go_on}")
+    return RunError(f"{problem}; {how_to_resume}")
 
 
 def plan(run: Run, console: Console) -> None:
-    """Begin a run or go on with it: which parts shall be there, and which are.
+    """Begin or resume a run: which parts it needs, and which exist.
 
     RequestError: the output is of another request.
     """
@@ -231,7 +231,7 @@ def score_on_ray(
         # Ray Data limits neither restarts nor retries. A worker that dies at each start must end
         # the job, and so must a task that kills each worker. (This process cannot count its begins:
         # Ray gives each answer of a repeated task once.) A task uses up any number of retries in
-        # the second before Ray knows that its node is gone. Ray prints that arguments of a
+        # the second before Ray knows that its node is lost. Ray prints that arguments of a
         # restarted actor may be lost: this process owns them until the end.
         max_restarts=10,
         max_task_retries=-1,
@@ -249,9 +249,9 @@ def score_on_ray(
 def settle(run: Run, console: Console) -> None:
     """Delete the parts of files that were rejected meanwhile; then all others must be there.
 
-    A part's name says which rows of which file it has, so each row is there once.
+    A part's name says which rows of which file it has, so each row occurs once.
 
-    TryAgainError: parts are missing, or others are there, so another run may be at work.
+    TryAgainError: parts are missing, or others exist, so another run may be at work.
     """
     output, gone_before = run.request.output, run.gone.keys()
     run.read(console)
@@ -273,7 +273,7 @@ def settle(run: Run, console: Console) -> None:
 
 
 def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, use_gpu: bool) -> WorkerPlan:
-    """One worker a CPU, or four a GPU; as many as the cluster has now, or at most as asked for."""
+    """Return the number of workers: one per CPU or four per GPU of now, up to --num-workers."""
     each = {"CPU": 1.0}
     if use_gpu:
         # Four a GPU: while one decodes and writes, the others compute. Fewer workers get larger
@@ -286,7 +286,7 @@ def plan_workers(config: ScoreConfig, cluster: ClusterResources, *, use_gpu: boo
 
 
 def choose_precision(request: ScoreRequest, console: Console, *, use_gpu: bool) -> str:
-    """That of `--precision`, else of the model; fp32 on CPUs without fast bfloat16."""
+    """Return `--precision`, else that of the model; fp32 on CPUs without fast bfloat16."""
     asked = request.config.precision
     of_model: str = request.description.get("precision", "fp32")  # `save_model` knows none
     # The CPU of this machine stands in for those of the nodes that score.

@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 
 def split_into_parts(request: ScoreRequest) -> dict[str, Part]:
-    """The parts of all files but rejected ones, by the names of their output.
+    """Return the parts of all files but rejected ones, by the names of their output.
 
     RequestError: two need one name.
     """
@@ -67,7 +67,7 @@ def split_into_parts(request: ScoreRequest) -> dict[str, Part]:
 
 
 def _parts_of(file: InputFile, request: ScoreRequest) -> Iterator[Part]:
-    """The parts of a file, equally long but for the last; a file of no rows is one part."""
+    """Yield the parts of a file, equally long but for the last; a file of no rows is one part."""
     rows = file.rows or 0
     least, most = request.rows_in(8 * MIB), request.rows_in(32 * MIB)
     part_rows = request.config.max_rows_per_file or min(most, max(least, ceil(rows / 4)))
@@ -121,7 +121,7 @@ class StoredPart(NamedTuple):
 def read_parts(
     output: Location, known: Mapping[str, StoredPart], console: Console
 ) -> dict[str, StoredPart]:
-    """All parts in an output folder by their names; only footers that are not `known` are read.
+    """Return all parts in an output folder by name. Footers that are `known` are not read.
 
     RequestError: a file there is no part.
     """
@@ -151,12 +151,12 @@ def read_parts(
 
 @dataclass
 class Run:
-    """A run: the parts that its output shall have, those that are there, and what is rejected."""
+    """A run: the parts that its output needs, those that exist, and what is rejected."""
 
     request: ScoreRequest
     planned: dict[str, Part] = field(default_factory=dict)  # by the names of their output
     rejected_files: dict[str, str] = field(default_factory=dict)  # why they cannot be scored
-    # The parts that are there, by the same names: planned ones that are whole; others of files of
+    # The parts that exist, by the same names: planned ones that are whole; others of files of
     # the input, which have changed; and those of files that are not in the input now.
     done: dict[str, StoredPart] = field(default_factory=dict)
     stale: dict[str, StoredPart] = field(default_factory=dict)
@@ -167,11 +167,11 @@ class Run:
 
     @property
     def stored(self) -> dict[str, StoredPart]:
-        """All parts that are there."""
+        """All parts that exist."""
         return {**self.done, **self.stale, **self.gone}
 
     def read(self, console: Console) -> None:
-        """Read which parts are there. RequestError: a file there is no part."""
+        """Read which parts exist, or raise RequestError if a file is no part."""
         found = read_parts(self.request.output, self.stored, console)
         inputs = {file.name for file in self.request.files}
         self.done, self.stale, self.gone = {}, {}, {}
@@ -186,5 +186,5 @@ class Run:
 
 
 def refusal(output: Location, problem: str) -> RequestError:
-    """The error for an output folder that cannot be used."""
+    """Return the error for an output folder that cannot be used."""
     return RequestError(f"--output {output.display}: {problem}")

@@ -63,7 +63,7 @@ is `scored`; `failed`, with a reason; or `gone`: scored, but no longer in --inpu
 
 
 def read_run(output: Location) -> dict[str, Any]:
-    """The content of run.json; empty where there is none, or one of another program."""
+    """Return the content of run.json; empty where there is none, or one of another program."""
     with suppress(MissingFileError, ValueError, TypeError, KeyError, AttributeError):
         run: dict[str, Any] = (output / RUN_FILE).read_json()
         if run["format"].startswith("mnistsum_ray."):
@@ -100,13 +100,13 @@ def begin(request: ScoreRequest) -> str:
 
 
 def check_is_own(request: ScoreRequest) -> None:
-    """TryAgainError: another run has begun in the output since, as with --overwrite."""
+    """Raise TryAgainError if another run has begun in the output since, as with --overwrite."""
     if read_run(request.output).get("id") != request.run_id:
         raise other_run(request.output, RUN_FILE)
 
 
 def other_run(output: Location, name: str) -> TryAgainError:
-    """The error for a file of the output that another run may have changed."""
+    """Return the error for a file of the output that another run may have changed."""
     return TryAgainError(
         f"--output {output.display}: {name} is missing or was written by another run; "
         "use a folder that all nodes share, wait for other runs to end, and run the command again"
@@ -182,7 +182,7 @@ def publish(run: Run, seconds: float, console: Console) -> ScoreResult:
 
 
 def _add_up(run: Run) -> tuple[dict[str, Any], Counter[str], ReasonCounts]:
-    """Sums over the parts of what their footers have: counts, metrics, and rejected rows."""
+    """Return sums over the parts of what their footers have: counts, metrics, and rejected rows."""
     counts: dict[str, Any] = {}
     metrics: Counter[str] = Counter()
     rejected = ReasonCounts()
@@ -202,7 +202,7 @@ def _add_up(run: Run) -> tuple[dict[str, Any], Counter[str], ReasonCounts]:
 def _metrics(
     request: ScoreRequest, counts: Mapping[str, Any], sums: Mapping[str, float]
 ) -> dict[str, float | None]:
-    """Metrics by name where labels are named; None where no scored row has known ones."""
+    """Return metrics by name where labels are named; None where no scored row has known ones."""
     if not counts.get("labelled_rows"):
         return dict.fromkeys(request.metric_names if request.labels else ())
     with calling(request.task, "metrics"):
@@ -211,7 +211,7 @@ def _metrics(
 
 
 def _rows_of_files(run: Run) -> list[dict[str, Any]]:
-    """The rows of files.parquet."""
+    """Return the rows of files.parquet."""
     known_rows = {file.name: file.rows for file in run.request.files}
     files: dict[str, dict[str, Any]] = {}
     for name, reason in run.rejected_files.items():
@@ -229,7 +229,7 @@ def _rows_of_files(run: Run) -> list[dict[str, Any]]:
 
 
 def _totals(run: Run, files: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fields of the result that are not of the task."""
+    """Return the fields of the result that are not of the task."""
     of_input = [file for file in files if file["status"] != "gone"]
     totals: dict[str, Any] = {"input_rows": sum(file["rows"] or 0 for file in of_input)}
     for kind in ("scored", "rejected", "failed"):

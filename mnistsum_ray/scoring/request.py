@@ -72,17 +72,17 @@ class ScoreRequest:
         return {**self.task.inputs, **self.labels}
 
     def names_in(self, present: Collection[str]) -> dict[str, str]:
-        """Names of `columns` in a file that has these."""
+        """Return names of `columns` in a file that has these."""
         given, columns = self.config.columns, self.columns.items()
         return {key: name_in_file(column, key, present, given[key]) for key, column in columns}
 
     def images_in(self, present: Collection[str]) -> set[str]:
-        """Which of a file's columns are left out of the output: all others are passed on."""
+        """Return which of a file's columns are left out of the output: all others are passed on."""
         names = self.names_in(present)
         return {names[key] for key in names if isinstance(self.columns[key], Images | Photos)}
 
     def rows_in(self, size: int) -> int:
-        """How many rows so many bytes are, once they are decoded."""
+        """Return how many decoded rows take this many bytes."""
         return rows_in(size, self.task.inputs.values())
 
 
@@ -113,7 +113,7 @@ def check_request(config: ScoreConfig, console: Console) -> ScoreRequest:
 
 
 def _check_flags(config: ScoreConfig) -> None:
-    """RequestError: flags do not go together with the task."""
+    """Raise RequestError if flags do not go together with the task."""
     task = config.task_class
     if config.precision == "bf16" and not task.bf16:
         raise RequestError(f"--precision bf16: task {task.name} needs fp32, as its `bf16` says")
@@ -142,7 +142,7 @@ def _inspect_files(request: ScoreRequest, inputs: Inputs, console: Console) -> l
 
 
 def _inspect_file(request: ScoreRequest, inputs: Inputs, name: str) -> InputFile:
-    """What the footer says of a file."""
+    """Return what the footer says of a file."""
     entry = inputs.files[name]
     try:
         if is_hidden(name):
@@ -159,7 +159,7 @@ def _inspect_file(request: ScoreRequest, inputs: Inputs, name: str) -> InputFile
 
 
 def _schema_error(request: ScoreRequest, schema: pa.Schema) -> str | None:
-    """Why a file with these columns cannot be scored; None if it can."""
+    """Return why a file with these columns cannot be scored; None if it can."""
     from mnistsum_ray.model.inference import clashing_column
 
     config, columns = request.config, request.columns

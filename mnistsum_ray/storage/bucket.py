@@ -21,7 +21,7 @@ _RETRIES: Final[Any] = {
 
 @cache
 def open_store(bucket: str, query: str) -> Any:
-    """The obstore store of a bucket, which takes its secrets from the environment.
+    """Return the obstore store of a bucket, which takes its secrets from the environment.
 
     StorageError: an option, or a variable of the environment, is wrong.
     """
@@ -57,6 +57,6 @@ def ask_again(request: Callable[[], Any]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message without the pages that obstore adds for its developers."""
+    """Return an error's message without the pages that obstore adds for its developers."""
     text = " ".join(str(error).partition("Debug source")[0].split())
     return shortened(text) or type(error).__name__

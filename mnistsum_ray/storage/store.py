@@ -76,11 +76,11 @@ class Location:
         return open_store(self.bucket, self.query)
 
     def at(self, path: str) -> "Location":
-        """Another path on the same disk or in the same bucket."""
+        """Return another path on the same disk or in the same bucket."""
         return replace(self, path=path)
 
     def lies_in(self, folder: "Location") -> bool:
-        """Whether this is a folder, or below it.
+        """Return whether this is a folder, or below it.
 
         Links are followed, since two ways to a place may differ in them.
         """
@@ -89,7 +89,7 @@ class Location:
         return self.bucket == folder.bucket and here.is_relative_to(above)
 
     def file_entry(self) -> Entry | None:
-        """The file here; None where there is none, or a folder."""
+        """Return the file here; None where there is none, or a folder."""
         with self.storage_errors("read"):
             try:
                 if self.is_local:
@@ -101,7 +101,7 @@ class Location:
                 return None
 
     def is_folder(self) -> bool:
-        """Whether this is a folder, or a prefix of keys."""
+        """Return whether this is a folder, or a prefix of keys."""
         with self.storage_errors("listed"):
             if self.is_local:
                 return Path(self.path).is_dir()
@@ -117,11 +117,11 @@ class Location:
             return bytes(self.store.get(self.path).bytes())
 
     def read_json(self) -> Any:
-        """The value in a file of JSON. ValueError: it is none."""
+        """Return the value of a JSON file, or raise ValueError."""
         return json.loads(self.read_bytes())
 
     def open(self, listed: Entry | None = None) -> Any:
-        """The file, open for reading at any position.
+        """Return the file, open for reading at any position.
 
         ConflictError, here or at a later read: it is not the one that was listed.
         """
@@ -141,7 +141,7 @@ class Location:
         return file
 
     def files(self) -> list[Entry]:
-        """All files below a folder, sorted by path; none where the folder is missing.
+        """Return all files below a folder, sorted by path; none where the folder is missing.
 
         On a disk links to folders are not followed, and some may be no file: a pipe, or a link
         that leads nowhere.
@@ -163,12 +163,12 @@ class Location:
                 yield self.at(path).file_entry() or Entry(path)
 
     def visible_files(self) -> dict[str, Entry]:
-        """All files below a folder that are not hidden, by their names there."""
+        """Return all files below a folder that are not hidden, by their names there."""
         found = {file.path.removeprefix(self.path).lstrip("/"): file for file in self.files()}
         return {name: file for name, file in found.items() if not is_hidden(name)}
 
     def write(self, data: Data) -> None:
-        """Write the whole file, in place of the one that is there."""
+        """Write the whole file, replacing an earlier one."""
         self._put(data, "overwrite")
 
     def create(self, data: Data) -> None:
@@ -230,7 +230,7 @@ class Location:
             raise StorageError(f"{self.display}: cannot be {what}: {cause}; {advice}") from None
 
     def error(self, error: Exception, what: str) -> StorageError:
-        """The error for a file that the storage did not give or take."""
+        """Return the error for a file that the storage did not give or take."""
         cause = getattr(error, "strerror", None) or first_line(error)
         is_gone = getattr(error, "errno", None) in _DISK_IS_GONE or _NO_ANSWER.search(str(error))
         if _KEYS.search(str(error)):
@@ -242,10 +242,12 @@ class Location:
     def _missing(self) -> MissingFileError:
         may_be_elsewhere = self.is_local and "ray" in sys.modules
         shared = ", or not on this node; a local path must be on storage that all nodes share"
-        return MissingFileError(f"{self.display}: is not there{shared if may_be_elsewhere else ''}")
+        return MissingFileError(
+            f"{self.display}: does not exist{shared if may_be_elsewhere else ''}"
+        )
 
     def _conflict(self) -> ConflictError:
-        return ConflictError(f"{self.display}: was written by another")
+        return ConflictError(f"{self.display}: was written by another process")
 
 
 _DISK_IS_GONE: Final = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
@@ -342,5 +344,5 @@ def in_threads(
 
 
 def is_hidden(name: str) -> bool:
-    """Whether readers of Parquet skip this file: a name in its path begins with `.` or `_`."""
+    """Return whether readers of Parquet skip this path: a name in it begins with `.` or `_`."""
     return any(component.startswith((".", "_")) for component in name.split("/"))

@@ -117,14 +117,14 @@ def folder_lock(folder: Location, flag: str) -> Iterator[None]:
 
 
 def output_base_folder() -> Path:
-    """Folder that relative output paths start from: the working folder, or that of a job's user."""
+    """Return the base of relative output paths: the working folder, or a job's user's home."""
     here = Path.cwd()
     # Where `ray job submit` runs the driver: a copy of the working folder that Ray deletes.
     return Path.home() if "working_dir_files" in here.parts else here
 
 
 def may_hold_secrets(text: str) -> bool:
-    """Whether a URI has user info, or options that are not known and so may be secret."""
+    """Return whether a URI has user info, or options that are not known and so may be secret."""
     address, _, query = text.partition("?")
     options = parse_qsl(query, keep_blank_values=True) if "://" in address else []
     is_unknown = any(not _OPTIONS.fullmatch(name) or "@" in value for name, value in options)
@@ -132,19 +132,19 @@ def may_hold_secrets(text: str) -> bool:
 
 
 def hide_secrets(text: str) -> str:
-    """The text without the user info of any URI in it, for what is printed."""
+    """Return the text without the user info of any URI in it, for what is printed."""
     return _USER_INFO.sub("/…@", text)
 
 
 def arrow_uri(location: Location) -> str:
-    """An absolute path, or a URI in which Arrow decodes percent signs, as Ray Train takes it."""
+    """Return an absolute path, or a URI with percent signs encoded for Arrow and Ray Train."""
     return location.path if location.is_local else location.at(quote(location.path)).display
 
 
 def arrow_place(location: Location) -> tuple[Any, str]:
-    """The file system of Arrow, and the path in it, as Ray Data takes them.
+    """Return the file system of Arrow, and the path in it, as Ray Data takes them.
 
-    StorageError: Arrow does not reach the bucket. For Azure it wants the account in the URI.
+    StorageError: Arrow does not reach the bucket. For Azure it needs the account in the URI.
     """
     top = location.at("/" if location.is_local else "")
     try:
@@ -156,7 +156,7 @@ def arrow_place(location: Location) -> tuple[Any, str]:
 
 
 def check_ray_reaches(location: Location) -> None:
-    """StorageError: a training reads or writes by Arrow there, which wants more than obstore.
+    """Raise StorageError if Arrow, by which Ray reads and writes, does not reach the place.
 
     That is the account of Azure, which obstore takes from the environment too.
     """

@@ -70,7 +70,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: Location) -> tuple[TrainerState, dict[str, Any]]:
-    """The state in a checkpoint folder, and the tensors and numbers for `restore`.
+    """Return the state in a checkpoint folder, and the tensors and numbers for `restore`.
 
     CheckpointError: a file is missing or damaged. RequestError: it is of another version.
     """
@@ -105,7 +105,7 @@ def restore(saved: dict[str, Any], network: nn.Module, optimizer: Optimizer) -> 
 
 
 def newest_checkpoint(run: Location, say: Callable[[str], None]) -> str | None:
-    """The newest whole checkpoint of a run, as ATTEMPT/EPOCH; damaged ones get a line.
+    """Return the newest whole checkpoint of a run, as ATTEMPT/EPOCH; damaged ones get a line.
 
     RequestError: it is of another version.
     """
@@ -132,7 +132,7 @@ def newest_checkpoint(run: Location, say: Callable[[str], None]) -> str | None:
 def latest_state(
     run: Location, say: Callable[[str], None]
 ) -> tuple[TrainerState, dict[str, Any] | None]:
-    """State that a worker goes on from, and what is in it for `restore`; None at the beginning.
+    """Return the state that a worker continues from, and what `restore` needs, or None.
 
     Rank 0 looks for the newest whole checkpoint, and all ranks take it. `ray.train.get_checkpoint`
     would give the last one of this attempt also where it is damaged, and none of another attempt.

@@ -4,7 +4,7 @@
 
 Ray owns failures and waiting: `FailureConfig` starts workers again that are lost, and its timeout
 of the start ends a run that cannot get them. What Ray gives up ends the job with one line, and
-`--resume` goes on with the newest whole checkpoint.
+`--resume` continues at the newest whole checkpoint.
 """
 
 import secrets
@@ -76,7 +76,7 @@ Callbacks = Sequence[ray.train.UserCallback]
 def make_trainer(
     request: TrainRequest, plan: WorkerPlan, rows: Rows, loop: LoopConfig, callbacks: Callbacks
 ) -> TorchTrainer:
-    """What Ray Train runs: the loop of each worker, the Datasets and how ranks share them."""
+    """Return the trainer: the loop of each worker, the Datasets and how ranks share them."""
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"loop": loop},
@@ -151,45 +151,47 @@ def train(request: TrainRequest, console: Console, callbacks: Callbacks = ()) ->
 
 
 @contextmanager
-def errors_in_one_line(console: Console, how_to_go_on: str) -> Iterator[None]:
-    """Raise errors of Ray and of the storage in the block as a RunError that says how to go on."""
+def errors_in_one_line(console: Console, how_to_resume: str) -> Iterator[None]:
+    """Raise errors of Ray and of the storage in the block as a RunError that says how to resume."""
     try:
         yield
     except ray.train.WorkerGroupError as error:
         problem = "workers have failed more often than --max-failures allows, see above"
-        raise RunError(f"{problem}; {how_to_go_on}") from error
+        raise RunError(f"{problem}; {how_to_resume}") from error
     except ray.train.ControllerError as error:
         cause = error.controller_failure
         if isinstance(cause, RepeatingError):
             raise RunError(str(cause)) from error
         if isinstance(cause, StorageError):
-            raise ended_by_storage(cause, how_to_go_on) from error
+            raise ended_by_storage(cause, how_to_resume) from error
         console.say_lines(str(error))
         # Ray Train's own errors, such as of a start that timed out, have types that are private.
         what, _, _ = root_cause(cause).partition(". ")  # Ray's advice follows
         problem = f"Ray Train gave up: {type(cause).__name__}: {what}"
         is_of_code = isinstance(cause, ray.exceptions.RayTaskError)
         if type(cause).__module__.startswith("ray.") and not is_of_code:
-            raise TryAgainError(f"{problem}; {describe_free()}; {how_to_go_on}") from error
+            raise TryAgainError(f"{problem}; {describe_free()}; {how_to_resume}") from error
         kind = TryAgainError if isinstance(cause, OSError) else RunError
-        raise kind(f"{problem}; {how_to_go_on}") from error
+        raise kind(f"{problem}; {how_to_resume}") from error
     except ray.exceptions.RayError as error:  # some are OSErrors too
         console.say_lines(str(error))
-        raise RunError(f"{root_cause(error)}; {how_to_go_on}") from error
+        raise RunError(f"{root_cause(error)}; {how_to_resume}") from error
     except ray.data.exceptions.ExecutionTimeoutError as error:
-        raise TryAgainError(f"Ray Data has read no row for long; {how_to_go_on}") from error
+        raise TryAgainError(
+            f"Ray Data has read no rows for a long time; {how_to_resume}"
+        ) from error
     except StorageError as error:
-        raise ended_by_storage(error, how_to_go_on) from error
+        raise ended_by_storage(error, how_to_resume) from error
 
 
 def load_init_model(request: TrainRequest) -> LoadedModel | None:
-    """The model of `--init-from`, with whose weights a run begins."""
+    """Return the model of `--init-from`, with whose weights a run begins."""
     model = request.config.init_from
     return load_model(locate(model, "--init-from"), type(request.task)) if model else None
 
 
 def say_what_differs(stored: dict[str, Any], plan: WorkerPlan, say: Callable[[str], None]) -> None:
-    """Say what decides the bits of a run that goes on, and is not what it was."""
+    """Say what decides the bits of a resumed run and has changed."""
     if not stored:
         return
     had, has, threads = stored.get("versions", {}), versions(), stored.get("threads")
@@ -198,14 +200,14 @@ def say_what_differs(stored: dict[str, Any], plan: WorkerPlan, say: Callable[[st
     pairs.append((stored.get("workers", ""), str(plan), keep if threads else ""))
     for before, now, advice in pairs:
         if before != now:
-            line = f"the run had {before}, and goes on with {now}: its last bits may differ"
+            line = f"the run had {before}, and continues with {now}: its last bits may differ"
             say(line + advice)
 
 
 def read(request: TrainRequest, plan: WorkerPlan, console: Console, *, is_kept: bool) -> Rows:
     """Read and count the rows, and say which there are, and which are left out.
 
-    RequestError: a run that goes on had others.
+    RequestError: a resumed run had others.
     """
     source, config, say = request.source, request.config, console.say
     report_skipped(source.skipped, say)
@@ -276,7 +278,7 @@ def run_trainer(
 
 
 def _check_same_rows(request: TrainRequest, rows: Rows) -> None:
-    """RequestError: the rows are not those of the run that goes on."""
+    """Raise RequestError if the rows are not those of the resumed run."""
     data = request.stored["data"]
     if data["fingerprint"] != rows.fingerprint:
         raise RequestError(
@@ -287,7 +289,7 @@ def _check_same_rows(request: TrainRequest, rows: Rows) -> None:
 
 
 def _environment(wait_seconds: float) -> dict[str, str]:
-    """Options that Ray Train reads only from environment variables."""
+    """Return options that Ray Train reads only from environment variables."""
     of_start = max(wait_seconds, _LEAST_WAIT_SECONDS) / _STARTS
     return {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(of_start),

@@ -41,14 +41,14 @@ from mnistsum_ray.training.worker import ToTensors, Worker
 
 _BATCH_ROWS: Final = {"cpu": 250, "cuda": 2_000}
 _BATCH_BYTES: Final = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
-"""Held-out rows that are evaluated together: so many, and no more bytes."""
+"""Held-out rows that are evaluated together, and their bytes at most."""
 
 _KEPT_BYTES: Final = 200_000 * 1024
 """Most bytes of a held-out split that workers keep on their devices: 200,000 small rows. A larger
 split is read again after each epoch."""
 
 _ANALYSED_BYTES: Final = {"validation": 5_000 * 1024, "test": 100_000 * 1024}
-"""About so many bytes of rows, 5,000 and 100,000 small ones, calibrate the model (validation) and
+"""About this many bytes of rows, 5,000 and 100,000 small ones, calibrate the model (validation) and
 show its errors (test). Metrics count all rows."""
 
 
@@ -97,7 +97,7 @@ def _train(config: LoopConfig) -> FinishedModel | None:
     begins = "beginning"
     if tensors is not None:
         restore(tensors, worker.network, worker.optimizer)
-        begins = f"going on after epoch {state.epochs_done}"
+        begins = f"resuming after epoch {state.epochs_done}"
     elif config.init_weights is not None:
         worker.network.load_state_dict(config.init_weights)
     workers = counted(worker.world_size, "worker")
@@ -147,7 +147,7 @@ def _train(config: LoopConfig) -> FinishedModel | None:
 def _evaluate(
     worker: Worker, held_out: dict[str, "HeldOutRows"], when: str
 ) -> dict[str, dict[str, float]]:
-    """Metrics of each split. A RunError says that a loss is infinite."""
+    """Return metrics of each split. A RunError says that a loss is infinite."""
     metrics = {}
     for split, rows in held_out.items():
         metrics[split] = rows.evaluate(worker.network, bf16=worker.bf16)
@@ -166,7 +166,7 @@ def _set_up_process(device: torch.device, threads: int | None) -> None:
 
 
 def _best_precision(task: Task, device: torch.device) -> str:
-    """bf16 if it is precise enough for the task and faster on all workers, else fp32."""
+    """Return bf16 if it is precise enough for the task and faster on all workers, else fp32."""
     votes = torch.tensor(float(task.bf16 and faster_with_bf16(device)), device=device)
     world_size = ray.train.get_context().get_world_size()
     return "bf16" if all_reduce_sum(votes).item() == world_size else "fp32"
@@ -206,7 +206,7 @@ class HeldOutRows:
         )
 
     def evaluate(self, network: nn.Module, *, bf16: bool) -> dict[str, float]:
-        """Metrics of all rows, over all workers. RowCountError: a row was lost or repeated."""
+        """Return metrics of all rows, over all workers, or raise RowCountError."""
         self._analysed = []
         progress = Progress(self._events.count, f"{self._split} rows", self._totals.rows)
         network.eval()
@@ -234,13 +234,13 @@ class HeldOutRows:
     def _evaluate_batch(
         self, network: nn.Module, batch: Batch, *, bf16: bool
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The network's outputs for a batch, and the loss and the metrics of each row."""
+        """Return the network's outputs for a batch, and the loss and the metrics of each row."""
         outputs = forward(self._task, network, batch, bf16=bf16)
         with calling(self._task, "evaluate"):
             return outputs, self._task.evaluate(network, outputs, batch)
 
     def gather_analysed(self, network: nn.Module, *, bf16: bool) -> Evaluated:
-        """Rows of all ranks with the outputs of the last evaluation, on the CPU, for the task."""
+        """Return rows of all ranks with their outputs of the last evaluation, on the CPU."""
         kind = type(self._task)
         if (kind.calibrate, kind.finish) == (Task.calibrate, Task.finish):  # nothing looks at them
             return []

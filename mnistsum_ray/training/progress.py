@@ -143,5 +143,5 @@ class EventFollower:
 
 
 def explain_silence() -> str:
-    """Possible reasons why no worker reports, for a console line."""
+    """Return possible reasons why no worker reports, for a console line."""
     return f"they are being started or replaced, or wait for each other; {describe_free()}"

@@ -26,11 +26,11 @@ from mnistsum_ray.training.rows import Rows
 HISTORY: Final = "history.jsonl"
 
 _NOT_OF_THE_RUN: Final = {"resume", "changed_task"}
-"""Fields that say how a run goes on, and not what it is."""
+"""Fields that say how a run is resumed, not what it is."""
 
 
 def check_storage(run: Location) -> None:
-    """StorageError: the folder of a run cannot be written now, also after 50 s of trying.
+    """Raise StorageError if the folder of a run cannot be written now, also after 50 s of trying.
 
     Keys that have expired look to Ray Train like workers that fail.
     """
@@ -49,7 +49,7 @@ class RunRecord:
     manifest: dict[str, Any] = field(default_factory=dict)  # what the file has since `begin`
 
     def begin(self, rows: Rows, init_model: LoadedModel | None) -> None:
-        """Write the manifest of a run that begins or goes on."""
+        """Write the manifest of a run that begins or is resumed."""
         request, plan, source = self.request, self.plan, self.request.source
         # Results of a run that is resumed stay until there are new ones.
         self.manifest = request.stored | {

@@ -85,7 +85,7 @@ def check_request(config: TrainConfig, start_progress: StartProgress | None = No
         else:
             _check_free(folder, name, begun)
             if config.init_from and not locate(config.init_from, "--init-from").exists():
-                raise RequestError(f"--init-from {config.init_from}: is not there")
+                raise RequestError(f"--init-from {config.init_from}: does not exist")
     task = config.task_class(config.settings)
     columns = {}
     for key, column in task.training_columns.items():
@@ -113,7 +113,7 @@ def check_request(config: TrainConfig, start_progress: StartProgress | None = No
 
 
 def _task_defaults(task: Task, config: TrainConfig, train_rows: int) -> dict[str, Any]:
-    """What the task sets of what is not given. RequestError: it sets too little, or too much."""
+    """Return the task's defaults, or raise RequestError if it sets too few or unknown ones."""
     try:
         defaults = dict(task.defaults(train_rows))
     except Exception as error:  # of anybody's code
@@ -125,7 +125,7 @@ def _task_defaults(task: Task, config: TrainConfig, train_rows: int) -> dict[str
     known = {*_HYPERPARAMETERS, *config.setting_fields}
     unknown = sorted(defaults.keys() - known)
     if unknown:
-        raise RequestError(f"task {task.name}: defaults has {unknown[0]!r}, which is no setting")
+        raise RequestError(f"task {task.name}: defaults has {unknown[0]!r}, which is not a setting")
     return {key: value for key, value in defaults.items() if getattr(config, key) is None}
 
 
@@ -135,21 +135,21 @@ def _check_same_task(config: TrainConfig, stored: dict[str, Any]) -> str:
         return ""
     changed = f"the file of the task {config.task_class.name} has changed since the run began"
     if not config.changed_task:
-        advice = "--changed-task true goes on with it, with numbers of both; or start another run"
+        advice = "--changed-task true continues, with numbers of both; or start another run"
         raise RequestError(f"--resume: {changed}; {advice}")
-    return f"{changed}; the run goes on with it"
+    return f"{changed}; the run continues with it"
 
 
 def _check_free(folder: Location, name: str, begun: bool) -> None:
     taken = f"--name {name}: {folder.display}"
     if begun:
-        raise RequestError(f"{taken} exists; go on with --resume, or choose another name")
+        raise RequestError(f"{taken} exists; continue it with --resume, or choose another name")
     if folder.file_entry() or folder.visible_files():  # `_lock` and `.probe` are ours
-        raise RequestError(f"{taken} holds other files, and no run; choose another name")
+        raise RequestError(f"{taken} has other files but no run; choose another name")
 
 
 def _resumed(config: TrainConfig, stored_config: TrainConfig) -> TrainConfig:
-    """The config of the run that is resumed, with the fields that are given now.
+    """Return the config of the run that is resumed, with the fields that are given now.
 
     RequestError: a field would change its numbers.
     """
@@ -169,7 +169,7 @@ def _resumed(config: TrainConfig, stored_config: TrainConfig) -> TrainConfig:
 
 
 def _read_run(folder: Location, given: TrainConfig) -> tuple[dict[str, Any], TrainConfig]:
-    """The manifest of a run, and its config.
+    """Return the manifest of a run, and its config.
 
     RequestError: there is none that can be read, or it is of another task than the given one.
     """
@@ -180,7 +180,7 @@ def _read_run(folder: Location, given: TrainConfig) -> tuple[dict[str, Any], Tra
         if not isinstance(code, str):
             raise TypeError("code")
         if name != given.task_class.name:
-            other = f"is of the task {name}, and not {given.task_class.name}; give its --task"
+            other = f"is of the task {name}, and not {given.task_class.name}; add its --task"
             raise RequestError(f"--resume: the run {folder.display} {other}")
         # No code is loaded because a file says so: the task is the given one.
         config = type(given)(**manifest["config"] | {"task": given.task_class})

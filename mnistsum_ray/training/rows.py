@@ -147,7 +147,7 @@ _BLOCKS: Final[Mapping[str, Any]] = {"batch_size": None, "batch_format": "pyarro
 
 
 def _keep(dataset: Dataset, progress: Progress) -> Dataset:
-    """Do what `materialize` does, and count the rows of each block as soon as it is there."""
+    """Do what `materialize` does, and count the rows of each block as soon as it is ready."""
     blocks = []
     for bundle in dataset.iter_internal_ref_bundles():
         blocks += bundle.block_refs
@@ -160,7 +160,7 @@ def _keep(dataset: Dataset, progress: Progress) -> Dataset:
 
 
 def _in_blocks(decoded: Dataset, split: str, rows: Rows) -> Dataset:
-    """Rows of a split, as workers need them, in blocks of one length but for the last."""
+    """Return rows of a split, as workers need them, in blocks of one length but for the last."""
     needed = decoded.map_batches(select, fn_kwargs={"splits": [split]}, **_BLOCKS)
     needed = needed.map_batches(without_origin, **_BLOCKS)
     return needed.repartition(target_num_rows_per_block=rows.rows_of_block, strict=True)
@@ -187,7 +187,7 @@ def _check_splits(source: Source, summary: Summary, rejected: ReasonCounts) -> N
 
 
 def _decoded(source: Source, split: str, columns: Mapping[str, Column], seed: int) -> Dataset:
-    """The decoded rows that are named for a split."""
+    """Return the decoded rows that are named for a split."""
     if split in source.tables:
         table = source.tables[split]
         rows = rows_in(_MOST_BLOCK_BYTES, columns.values())
@@ -210,7 +210,7 @@ def _decoded(source: Source, split: str, columns: Mapping[str, Column], seed: in
 
 
 def _read_files(files: list[DataFile], seed: int) -> list[tuple[Dataset, dict[str, str]]]:
-    """Datasets of Parquet files, in an order of this seed, and the names of the task's columns."""
+    """Return Datasets of Parquet files, in an order by seed, and their columns' names."""
     # Files may be sorted by label: else a rank, or its buffer for shuffling, had one label alone.
     order = np.argsort(seeds(seed, 0, Purpose.FILE_ORDER, range(len(files))))
     groups: dict[tuple[object, ...], list[DataFile]] = {}
@@ -245,7 +245,7 @@ class EveryRow(DataConfig):
     """
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-        """The shard of each rank, by the name of the dataset."""
+        """Return the shard of each rank, by the name of the dataset."""
         shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
             is_kept = isinstance(dataset, MaterializedDataset)
@@ -259,7 +259,7 @@ class EveryRow(DataConfig):
 
 
 def shards_of(rows: int, rows_of_block: int, ranks: int) -> tuple[int, ...]:
-    """Rows of each rank: Ray gives the next block to the first of the ranks with the fewest rows.
+    """Return the rows of each rank. Ray gives the next block to the rank with the fewest rows.
 
     So workers know the steps of an epoch before they have seen its rows, which they count.
     """

@@ -52,7 +52,7 @@ class EpochSteps:
     batch_size: int  # rows of a step over all ranks
 
     def share(self, rank: int) -> int:
-        """Rows of a full batch that one rank takes; shares differ by one row."""
+        """Return rows of a full batch that one rank takes; shares differ by one row."""
         ranks = len(self.shards)
         return (rank + 1) * self.batch_size // ranks - rank * self.batch_size // ranks
 
@@ -62,7 +62,7 @@ class EpochSteps:
         return max(ceil(rows / self.share(rank)) for rank, rows in enumerate(self.shards))
 
     def batch_rows(self, step: int) -> int:
-        """Rows of the global batch at a step of an epoch."""
+        """Return rows of the global batch at a step of an epoch."""
         rows = 0
         for rank, of_shard in enumerate(self.shards):
             share = self.share(rank)
@@ -89,7 +89,7 @@ class ToTensors(NumpyBatchCollateFn):
         return loaded
 
     def zeros(self, rows: int) -> Batch:
-        """A batch of rows of zeros."""
+        """Return a batch of rows of zeros."""
         arrays: Arrays = {key: column.zeros(rows) for key, column in self._columns.items()}
         return self(arrays | {"row_id": np.zeros(rows, np.int64)})
 
@@ -132,7 +132,7 @@ class Objective(nn.Module):
         self._task, self.network, self._bf16 = task, network, bf16
 
     def forward(self, batch: Batch, rows: int) -> Tensor:
-        """The sum of the losses of the first so many rows."""
+        """Return the sum of the losses of the first `rows` rows."""
         outputs = forward(self._task, self.network, batch, bf16=self._bf16)
         with calling(self._task, "loss"):
             losses = self._task.loss(outputs, batch)
@@ -188,7 +188,7 @@ class Worker:
         """Let DDP find its order of sums.
 
         It orders its buckets anew after its first step. From three workers on they would then sum
-        in another order, and a run that goes on would have other bits. `zero_grad` drops the
+        in another order, and a resumed run would have other bits. `zero_grad` drops the
         gradients.
         """
         rows = self._to_device(Augment(self.task, self.parameters.seed, epoch=0).zeros(_NO_ROWS))
@@ -198,7 +198,7 @@ class Worker:
         return {key: values.to(self._device) for key, values in batch.items()}
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
-        """The rows of this rank on its device, in the order of an epoch."""
+        """Yield the rows of this rank on its device, in the order of an epoch."""
         share, rows = self._steps.share(self.rank), self._steps.shards[self.rank]
         seed = self.parameters.seed
         (order_seed,) = seeds(seed, epoch, Purpose.ROW_ORDER, range(self.rank, self.rank + 1))
@@ -235,7 +235,7 @@ class Worker:
             rows = 0 if batch is None else len(batch["row_id"])  # 0: the shard is used up
             step_of_run = epoch * steps.count + step
             rate = one_cycle(step_of_run, steps.count * parameters.epochs, parameters.learning_rate)
-            # A run that goes on draws what it would have drawn, such as for nn.Dropout.
+            # A resumed run draws what it would have drawn, such as for nn.Dropout.
             seed_generators(self._device, step_seeds[step])
             loss = self._step(batch or no_rows, rows, steps.batch_rows(step), rate)
             if batch is not None:
@@ -274,7 +274,7 @@ class Worker:
         }
 
     def _step(self, batch: Batch, rows: int, global_rows: int, learning_rate: float) -> Tensor:
-        """Update the parameters with this worker's rows of a global batch of so many.
+        """Update the parameters with this worker's rows of a global batch of this many.
 
         Returns the loss, summed over this worker's rows.
         """

@@ -74,7 +74,7 @@ def test_a_worker_reserves_the_cpus_that_it_computes_with_or_a_gpu(
 def test_gpus_that_a_batch_is_too_small_for_stay_unused_and_a_line_says_so(plan: Any) -> None:
     said: list[str] = []
     assert plan(gpus(4, nodes=2), said.append, batch_size=767).most == 2
-    small = "a batch of 767 rows is too small for more; give --batch-size"
+    small = "a batch of 767 rows is too small for more; raise --batch-size"
     assert said == [f"using 2 of 8 GPUs: {small}"]
     assert plan(gpus(2), batch_size=64).most == 1
 

@@ -43,7 +43,7 @@ def test_a_folder_is_listed_with_all_below_it_and_others_are_skipped(folder: Pat
     assert inputs.skipped == [str(folder / name) for name in SKIPPED]
     lines: list[str] = []
     report_skipped(inputs.skipped, lines.append)
-    assert lines[0].startswith(f"left out: 4, such as {folder}/.hidden.parquet (hidden, ")
+    assert lines[0].startswith(f"skipped: 4, such as {folder}/.hidden.parquet (hidden, ")
 
 
 FOUND = [
@@ -128,7 +128,7 @@ def test_what_cannot_be_opened_is_set_aside_alone(folder: Path) -> None:
         assert {*inputs.files} == {*NAMES} | names
         assert {str(folder / name) for name in odd} <= {*inputs.skipped}
     for name in names:
-        with pytest.raises(UnusableFileError, match="is no file, or a link to none"):
+        with pytest.raises(UnusableFileError, match="is not a file, or is a broken link"):
             read_footer(inputs.root / name, inputs.files[name])
 
 

@@ -139,7 +139,7 @@ DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
     (lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1", "is not Parquet, or was cut off"),
     (lambda data: data[:-4] + b"PARE", "is not Parquet, or was cut off"),  # encrypted
     (one_row_more(1), "has a damaged footer"),
-    (one_row_more(3), "has other rows than its footer says"),
+    (one_row_more(3), "its rows differ from its footer"),
 ]
 
 

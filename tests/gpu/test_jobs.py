@@ -38,12 +38,12 @@ def test_a_run_that_loses_a_worker_and_is_killed_on_a_gpu_is_resumed_on_a_cpu(
     job = Job(*training(SAMPLE, tmp_path, "--epochs", 12, "--precision", "fp32"))
     job.wait_for_line("epoch 2: loss ")
     kill_worker(job.process.pid, "RayTrainWorker")
-    job.wait_for_line("going on after epoch")
+    job.wait_for_line("resuming after epoch")
     job.wait_for_line("epoch 4: loss ")
     job.kill()
     run = ["--storage-path", tmp_path, "--name", "mine"]
     done = run_job("train", *run, "--resume", "--use-gpu", "false")
-    assert "going on after epoch " in done.err
+    assert "resuming after epoch " in done.err
     assert "1 CPU worker" in done.err
     assert done.line["test"]["digit_accuracy"] > 0.985
 

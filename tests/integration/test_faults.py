@@ -184,7 +184,7 @@ def test_a_training_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_befo
     kill(job, TRAIN)
     done = job.wait()
     assert f"checkpoint {newest.parent} cannot be used: {newest.name} is incomplete or" in done.err
-    assert done.err.count("going on after epoch") == done.err.count("going on after epoch 1, ") == 1
+    assert done.err.count("resuming after epoch") == done.err.count("resuming after epoch 1, ") == 1
     assert Result(done.line, done.err).weights() == undisturbed.weights()
     assert [line["epoch"] for line in history_of(tmp_path / "mine")] == [1, 2, 3]
 
@@ -220,7 +220,7 @@ def test_a_training_that_fails_too_often_ends_and_is_resumed(
     assert (done.code, done.out) == (1, "")
     assert "\nerror: workers have failed more often than --max-failures allows, see " in done.err
     resumed = train_here(storage_path=tmp_path, name="mine", resume=True)
-    assert "going on after epoch 2, on 3 workers" in resumed.said
+    assert "resuming after epoch 2, on 3 workers" in resumed.said
     assert resumed.weights() == undisturbed.weights()
 
 
@@ -238,7 +238,7 @@ def test_a_training_of_which_all_processes_were_killed_is_resumed(
         whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     finished = train_here(data=rows, storage_path=tmp_path, resume="auto", **SETTINGS)
     assert "cannot be used: trainer.safetensors is incomplete or damaged" in finished.said
-    assert "going on after epoch 1, on 3 workers" in finished.said
+    assert "resuming after epoch 1, on 3 workers" in finished.said
     assert finished.weights() == undisturbed.weights()
 
 
@@ -257,7 +257,7 @@ def test_a_training_whose_disk_is_full_ends_and_is_resumed_when_there_is_room(
         assert not (tmp_path / "mine/model/model.json").exists()
         subprocess.run(["mount", "-o", "remount,size=60m", tmp_path], check=True)
         finished = train_here(storage_path=tmp_path, name="mine", resume=True)
-        assert "going on after epoch 1, on 3 workers" in finished.said
+        assert "resuming after epoch 1, on 3 workers" in finished.said
         assert finished.weights() == undisturbed.weights()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
@@ -274,9 +274,9 @@ def test_an_elastic_run_shrinks_and_grows(four_nodes: Cluster, tmp_path: Path) -
 
         Where a job before it has just died, the run begins with fewer.
         """
-        begins = rf"(?:beginning|going on after epoch (\d+)), on {count} workers"
+        begins = rf"(?:beginning|resuming after epoch (\d+)), on {count} workers"
         while True:
-            found = re.match(begins, job.wait_for_line(("beginning, on", "going on after epoch ")))
+            found = re.match(begins, job.wait_for_line(("beginning, on", "resuming after epoch ")))
             if found:
                 return int(found[1] or 0)
 
@@ -378,7 +378,7 @@ def test_a_driver_that_is_killed_or_stopped_loses_nothing(
     wait_until(lambda: not any(map(is_alive, children)), 10)
     assert (stopped.code, stopped.out) == (128 + signal.SIGTERM, "")
     # Ray may say more after it.
-    kept = "stopped by SIGTERM; what is scored is kept, and the same command goes on\n"
+    kept = "stopped by SIGTERM; what is scored is kept, and the same command continues\n"
     assert kept in stopped.err
     assert "Traceback" not in stopped.err
     assert not (tmp_path / "manifest.json").exists()

@@ -98,7 +98,7 @@ def test_counts_add_up_and_every_bad_file_is_named_with_its_reason(scored: Resul
         assert files[name]["status"] == "failed"
         assert reason in files[name]["reason"]
         assert f"rejected: {name}: {files[name]['reason']}\n" in scored.said
-    assert re.search(r"left out: 1, such as \S+/control\\x1b\[2J.parquet \(", scored.said)
+    assert re.search(r"skipped: 1, such as \S+/control\\x1b\[2J.parquet \(", scored.said)
     assert "columns whose type changes in the output: day (INT96); " in scored.said
     page = (output / "report.html").read_text()
     assert page.replace("\n", "").isprintable(), "a terminal would obey control characters"

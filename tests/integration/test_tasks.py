@@ -76,7 +76,7 @@ def test_a_killed_training_has_the_same_bits_and_its_model_scores(
         assert f"{changed}; --changed-task true" in refusal(train_here, **again, task=task)
         again["changed_task"] = True
     resumed = train_here(**again, task=task)
-    assert ("the run goes on with it" in resumed.said) == (name == "shapes")
+    assert ("the run continues with it" in resumed.said) == (name == "shapes")
     assert resumed.line["test"] == calm.line["test"]
     assert trained_sha256(killed / "mine") == trained_sha256(tmp_path / "calm" / "mine")
     assert len(history_of(killed / "mine")) == EPOCHS

@@ -251,7 +251,7 @@ def test_an_infinite_loss_stops_every_rank_at_once_and_raises_in_its_thread(
     assert re.match(infinite, said)
     assert json.loads((tmp_path / "broken" / "manifest.json").read_text())["status"] == "failed"
     assert len([*tmp_path.glob("broken/checkpoints/*")]) <= 1
-    with pytest.raises(RequestError, match="exists; go on with --resume"):
+    with pytest.raises(RequestError, match="exists; continue it with --resume"):
         train_here(**settings)
 
 
@@ -425,7 +425,7 @@ def test_the_config_of_a_run_trains_the_same_model_also_after_a_signal(
         assert "Traceback" not in stopped.err
         assert json.loads((again / "manifest.json").read_text())["status"] == "stopped"
         resumed = train_here(storage_path=tmp_path, name="again", resume=True)
-    assert re.search("going on after epoch [12], on 1 worker", resumed.said)
+    assert re.search("resuming after epoch [12], on 1 worker", resumed.said)
     assert resumed.line["test"] == done.line["test"]
     assert resumed.weights() == done.weights()
     configs = [parse(TrainConfig, ["--config", str(path / file.name)]) for path in (run, again)]

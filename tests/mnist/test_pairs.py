@@ -42,7 +42,7 @@ def test_rows_beyond_the_split_repeat_it_with_other_numbers(
     assert run(tmp_path / "c", rows=1201, files=3, seed=1) != tables
     with pytest.raises(RequestError, match="is not empty"):
         run(tmp_path / "a", rows=10, files=1)
-    with pytest.raises(RequestError, match=r"^--files: more files than --rows 1; give fewer"):
+    with pytest.raises(RequestError, match=r"^--files: more files than --rows 1; lower --files"):
         run(tmp_path / "d", rows=1, files=100)
     config = ExportPairsConfig(data=str(tmp_path / "a"), output=str(tmp_path / "d"))
     with pytest.raises(RequestError, match="/a: is Parquet already; give it a column of numbers"):

@@ -66,7 +66,7 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     refused: list[tuple[Picture, str]] = [
         (Path(__file__), "cannot be read as a picture"),
         (tmp_path / "white.png", "nothing is drawn on it"),
-        (tmp_path / "nowhere.png", "is not there"),
+        (tmp_path / "nowhere.png", "does not exist"),
         (giant(1)[:45], "cannot be read as a picture"),  # cut off
         (giant(20_000), "cannot be read as a picture"),  # a few bytes of too many pixels
     ]

@@ -92,7 +92,7 @@ def test_what_is_not_a_model_is_refused_in_one_line(tmp_path: Path, write: Any, 
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        (Other, "its task is points, and not other; give its --task"),
+        (Other, "its task is points, and not other; add its --task"),
         (Narrower, "Extra inputs are not permitted"),
     ],
 )

@@ -43,7 +43,7 @@ def test_it_can_be_mailed_and_has_the_pictures_that_can_be_drawn(tmp_path: Path)
     )
     with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 20}):  # of the user
         write_report(place, MANIFEST, DESCRIPTION, [EPOCH] * 2, findings, said.append)
-    assert said == ["a picture cannot be drawn: division by zero; report.html is without it"]
+    assert said == ["a picture cannot be drawn: division by zero; report.html omits it"]
     page = (tmp_path / "report.html").read_text()
     pictures = [*tmp_path.glob("*.png")]
     assert page.count("data:image/png;base64,") == len(pictures) == 2

@@ -77,7 +77,7 @@ def test_the_precision_is_that_of_the_model_where_it_is_fast(
     assert lines == ([said] if why else [])
 
 
-KEPT = "what is scored is kept, and the same command goes on"
+KEPT = "what is scored is kept, and the same command continues"
 AT_START = "no CUDA"
 IN_WORK = (
     "workers died again and again (it died); in work were a.parquet; give the workers more mem"
@@ -91,7 +91,7 @@ ENDS: list[tuple[BaseException, str]] = [
 
 
 @pytest.mark.parametrize(("error", "said"), ENDS)
-def test_a_run_ends_with_one_line_that_says_how_to_go_on(error: Any, said: str) -> None:
+def test_a_run_ends_with_one_line_that_says_how_to_resume(error: Any, said: str) -> None:
     config = ScoreConfig(model="m", input=("i",), output="o")
     run = Run(SimpleNamespace(config=config))  # type: ignore[arg-type]
     run.in_work = {

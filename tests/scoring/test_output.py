@@ -491,8 +491,8 @@ def test_a_storage_that_does_not_answer_is_no_fault_of_the_file(
         example.input.rename(example.folder / "away")
         return score_without_ray(*given)
 
-    goes_on = "the same command without --overwrite goes on" if overwrite else "the same command"
-    said = f"^{example.file}: is not there.*; what is scored is kept, and {goes_on}"
+    goes_on = "the same command without --overwrite continues" if overwrite else "the same command"
+    said = f"^{example.file}: does not exist.*; what is scored is kept, and {goes_on}"
     with pytest.raises(TryAgainError, match=said):
         example.score(execute, overwrite=overwrite)
     assert example.files(*TIMED).keys() == {"run.json"}

@@ -68,7 +68,7 @@ def test_files_are_deleted_and_missing_ones_are_no_error(bucket: Location) -> No
         (folder / name).delete()
     assert names(folder) == []
     for read in (Location.read_bytes, Location.open):
-        with pytest.raises(MissingFileError, match=r"bb.*: is not there"):
+        with pytest.raises(MissingFileError, match=r"bb.*: does not exist"):
             read(folder / "bb")
 
 

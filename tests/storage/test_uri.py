@@ -128,6 +128,6 @@ def test_a_uri_with_a_key_is_refused_by_each_flag_and_shown_nowhere(
         assert cli.main(request.split()) == 2
         said = capfd.readouterr()
         assert (said.out, said.err.count("\n")) == ("", 1), request
-        assert re.search("keys belong in the env|is not YAML|no such flag", said.err), request
+        assert re.search("keys belong in the env|is not YAML|unknown flag", said.err), request
         assert not re.search("topsecret|AKIA", said.err)
     assert len(list(tmp_path.iterdir())) == 3, "nothing is written"

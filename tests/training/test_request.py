@@ -58,7 +58,7 @@ def asked(**given: Any) -> TrainRequest:
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The config of a run that was started and killed."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match=r"^--init-from \S*/base: is not there"):
+    with pytest.raises(RequestError, match=r"^--init-from \S*/base: does not exist"):
         asked(**SETTINGS, init_from="base")
     (tmp_path / "base").mkdir()
     request = asked(**SETTINGS, init_from="base")
@@ -110,14 +110,14 @@ def test_what_the_numbers_depend_on_cannot_be_changed(given: dict[str, Any], sai
 def test_a_run_goes_on_with_its_own_task_whose_file_is_as_it_was(
     stored: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RequestError, match=r"mine is of the task mnistsum, and not points; give i"):
+    with pytest.raises(RequestError, match=r"mine is of the task mnistsum, and not points; add i"):
         asked(resume=True, task=Points)
     monkeypatch.setattr("mnistsum_ray.training.request.code_of", lambda _: "another")
     changed = "the file of the task mnistsum has changed since the run began"
-    with pytest.raises(RequestError, match=f"^--resume: {changed}; --changed-task true goes on"):
+    with pytest.raises(RequestError, match=f"^--resume: {changed}; --changed-task true continues"):
         asked(resume=True)
     request = asked(resume=True, changed_task=True)
-    assert (request.notice, request.config.epochs) == (f"{changed}; the run goes on with it", 7)
+    assert (request.notice, request.config.epochs) == (f"{changed}; the run continues with it", 7)
 
 
 def points_of(**attributes: Any) -> Any:
@@ -172,7 +172,7 @@ def test_a_first_try_has_some_rows_of_each_split_and_of_all_digits(
 def test_a_folder_without_a_run_is_neither_taken_nor_resumed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
-    taken = "mine holds other files, and no run; choose another name"
+    taken = "mine has other files but no run; choose another name"
     with pytest.raises(RequestError, match=taken):
         asked(storage_path=str(tmp_path), resume="auto")
     for text in ("{", "[]", '{"config": {}}'):
@@ -227,10 +227,10 @@ def test_a_run_that_goes_on_with_other_versions_or_workers_says_so() -> None:
     had = {"versions": versions() | {"torch": "2.0", "numpy": "1.0"}, "workers": "2 CPU workers"}
     job.say_what_differs(stored | had, plan, said.append)
     first, second = said
-    torch = f"torch 2.0, and goes on with torch {version('torch')}: its last bits may differ"
+    torch = f"torch 2.0, and continues with torch {version('torch')}: its last bits may differ"
     assert first == f"the run had {torch}"
     assert second.startswith(
-        "the run had 2 CPU workers, and goes on with 1 to 4 CPU workers of 2 t"
+        "the run had 2 CPU workers, and continues with 1 to 4 CPU workers of 2 t"
     )
     assert second.endswith(
         "may differ (as many workers, with --use-gpu false --threads 2, keep them)"
@@ -287,7 +287,7 @@ def test_a_run_that_ray_train_gives_up_ends_in_one_line(
     assert str(error).endswith("--name mine --resume") or kind is RunError
 
 
-def test_a_run_whose_workers_fail_too_often_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_run_whose_workers_fail_too_often_says_how_to_resume(tmp_path: Path) -> None:
     error = ended(asked(storage_path=tmp_path), ray.train.WorkerGroupError("", {0: OSError()}))
     assert type(error) is RunError
     assert str(error).startswith("workers have failed more often than --max-failures allows, see ")
