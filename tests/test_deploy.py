@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import kubernetes_validate
+import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -45,6 +46,7 @@ def test_cluster_yaml_is_one_and_opens_nothing_to_the_world() -> None:
     assert f"{HOME}/.ray/auth_token" in config["file_mounts"]
 
 
+@pytest.mark.slow
 def test_a_worker_of_cluster_yaml_joins_its_head_with_the_token() -> None:
     """Both run their own last line, but for ports and for what starts machines."""
     ports = {"6379": str(free_port()), "8080": "0"}
