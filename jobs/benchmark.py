@@ -36,7 +36,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, default_collate
 
-from mnistsum_ray import Draws, ScoreConfig, Task, TrainConfig, fit, load_model, save_model, score
+from mnistsum_ray import (
+    RowRandom,
+    ScoreConfig,
+    Task,
+    TrainConfig,
+    fit,
+    load_model,
+    save_model,
+    score,
+)
 from mnistsum_ray.cluster.connection import send_by_value
 from mnistsum_ray.data.columns import Arrays, Column, decode_columns
 from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
@@ -91,7 +100,7 @@ def wait_for_device() -> None:
 def project_step(task: Task) -> Callable[[Batch], None]:
     """Return a step as in `fit`, on a batch of inputs and labels on the device."""
     tune_malloc()
-    augmented = task.augment(random_rows(task, BATCH), Draws(0, 0, np.arange(BATCH)))
+    augmented = task.augment(random_rows(task, BATCH), RowRandom(0, 0, np.arange(BATCH)))
     drawn = {key: torch.tensor(values, device=DEVICE) for key, values in augmented.items()}
     drawn["row_id"] = torch.arange(BATCH, device=DEVICE)
     bf16 = precision_of(task) == "bf16"
@@ -99,7 +108,7 @@ def project_step(task: Task) -> Callable[[Batch], None]:
     objective = Objective(task, network, bf16=bf16)
     optimizer = task.optimizer(network, 0.01, bf16=bf16)
     for group in optimizer.param_groups:
-        group["lr"] = 0.01 * group.get("factor", 1.0)
+        group["lr"] = 0.01 * group.get("lr_factor", 1.0)
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
@@ -207,7 +216,7 @@ def project(task: Task, what: str, folder: str, rows: int) -> float | None:
     if what == "train":
         settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": BATCH, "num_workers": 1}
         config = TrainConfig(task=type(task), data=source, storage_path=output, **settings)
-        return fit(config).images_per_second
+        return fit(config).rows_per_second
     places = {"model": f"{folder}/model", "input": source, "output": output}
     score(ScoreConfig(task=type(task), precision=precision_of(task), **places))
     return None

@@ -1,19 +1,17 @@
 """Train a network on Ray and score Parquet files with it; every row is counted.
 
 What is learned is a task. The built-in one is a two-head network for MNIST; write a `Task` for rows
-of your own, of columns `Images`, `Photos`, `Whole` and `Floats`, and give it as `task=Shapes`.
+of your own, of columns `Images`, `Photos`, `Integers` and `Numbers`, and give it as `task=Shapes`.
 
 The Python API does what the jobs do from a shell:
 
     from mnistsum_ray import ScoreConfig, TrainConfig, fit, score
-    from mnistsum_ray import load_model, predict, predict_rows, prepare_picture
+    from mnistsum_ray import load_model, predict_rows
 
     trained = fit(TrainConfig(data="sample"))
     score(ScoreConfig(model=trained.run, input=("pairs/",), output="scored/"))
-    answer = predict(trained.run, "seven.png", 5)  # a picture and a number
     table = predict_rows(load_model(trained.run), rows)  # pandas, Polars, Arrow, a Ray Dataset
-    pixels = prepare_picture("seven.png")  # uint8[28, 28], as training and scoring take images
-    config = parse(TrainConfig, ["--data", "sample"])  # the flags of a job
+    config = config_from_args(TrainConfig, ["--data", "sample"])  # the flags of a job
 
 Progress goes through the logger "mnistsum_ray", by default to standard error.
 """
@@ -30,29 +28,24 @@ if TYPE_CHECKING:
     from mnistsum_ray.api import predict_rows as predict_rows
     from mnistsum_ray.api import save_model as save_model
     from mnistsum_ray.api import score as score
-    from mnistsum_ray.cli import parse as parse
+    from mnistsum_ray.cli import config_from_args as config_from_args
     from mnistsum_ray.config import ScoreConfig as ScoreConfig
     from mnistsum_ray.config import TrainConfig as TrainConfig
     from mnistsum_ray.data.columns import Column as Column
-    from mnistsum_ray.data.columns import Floats as Floats
-    from mnistsum_ray.data.columns import Whole as Whole
+    from mnistsum_ray.data.columns import Integers as Integers
+    from mnistsum_ray.data.columns import Numbers as Numbers
     from mnistsum_ray.data.images import Images as Images
     from mnistsum_ray.data.images import Photos as Photos
-    from mnistsum_ray.data.randomness import Draws as Draws
+    from mnistsum_ray.data.randomness import RowRandom as RowRandom
     from mnistsum_ray.errors import RequestError as RequestError
     from mnistsum_ray.errors import RowCountError as RowCountError
     from mnistsum_ray.errors import RunError as RunError
     from mnistsum_ray.errors import RunInterrupted as RunInterrupted
     from mnistsum_ray.errors import TaskError as TaskError
     from mnistsum_ray.errors import TryAgainError as TryAgainError
-    from mnistsum_ray.mnist.network import TwoHeadCNN as TwoHeadCNN
-    from mnistsum_ray.mnist.network import prepare_images as prepare_images
-    from mnistsum_ray.mnist.picture import PicturePrediction as PicturePrediction
-    from mnistsum_ray.mnist.picture import predict as predict
-    from mnistsum_ray.mnist.picture import prepare_picture as prepare_picture
-    from mnistsum_ray.mnist.task import MnistSum as MnistSum
     from mnistsum_ray.reporting.results import ScoreResult as ScoreResult
     from mnistsum_ray.reporting.results import TrainResult as TrainResult
+    from mnistsum_ray.task import Batch as Batch
     from mnistsum_ray.task import Findings as Findings
     from mnistsum_ray.task import NamedData as NamedData
     from mnistsum_ray.task import Settings as Settings
@@ -60,17 +53,14 @@ if TYPE_CHECKING:
 
 _NAMES: Final = {
     "api": "fit load_model predict_rows save_model score",
-    "cli": "parse",
+    "cli": "config_from_args",
     "config": "ScoreConfig TrainConfig",
-    "data.columns": "Column Floats Whole",
+    "data.columns": "Column Numbers Integers",
     "data.images": "Images Photos",
-    "data.randomness": "Draws",
+    "data.randomness": "RowRandom",
     "errors": "RequestError RowCountError RunError RunInterrupted TaskError TryAgainError",
-    "mnist.network": "TwoHeadCNN prepare_images",
-    "mnist.picture": "PicturePrediction predict prepare_picture",
-    "mnist.task": "MnistSum",
     "reporting.results": "ScoreResult TrainResult",
-    "task": "Findings NamedData Settings Task",
+    "task": "Batch Findings NamedData Settings Task",
 }
 """Exported names by module."""
 

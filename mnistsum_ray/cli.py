@@ -158,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         name = parser.parse_args(words[:1]).command
         job, kind, _ = COMMANDS[name]
-        config = parse(kind, words[1:], f"{inspect.getdoc(job)}\n{_HELP}", shell_command(name))
+        config = config_from_args(
+            kind, words[1:], f"{inspect.getdoc(job)}\n{_HELP}", shell_command(name)
+        )
     except RequestError as error:
         return _explain(error, None)
     return run(partial(job, config), show_json)
@@ -183,7 +185,9 @@ class Parser(ArgumentParser):
         raise RequestError(hide_secrets(message).removeprefix("argument "))
 
 
-def parse(kind: type[Config], argv: list[str], description: str = "", command: str = "") -> Config:
+def config_from_args(
+    kind: type[Config], argv: list[str], description: str = "", command: str = ""
+) -> Config:
     """Make a config from the command line and the YAML file of `--config`; the command line wins.
 
     The flags of a task's columns and settings follow from `--task`, which is looked for first.

@@ -228,7 +228,7 @@ class TrainConfig(TaskConfig):
 
     @classmethod
     def columns_of(cls, task: type[Task]) -> dict[str, tuple[Column, str]]:
-        read = {key: column for key, column in task.inputs.items() if key not in task.drawn}
+        read = {key: column for key, column in task.inputs.items() if key not in task.augmented}
         columns = {**read, **task.labels}
         return {key: (column, _usual(key, column)) for key, column in columns.items()}
 

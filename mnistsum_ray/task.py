@@ -3,8 +3,8 @@
 A batch is a dict of tensors by the names of `inputs` and `labels`. Losses, metrics and predictions
 are of each row: the jobs alone sum and count them. jobs/examples/shapes.py is a whole task.
 
-Columns are Images(height, width, mode) and Photos(side), uint8 in a batch; Whole(below), int64, for
-classes and other whole numbers; Floats() and, of lists, Floats(length), float32.
+Columns are Images(height, width, mode) and Photos(side), uint8 in a batch; Integers(below), int64,
+for classes and other whole numbers; Numbers() and, of lists, Numbers(length), float32.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from mnistsum_ray.data.columns import Arrays, Column
-from mnistsum_ray.data.randomness import Draws
+from mnistsum_ray.data.randomness import RowRandom
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` does not need them
     from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ class Task(ABC):
     """Identifies the task. A job refuses the model of another one."""
     inputs: ClassVar[Mapping[str, Column]]
     """Columns that the network takes. A row with an unusable value is rejected."""
-    drawn: ClassVar[frozenset[str]] = frozenset()
+    augmented: ClassVar[frozenset[str]] = frozenset()
     """Inputs that `augment` draws; training data do not have them."""
     labels: ClassVar[Mapping[str, Column]]
     """Columns to learn. Training reads all; scoring reads those that a flag names."""
@@ -84,7 +84,7 @@ class Task(ABC):
     @property
     def training_columns(self) -> dict[str, Column]:
         """Columns that a training reads."""
-        read = {key: column for key, column in self.inputs.items() if key not in self.drawn}
+        read = {key: column for key, column in self.inputs.items() if key not in self.augmented}
         return read | dict(self.labels)
 
     @abstractmethod
@@ -104,13 +104,13 @@ class Task(ABC):
         """Return predictions by column of `outputs`: [n], or [n, length] for a list column."""
 
     @abstractmethod
-    def judge(self, predicted: "dict[str, Tensor]", batch: Batch) -> "dict[str, Tensor]":
+    def row_metrics(self, predicted: "dict[str, Tensor]", batch: Batch) -> "dict[str, Tensor]":
         """Return metrics by name, as numbers or booleans [n].
 
         Metrics whose names end in `accuracy` are shown in percent.
         """
 
-    def augment(self, batch: Arrays, draws: Draws) -> Arrays:
+    def augment(self, batch: Arrays, draws: RowRandom) -> Arrays:
         """Return the training batch, changed or with more columns. Override this for augmentation.
 
         Take random numbers from `draws` only, so that a resumed run draws the same ones.
@@ -118,19 +118,19 @@ class Task(ABC):
         return batch
 
     def evaluate(self, network: "nn.Module", outputs: Any, batch: Batch) -> "dict[str, Tensor]":
-        """Return `loss` and metrics of held-out rows, [n] each. Override if inputs are `drawn`."""
-        judged = self.judge(self.predict(outputs, batch), batch)
-        return {"loss": self.loss(outputs, batch), **judged}
+        """Return `loss` and metrics of held-out rows, [n] each. Override for `augmented` inputs."""
+        measured = self.row_metrics(self.predict(outputs, batch), batch)
+        return {"loss": self.loss(outputs, batch), **measured}
 
-    def metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
+    def reduce_metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of all rows, given their number and sums. Default: the means."""
         return {name: total / max(1, rows) for name, total in sums.items()}
 
     def optimizer(self, network: "nn.Module", weight_decay: float, *, bf16: bool) -> "Optimizer":
         """Return a PyTorch optimizer. Default: AdamW.
 
-        The learning rate of a group is that of the run times its `factor` (default 1). `bf16` says
-        whether the run computes in bfloat16.
+        The learning rate of a group is that of the run times its `lr_factor` (default 1). `bf16`
+        says whether the run computes in bfloat16.
         """
         import torch
 

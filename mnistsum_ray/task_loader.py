@@ -109,7 +109,7 @@ def _problem(task: type[Task]) -> str | None:
     columns = {**task.inputs, **task.labels}
     for key, column in columns.items():
         if not isinstance(column, Column):
-            return f"column {key!r} is {shortened(repr(column))}, and must be Images, Whole, …"
+            return f"column {key!r} is {shortened(repr(column))}, and must be Images, Integers, …"
     both = task.inputs.keys() & task.labels.keys()
     if both:
         return f"column {min(both)!r} is there twice, in inputs and in labels"

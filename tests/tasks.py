@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mnistsum_ray import Floats, Settings, Task, Whole
+from mnistsum_ray import Batch, Integers, Numbers, Settings, Task
 
 
 class PointSettings(Settings):
@@ -24,8 +24,8 @@ class Points(Task):
     """On which side of a line does a point lie?"""
 
     name = "points"
-    inputs: ClassVar = {"place": Floats(3)}
-    labels: ClassVar = {"side": Whole(2, names=("side", "which"))}
+    inputs: ClassVar = {"place": Numbers(3)}
+    labels: ClassVar = {"side": Integers(2, names=("side", "which"))}
     outputs = pa.schema({"pred_side": pa.int8(), "side_prob": pa.float32()})
     Settings = PointSettings
 
@@ -33,26 +33,26 @@ class Points(Task):
         hidden, dropout = self.settings.hidden, nn.Dropout(self.settings.dropout or 0.0)
         return PointNetwork(nn.Linear(3, hidden), nn.ReLU(), dropout, nn.Linear(hidden, 2))
 
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, batch["side"], reduction="none")
 
-    def predict(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, outputs: Tensor, batch: Batch) -> Batch:
         probability, side = outputs.softmax(1).max(1)
         return {"pred_side": side, "side_prob": probability}
 
-    def judge(self, predicted: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def row_metrics(self, predicted: Batch, batch: Batch) -> Batch:
         return {"accuracy": predicted["pred_side"] == batch["side"]}
 
 
 class PointNetwork(nn.Sequential):
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         values = batch["place"]
         for layer in self:
             values = layer(values)
         return values
 
 
-def points(rows: int) -> dict[str, Tensor]:
+def points(rows: int) -> Batch:
     """A batch."""
     generator = torch.Generator().manual_seed(1)
     places = torch.randn(rows, 3, generator=generator)

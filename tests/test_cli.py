@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mnistsum_ray import __version__, cli
-from mnistsum_ray.cli import parse
+from mnistsum_ray.cli import config_from_args
 from mnistsum_ray.config import JobConfig, ScoreConfig, TaskConfig, TrainConfig
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.mnist.picture import PredictConfig
@@ -207,7 +207,7 @@ def test_the_command_line_and_below_it_the_config_file_fill_the_config(
     words = ["--config", str(tmp_path / "run.yaml"), *shlex.split(flags)]
     if kind is ScoreConfig:
         words += ["--model", "m", "--output", "o"]
-    made = parse(kind, words)
+    made = config_from_args(kind, words)
     assert {name: getattr(made, name) for name in expected} == expected
 
 
@@ -217,7 +217,7 @@ def test_a_config_file_that_is_a_pipe_is_read_and_a_line_says_so(
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with subprocess.Popen(["sh", "-c", f"echo epochs: 3 > {pipe}"]):
-        assert parse(TrainConfig, ["--config", str(pipe)]).epochs == 3
+        assert config_from_args(TrainConfig, ["--config", str(pipe)]).epochs == 3
     said = f"--config {pipe}: is a pipe, which is read until its writer closes it\n"
     assert capsys.readouterr().err == said
 
@@ -247,7 +247,7 @@ def test_all_that_is_wrong_is_said_in_one_short_line_by_flag_or_key(
 ) -> None:
     (tmp_path / "run.yaml").write_text(file)
     with pytest.raises(RequestError) as error:
-        parse(kind, ["--config", str(tmp_path / "run.yaml"), *flags.split()])
+        config_from_args(kind, ["--config", str(tmp_path / "run.yaml"), *flags.split()])
     message = str(error.value)
     assert [text for text in said if text not in message] == []
     assert "\n" not in message

@@ -7,7 +7,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mnistsum_ray import Floats, ScoreConfig, Settings, Task, TrainConfig, Whole, parse
+from mnistsum_ray import (
+    Integers,
+    Numbers,
+    ScoreConfig,
+    Settings,
+    Task,
+    TrainConfig,
+    config_from_args,
+)
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.task import BUILT_IN
 from mnistsum_ray.task_loader import code_of, load_task, task_name
@@ -50,7 +58,7 @@ def test_a_config_of_a_task_is_made_again_from_its_fields() -> None:
 def test_settings_and_columns_are_flags(named: str) -> None:
     settings = ["--hidden=5", "--kind", "deep", "--dropout", "0"]
     words = ["--place-column", "p", "--epochs", "3", "--data", "d", "--task", named]
-    config = parse(TrainConfig, settings + words)
+    config = config_from_args(TrainConfig, settings + words)
     assert config.settings.model_dump() == {"hidden": 5, "kind": "deep", "dropout": 0}
     assert (config.columns["place"], config.epochs) == ("p", 3)
     assert config.task == named, "a file by its whole path"
@@ -58,7 +66,7 @@ def test_settings_and_columns_are_flags(named: str) -> None:
 
 def test_help_names_them_with_their_meanings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(TrainConfig, ["--help", "--task", "tests.tasks:Points"])
+        config_from_args(TrainConfig, ["--help", "--task", "tests.tasks:Points"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--side-column SIDE_COLUMN column of the side: whole numbers in 0..1 [side or " in text
     assert "--place-column PLACE_COLUMN column of the place: lists of 3 numbers [place]" in text
@@ -81,7 +89,7 @@ def test_a_setting_that_the_task_has_not_is_refused_in_one_line(
     flags: list[str], said: str
 ) -> None:
     with pytest.raises(RequestError) as error:
-        parse(TrainConfig, ["--data", "d", "--task", "tests.tasks:Points", *flags])
+        config_from_args(TrainConfig, ["--data", "d", "--task", "tests.tasks:Points", *flags])
     assert str(error.value).startswith(said)
 
 
@@ -89,10 +97,10 @@ def test_a_config_file_names_no_task(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("task: tests.tasks:Points\ndata: d\n")
     said = r"^key 'task' of the config file: give it as --task: no code is loaded because a file"
     with pytest.raises(RequestError, match=said):
-        parse(TrainConfig, ["--config", f"{tmp_path / 'run.yaml'}"])
+        config_from_args(TrainConfig, ["--config", f"{tmp_path / 'run.yaml'}"])
     (tmp_path / "run.yaml").write_text("hidden: 3\ndata: d\n")
     words = ["--config", f"{tmp_path / 'run.yaml'}", "--task", "tests.tasks:Points"]
-    assert parse(TrainConfig, words).settings.hidden == 3
+    assert config_from_args(TrainConfig, words).settings.hidden == 3
 
 
 class NoTask:
@@ -109,7 +117,7 @@ def changed(**attributes: Any) -> Any:
 
 TASKS: list[tuple[Any, str]] = [
     (NoTask, "is not a subclass of mnistsum_ray.Task"),
-    (Task, "lacks the method judge"),
+    (Task, "lacks the method loss"),
     ("Points", "must be file.py:Class or module:Class"),
     ("no.py:Points", "there is no file no.py"),
     ("no.module:Points", "cannot be imported: ModuleNotFoundError: No module named 'no'"),
@@ -117,14 +125,17 @@ TASKS: list[tuple[Any, str]] = [
     ("tests.tasks:points", "there is no class points in tests.tasks"),
     (changed(name=""), "name is '', and must be a text"),
     (changed(inputs={}), "inputs is {}, and must be a dict of columns"),
-    (changed(labels={"side": 2}), "column 'side' is 2, and must be Images, Whole, …"),
-    (changed(labels={"place": Whole(2)}), "column 'place' is there twice, in inputs and in labels"),
-    (changed(labels={"path": Whole(2)}), "no column may be row_id, reason or path, which"),
+    (changed(labels={"side": 2}), "column 'side' is 2, and must be Images, Integers, …"),
+    (
+        changed(labels={"place": Integers(2)}),
+        "column 'place' is there twice, in inputs and in labels",
+    ),
+    (changed(labels={"path": Integers(2)}), "no column may be row_id, reason or path, which"),
     (changed(outputs=pa.schema({})), "must be a pyarrow.schema with a field or more"),
     (changed(outputs=pa.schema({"reason": pa.int8()})), "outputs has 'reason', which scoring adds"),
     (changed(Settings=dict), "Settings must be a subclass of mnistsum_ray.Settings"),
     (changed(Settings=Clash), "two flags are --epochs; rename one"),
-    (changed(labels={"data": Floats(flag="data")}), "two flags are --data; rename one"),
+    (changed(labels={"data": Numbers(flag="data")}), "two flags are --data; rename one"),
 ]
 
 

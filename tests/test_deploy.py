@@ -15,7 +15,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from mnistsum_ray.cli import parse
+from mnistsum_ray.cli import config_from_args
 from mnistsum_ray.config import ScoreConfig
 from mnistsum_ray.reporting.prometheus import COUNTERS, GAUGES
 from tests.jobs import RAY, ROOT, free_port, kill_everything
@@ -97,7 +97,7 @@ def test_kuberay_and_kubernetes_know_every_field_and_give_no_privileges() -> Non
 def test_the_nightly_job_is_tried_again_after_75_and_not_after_what_would_come_again() -> None:
     (job,) = CRONJOB["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     assert job["command"] == ["mnistsum", "score"]
-    parse(ScoreConfig, job["args"])
+    config_from_args(ScoreConfig, job["args"])
     rules = CRONJOB["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
     (final,) = (rule["onExitCodes"]["values"] for rule in rules if rule["action"] == "FailJob")
     assert final == [2]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mnistsum_ray.cli import COMMANDS, parse
+from mnistsum_ray.cli import COMMANDS, config_from_args
 from mnistsum_ray.model.trial import try_task
 from tests.jobs import ROOT
 
@@ -44,7 +44,7 @@ def test_a_command_that_is_shown_parses(tmp_path: Path, monkeypatch: pytest.Monk
         flags = shlex.split(re.split(r"\s{3,}|&|\|\||>", words)[0])
         name = job.replace("_", "-")
         if name in COMMANDS and not {"--help", "--config"} & {*flags}:
-            parse(COMMANDS[name][1], flags)
+            config_from_args(COMMANDS[name][1], flags)
         else:
             assert (ROOT / "jobs" / f"{job}.py").exists(), job
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import mnistsum_ray
+import mnistsum_ray.mnist
 from tests.jobs import ROOT
 
 
@@ -27,14 +28,15 @@ def run(folder: Path, *words: object, path: str = "") -> str:
 def test_what_is_exported_is_there_and_documents_and_examples_need_no_more() -> None:
     assert {*mnistsum_ray.__all__} <= {*dir(mnistsum_ray)}
     assert "Any" not in dir(mnistsum_ray)
-    for name in mnistsum_ray.__all__:
-        assert getattr(mnistsum_ray, name).__name__ == name
+    for package in (mnistsum_ray, mnistsum_ray.mnist):
+        for name in package.__all__:
+            assert getattr(getattr(package, name), "__name__", name) == name
     documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     for file in [*(ROOT / "jobs" / "examples").glob("*.py"), *documents]:
         imports = re.findall(r"^from (mnistsum_ray\S*) import (.+)", file.read_text(), re.MULTILINE)
         for module, names in imports:
-            assert module == "mnistsum_ray", file
-            assert {*names.split(", ")} <= {*mnistsum_ray.__all__}, file
+            exported = {"mnistsum_ray": mnistsum_ray, "mnistsum_ray.mnist": mnistsum_ray.mnist}
+            assert {*names.split(", ")} <= {*exported[module].__all__}, file
 
 
 OF_MNIST = re.compile(

@@ -15,15 +15,12 @@ from PIL import Image
 from mnistsum_ray import (
     RequestError,
     RunError,
-    TwoHeadCNN,
     load_model,
-    predict,
     predict_rows,
-    prepare_picture,
     save_model,
 )
 from mnistsum_ray.data.columns import Array, Arrays
-from mnistsum_ray.mnist.task import MnistSum
+from mnistsum_ray.mnist import MnistSum, TwoHeadCNN, predict, prepare_picture
 from mnistsum_ray.model import inference
 from tests.tasks import Points, PointSettings, points
 

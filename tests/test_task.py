@@ -13,13 +13,13 @@ GOOD = """
 import pyarrow as pa
 from torch import nn
 
-from mnistsum_ray import Floats, Settings, Task, Whole
+from mnistsum_ray import Numbers, Settings, Task, Integers
 
 
 class Plain(Task):
     name = "plain"
-    inputs = {"x": Floats(3)}
-    labels = {"y": Whole(2)}
+    inputs = {"x": Numbers(3)}
+    labels = {"y": Integers(2)}
     outputs = pa.schema({"pred_y": pa.int8()})
 
     def network(self):
@@ -31,7 +31,7 @@ class Plain(Task):
     def predict(self, outputs, batch):
         return {"pred_y": outputs.argmax(1)}
 
-    def judge(self, predicted, batch):
+    def row_metrics(self, predicted, batch):
         return {"accuracy": predicted["pred_y"] == batch["y"]}
 
 
@@ -89,7 +89,7 @@ MORE: list[tuple[str, str]] = [
     (method("defaults", "return {'batch_size': 8}", "self, rows"), "defaults must have 'epochs'"),
     (method("defaults", f"return {NUMBERS}, 'z': 1}}", "self, rows"), "defaults has 'z', which is"),
     (method("defaults", "return 1 / 0", "self, rows"), "task plain: defaults raised ZeroDivision"),
-    ("    inputs = {'x': 3}\n", "task.py:Plain: column 'x' is 3, and must be Images, Whole, …"),
+    ("    inputs = {'x': 3}\n", "task.py:Plain: column 'x' is 3, and must be Images, Integers, …"),
 ]
 
 
@@ -102,9 +102,9 @@ def test_a_broken_promise_is_refused_before_anything_is_written(
 
 
 CHANGED: list[tuple[str, str, str]] = [
-    ("    def judge(", "    def judged(", "task.py:Plain: lacks the method judge"),
+    ("    def row_metrics(", "    def row_metric(", "task.py:Plain: lacks the method row_metrics"),
     ("import pyarrow", "import no_such_module as", "cannot be imported: SyntaxError: "),
-    ('"x": Floats(3)', '"z": Floats(3)', "z"),  # a column that no file has
+    ('"x": Numbers(3)', '"z": Numbers(3)', "z"),  # a column that no file has
 ]
 
 

@@ -13,7 +13,8 @@ from fastapi import Body, FastAPI, HTTPException, Query
 from fastapi.responses import HTMLResponse
 from ray import serve
 
-from mnistsum_ray import RequestError, TwoHeadCNN, load_model, predict_rows, prepare_picture
+from mnistsum_ray import RequestError, load_model, predict_rows
+from mnistsum_ray.mnist import TwoHeadCNN, prepare_picture
 
 PAGE = """<!doctype html>
 <html lang="en">

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray import Floats, Settings, Task
+from mnistsum_ray import Batch, Numbers, Settings, Task
 
 FEATURES = {"area": (120, 40), "rooms": (4.5, 1.2), "age": (40, 20), "floor": (2, 1.5)}
 FEATURES |= {"garden": (300, 150), "distance": (10, 4), "noise": (55, 8), "income": (40, 12)}
@@ -28,15 +28,15 @@ class HouseSettings(Settings):
 
 
 class Scaled(nn.Module):
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         scaled = [(batch[name] - mean) / spread for name, (mean, spread) in FEATURES.items()]
         return torch.stack(scaled, dim=1)
 
 
 class Houses(Task):
     name = "houses"
-    inputs = {name: Floats() for name in FEATURES}
-    labels = {"price": Floats()}
+    inputs = {name: Numbers() for name in FEATURES}
+    labels = {"price": Numbers()}
     outputs = pa.schema({"pred_price": pa.float32()})
     Settings = HouseSettings
     bf16 = False  # a price has more than three digits
@@ -46,18 +46,18 @@ class Houses(Task):
         hidden = (nn.Linear(len(FEATURES), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
         return nn.Sequential(Scaled(), *hidden, nn.Linear(width, 1), nn.Flatten(0))
 
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return (outputs - batch["price"]) ** 2  # of each row
 
-    def predict(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, outputs: Tensor, batch: Batch) -> Batch:
         return {"pred_price": outputs}
 
-    def judge(self, predicted: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def row_metrics(self, predicted: Batch, batch: Batch) -> Batch:
         error = predicted["pred_price"] - batch["price"]
         return {"absolute_error": error.abs(), "squared_error": error**2}
 
-    def metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
-        means = super().metrics(rows, sums)
+    def reduce_metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
+        means = super().reduce_metrics(rows, sums)
         return means | {"root_mean_square_error": means.pop("squared_error") ** 0.5}
 
 

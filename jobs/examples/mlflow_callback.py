@@ -15,7 +15,7 @@ from typing import Any
 import mlflow
 from ray.train import UserCallback
 
-from mnistsum_ray import TrainConfig, fit, load_model, parse, save_model
+from mnistsum_ray import TrainConfig, config_from_args, fit, load_model, save_model
 
 
 class MLflow(UserCallback):
@@ -33,7 +33,7 @@ class MLflow(UserCallback):
             mlflow.log_metrics(values, step=line["epoch"], run_id=self.run)
 
 
-config = parse(TrainConfig, sys.argv[1:])
+config = config_from_args(TrainConfig, sys.argv[1:])
 uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` ends the run, too
 with mlflow.start_run(run_name=config.name) as run:  # FAILED if something is raised

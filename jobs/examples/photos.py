@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray import RequestError, prepare_picture
+from mnistsum_ray import RequestError
+from mnistsum_ray.mnist import prepare_picture
 
 source, output = map(Path, sys.argv[1:])
 columns = {"file": pa.string(), "number": pa.int64(), "image": pa.binary(), "problem": pa.string()}

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnistsum_ray import Draws, Images, Settings, Task, Whole
+from mnistsum_ray import Batch, Images, Integers, RowRandom, Settings, Task
 
 SHAPES = ("disc", "ring", "square", "diamond", "cross")
 
@@ -28,14 +28,14 @@ class ShapeSettings(Settings):
 
 
 class Pixels(nn.Module):
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         return batch["image"].permute(0, 3, 1, 2).float() / 127.5 - 1  # of uint8[n, 32, 32, 3]
 
 
 class Shapes(Task):
     name = "shapes"
     inputs = {"image": Images(32, 32, "RGB")}
-    labels = {"shape": Whole(len(SHAPES))}
+    labels = {"shape": Integers(len(SHAPES))}
     outputs = pa.schema({"pred_shape": pa.int8(), "shape_prob": pa.float32()})
     Settings = ShapeSettings
 
@@ -45,20 +45,20 @@ class Shapes(Task):
         last = (nn.Flatten(), nn.Dropout(self.settings.dropout), nn.Linear(1024, len(SHAPES)))
         return nn.Sequential(Pixels(), *first, *second, *last)
 
-    def augment(self, batch: dict[str, np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
+    def augment(self, batch: dict[str, np.ndarray], draws: RowRandom) -> dict[str, np.ndarray]:
         if self.settings.flip:
             is_flipped = draws.whole("flip", 2) == 1  # the same again when the run is resumed
             batch["image"][is_flipped] = batch["image"][is_flipped, :, ::-1]
         return batch
 
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, batch["shape"], reduction="none")  # of each row
 
-    def predict(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, outputs: Tensor, batch: Batch) -> Batch:
         probability, shape = outputs.softmax(1).max(1)
         return {"pred_shape": shape, "shape_prob": probability}
 
-    def judge(self, predicted: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def row_metrics(self, predicted: Batch, batch: Batch) -> Batch:
         return {"accuracy": predicted["pred_shape"] == batch["shape"]}
 
 

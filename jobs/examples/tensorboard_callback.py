@@ -12,7 +12,7 @@ from typing import Any
 from ray.train import UserCallback
 from torch.utils.tensorboard import SummaryWriter
 
-from mnistsum_ray import TrainConfig, fit, parse
+from mnistsum_ray import TrainConfig, config_from_args, fit
 
 
 class TensorBoard(UserCallback):
@@ -30,6 +30,6 @@ class TensorBoard(UserCallback):
                     writer.add_scalar(f"{split}/{name}", value, line["epoch"])
 
 
-config = parse(TrainConfig, sys.argv[1:])
+config = config_from_args(TrainConfig, sys.argv[1:])
 name = config.name or time.strftime("%Y%m%d-%H%M%S")
 fit(config, callbacks=[TensorBoard(Path("tensorboard") / name)])

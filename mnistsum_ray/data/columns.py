@@ -91,7 +91,7 @@ class Column(ABC):
 
 
 @dataclass(frozen=True)
-class Whole(Column):
+class Integers(Column):
     """Whole numbers 0..below - 1, such as classes: int64[n].
 
     In files they are integers (no booleans), whole floats, or the text of one: "7" or "7.0".
@@ -128,7 +128,7 @@ class Whole(Column):
 
 
 @dataclass(frozen=True)
-class Floats(Column):
+class Numbers(Column):
     """Finite numbers: float32[n] or, with a length, lists of this length, float32[n, length]."""
 
     length: int | None = None

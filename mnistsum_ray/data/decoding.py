@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from mnistsum_ray.data.columns import (
     Column,
+    Integers,
     ReasonCounts,
     RejectedRow,
-    Whole,
     decode_columns,
     one_chunk,
     rows_in,
@@ -100,7 +100,7 @@ def without_origin(decoded: pa.Table) -> pa.Table:
 
 def _classes(columns: Mapping[str, Column]) -> dict[str, set[int]]:
     """Return the values of columns with few whole numbers; the driver keeps each value."""
-    whole = {key: column for key, column in columns.items() if isinstance(column, Whole)}
+    whole = {key: column for key, column in columns.items() if isinstance(column, Integers)}
     return {key: {*range(column.below)} for key, column in whole.items() if column.below <= 1000}
 
 

@@ -48,7 +48,7 @@ def _bits(seed: int, epoch: int, purpose: str | int, row_ids: RowIds) -> Bits:
 
 
 @dataclass(frozen=True)
-class Draws:
+class RowRandom:
     """Random draws for rows of an epoch. Those for two purposes, which have names, are independent.
 
     The names are part of each run's numbers: renaming one changes them.

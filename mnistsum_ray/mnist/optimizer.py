@@ -25,9 +25,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, network: TwoHeadCNN, weight_decay: float, *, bf16: bool) -> None:
         # Factors of the learning rate: the sum head, which reads the digit logits, lags behind.
-        hidden: dict[str, Any] = {"params": [], "factor": 1.0}
-        body: dict[str, Any] = {"params": [], "factor": 0.15}
-        sums: dict[str, Any] = {"params": [], "factor": 0.75}
+        hidden: dict[str, Any] = {"params": [], "lr_factor": 1.0}
+        body: dict[str, Any] = {"params": [], "lr_factor": 0.15}
+        sums: dict[str, Any] = {"params": [], "lr_factor": 0.75}
         for name, parameter in network.named_parameters():
             layer, _, kind = name.partition(".")
             group = sums if layer in ("fc1", "fc2") else body

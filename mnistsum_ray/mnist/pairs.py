@@ -11,7 +11,7 @@ from mnistsum_ray.config import JobConfig
 from mnistsum_ray.data.columns import one_chunk
 from mnistsum_ray.data.decoding import decode, select
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.randomness import Draws
+from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.data.sources import Source, open_source
 from mnistsum_ray.errors import RequestError, RunInterrupted
 from mnistsum_ray.mnist import NUMBERS, SIDE
@@ -93,5 +93,5 @@ def _pairs(source: Source, split: str, seed: int) -> Iterator[pa.Table]:
     ids = rows["row_id"].to_numpy()
     images = [image.tobytes() for image in one_chunk(rows["image"]).to_numpy_ndarray()]
     for repetition in count():
-        numbers = Draws(seed, repetition, ids).whole(1, NUMBERS)
+        numbers = RowRandom(seed, repetition, ids).whole(1, NUMBERS)
         yield pa.table([ids, images, numbers, rows["digit"]], schema=SCHEMA)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from mnistsum_ray.data.columns import Arrays, Whole
+from mnistsum_ray.data.columns import Arrays, Integers
 from mnistsum_ray.data.images import Images
-from mnistsum_ray.data.randomness import Draws
+from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.mnist import DIGITS, HEADS, NUMBERS, SIDE, datasets, report
 from mnistsum_ray.task import Batch, Evaluated, Findings, NamedData, Settings, Task
 
@@ -72,9 +72,9 @@ class MnistSum(Task):
     """The digit of an image of MNIST, and its sum with a number 0..9."""
 
     name = "mnistsum"
-    inputs: ClassVar = {"image": Images(SIDE, SIDE), "number": Whole(NUMBERS)}
-    drawn = frozenset({"number"})
-    labels: ClassVar = {"digit": Whole(DIGITS, names=("digit", "label"), flag="label_column")}
+    inputs: ClassVar = {"image": Images(SIDE, SIDE), "number": Integers(NUMBERS)}
+    augmented = frozenset({"number"})
+    labels: ClassVar = {"digit": Integers(DIGITS, names=("digit", "label"), flag="label_column")}
     outputs = pa.schema(
         {
             "pred_digit": pa.int8(),
@@ -110,7 +110,7 @@ class MnistSum(Task):
     def named_data(self, data: str) -> NamedData | None:
         return datasets.find(data)
 
-    def augment(self, batch: Arrays, draws: Draws) -> Arrays:
+    def augment(self, batch: Arrays, draws: RowRandom) -> Arrays:
         """Add a number to each row and, where images are distorted, the matrix for that."""
         batch = batch | {"number": draws.whole(1, NUMBERS)}
         if self.settings.distortion:
@@ -158,7 +158,7 @@ class MnistSum(Task):
         pairs = torch.full_like(batch["digit"], NUMBERS)
         return {"pairs": pairs, "loss": torch.stack(losses).mean(0), **right}
 
-    def metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
+    def reduce_metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
         """Means of the loss over rows, and of accuracies over pairs; a scored row is one pair."""
         pairs = int(sums.get("pairs", rows))
         means = {name: total / pairs for name, total in sums.items()}
@@ -177,7 +177,7 @@ class MnistSum(Task):
         found["consistent"] = found["pred_sum"] == found["pred_digit"] + batch["number"]
         return found
 
-    def judge(self, predicted: "dict[str, Tensor]", batch: Batch) -> "dict[str, Tensor]":
+    def row_metrics(self, predicted: "dict[str, Tensor]", batch: Batch) -> "dict[str, Tensor]":
         return {
             "digit_accuracy": predicted["pred_digit"] == batch["digit"],
             "sum_accuracy": predicted["pred_sum"] == batch["digit"] + batch["number"],

@@ -147,15 +147,15 @@ def predict_rows(
 def sum_metrics(
     task: Task, predictions: Arrays, rows: Arrays, is_labelled: npt.NDArray[np.bool_]
 ) -> dict[str, float]:
-    """Return sums of `judge` over the labelled rows, which have predictions, inputs and labels."""
+    """Return sums of `row_metrics` over the labelled rows."""
     columns = {**task.inputs, **task.labels}
     batch = {}
     for key, values in rows.items():
         batch[key] = torch.from_numpy(columns[key].load(values[is_labelled]))
     predicted = {key: torch.from_numpy(values[is_labelled]) for key, values in predictions.items()}
-    with calling(task, "judge"):
-        judged = task.judge(predicted, batch)
-    return {name: float(values.double().sum()) for name, values in judged.items()}
+    with calling(task, "row_metrics"):
+        measured = task.row_metrics(predicted, batch)
+    return {name: float(values.double().sum()) for name, values in measured.items()}
 
 
 def device_of(network: nn.Module) -> torch.device:

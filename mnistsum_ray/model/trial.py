@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mnistsum_ray.data.columns import Arrays, Column
-from mnistsum_ray.data.randomness import Draws
+from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.errors import RequestError, TaskError
 from mnistsum_ray.model.calls import calling, forward
 from mnistsum_ray.task import Batch, Task
@@ -57,18 +57,18 @@ def _try_scoring(task: Task, network: nn.Module) -> tuple[str, ...]:
     _check_predicted(task, predicted)
     _check_alone(task, network, batch, predicted)
     scalars = {name: values for name, values in predicted.items() if values.dim() == 1}
-    with calling(task, "judge"):  # scoring has lists only with `--probabilities`
-        judged = task.judge(scalars, batch)
-    _check(task, "judge", isinstance(judged, dict), "must return a dict of tensors")
-    for name, values in judged.items():
-        _check_rows(task, f"judge[{name!r}]", values, "fib")
-    return tuple(judged)
+    with calling(task, "row_metrics"):  # scoring has lists only with `--probabilities`
+        measured = task.row_metrics(scalars, batch)
+    _check(task, "row_metrics", isinstance(measured, dict), "must return a dict of tensors")
+    for name, values in measured.items():
+        _check_rows(task, f"row_metrics[{name!r}]", values, "fib")
+    return tuple(measured)
 
 
 def _try_training(task: Task, network: nn.Module) -> None:
     rows = _random_rows(task.training_columns)
     with calling(task, "augment"):
-        augmented = task.augment(dict(rows), Draws(0, 0, np.arange(_ROWS)))
+        augmented = task.augment(dict(rows), RowRandom(0, 0, np.arange(_ROWS)))
     _check(task, "augment", isinstance(augmented, dict), "must return a dict of arrays")
     missing = {*task.inputs, *task.labels} - {*augmented}
     _check(task, "augment", not missing, f"must return all columns, and lacks {sorted(missing)}")

@@ -47,7 +47,7 @@ def report_page(
     data, test, metrics = manifest["data"], description["test"], manifest["metrics"]
     cards = [
         *metric_cards(test),
-        (f"{metrics['images_per_second']:,.0f}", "training rows per second"),
+        (f"{metrics['rows_per_second']:,.0f}", "training rows per second"),
         (f"{manifest['training_seconds']:,.0f} s", "for the epochs, evaluation included"),
     ]
     on_sample = " (on the sample)" if data["notice"] else ""

@@ -51,7 +51,7 @@ class TrainResult(Result):
     parameters: int
     data: SplitRows
     test: HeldOutMetrics
-    images_per_second: float
+    rows_per_second: float
     """Training rows per second without the first epoch, unless it is the only one."""
     seconds: float
 

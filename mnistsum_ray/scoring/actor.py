@@ -154,7 +154,7 @@ def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Arrays) -
     footer: dict[str, Any] = {"run": request.run_id, "part": part._asdict()}
     footer |= {"reasons": rejected.reasons, "examples": rejected.examples}
     footer |= count_part(request, decoded, predictions)
-    with calling(request.task, "count or judge"):  # of which a number may be infinite or NaN
+    with calling(request.task, "count or row_metrics"):  # of which a number may be infinite or NaN
         text = json.dumps(footer, allow_nan=False)
     # Not the input's metadata: Spark may have named its columns there, and would see no others.
     table = table.replace_schema_metadata({PART_KEY: text})
@@ -170,7 +170,7 @@ def count_part(request: ScoreRequest, decoded: DecodedPart, predictions: Arrays)
     if is_labelled.any():
         # What is counted of all rows is not counted again of these.
         counts = count_rows(task, predictions, arrays, is_labelled) | counts
-        with calling(task, "judge"):
+        with calling(task, "row_metrics"):
             metrics = sum_metrics(task, predictions, arrays, is_labelled)
     counts |= {"rows": decoded.part.rows, "rejected_rows": len(decoded.reasons)}
     if request.labels:

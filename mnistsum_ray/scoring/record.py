@@ -205,8 +205,8 @@ def _metrics(
     """Return metrics by name where labels are named; None where no scored row has known ones."""
     if not counts.get("labelled_rows"):
         return dict.fromkeys(request.metric_names if request.labels else ())
-    with calling(request.task, "metrics"):
-        metrics = request.task.metrics(counts["labelled_rows"], sums)
+    with calling(request.task, "reduce_metrics"):
+        metrics = request.task.reduce_metrics(counts["labelled_rows"], sums)
         return {name: float(value) for name, value in metrics.items()}
 
 

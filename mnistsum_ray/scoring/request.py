@@ -38,7 +38,7 @@ class ScoreRequest:
 
     config: ScoreConfig
     task: Task  # with the settings of the model
-    metric_names: tuple[str, ...]  # of `judge`
+    metric_names: tuple[str, ...]  # of `row_metrics`
     description: dict[str, Any]  # contents of the model's `model.json`
     weights: dict[str, Any]  # tensors by their names
     root: Location  # the deepest folder that holds all input files

@@ -228,7 +228,7 @@ class HeldOutRows:
         rows, id_sum = all_reduce_sum(counts).tolist()
         self._totals.check(rows, id_sum, "evaluation")
         of_names = dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
-        return {"rows": rows, **self._task.metrics(rows, of_names)}
+        return {"rows": rows, **self._task.reduce_metrics(rows, of_names)}
 
     @torch.no_grad()
     def _evaluate_batch(

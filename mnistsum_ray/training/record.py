@@ -143,7 +143,7 @@ class RunRecord:
             parameters=description["parameters"],
             data=SplitRows(**self.manifest["data"]),  # drops other keys
             test=HeldOutMetrics(**description["test"]),
-            images_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
+            rows_per_second=round(fmean(speeds, [line["seconds"] for line in steady]), 1),
             seconds=round(seconds, 1),
         )
         training = sum(line["seconds"] + line["evaluation_seconds"] for line in history)

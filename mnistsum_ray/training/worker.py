@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mnistsum_ray.config import Hyperparameters
 from mnistsum_ray.data.columns import Arrays, Column, rows_in
 from mnistsum_ray.data.decoding import RowTotals
-from mnistsum_ray.data.randomness import Draws, Purpose, seeds
+from mnistsum_ray.data.randomness import Purpose, RowRandom, seeds
 from mnistsum_ray.errors import RunError, TaskError
 from mnistsum_ray.model.calls import calling, forward
 from mnistsum_ray.model.device import all_reduce_sum, seed_generators
@@ -107,7 +107,7 @@ class Augment(ToTensors):
     def __call__(self, rows: Arrays) -> Batch:
         loaded, ids = self._load(rows), rows["row_id"]
         with calling(self._task, "augment"):
-            augmented = self._task.augment(loaded, Draws(self._seed, self._epoch, ids))
+            augmented = self._task.augment(loaded, RowRandom(self._seed, self._epoch, ids))
             missing = {*self._task.inputs, *self._task.labels} - {*augmented}
             for key, values in augmented.items():
                 if len(values) != len(ids):
@@ -284,7 +284,7 @@ class Worker:
         # the global batch.
         torch.autograd.backward(loss * (self.world_size / global_rows))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("factor", 1.0)
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
         with calling(self.task, "optimizer"):
             self.optimizer.step()
         return loss.detach()

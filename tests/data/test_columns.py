@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mnistsum_ray import Floats, Photos, Whole
+from mnistsum_ray import Integers, Numbers, Photos
 from mnistsum_ray.data.columns import (
     Column,
     ReasonCounts,
@@ -19,17 +19,17 @@ from mnistsum_ray.data.columns import (
 
 COLUMN_KINDS: list[tuple[Column, list[pa.DataType], list[pa.DataType]]] = [
     (
-        Whole(10),
+        Integers(10),
         [pa.int8(), pa.uint64(), pa.float32(), pa.string(), pa.string_view(), pa.null()],
         [pa.bool_(), pa.binary(), pa.list_(pa.int8())],
     ),
     (
-        Floats(),
+        Numbers(),
         [pa.float16(), pa.int64(), pa.decimal128(9, 2), pa.null()],
         [pa.string(), pa.bool_(), pa.list_(pa.float32())],
     ),
     (
-        Floats(3),
+        Numbers(3),
         [pa.list_(pa.int8()), pa.large_list(pa.float64()), pa.list_(pa.float32(), 3), pa.null()],
         [pa.float32(), pa.list_(pa.string()), pa.list_(pa.list_(pa.float32()))],
     ),
@@ -61,7 +61,7 @@ def test_a_whole_number_of_any_type_is_below_its_bound_or_has_a_reason(
     values: pa.Array, right: dict[int, int]
 ) -> None:
     """Which quotes it in short."""
-    numbers, rejected = Whole(10).decode(values, "number")
+    numbers, rejected = Integers(10).decode(values, "number")
     assert numbers.dtype == np.int64
     assert sorted([*rejected, *right]) == list(range(len(values)))
     assert {row: numbers[row] for row in right} == right
@@ -72,9 +72,9 @@ def test_a_whole_number_of_any_type_is_below_its_bound_or_has_a_reason(
 
 LARGE = 1e39  # finite in 64 bits alone
 NOT_TWO = "not 2 numbers that are finite in 32 bits; correct it or drop the row"
-FLOATS: list[tuple[Floats, pa.Array, list[Any], dict[int, str]]] = [
+FLOATS: list[tuple[Numbers, pa.Array, list[Any], dict[int, str]]] = [
     (
-        Floats(),
+        Numbers(),
         pa.array([0, 1.5, None, float("nan"), -float("inf"), LARGE]).slice(1),
         [1.5, 0, 0, 0, 0],
         {
@@ -84,9 +84,9 @@ FLOATS: list[tuple[Floats, pa.Array, list[Any], dict[int, str]]] = [
             4: "the x is 1e+39, not finite in 32 bits; correct it or drop the row",
         },
     ),
-    (Floats(), pa.array([1, 2**62], pa.int64()), [1, 2**62], {}),
+    (Numbers(), pa.array([1, 2**62], pa.int64()), [1, 2**62], {}),
     (
-        Floats(2),
+        Numbers(2),
         pa.array([[9, 9], [1, 2], [3], None, [4, None], [5, LARGE], [6, 7]]).slice(1),
         [[1, 2], [0, 0], [0, 0], [0, 0], [0, 0], [6, 7]],
         {
@@ -97,25 +97,25 @@ FLOATS: list[tuple[Floats, pa.Array, list[Any], dict[int, str]]] = [
         },
     ),
     (
-        Floats(2),
+        Numbers(2),
         pa.array([[1, 2], None, [3, 4]], pa.list_(pa.int8(), 2)),
         [[1, 2], [0, 0], [3, 4]],
         {1: "the x is null; fill it in or drop the row"},
     ),
     (
-        Floats(2),
+        Numbers(2),
         pa.FixedShapeTensorArray.from_numpy_ndarray(np.eye(2, dtype=np.float32)),
         [[1, 0], [0, 1]],
         {},
     ),
-    (Floats(2), pa.nulls(1), [[0, 0]], {0: "the x is null; fill it in or drop the row"}),
+    (Numbers(2), pa.nulls(1), [[0, 0]], {0: "the x is null; fill it in or drop the row"}),
 ]
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("column", "values", "expected", "reasons"), FLOATS)
 def test_numbers_are_finite_and_lists_have_their_length_or_have_a_reason(
-    column: Floats, values: pa.Array, expected: list[Any], reasons: dict[int, str]
+    column: Numbers, values: pa.Array, expected: list[Any], reasons: dict[int, str]
 ) -> None:
     assert column.type_error(values.type) is None
     found, rejected = column.decode(values, "x")
@@ -126,7 +126,7 @@ def test_numbers_are_finite_and_lists_have_their_length_or_have_a_reason(
 
 
 def test_a_row_has_one_reason_whatever_it_lacks_and_names_are_found() -> None:
-    columns: dict[str, Column] = {"a": Whole(3, names=("first", "second")), "b": Floats()}
+    columns: dict[str, Column] = {"a": Integers(3, names=("first", "second")), "b": Numbers()}
     table = pa.table({"second": [1, None, 7], "x": [0.5, float("nan"), 2.0]})
     names = {
         "a": name_in_file(columns["a"], "a", table.column_names, None),
@@ -144,7 +144,7 @@ def test_a_row_has_one_reason_whatever_it_lacks_and_names_are_found() -> None:
     }
 
 
-@pytest.mark.parametrize("column", [Whole(5), Floats(), Floats(4), Photos(6)])
+@pytest.mark.parametrize("column", [Integers(5), Numbers(), Numbers(4), Photos(6)])
 def test_zeros_and_random_rows_are_as_decoded_ones_also_from_the_object_store(
     column: Column,
 ) -> None:
@@ -159,8 +159,8 @@ def test_zeros_and_random_rows_are_as_decoded_ones_also_from_the_object_store(
 
 
 def test_rows_of_so_many_bytes_are_one_at_least_and_small_rows_count_as_a_kib() -> None:
-    assert [rows_in(size, [Whole(3)]) for size in (1, 10 * 1024)] == [1, 10]
-    assert rows_in(2**20, [Floats(1024), Floats(1024)]) == 128
+    assert [rows_in(size, [Integers(3)]) for size in (1, 10 * 1024)] == [1, 10]
+    assert rows_in(2**20, [Numbers(1024), Numbers(1024)]) == 128
 
 
 def test_sums_of_reasons_stay_small() -> None:

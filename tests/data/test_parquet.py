@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
-from mnistsum_ray.data.columns import Floats
+from mnistsum_ray.data.columns import Numbers
 from mnistsum_ray.data.images import Images
 from mnistsum_ray.data.parquet import (
     column_error,
@@ -97,7 +97,7 @@ def test_a_tensor_of_another_order_or_shape_is_refused_in_memory_and_in_a_file(
     errors.append(column_error(schema, "image", "--image-column", type_error, taken=()))
     assert [said in str(error) for error in errors] == [not is_right] * 2
     is_flat = len(column.type.shape) == 1
-    assert (Floats(784).type_error(column.type) is None) == is_flat
+    assert (Numbers(784).type_error(column.type) is None) == is_flat
 
 
 def test_ranges_of_rows_are_read_whatever_groups_and_batches_they_lie_in(tmp_path: Path) -> None:

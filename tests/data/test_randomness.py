@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 
 from mnistsum_ray.data.decoding import content_ids, positions
-from mnistsum_ray.data.randomness import Draws, Purpose, seeds
+from mnistsum_ray.data.randomness import Purpose, RowRandom, seeds
 
 IDS = np.random.default_rng(0).integers(-(2**63), 2**63, 100_000)
 
 
 def test_pinned_values() -> None:
     """A change of these numbers is a change of every run's result."""
-    draws = Draws(0, 0, np.arange(12))
+    draws = RowRandom(0, 0, np.arange(12))
     assert draws.whole(1, 10).tolist() == [1, 4, 1, 3, 4, 2, 4, 3, 4, 8, 9, 2]
     assert draws.whole("noise", 10).tolist()[:6] == [8, 9, 3, 4, 0, 6]
     uniform = [0.4907679, 0.266621, 0.810253, 0.2396286, 0.4294631, 0.6650428]
     assert draws.uniform(4, 6)[0].tolist() == pytest.approx(uniform, abs=1e-6)
-    assert Draws(7, 3, np.array([0, 59_999, 2**40])).whole(1, 10).tolist() == [2, 4, 0]
+    assert RowRandom(7, 3, np.array([0, 59_999, 2**40])).whole(1, 10).tolist() == [2, 4, 0]
     first, second = seeds(0, 0, Purpose.STEP, range(2))
     assert first == 5784922337503569493
     assert [second] == seeds(0, 0, Purpose.STEP, range(1, 2))
@@ -37,21 +37,23 @@ def chi_squared(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_draws_are_uniform_and_those_of_another_seed_epoch_or_purpose_are_others() -> None:
-    first = Draws(0, 0, IDS).whole(1, 10)
+    first = RowRandom(0, 0, IDS).whole(1, 10)
     for draws, purpose in (
-        (Draws(0, 1, IDS), 1),
-        (Draws(1, 0, IDS), 1),
-        (Draws(0, 0, IDS), "number"),
-        (Draws(0, 0, IDS), "numbers"),
+        (RowRandom(0, 1, IDS), 1),
+        (RowRandom(1, 0, IDS), 1),
+        (RowRandom(0, 0, IDS), "number"),
+        (RowRandom(0, 0, IDS), "numbers"),
     ):
         assert chi_squared(first, draws.whole(purpose, 10)) < 150, "one in 1000"
-    uniform = Draws(0, 0, IDS).uniform("place", 2)
+    uniform = RowRandom(0, 0, IDS).uniform("place", 2)
     assert (uniform.dtype.name, uniform.shape) == ("float32", (len(IDS), 2))
     assert ((uniform >= 0) & (uniform < 1)).all()
     tenths = (10 * uniform).astype(int).T
     assert chi_squared(*tenths) < 150
     some = IDS[::7]
-    assert np.array_equal(Draws(0, 0, some).uniform("place", 2), uniform[::7]), "of each row alone"
+    assert np.array_equal(RowRandom(0, 0, some).uniform("place", 2), uniform[::7]), (
+        "of each row alone"
+    )
 
 
 def test_ids_follow_from_the_values_of_all_columns_and_lie_anywhere() -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from nbclient import NotebookClient
 
-from mnistsum_ray.cli import COMMANDS, parse
+from mnistsum_ray.cli import COMMANDS, config_from_args
 from mnistsum_ray.config import TrainConfig
 from tests import record
 from tests.integration.test_tasks import write_rows
@@ -50,7 +50,7 @@ def run_command(name: str, *flags: str) -> str:
     """Run a command of `mnistsum` on the cluster of this process; what it says."""
     function, kind, _ = COMMANDS[name]
     with redirect_stderr(io.StringIO()) as said, redirect_stdout(said):
-        function(parse(kind, list(flags)))
+        function(config_from_args(kind, list(flags)))
     return said.getvalue()
 
 
@@ -99,7 +99,7 @@ def test_the_commands_that_train_and_score_more() -> None:
     assert Path("scored/report.html").exists()
     for name, *flags in commands_of("Train and score more"):
         if "--config" in flags:
-            parse(TrainConfig, flags)  # test_train.py trains so
+            config_from_args(TrainConfig, flags)  # test_train.py trains so
         elif flags != ["--help"]:
             run_command(name, *flags)
     for output, resumed in (("scored", 2_000), ("strict-scored", 0)):

@@ -17,7 +17,7 @@ import ray
 
 from mnistsum_ray.data.decoding import RowTotals
 from mnistsum_ray.data.parquet import to_parquet
-from mnistsum_ray.data.randomness import Draws
+from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.errors import RequestError, RowCountError
 from mnistsum_ray.mnist.network import affine_matrices
 from mnistsum_ray.mnist.task import MnistSum
@@ -197,7 +197,7 @@ def test_a_worker_shuffles_its_shard_anew_in_each_epoch_and_pairs_each_row(rows:
             ids = batch["row_id"].numpy()
             order += marks(batch["image"].numpy())
             assert batch["digit"].tolist() == [row * 10 // TOTAL for row in order[-len(ids) :]]
-            draws = Draws(3, epoch, ids)
+            draws = RowRandom(3, epoch, ids)
             assert batch["number"].tolist() == draws.whole(1, 10).tolist()
             matrices = affine_matrices(draws.uniform(4, 6) * 2 - 1, 1.0)
             assert np.array_equal(batch["affine"], matrices)

@@ -98,7 +98,7 @@ PHOTOS = '''
 import pyarrow as pa
 from torch import nn
 
-from mnistsum_ray import Photos, Task, Whole
+from mnistsum_ray import Photos, Task, Integers
 
 
 class Means(nn.Module):
@@ -111,7 +111,7 @@ class Colours(Task):
 
     name = "colours"
     inputs = {"photo": Photos(224)}
-    labels = {"colour": Whole(3)}
+    labels = {"colour": Integers(3)}
     outputs = pa.schema({"pred_colour": pa.int8()})
 
     def network(self):
@@ -123,7 +123,7 @@ class Colours(Task):
     def predict(self, outputs, batch):
         return {"pred_colour": outputs.argmax(1)}
 
-    def judge(self, predicted, batch):
+    def row_metrics(self, predicted, batch):
         return {"accuracy": predicted["pred_colour"] == batch["colour"]}
 '''
 

@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mnistsum_ray import RequestError, RunError, TrainConfig, fit, load_model, save_model
-from mnistsum_ray.cli import parse
+from mnistsum_ray.cli import config_from_args
 from mnistsum_ray.cluster.workarounds import free_cpus
 from mnistsum_ray.data.decoding import RowTotals, decode, without_origin
 from mnistsum_ray.data.parquet import to_parquet
@@ -81,7 +81,7 @@ def test_rows(cluster: str, data: Path) -> Any:
 
 def test_the_result_has_these_fields_and_the_console_shows_its_figures(done: Result) -> None:
     line, test = done.line, done.line["test"]
-    fields = {"run", "model", "parameters", "data", "test", "images_per_second", "seconds"}
+    fields = {"run", "model", "parameters", "data", "test", "rows_per_second", "seconds"}
     assert line.keys() == fields
     assert (line["model"], line["parameters"]) == (f"{line['run']}/model", 220_125)
     rows = {"train_rows": 819, "validation_rows": 88, "test_rows": 93}
@@ -428,7 +428,9 @@ def test_the_config_of_a_run_trains_the_same_model_also_after_a_signal(
     assert re.search("resuming after epoch [12], on 1 worker", resumed.said)
     assert resumed.line["test"] == done.line["test"]
     assert resumed.weights() == done.weights()
-    configs = [parse(TrainConfig, ["--config", str(path / file.name)]) for path in (run, again)]
+    configs = [
+        config_from_args(TrainConfig, ["--config", str(path / file.name)]) for path in (run, again)
+    ]
     assert configs[0] == configs[1]
 
 

@@ -43,8 +43,8 @@ def test_the_error_analysis_agrees_with_the_metrics() -> None:
     assert confusion.sum(1).tolist() == np.bincount(DIGITS, minlength=10).tolist()
     right = {"digit_accuracy": 0, "sum_accuracy": 0}
     for batch, logits in rows_with_logits():
-        judged = task().evaluate(new_model(), logits, batch)
-        right = {name: count + int(judged[name].sum()) for name, count in right.items()}
+        measured = task().evaluate(new_model(), logits, batch)
+        right = {name: count + int(measured[name].sum()) for name, count in right.items()}
     assert np.trace(confusion) * 10 == right["digit_accuracy"]
     for name, pairs, times in (("digit", ROWS, 10), ("sum", 10 * ROWS, 1)):
         counts = analysis["probabilities"][name]["reliability"]

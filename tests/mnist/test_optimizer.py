@@ -14,7 +14,7 @@ def test_muon_is_that_of_pytorch_and_adamw_moves_all_else() -> None:
     before = copy.deepcopy(model.state_dict())
     optimizer = MuonAdamW(model, 0.3, bf16=True)
     for group in optimizer.param_groups:
-        group["lr"] = 0.1 * group["factor"]
+        group["lr"] = 0.1 * group["lr_factor"]
     weights = [getattr(model, layer).weight for layer in _MUON_LAYERS]
     matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
     other = torch.optim.Muon(matrices, lr=0.1, momentum=0.6, weight_decay=0.3)

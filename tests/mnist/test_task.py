@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mnistsum_ray.config import TrainConfig
 from mnistsum_ray.data.columns import Arrays
-from mnistsum_ray.data.randomness import Draws
+from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.task import Batch
@@ -20,13 +20,13 @@ ROWS = 12
 
 def augmented(seed: int = 0, epoch: int = 0, **settings: float) -> dict[str, np.ndarray]:
     rows: Arrays = {"image": np.zeros((ROWS, 28, 28), np.uint8), "digit": np.zeros(ROWS, np.int64)}
-    return task(**settings).augment(rows, Draws(seed, epoch, np.arange(ROWS)))
+    return task(**settings).augment(rows, RowRandom(seed, epoch, np.arange(ROWS)))
 
 
 def test_what_is_drawn_for_a_row_is_pinned() -> None:
     """A change of these numbers is a change of every run's result."""
     assert augmented()["number"].tolist() == [1, 4, 1, 3, 4, 2, 4, 3, 4, 8, 9, 2]
-    far = Draws(7, 3, np.array([0, 59_999, 2**40]))
+    far = RowRandom(7, 3, np.array([0, 59_999, 2**40]))
     assert MnistSum().augment({}, far)["number"].tolist() == [2, 4, 0]
     assert "affine" not in augmented(distortion=0)
     pinned = [0.9543918, -0.0486454, -0.0302301, -0.0030756, 1.0640106, 0.0707326]
@@ -85,7 +85,7 @@ def test_held_out_rows_are_measured_with_all_numbers_as_by_a_plain_computation()
         "sum_accuracy": right / 600,
     }
     # Another order of sums may change an answer.
-    found = task().metrics(60, of_rows)
+    found = task().reduce_metrics(60, of_rows)
     assert found == pytest.approx(expected, rel=1e-5, abs=0.001)
     assert list(found) == list(expected)
     assert type(found["pairs"]) is int
@@ -106,13 +106,13 @@ def test_predictions_are_the_surest_classes_and_a_scored_row_is_one_pair() -> No
     assert torch.equal(predicted["consistent"], predicted["pred_sum"] == answers)
     known = {"pred_digit": torch.tensor([3, 4]), "pred_sum": torch.tensor([8, 9])}
     truth = {"digit": torch.tensor([3, 5]), "number": torch.tensor([5, 4])}
-    judged = task().judge(known, truth)
-    assert {name: values.tolist() for name, values in judged.items()} == {
+    measured = task().row_metrics(known, truth)
+    assert {name: values.tolist() for name, values in measured.items()} == {
         "digit_accuracy": [True, False],
         "sum_accuracy": [True, True],
     }
-    sums = {name: float(values.sum()) for name, values in judged.items()}
-    assert task().metrics(2, sums) == {"digit_accuracy": 0.5, "sum_accuracy": 1.0}
+    sums = {name: float(values.sum()) for name, values in measured.items()}
+    assert task().reduce_metrics(2, sums) == {"digit_accuracy": 0.5, "sum_accuracy": 1.0}
 
 
 def test_few_rows_have_a_recipe_of_their_own_unless_one_is_given() -> None:

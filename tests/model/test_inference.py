@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnistsum_ray import Floats, Images
+from mnistsum_ray import Images, Numbers
 from mnistsum_ray.data.columns import Arrays
 from mnistsum_ray.errors import TaskError
 from mnistsum_ray.mnist.task import MnistSum
@@ -58,7 +58,7 @@ def test_a_row_has_the_same_bits_in_any_batch_thread_and_memory(precision: str) 
 
 
 class Large(Points):
-    inputs: ClassVar = {"one": Images(512, 512, "RGB"), "two": Floats(1000)}
+    inputs: ClassVar = {"one": Images(512, 512, "RGB"), "two": Numbers(1000)}
 
 
 def test_a_batch_of_large_rows_has_fewer() -> None:

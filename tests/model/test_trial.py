@@ -73,8 +73,12 @@ BROKEN: list[tuple[str, Any, str]] = [
         pa.schema({"pred_side": pa.int8(), "side_prob": pa.list_(pa.float32())}),
         "length]",
     ),
-    ("judge", returns(PROB), "judge must return a dict of tensors"),
-    ("judge", returns({"accuracy": PROB[:3]}), "judge['accuracy'] must return a tensor of "),
+    ("row_metrics", returns(PROB), "row_metrics must return a dict of tensors"),
+    (
+        "row_metrics",
+        returns({"accuracy": PROB[:3]}),
+        "row_metrics['accuracy'] must return a tensor of ",
+    ),
 ]
 
 

@@ -21,7 +21,7 @@ EPOCH |= {"test": TEST | {"digit_accuracy": 1.0}, "validation": TEST}
 MANIFEST: dict[str, Any] = {
     "config": {"name": "a <b> & c", "learning_rate": 0.02, "task": BUILT_IN},
     "data": {"notice": "NOT the full set", "bad_rows": {"reasons": {}, "examples": []}},
-    "metrics": {"run": "/runs/my run", "images_per_second": 1234.5},
+    "metrics": {"run": "/runs/my run", "rows_per_second": 1234.5},
     "training_seconds": 4321.0,
 }
 DESCRIPTION = {"parameters": 220_125, "sha256": "f" * 64, "epoch": 1, "test": TEST}

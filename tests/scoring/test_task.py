@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mnistsum_ray.data.columns import Arrays, Column, Floats, Whole
+from mnistsum_ray.data.columns import Arrays, Column, Integers, Numbers
 from mnistsum_ray.data.images import Photos
 from mnistsum_ray.errors import RequestError, TaskError
 from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
@@ -40,8 +40,8 @@ class Network(nn.Module):
 
 class Houses(Task):
     name = "houses"
-    inputs: ClassVar[Mapping[str, Column]] = {"photo": Photos(8), "sizes": Floats(2)}
-    labels: ClassVar[Mapping[str, Column]] = {"price": Floats(), "kind": Whole(3)}
+    inputs: ClassVar[Mapping[str, Column]] = {"photo": Photos(8), "sizes": Numbers(2)}
+    labels: ClassVar[Mapping[str, Column]] = {"price": Numbers(), "kind": Integers(3)}
     outputs = pa.schema({"pred_price": pa.float32(), "pred_kind": pa.int8()})
     bf16 = False
 
@@ -54,11 +54,11 @@ class Houses(Task):
     def predict(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {"pred_price": outputs, "pred_kind": (outputs > 0).long()}
 
-    def judge(self, predicted: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    def row_metrics(self, predicted: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         square = (predicted["pred_price"] - batch["price"]) ** 2
         return {"square": square, "kind_accuracy": predicted["pred_kind"] == batch["kind"]}
 
-    def metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
+    def reduce_metrics(self, rows: int, sums: Mapping[str, float]) -> dict[str, float]:
         means = {name: total / rows for name, total in sums.items()}
         return {"rmse": means["square"] ** 0.5, "kind_accuracy": means["kind_accuracy"]}
 
@@ -162,10 +162,18 @@ def not_a_number(_: Task, predicted: dict[str, Tensor], batch: Batch) -> dict[st
 
 BROKEN: list[tuple[str, Any, str]] = [
     ("count", raises, r"count raised KeyError: 'first line\\nsecond'"),
-    ("count", gives(float("nan")), "count or judge raised ValueError: Out of range float values"),
+    (
+        "count",
+        gives(float("nan")),
+        "count or row_metrics raised ValueError: Out of range float values",
+    ),
     ("count", gives("seven"), "count raised .*: ufunc 'add' did not contain a loop"),
     ("count", ragged, "count raised ValueError: x has different lengths; give np.bincount"),
-    ("judge", not_a_number, "count or judge raised ValueError: Out of range float values"),
+    (
+        "row_metrics",
+        not_a_number,
+        "count or row_metrics raised ValueError: Out of range float values",
+    ),
     ("predict", too_large, "predict raised ArrowInvalid: Integer value 1000 not in range"),
     ("describe", raises, "describe raised KeyError"),
 ]

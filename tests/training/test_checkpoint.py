@@ -48,7 +48,7 @@ def test_all_bits_come_back(tmp_path: Path, whole: Path) -> None:
 def two_groups(network: nn.Module) -> Optimizer:
     weights = [one for name, one in network.named_parameters() if name.endswith("weight")]
     biases = [one for name, one in network.named_parameters() if name.endswith("bias")]
-    groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "factor": 0.1}]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "lr_factor": 0.1}]
     return torch.optim.Adam(groups, amsgrad=True)
 
 
@@ -83,7 +83,7 @@ def test_a_training_goes_on_to_the_same_bits_with_any_optimizer_of_pytorch(
         batch = points(20)
         torch.autograd.backward(Points().loss(network(batch), batch).mean())
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("factor", 1.0)
+            group["lr"] = rate * group.get("lr_factor", 1.0)
         optimizer.step()
 
     network, optimizer = begin(0)

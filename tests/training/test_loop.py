@@ -17,7 +17,7 @@ import torch
 
 from mnistsum_ray.data.columns import Array
 from mnistsum_ray.data.decoding import RowTotals
-from mnistsum_ray.data.randomness import Draws, Purpose, seeds
+from mnistsum_ray.data.randomness import Purpose, RowRandom, seeds
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum
 from mnistsum_ray.model.finished import FinishedModel
@@ -205,7 +205,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_rows_and_numbers(
     still: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-12, "dropout": 0, "distortion": 0}
     still["batch_size"] = 4  # four steps more than between two looks at the loss
     training = Training(images, digits, network.state_dict(), **still)
-    numbers = Draws(0, 0, np.array(ROWS["train"])).whole(1, 10)
+    numbers = RowRandom(0, 0, np.array(ROWS["train"])).whole(1, 10)
     batch = {
         "image": torch.tensor(images["train"]),
         "digit": torch.from_numpy(digits["train"].copy()),
@@ -265,7 +265,7 @@ def train_points(task: Points) -> FinishedModel:
 
 
 def test_a_task_of_another_kind_is_trained_and_what_is_published_is_of_its_final_weights() -> None:
-    """Its evaluation is the mean of `judge`; it is calibrated and analysed with rows on the CPU."""
+    """Its evaluation is the mean of `row_metrics`; it is calibrated and analysed on the CPU."""
     finished = train_points(Finishing())
     assert finished.history[-1]["test"].keys() == {"rows", "loss", "accuracy"}
     assert finished.history[-1]["test"]["rows"] == 400

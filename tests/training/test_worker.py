@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mnistsum_ray.data.columns import Arrays
-from mnistsum_ray.data.randomness import Draws
+from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.errors import RunError, TaskError
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum
 from mnistsum_ray.model.device import seed_generators
@@ -66,7 +66,7 @@ def weights_after(worker: Worker, batch: Batch, rows: int, of_rows: int) -> dict
 class Plain(Points):
     def optimizer(self, network: nn.Module, weight_decay: float, *, bf16: bool) -> Any:
         first, *others = network.parameters()
-        groups: list[dict[str, Any]] = [{"params": [first], "factor": 0.5}, {"params": others}]
+        groups: list[dict[str, Any]] = [{"params": [first], "lr_factor": 0.5}, {"params": others}]
         return torch.optim.SGD(groups, weight_decay=weight_decay)
 
 
@@ -111,7 +111,7 @@ def test_batches_have_the_tasks_columns_and_row_ids_as_tensors_of_their_own() ->
 
 
 def augmenting(change: Any) -> Task:
-    def augment(_: Task, batch: Arrays, draws: Draws) -> Any:
+    def augment(_: Task, batch: Arrays, draws: RowRandom) -> Any:
         return change(batch, draws)
 
     made: type[Task] = type("Augmenting", (Points,), {"augment": augment})
@@ -134,7 +134,7 @@ def test_augment_draws_by_seed_epoch_and_row_and_what_it_breaks_is_named() -> No
     arrays = {key: values.numpy() for key, values in rows.items()}
     arrays["row_id"] = np.array([3, 4])
     noise = Augment(noisy, 1, 2)(arrays)["noise"]
-    assert noise.tolist() == Draws(1, 2, np.array([3, 4])).uniform("noise", 2).tolist()
+    assert noise.tolist() == RowRandom(1, 2, np.array([3, 4])).uniform("noise", 2).tolist()
     for change, said in BROKEN:
         with pytest.raises(TaskError, match=f"^task points: {said}"):
             Augment(augmenting(change), 0, 0)(arrays)
