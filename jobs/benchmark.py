@@ -47,7 +47,7 @@ from mnistsum_ray import (
     score,
 )
 from mnistsum_ray.cluster.connection import send_by_value
-from mnistsum_ray.data.columns import Arrays, Column, decode_columns
+from mnistsum_ray.data.columns.base import Arrays, Column, decode_columns
 from mnistsum_ray.model.device import faster_with_bf16, tune_malloc
 from mnistsum_ray.model.inference import Predictor, append_predictions
 from mnistsum_ray.task import BUILT_IN, Batch

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from mnistsum_ray.cli import config_from_args as config_from_args
     from mnistsum_ray.config import ScoreConfig as ScoreConfig
     from mnistsum_ray.config import TrainConfig as TrainConfig
+    from mnistsum_ray.data.columns import Classes as Classes
     from mnistsum_ray.data.columns import Column as Column
+    from mnistsum_ray.data.columns import Images as Images
     from mnistsum_ray.data.columns import Integers as Integers
     from mnistsum_ray.data.columns import Numbers as Numbers
-    from mnistsum_ray.data.images import Images as Images
-    from mnistsum_ray.data.images import Photos as Photos
+    from mnistsum_ray.data.columns import Photos as Photos
+    from mnistsum_ray.data.columns import Tokens as Tokens
     from mnistsum_ray.data.randomness import RowRandom as RowRandom
     from mnistsum_ray.errors import RequestError as RequestError
     from mnistsum_ray.errors import RowCountError as RowCountError
@@ -55,8 +57,7 @@ _NAMES: Final = {
     "api": "fit load_model predict_rows save_model score",
     "cli": "config_from_args",
     "config": "ScoreConfig TrainConfig",
-    "data.columns": "Column Numbers Integers",
-    "data.images": "Images Photos",
+    "data.columns": "Classes Column Images Integers Numbers Photos Tokens",
     "data.randomness": "RowRandom",
     "errors": "RequestError RowCountError RunError RunInterrupted TaskError TryAgainError",
     "reporting.results": "ScoreResult TrainResult",

@@ -15,8 +15,7 @@ import pyarrow as pa
 
 from mnistsum_ray.cluster.connection import connect, head_answers, send_by_value
 from mnistsum_ray.config import Place, ScoreConfig, TrainConfig
-from mnistsum_ray.data.columns import decode_columns, name_in_file
-from mnistsum_ray.data.parquet import column_error
+from mnistsum_ray.data.columns.base import ColumnError, decode_columns, find_columns
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError, one_line, shortened
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
@@ -214,16 +213,12 @@ def predict_rows(
 
 def _names_in(table: pa.Table, task: Task, given: dict[str, str]) -> dict[str, str]:
     """Return the names of the task's inputs in a table; errors as of `predict_rows`."""
-    flags = {column.flag or f"{key}_column": key for key, column in task.inputs.items()}
-    unknown = given.keys() - flags.keys()
+    flags = {key: column.flag or f"{key}_column" for key, column in task.inputs.items()}
+    unknown = given.keys() - flags.values()
     if unknown:
-        raise RequestError(f"{min(unknown)} is not one of {', '.join(flags)}")
-    names: dict[str, str] = {}
-    for flag, key in flags.items():
-        name = name_in_file(task.inputs[key], key, table.column_names, given.get(flag))
-        type_error = task.inputs[key].type_error
-        problem = column_error(table.schema, name, flag, type_error, names.values())
-        if problem:
-            raise RequestError(f"rows: {problem}")
-        names[key] = name
-    return names
+        raise RequestError(f"{min(unknown)} is not one of {', '.join(flags.values())}")
+    names = {key: given.get(flag) for key, flag in flags.items()}
+    try:
+        return find_columns(task.inputs, table.schema, names, flags.__getitem__)
+    except ColumnError as error:
+        raise RequestError(f"rows: {error}") from None

@@ -4,11 +4,12 @@ The text below a field is its help; brackets in it hold the value of an unset fi
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias, get_args
 
+import pyarrow as pa
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -19,7 +20,7 @@ from pydantic import (
     field_validator,
 )
 
-from mnistsum_ray.data.columns import Column
+from mnistsum_ray.data.columns.base import Column, find_columns
 from mnistsum_ray.errors import RequestError, did_you_mean, shortened, spelled
 from mnistsum_ray.storage.uri import SECRETS_REFUSED, hide_secrets, may_hold_secrets
 from mnistsum_ray.task import BUILT_IN, Task
@@ -142,6 +143,10 @@ class TaskConfig(JobConfig):
     def flag_of(cls, key: str) -> str:
         """Return the flag for the name of a task's column."""
         return flag_name(cls.column_fields[key])
+
+    def find_columns(self, columns: Mapping[str, Column], schema: pa.Schema) -> dict[str, str]:
+        """Return which column of a file is read for which of `columns`; see `find_columns`."""
+        return find_columns(columns, schema, self.columns, self.flag_of)
 
 
 @cache

@@ -3,8 +3,8 @@
 A batch is a dict of tensors by the names of `inputs` and `labels`. Losses, metrics and predictions
 are of each row: the jobs alone sum and count them. jobs/examples/shapes.py is a whole task.
 
-Columns are Images(height, width, mode) and Photos(side), uint8 in a batch; Integers(below), int64,
-for classes and other whole numbers; Numbers() and, of lists, Numbers(length), float32.
+Columns are Images(height, width, mode) and Photos(side), uint8 in a batch; Integers(below),
+Classes(names) and Tokens(below, length), int64; Numbers() and, of lists, Numbers(length), float32.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeAlias
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from mnistsum_ray.data.columns import Arrays, Column
+from mnistsum_ray.data.columns.base import Arrays, Column
 from mnistsum_ray.data.randomness import RowRandom
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` does not need them

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mnistsum_ray.data.columns import Column
+from mnistsum_ray.data.columns.base import Column
 from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
 from mnistsum_ray.task import BUILT_IN, Settings, Task
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mnistsum_ray import load_model
-from mnistsum_ray.data.columns import Array, one_chunk
-from mnistsum_ray.data.images import Images
+from mnistsum_ray.data.columns import Images
+from mnistsum_ray.data.columns.base import Array, one_chunk
 from mnistsum_ray.mnist.datasets import SAMPLE
 from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.model import folder as model_folder

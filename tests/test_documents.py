@@ -122,12 +122,14 @@ def test_each_line_of_the_messages_page_is_in_the_code() -> None:
 def test_the_map_names_every_module_and_no_other() -> None:
     text = (ROOT / "docs" / "map.md").read_text()
     tree = text.partition("mnistsum_ray/\n")[2].partition("```")[0]
-    named, folder = set(), ""
+    named: set[str] = set()
+    folders: list[str] = []
     for indent, name in re.findall(r"^( +)([\w./]+)  ", tree, re.MULTILINE):
+        del folders[len(indent) // 2 - 1 :]
         if name.endswith("/"):
-            folder = name
+            folders.append(name)
         else:
-            named.add(name if len(indent) == 2 else folder + name)
+            named.add("".join(folders) + name)
     modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
     assert named == {name for name in modules if "__" not in name}
     layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]

@@ -14,7 +14,7 @@ import yaml
 
 from mnistsum_ray.cluster import resources
 from mnistsum_ray.data import sources
-from mnistsum_ray.data.columns import rows_in
+from mnistsum_ray.data.columns.base import rows_in
 from mnistsum_ray.mnist import DIGITS, NUMBERS, SIDE, SUMS
 from mnistsum_ray.mnist.datasets import SAMPLE
 from mnistsum_ray.mnist.task import FEW_ROWS, MnistSum
@@ -166,6 +166,9 @@ def facts() -> dict[str, list[str]]:
             "uint8[n, height, width, 3]",
             "uint8[n, side, side, 3]",
             "from 0 to below - 1",
+            "`missing=0` fills",
+            "-1 after the end",
+            "one epoch of 500 rows",
             '`draws.uniform("angle", 2)` gives two numbers from 0 to 1',
             "`--dropout 0.2`",
             f"{own['epochs']} epochs, batches of {own['batch_size']} and a learning rate of "

@@ -19,7 +19,7 @@ from mnistsum_ray import (
     predict_rows,
     save_model,
 )
-from mnistsum_ray.data.columns import Array, Arrays
+from mnistsum_ray.data.columns.base import Array, Arrays
 from mnistsum_ray.mnist import MnistSum, TwoHeadCNN, predict, prepare_picture
 from mnistsum_ray.model import inference
 from tests.tasks import Points, PointSettings, points

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import (
 from mnistsum_ray.cluster.connection import started_cluster
 from mnistsum_ray.cluster.workarounds import free_cpus
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.errors import RequestError, TryAgainError, counted, spelled
+from mnistsum_ray.errors import RequestError, TryAgainError, counted, root_cause, spelled
 
 _ROWS_PER_GPU: Final = 256
 """Rows of a step below which another GPU is of no use: the kernels of so small a network take as
@@ -223,7 +223,8 @@ def wait_for(wanted: Resources, purpose: str, seconds: float, say: Callable[[str
     probe = ray.remote(**options)(lambda _: None)
     # 1 MiB, which the task must fetch: a node that has just come may not reach this process yet.
     argument = ray.put(bytes(2**20))
-    started = time.monotonic()
+    started = said = time.monotonic()
+    failed = ""
     task = probe.remote(argument)
     while True:
         try:
@@ -231,15 +232,18 @@ def wait_for(wanted: Resources, purpose: str, seconds: float, say: Callable[[str
             return
         except ray.exceptions.GetTimeoutError:
             pass
-        except ray.exceptions.RayError:
+        except ray.exceptions.RayError as error:  # e.g. its node was lost
+            failed = f"; a task that asked for it failed ({root_cause(error)})"
             time.sleep(1)
             task = probe.remote(argument)
-        waited = time.monotonic() - started
-        if waited >= seconds:
+        now = time.monotonic()
+        if now - started >= seconds:
             ray.cancel(task)
-            raise TryAgainError(shortage(needed, waited))
-        left = seconds - waited
-        say(f"waiting for {needed}; only {describe_free()}; giving up in {left:.0f} s")
+            raise TryAgainError(shortage(needed, now - started) + failed)
+        if now - said >= _REPORT_SECONDS:
+            said = now
+            left = seconds - (now - started)
+            say(f"waiting for {needed}; only {describe_free()}{failed}; giving up in {left:.0f} s")
 
 
 def shortage(needed: str, waited: float) -> str:

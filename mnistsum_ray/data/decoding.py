@@ -16,9 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mnistsum_ray.data.columns import (
+from mnistsum_ray.data.columns.base import (
     Column,
-    Integers,
     ReasonCounts,
     RejectedRow,
     decode_columns,
@@ -99,9 +98,9 @@ def without_origin(decoded: pa.Table) -> pa.Table:
 
 
 def _classes(columns: Mapping[str, Column]) -> dict[str, set[int]]:
-    """Return the values of columns with few whole numbers; the driver keeps each value."""
-    whole = {key: column for key, column in columns.items() if isinstance(column, Integers)}
-    return {key: {*range(column.below)} for key, column in whole.items() if column.below <= 1000}
+    """Return the class numbers of columns that have classes; the driver keeps each number."""
+    names = {key: column.class_names for key, column in columns.items()}
+    return {key: {*range(len(of_column))} for key, of_column in names.items() if of_column}
 
 
 def summarize(decoded: pa.Table, columns: Mapping[str, Column]) -> pa.Table:

@@ -3,14 +3,14 @@
 import io
 import json
 from base64 import b64decode
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnistsum_ray.errors import ConflictError, StorageError, UnusableFileError, one_line, shortened
+from mnistsum_ray.errors import ConflictError, StorageError, UnusableFileError, one_line
 from mnistsum_ray.storage.store import Entry, Location
 
 _ParquetFile: TypeAlias = pq.ParquetFile  # noqa: TID251
@@ -142,26 +142,10 @@ def to_parquet(table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
     return sink.getvalue()
 
 
-def column_error(
-    schema: pa.Schema,
-    name: str,
-    flag: str,
-    type_error: Callable[[pa.DataType], str | None],
-    taken: Collection[str],
-) -> str | None:
-    """Return why a file cannot be used by the column that a flag names.
-
-    `type_error` looks at its type; the task's columns before it have the names in `taken`.
-    """
-    count = schema.names.count(name)
-    if count != 1:
-        columns = shortened(", ".join(schema.names))
-        found = f"{count} columns" if count else "no column"
-        return f"has {found} {name!r} but {columns}; {flag} names another"
-    if name in taken:
-        return f"column {name!r} would be two columns of the task; {flag} names another"
-    error = type_error(_type_with_shape(schema, name))
-    return f"column {name!r} {error}; convert it, or {flag} names another" if error else None
+def real_schema(schema: pa.Schema) -> pa.Schema:
+    """Return the schema of a file in which columns of tensors have Arrow's type for tensors."""
+    fields = [field.with_type(_type_with_shape(schema, field.name)) for field in schema]
+    return pa.schema(fields)
 
 
 def _type_with_shape(schema: pa.Schema, name: str) -> pa.DataType:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import pyarrow as pa
 
-from mnistsum_ray.data.columns import Column, name_in_file
+from mnistsum_ray.data.columns.base import Column, ColumnError
 from mnistsum_ray.data.inputs import list_inputs
-from mnistsum_ray.data.parquet import column_error, read_footer
+from mnistsum_ray.data.parquet import read_footer, real_schema
 from mnistsum_ray.errors import RequestError, UnusableFileError
 from mnistsum_ray.storage.store import Entry, Location, in_threads
 from mnistsum_ray.storage.uri import as_request_error, check_ray_reaches, locate, locate_existing
@@ -36,14 +36,6 @@ _WORD_BEGINS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?=[A-Z][a-z])")
 
 _SPLIT_WORD: Final = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?(set|data)?(?![a-z])")
 """A word in the name of a file or folder, in lower case, that names a split."""
-
-
-class ColumnInFiles(NamedTuple):
-    """A column of a task that a training reads, and what its flags say of it."""
-
-    column: Column
-    flag: str  # that names it
-    given: str | None  # its name, as the flag gives it
 
 
 class DataFile(NamedTuple):
@@ -136,6 +128,9 @@ class Source:
         return round(self.rows_of("train") * (stop - start))
 
 
+FindColumns = Callable[[pa.Schema], dict[str, str]]
+"""`find_columns` with the task's columns and the flags that name them."""
+
 StartProgress = Callable[[str, int], Callable[[int], None]]
 """From what is counted, and its total, to the function that adds to the count."""
 
@@ -143,10 +138,12 @@ StartProgress = Callable[[str, int], Callable[[int], None]]
 def open_source(
     task: "Task",
     data: str,
-    columns: Mapping[str, ColumnInFiles],
+    find: FindColumns,
     start_progress: StartProgress | None = None,
 ) -> Source:
     """Find what `--data` names; `start_progress` shows how many footers have been read.
+
+    `find` says which columns of a file are the task's.
 
     RequestError: the data is missing or unusable. TryAgainError: the storage does not answer.
     """
@@ -157,7 +154,7 @@ def open_source(
         check_ray_reaches(locate(data, "--data"))
     location = locate_existing(data, "--data")
     with as_request_error("--data"):
-        return _parquet(data, columns, location, start_progress)
+        return _parquet(data, find, location, start_progress)
 
 
 def _in_memory(task: "Task", found: "NamedData") -> Source:
@@ -178,12 +175,12 @@ def _in_memory(task: "Task", found: "NamedData") -> Source:
 
 def _parquet(
     data: str,
-    columns: Mapping[str, ColumnInFiles],
+    find: FindColumns,
     location: Location,
     start_progress: StartProgress | None,
 ) -> Source:
     found = list_inputs([data], flag="--data")
-    describe = partial(_describe, columns, found.root)
+    describe = partial(_describe, find, found.root)
     count = start_progress("footers read", len(found.files)) if start_progress else None
     files: dict[str, list[DataFile]] = {}
     for file in in_threads(found.root, describe, list(found.files.items()), count):
@@ -210,31 +207,22 @@ def check_unchanged(source: Source) -> None:
             raise RequestError(f"--data {file.path.display}: {changed}")
 
 
-def _describe(
-    columns: Mapping[str, ColumnInFiles], root: Location, listed: tuple[str, Entry]
-) -> DataFile:
+def _describe(find: FindColumns, root: Location, listed: tuple[str, Entry]) -> DataFile:
     """Return what the footer of an input file says. RequestError: the file cannot be used."""
     name, entry = listed
     file = root / name
     try:
         footer = read_footer(file, entry)
-    except UnusableFileError as error:
+        names = find(real_schema(footer.schema_arrow))
+    except (UnusableFileError, ColumnError) as error:
         raise RequestError(f"{file.display}: {error}") from None
-    schema = footer.schema_arrow
-    names: dict[str, str] = {}
-    for key, (column, flag, given) in columns.items():
-        taken = [*names.values()]
-        names[key] = name_in_file(column, key, schema.names, given)
-        problem = column_error(schema, names[key], flag, column.type_error, taken)
-        if problem:
-            raise RequestError(f"{file.display}: {problem}")
     return DataFile(
         path=file,
         name=name,
         listed=entry,
         rows=footer.metadata.num_rows,
         columns=names,
-        schema=pa.schema([schema.field(one) for one in names.values()]),
+        schema=pa.schema([footer.schema_arrow.field(one) for one in names.values()]),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnistsum_ray.data.columns import Array
+from mnistsum_ray.data.columns.base import Array
 from mnistsum_ray.mnist import DIGITS, HEADS, NUMBERS, SIDE, SUMS
 from mnistsum_ray.mnist.network import PIXEL_MEAN, PIXEL_STD, TwoHeadCNN
 from mnistsum_ray.mnist.report import confusion_table, draw_mistakes, draw_reliability

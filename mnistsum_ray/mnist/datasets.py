@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from mnistsum_ray.data.columns import Array, Arrays
-from mnistsum_ray.data.images import Images
+from mnistsum_ray.data.columns import Images
+from mnistsum_ray.data.columns.base import Array, Arrays
 from mnistsum_ray.data.parquet import open_parquet
 from mnistsum_ray.errors import RequestError, one_line
 from mnistsum_ray.mnist import SIDE

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnistsum_ray.data.columns import Array
+from mnistsum_ray.data.columns.base import Array
 from mnistsum_ray.mnist import DIGITS, NUMBERS, SIDE, SUMS
 from mnistsum_ray.task import Batch
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationInfo, field_validator
 
 from mnistsum_ray.config import JobConfig
-from mnistsum_ray.data.columns import one_chunk
+from mnistsum_ray.data.columns.base import one_chunk
 from mnistsum_ray.data.decoding import decode, select
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.data.randomness import RowRandom
@@ -58,7 +58,7 @@ def export_pairs(config: ExportPairsConfig, say: Callable[[str], None]) -> tuple
     """Write the files, the same for the same flags; return their folder, and the images' source."""
     output = empty_output(config.output)
     try:
-        source = open_source(MnistSum(), config.data, {})
+        source = open_source(MnistSum(), config.data, lambda _: {})
         if source.files:
             problem = "is Parquet already; give it a column of numbers, and score it"
             raise RequestError(f"--data {config.data}: {problem}")

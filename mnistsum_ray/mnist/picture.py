@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mnistsum_ray.config import JobConfig, Place
-from mnistsum_ray.data.columns import Array
+from mnistsum_ray.data.columns.base import Array
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.mnist import NUMBERS, SIDE
 from mnistsum_ray.reporting.results import Result

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnistsum_ray.data.columns import Array, Arrays
+from mnistsum_ray.data.columns.base import Array, Arrays
 from mnistsum_ray.errors import percent
 from mnistsum_ray.mnist import DIGITS, HEADS, NUMBERS
 from mnistsum_ray.task import Findings, Table

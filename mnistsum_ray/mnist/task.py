@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from mnistsum_ray.data.columns import Arrays, Integers
-from mnistsum_ray.data.images import Images
+from mnistsum_ray.data.columns import Images, Integers
+from mnistsum_ray.data.columns.base import Arrays
 from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.mnist import DIGITS, HEADS, NUMBERS, SIDE, datasets, report
 from mnistsum_ray.task import Batch, Evaluated, Findings, NamedData, Settings, Task

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray.data.columns import Array, Arrays, Reasons, rows_in
+from mnistsum_ray.data.columns.base import Array, Arrays, Reasons, rows_in
 from mnistsum_ray.errors import RunError
 from mnistsum_ray.model.calls import calling, forward
 from mnistsum_ray.model.device import array_to_device, disable_tf32, tune_malloc

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray.data.columns import Arrays, Column
+from mnistsum_ray.data.columns.base import Arrays, Column
 from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.errors import RequestError, TaskError
 from mnistsum_ray.model.calls import calling, forward

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from mnistsum_ray.data.columns import Arrays, ReasonCounts, Reasons, decode_columns
+from mnistsum_ray.data.columns.base import Arrays, ReasonCounts, Reasons, decode_columns
 from mnistsum_ray.data.parquet import open_parquet, read_ranges, to_parquet
 from mnistsum_ray.errors import ConflictError, UnusableFileError
 from mnistsum_ray.model.calls import calling
@@ -131,7 +131,7 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
 
 def decode_part(request: ScoreRequest, part: Part, table: pa.Table) -> DecodedPart:
     """Decode the inputs and labels of a part's rows."""
-    names = request.names_in(table.column_names)
+    names = request.names_in(table.schema)
     arrays, reasons = decode_columns(request.task.inputs, table, names)
     is_scored = np.ones(part.rows, bool)
     is_scored[list(reasons)] = False
@@ -145,7 +145,7 @@ def decode_part(request: ScoreRequest, part: Part, table: pa.Table) -> DecodedPa
 def put_part(request: ScoreRequest, decoded: DecodedPart, predictions: Arrays) -> None:
     """Put the output file of a part if there is none. StorageError: it cannot be written."""
     part = decoded.part
-    table = decoded.table.drop_columns([*request.images_in(decoded.table.column_names)])
+    table = decoded.table.drop_columns(request.pictures_in(decoded.table.schema))
     with calling(request.task, "predict"):  # of which a value may not fit the type in `outputs`
         table = append_predictions(request.task, table, predictions, decoded.reasons)
     rejected = ReasonCounts()

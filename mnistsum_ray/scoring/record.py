@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from mnistsum_ray import __version__
-from mnistsum_ray.data.columns import ReasonCounts
+from mnistsum_ray.data.columns.base import ReasonCounts
 from mnistsum_ray.data.parquet import to_parquet
 from mnistsum_ray.errors import (
     ConflictError,

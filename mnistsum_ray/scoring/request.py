@@ -1,6 +1,5 @@
 """The checked request of a scoring run: model, input files with their footers, output folder."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -9,10 +8,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.data.columns import Column, name_in_file, rows_in
-from mnistsum_ray.data.images import Images, Photos
+from mnistsum_ray.data.columns.base import Column, ColumnError, rows_in
 from mnistsum_ray.data.inputs import Inputs, list_inputs, report_skipped
-from mnistsum_ray.data.parquet import column_error, read_footer
+from mnistsum_ray.data.parquet import read_footer, real_schema
 from mnistsum_ray.errors import MissingFileError, RequestError, UnusableFileError
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.storage.store import Entry, Location, in_threads, is_hidden
@@ -71,15 +69,14 @@ class ScoreRequest:
         """What is read of each file: the task's inputs, and `labels`."""
         return {**self.task.inputs, **self.labels}
 
-    def names_in(self, present: Collection[str]) -> dict[str, str]:
-        """Return names of `columns` in a file that has these."""
-        given, columns = self.config.columns, self.columns.items()
-        return {key: name_in_file(column, key, present, given[key]) for key, column in columns}
+    def names_in(self, schema: pa.Schema) -> dict[str, str]:
+        """Return the names of `columns` in a file, or raise ColumnError."""
+        return self.config.find_columns(self.columns, schema)
 
-    def images_in(self, present: Collection[str]) -> set[str]:
-        """Return which of a file's columns are left out of the output: all others are passed on."""
-        names = self.names_in(present)
-        return {names[key] for key in names if isinstance(self.columns[key], Images | Photos)}
+    def pictures_in(self, schema: pa.Schema) -> list[str]:
+        """Return a file's columns that the output does not have."""
+        names = self.names_in(schema)
+        return [name for key, name in names.items() if not self.columns[key].is_passed_on]
 
     def rows_in(self, size: int) -> int:
         """Return how many decoded rows take this many bytes."""
@@ -152,7 +149,7 @@ def _inspect_file(request: ScoreRequest, inputs: Inputs, name: str) -> InputFile
         return InputFile(name, entry, error=str(error))
     columns = map(footer.schema.column, range(len(footer.schema)))
     int96 = tuple(column.path for column in columns if column.physical_type == "INT96")
-    problem = _schema_error(request, footer.schema_arrow)
+    problem = _schema_error(request, real_schema(footer.schema_arrow))
     rows = [footer.metadata.row_group(group).num_rows for group in range(footer.num_row_groups)]
     groups = tuple(accumulate(rows[:-1], initial=0))
     return InputFile(name, entry, footer.metadata.num_rows, problem, int96, groups)
@@ -162,14 +159,11 @@ def _schema_error(request: ScoreRequest, schema: pa.Schema) -> str | None:
     """Return why a file with these columns cannot be scored; None if it can."""
     from mnistsum_ray.model.inference import clashing_column
 
-    config, columns = request.config, request.columns
-    taken: list[str] = []
-    for key, name in request.names_in(schema.names).items():
-        problem = column_error(schema, name, config.flag_of(key), columns[key].type_error, taken)
-        if problem:
-            return problem
-        taken.append(name)
-    images = request.images_in(schema.names)
-    passed_on = [name for name in schema.names if name not in images]
-    clash = clashing_column(request.task, passed_on, probabilities=config.probabilities)
+    try:
+        pictures = request.pictures_in(schema)
+    except ColumnError as error:
+        return str(error)
+    passed_on = [name for name in schema.names if name not in pictures]
+    probabilities = request.config.probabilities
+    clash = clashing_column(request.task, passed_on, probabilities=probabilities)
     return f"has a column {clash!r}, which scoring would add; rename it" if clash else None

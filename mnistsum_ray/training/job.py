@@ -237,7 +237,9 @@ def read(request: TrainRequest, plan: WorkerPlan, console: Console, *, is_kept: 
         say(f"no {' or '.join(held_out)} files found: holding out training rows instead")
     for key, missing in rows.missing.items():
         if missing:
-            say(f"no training row has the {key} {shortened(', '.join(map(str, sorted(missing))))}")
+            names = request.task.training_columns[key].class_names
+            absent = shortened(", ".join(names[number] for number in sorted(missing)))
+            say(f"no training row has the {key} {absent}")
     if not is_kept:
         say("training rows are not kept in memory, but read again in each epoch (--cache)")
     return rows

@@ -18,7 +18,7 @@ from ray.util.queue import Queue
 from torch import Tensor, nn
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.columns import rows_in
+from mnistsum_ray.data.columns.base import rows_in
 from mnistsum_ray.data.decoding import RowTotals
 from mnistsum_ray.errors import RepeatingError, RequestError, RunError, counted
 from mnistsum_ray.model.calls import calling, forward, map_tensors

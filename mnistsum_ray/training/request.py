@@ -8,10 +8,11 @@ import secrets
 import shlex
 from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 from mnistsum_ray.config import Hyperparameters, TrainConfig
-from mnistsum_ray.data.sources import ColumnInFiles, Source, StartProgress, open_source
+from mnistsum_ray.data.sources import Source, StartProgress, open_source
 from mnistsum_ray.errors import (
     MissingFileError,
     RequestError,
@@ -87,12 +88,10 @@ def check_request(config: TrainConfig, start_progress: StartProgress | None = No
             if config.init_from and not locate(config.init_from, "--init-from").exists():
                 raise RequestError(f"--init-from {config.init_from}: does not exist")
     task = config.task_class(config.settings)
-    columns = {}
-    for key, column in task.training_columns.items():
-        columns[key] = ColumnInFiles(column, config.flag_of(key), config.columns[key])
     if config.data is None:
         raise RequestError("--data: required; a folder or URI of Parquet files")
-    source = open_source(task, config.data, columns, start_progress).limited(config.max_rows)
+    find = partial(config.find_columns, task.training_columns)
+    source = open_source(task, config.data, find, start_progress).limited(config.max_rows)
     chosen = _task_defaults(task, config, source.train_rows)
     if chosen and not resume:
         flags = (f"--{key.replace('_', '-')} {spelled(value)}" for key, value in chosen.items())

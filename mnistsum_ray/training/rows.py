@@ -24,7 +24,7 @@ from ray.data.dataset import MaterializedDataset
 from ray.train import DataConfig
 
 from mnistsum_ray.cluster.workarounds import default_environment
-from mnistsum_ray.data.columns import Column, ReasonCounts, rows_in
+from mnistsum_ray.data.columns.base import Column, ReasonCounts, rows_in
 from mnistsum_ray.data.decoding import (
     RowTotals,
     Summary,

@@ -14,7 +14,7 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 from torch import Tensor, nn
 
 from mnistsum_ray.config import Hyperparameters
-from mnistsum_ray.data.columns import Arrays, Column, rows_in
+from mnistsum_ray.data.columns.base import Arrays, Column, rows_in
 from mnistsum_ray.data.decoding import RowTotals
 from mnistsum_ray.data.randomness import Purpose, RowRandom, seeds
 from mnistsum_ray.errors import RunError, TaskError

@@ -1,5 +1,6 @@
 """Values of columns become arrays; one that cannot be used is 0, and its reason says why."""
 
+import decimal
 import re
 from collections import Counter
 from typing import Any
@@ -8,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mnistsum_ray import Integers, Numbers, Photos
-from mnistsum_ray.data.columns import (
+from mnistsum_ray import Classes, Images, Integers, Numbers, Photos, Tokens
+from mnistsum_ray.data.columns.base import (
     Column,
+    ColumnError,
     ReasonCounts,
     decode_columns,
-    name_in_file,
+    find_columns,
     rows_in,
 )
 
@@ -25,13 +27,23 @@ COLUMN_KINDS: list[tuple[Column, list[pa.DataType], list[pa.DataType]]] = [
     ),
     (
         Numbers(),
-        [pa.float16(), pa.int64(), pa.decimal128(9, 2), pa.null()],
-        [pa.string(), pa.bool_(), pa.list_(pa.float32())],
+        [pa.float16(), pa.int64(), pa.bool_(), pa.decimal128(9, 2), pa.null()],
+        [pa.string(), pa.timestamp("us"), pa.list_(pa.float32())],
     ),
     (
         Numbers(3),
         [pa.list_(pa.int8()), pa.large_list(pa.float64()), pa.list_(pa.float32(), 3), pa.null()],
         [pa.float32(), pa.list_(pa.string()), pa.list_(pa.list_(pa.float32()))],
+    ),
+    (
+        Classes(["a", "b"]),
+        [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string()), pa.null()],
+        [pa.int64(), pa.bool_(), pa.binary(), pa.list_(pa.string())],
+    ),
+    (
+        Tokens(9, 3),
+        [pa.list_(pa.int8()), pa.large_list(pa.uint64()), pa.list_(pa.int16(), 3), pa.null()],
+        [pa.int64(), pa.string(), pa.list_(pa.float32()), pa.list_(pa.list_(pa.int8()))],
     ),
 ]
 
@@ -68,6 +80,72 @@ def test_a_whole_number_of_any_type_is_below_its_bound_or_has_a_reason(
     assert not numbers[list(rejected)].any()
     wrong = r"the number is (null; fill it in|.{1,310}, not one of 0\.\.9; correct it) or drop "
     assert all(re.fullmatch(f"{wrong}the row", reason) for reason in rejected.values())
+
+
+def test_a_whole_number_above_the_precision_of_floats_is_exact() -> None:
+    large = 2**60
+    whole = pa.array([large + 1, 2**63 - 1, None], pa.int64())
+    for kind in (pa.int64(), pa.uint64(), pa.decimal128(38), pa.float64()):
+        found, rejected = Integers(large + 2).decode(whole.cast(kind, safe=False), "id")
+        expected = large if kind == pa.float64() else large + 1  # a float has no such number
+        assert (found.tolist(), [*rejected]) == ([expected, 0, 0], [1, 2]), kind
+    over = [decimal.Decimal(2**64 + 3), decimal.Decimal("3.5"), decimal.Decimal(3)]
+    found, rejected = Integers(10).decode(pa.array(over, pa.decimal128(38, 1)), "id")
+    assert (found.tolist(), [*rejected]) == ([0, 0, 3], [0, 1])
+
+
+def test_a_class_is_known_by_its_name_and_a_list_of_tokens_by_its_end() -> None:
+    texts = pa.array(["no", "yes", None, "Yes", "", "no"]).slice(1)
+    for values in (texts, texts.dictionary_encode(), texts.cast(pa.string_view())):
+        found, rejected = Classes(["no", "yes"]).decode(values, "answer")
+        assert (found.dtype.name, found.tolist()) == ("int64", [1, 0, 0, 0, 0])
+        wrong = "not one of no, yes; correct it or drop the row"
+        assert rejected == {
+            1: "the answer is null; fill it in or drop the row",
+            2: f"the answer is 'Yes', {wrong}",
+            3: f"the answer is '', {wrong}",
+        }
+    lists = [[1, 2], [], [8, 8, 8], [1, 9], [-1], [1, None], None, [1, 2, 3, 4], [2**33]]
+    right = [[1, 2, -1], [-1, -1, -1], [8, 8, 8]]
+    for kind in (pa.list_(pa.int64()), pa.large_list(pa.int64())):
+        found, rejected = Tokens(9, 3).decode(pa.array([[5], *lists], kind).slice(1), "text")
+        assert found.tolist() == [*right, *[[0, 0, 0]] * 6]
+        assert [*rejected] == [3, 4, 5, 6, 7, 8]
+        assert rejected[7].startswith(
+            "the text is a list of 4, not at most 3 whole numbers in 0..8"
+        )
+
+
+def test_a_number_that_is_missing_is_what_the_task_says() -> None:
+    values = pa.array([1.5, None, float("nan"), float("inf")])
+    found, rejected = Numbers(missing=-1).decode(values, "x")
+    assert (found.tolist(), [*rejected]) == ([1.5, -1, -1, 0], [3])
+    found, rejected = Numbers(2, missing=0.5).decode(pa.array([[None, 1], None, [2, 3]]), "x")
+    assert (found.tolist(), [*rejected]) == ([[0.5, 1], [0, 0], [2, 3]], [1])
+    found, rejected = Numbers().decode(pa.array([True, False, None]), "x")
+    assert (found.tolist(), [*rejected]) == ([1, 0, 0], [2])
+
+
+NONSENSE: list[tuple[Any, tuple[Any, ...], str]] = [
+    (Integers, (0,), "Integers: below is 0, and must be an integer of at least 1"),
+    (Integers, (2.5,), "Integers: below is 2.5, and must be"),
+    (Numbers, (0,), "Numbers: length is 0, and must be"),
+    (Numbers, (None, float("nan")), "Numbers: missing is nan, and must be finite"),
+    (Classes, ([],), "Classes: must have the name of a class or more, as text"),
+    (Classes, (["a", "b", "a"],), "Classes: has 'a' twice"),
+    (Tokens, (10, -1), "Tokens: length is -1, and must be"),
+    (Images, (28, 0), "Images: width is 0, and must be an integer in 1..16,384"),
+    (Images, (28, 28, "RGBA"), "Images: mode is 'RGBA', and must be L or RGB"),
+    (Photos, (-1,), "Photos: side is -1, and must be in 1..16,384"),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "said"), NONSENSE)
+def test_a_column_that_makes_no_sense_is_refused(
+    kind: Any, arguments: tuple[Any, ...], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        kind(*arguments)
 
 
 LARGE = 1e39  # finite in 64 bits alone
@@ -128,13 +206,11 @@ def test_numbers_are_finite_and_lists_have_their_length_or_have_a_reason(
 def test_a_row_has_one_reason_whatever_it_lacks_and_names_are_found() -> None:
     columns: dict[str, Column] = {"a": Integers(3, names=("first", "second")), "b": Numbers()}
     table = pa.table({"second": [1, None, 7], "x": [0.5, float("nan"), 2.0]})
-    names = {
-        "a": name_in_file(columns["a"], "a", table.column_names, None),
-        "b": name_in_file(columns["b"], "b", table.column_names, "x"),
-    }
+    names = find_columns(columns, table.schema, {"b": "x"}, "--{}-column".format)
     assert names == {"a": "second", "b": "x"}
-    assert name_in_file(columns["a"], "a", [], None) == "first"
-    assert name_in_file(columns["b"], "b", [], None) == "b"
+    missing = "^has no column 'first' but x; --a-column names another$"
+    with pytest.raises(ColumnError, match=missing):
+        find_columns(columns, table.select(["x"]).schema, {"b": "x"}, "--{}-column".format)
     arrays, reasons = decode_columns(columns, table, names)
     assert [values.tolist() for values in arrays.values()] == [[1, 0, 0], [0.5, 0, 2]]
     null, wrong = "the a is null; fill it in or drop the row", "the b is nan, not finite in 32 bits"
@@ -144,7 +220,9 @@ def test_a_row_has_one_reason_whatever_it_lacks_and_names_are_found() -> None:
     }
 
 
-@pytest.mark.parametrize("column", [Integers(5), Numbers(), Numbers(4), Photos(6)])
+@pytest.mark.parametrize(
+    "column", [Integers(5), Numbers(), Numbers(4), Classes(["a", "b"]), Tokens(9, 4), Photos(6)]
+)
 def test_zeros_and_random_rows_are_as_decoded_ones_also_from_the_object_store(
     column: Column,
 ) -> None:

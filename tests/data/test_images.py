@@ -11,7 +11,7 @@ from PIL import Image
 from ray.data.extensions import ArrowTensorArray
 
 from mnistsum_ray import Images, Photos
-from mnistsum_ray.data.columns import Array
+from mnistsum_ray.data.columns.base import Array
 
 GREY, COLOUR = Images(28, 28), Images(20, 30, "RGB")
 RANDOM = np.random.default_rng(0)
@@ -152,3 +152,61 @@ def test_photos_of_any_size_are_checked_stay_encoded_and_are_stretched_when_load
         assert np.abs(photo[:, 9:].astype(int) - [200, 100, 0]).max() <= 12
     assert (loaded[2, :, 10:] == 200).all(), "grey photos become coloured"
     assert not loaded[3:].any()
+
+
+def picture_file(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, form, **options)
+    return data.getvalue()
+
+
+def looks(data: bytes) -> Array:
+    """Pixels of a photo of 8 x 8, as a batch has them."""
+    column = Photos(8)
+    stored, rejected = column.decode(pa.array([data]), "photo")
+    assert rejected == {}
+    pixels: Array = column.load(stored)[0].astype(int)
+    return pixels
+
+
+def test_photos_look_as_viewers_show_them() -> None:
+    corner = np.zeros((8, 8, 3), np.uint8)
+    corner[:4, :4] = 255, 0, 0  # red at the top left
+    upright = Image.fromarray(corner)
+    # Of the eight orientations of EXIF, and how a camera stores the picture for each.
+    stored_as = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.transpose(Image.Transpose.ROTATE_180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.transpose(Image.Transpose.ROTATE_90),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.transpose(Image.Transpose.ROTATE_270),
+    }
+    for orientation, stored in stored_as.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for form in ("PNG", "JPEG"):
+            found = looks(picture_file(stored, form, exif=exif))
+            assert np.abs(found - corner).mean() < 15, (orientation, form)
+        image, rejected = Images(8, 8, "RGB").decode(
+            pa.array([picture_file(stored, exif=exif)]), "image"
+        )
+        assert (np.array_equal(image[0], corner), rejected) == (True, {}), orientation
+
+    shades = np.linspace(0, 65_535, 64).astype(np.uint16).reshape(8, 8)
+    deep = looks(picture_file(Image.fromarray(shades)))
+    assert np.abs(deep - (shades / 257)[:, :, None]).max() <= 1
+
+    clear = np.zeros((8, 8, 4), np.uint8)
+    clear[:4] = 0, 0, 255, 255  # blue above, and nothing below
+    transparent = Image.fromarray(clear, "RGBA")
+    half = Image.fromarray(np.full((8, 8, 2), [0, 128], np.uint8), "LA")
+    for data in (picture_file(transparent), picture_file(transparent.quantize(4))):
+        found = looks(data)
+        assert (found[0, 0].tolist(), found[7, 7].tolist()) == ([0, 0, 255], [255, 255, 255])
+    assert np.abs(looks(picture_file(half)) - 127).max() <= 1
+
+    printed = looks(picture_file(upright.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(printed - corner).mean() < 15

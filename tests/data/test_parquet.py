@@ -10,13 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from ray.data.extensions import ArrowPythonObjectArray, ArrowTensorArray
 
-from mnistsum_ray.data.columns import Numbers
-from mnistsum_ray.data.images import Images
+from mnistsum_ray.data.columns import Images, Numbers
 from mnistsum_ray.data.parquet import (
-    column_error,
     open_parquet,
     read_footer,
     read_ranges,
+    real_schema,
     to_parquet,
 )
 from mnistsum_ray.errors import StorageError, UnusableFileError
@@ -92,9 +91,8 @@ def test_a_tensor_of_another_order_or_shape_is_refused_in_memory_and_in_a_file(
     assert listed
     schema = read_footer(file, listed).schema_arrow
     said = "which is transposed or not 28 x 28"
-    errors = [Images(28, 28).type_error(column.type)]
-    type_error = Images(28, 28).type_error
-    errors.append(column_error(schema, "image", "--image-column", type_error, taken=()))
+    types = [column.type, real_schema(schema).field("image").type]
+    errors = [Images(28, 28).type_error(kind) for kind in types]
     assert [said in str(error) for error in errors] == [not is_right] * 2
     is_flat = len(column.type.shape) == 1
     assert (Numbers(784).type_error(column.type) is None) == is_flat

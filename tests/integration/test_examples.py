@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mnistsum_ray.data.columns import Array
+from mnistsum_ray.data.columns.base import Array
 from tests.conftest import plain_predictions, write_sample
 from tests.jobs import ROOT, Job, free_port, history_of, run_job
 

@@ -16,7 +16,7 @@ import pytest
 import ray
 from PIL import Image
 
-from mnistsum_ray.data.columns import Array
+from mnistsum_ray.data.columns.base import Array
 from tests.conftest import check_predictions, plain_predictions
 from tests.integration.conftest import score_here
 

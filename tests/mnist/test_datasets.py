@@ -15,8 +15,8 @@ import pytest
 from werkzeug import Response
 from werkzeug.middleware.shared_data import SharedDataMiddleware
 
-from mnistsum_ray.data.columns import Array, one_chunk
-from mnistsum_ray.data.images import Images
+from mnistsum_ray.data.columns import Images
+from mnistsum_ray.data.columns.base import Array, one_chunk
 from mnistsum_ray.data.sources import SPLITS, Source
 from mnistsum_ray.errors import RequestError
 from tests.storage.conftest import serving

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mnistsum_ray.data.columns import Array
+from mnistsum_ray.data.columns.base import Array
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.mnist.picture import Picture, prepare_picture
 from tests.data.test_images import giant

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.data.columns import Arrays
+from mnistsum_ray.data.columns.base import Arrays
 from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.mnist.task import MnistSum

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mnistsum_ray import Images, Numbers
-from mnistsum_ray.data.columns import Arrays
+from mnistsum_ray.data.columns.base import Arrays
 from mnistsum_ray.errors import TaskError
 from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.model.calls import forward, map_tensors

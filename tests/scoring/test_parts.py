@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mnistsum_ray.config import ScoreConfig
-from mnistsum_ray.data.images import Images
+from mnistsum_ray.data.columns import Images
 from mnistsum_ray.errors import RequestError
 from mnistsum_ray.mnist.task import MnistSum
 from mnistsum_ray.scoring.parts import make_tasks, split_into_parts

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mnistsum_ray.data.columns import Arrays, Column, Integers, Numbers
-from mnistsum_ray.data.images import Photos
+from mnistsum_ray.data.columns import Integers, Numbers, Photos
+from mnistsum_ray.data.columns.base import Arrays, Column
 from mnistsum_ray.errors import RequestError, TaskError
 from mnistsum_ray.model.folder import copy_weights, describe_model, write_model
 from mnistsum_ray.reporting.results import ScoreResult

@@ -1,6 +1,7 @@
 """Tests of what trains, on a worker in this process."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import ray.train
@@ -9,7 +10,7 @@ from ray.train.torch import TorchTrainer
 
 from mnistsum_ray.config import Hyperparameters, TrainConfig
 from mnistsum_ray.data.decoding import RowTotals
-from mnistsum_ray.data.sources import SPLITS, ColumnInFiles, Source, open_source
+from mnistsum_ray.data.sources import SPLITS, Source, open_source
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum
 from mnistsum_ray.task import Task
 from mnistsum_ray.training.progress import Events
@@ -51,10 +52,8 @@ def mnist(**settings: Any) -> MnistSum:
 def open_data(data: object, **columns: str) -> Source:
     """What `--data` of the built-in task names; the columns' names as of its flags."""
     config, task = TrainConfig(data=str(data), **columns), MnistSum()
-    named = {}
-    for key, column in task.training_columns.items():
-        named[key] = ColumnInFiles(column, config.flag_of(key), config.columns[key])
-    return open_source(task, str(data), named)
+    find = partial(config.find_columns, task.training_columns)
+    return open_source(task, str(data), find)
 
 
 def hyperparameters(**settings: Any) -> Hyperparameters:

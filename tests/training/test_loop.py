@@ -15,7 +15,7 @@ import pytest
 import ray
 import torch
 
-from mnistsum_ray.data.columns import Array
+from mnistsum_ray.data.columns.base import Array
 from mnistsum_ray.data.decoding import RowTotals
 from mnistsum_ray.data.randomness import Purpose, RowRandom, seeds
 from mnistsum_ray.errors import RunError

@@ -17,7 +17,7 @@ from pyarrow.fs import FileSystem
 
 from mnistsum_ray.cluster.resources import WorkerPlan
 from mnistsum_ray.config import TrainConfig
-from mnistsum_ray.data.columns import ReasonCounts
+from mnistsum_ray.data.columns.base import ReasonCounts
 from mnistsum_ray.errors import (
     NoAnswerError,
     RepeatingError,

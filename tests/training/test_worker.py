@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mnistsum_ray.data.columns import Arrays
+from mnistsum_ray.data.columns.base import Arrays
 from mnistsum_ray.data.randomness import RowRandom
 from mnistsum_ray.errors import RunError, TaskError
 from mnistsum_ray.mnist.task import MnistSettings, MnistSum

@@ -1,11 +1,11 @@
-"""Kinds of columns: what a task reads of a row, from an Arrow column to an array.
+"""What a kind of column is: it turns an Arrow column into an array, or says why it cannot.
 
 A value that cannot be used gets a reason, and zeros in its place.
 """
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, Final, TypeAlias
@@ -13,13 +13,12 @@ from typing import Any, ClassVar, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mnistsum_ray.errors import shortened
 
 NULL: Final = "is null; fill it in or drop the row"
 LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
-_TEXTS: Final = (pa.string(), pa.large_string(), pa.string_view())
+TEXTS: Final = (pa.string(), pa.large_string(), pa.string_view())
 
 ArrowColumn: TypeAlias = pa.Array | pa.ChunkedArray
 Array: TypeAlias = npt.NDArray[Any]
@@ -43,10 +42,26 @@ class Column(ABC):
     dtype: ClassVar[str]
     stays_encoded: ClassVar[bool] = False
     """Whether rows stay encoded in the object store, and are decoded for each batch."""
+    is_passed_on: ClassVar[bool] = True
+    """Whether scoring writes the column to its output again."""
+
+    def __post_init__(self) -> None:
+        problem = self.problem()
+        if problem:
+            raise ValueError(f"{type(self).__name__}: {problem}")
+
+    def problem(self) -> str | None:
+        """Return what is wrong with the arguments, or None."""
+        return None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one decoded row."""
+        return ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of its classes in their order; none if it has no classes, or very many."""
         return ()
 
     @property
@@ -90,106 +105,8 @@ class Column(ABC):
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-@dataclass(frozen=True)
-class Integers(Column):
-    """Whole numbers 0..below - 1, such as classes: int64[n].
-
-    In files they are integers (no booleans), whole floats, or the text of one: "7" or "7.0".
-    """
-
-    below: int
-
-    dtype: ClassVar[str] = "int64"
-
-    @property
-    def form(self) -> str:
-        return f"whole numbers in 0..{self.below - 1}"
-
-    def type_error(self, kind: pa.DataType) -> str | None:
-        # pandas writes floats where a number is missing; labels may be text, or categories.
-        values = plain_type(kind)
-        is_known = _is_number(values) or values in (pa.null(), *_TEXTS)
-        return None if is_known else f"has type {kind}, which holds no whole numbers"
-
-    def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
-        column = plain(column)
-        values = column
-        if column.type in _TEXTS:
-            texts = column.cast(pa.string())
-            values = pc.if_else(pc.match_substring_regex(texts, r"^\d+(\.0*)?$"), texts, None)
-        # A null becomes NaN; a huge integer is rounded, but stays out of range.
-        numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-        is_right = (numbers >= 0) & (numbers < self.below) & (numbers == np.floor(numbers))
-        reasons = _reasons(column, name, is_right, f"not one of 0..{self.below - 1}")
-        return np.where(is_right, numbers, 0).astype(np.int64), reasons
-
-    def random(self, rows: int, generator: np.random.Generator) -> Array:
-        return generator.integers(self.below, size=rows)
-
-
-@dataclass(frozen=True)
-class Numbers(Column):
-    """Finite numbers: float32[n] or, with a length, lists of this length, float32[n, length]."""
-
-    length: int | None = None
-
-    dtype: ClassVar[str] = "float32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return () if self.length is None else (self.length,)
-
-    @property
-    def form(self) -> str:
-        return "numbers" if self.length is None else f"lists of {self.length} numbers"
-
-    def type_error(self, kind: pa.DataType) -> str | None:
-        values = plain_type(kind)
-        is_list = isinstance(values, LISTS)
-        if is_list:
-            values = values.value_type
-        has_form = _is_number(values) and is_list == (self.length is not None)
-        if has_form or values == pa.null():
-            return tensor_error(kind, self.shape)
-        return f"has type {kind}, which holds no {self.form}"
-
-    def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
-        column = plain(column)
-        found = self.zeros(len(column))
-        if self.length is None:
-            found[:] = _as_float32(column)
-            is_right = np.isfinite(found)
-        else:
-            lists = column.cast(pa.large_list(pa.float64()), safe=False)
-            lengths = pc.list_value_length(lists)
-            has_length = pc.equal(lengths, self.length).fill_null(fill_value=False)
-            is_right = has_length.to_numpy(zero_copy_only=False)
-            values = _as_float32(lists.filter(has_length).flatten())
-            found[is_right] = values.reshape(-1, self.length)
-            is_right = is_right & np.isfinite(found).all(axis=1)
-        found[~is_right] = 0
-        count = "" if self.length is None else f"{self.length} numbers that are "
-        wanted = f"not {count}finite in 32 bits"
-        return found, _reasons(column, name, is_right, wanted)
-
-    def random(self, rows: int, generator: np.random.Generator) -> Array:
-        return generator.standard_normal((rows, *self.shape), np.float32)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-    return any(check(kind) for check in checks)
-
-
-def _as_float32(column: pa.Array) -> Array:
-    # NumPy warns of what is too large for float32, and becomes infinite.
-    with np.errstate(over="ignore"):
-        numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-        return np.asarray(numbers, np.float32)
-
-
-def _reasons(column: pa.Array, name: str, is_right: Array, wanted: str) -> Reasons:
-    """Return why values that are not `right` cannot be used: they are null, or not `wanted`."""
+def reasons_of(column: pa.Array, name: str, is_right: Array, wanted: str) -> Reasons:
+    """Return why values that are not right cannot be used: they are null, or not `wanted`."""
     reasons: Reasons = {}
     for row in np.flatnonzero(~is_right).tolist():
         value, problem = column[row], NULL
@@ -199,6 +116,12 @@ def _reasons(column: pa.Array, name: str, is_right: Array, wanted: str) -> Reaso
             problem = f"is {shown}, {wanted}; correct it or drop the row"
         reasons[row] = f"the {name} {problem}"
     return reasons
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Return whether values of this type are integers, floats or decimals."""
+    checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    return any(check(kind) for check in checks)
 
 
 def one_chunk(column: ArrowColumn) -> pa.Array:
@@ -233,12 +156,45 @@ def tensor_error(kind: pa.DataType, shape: tuple[int, ...]) -> str | None:
     return f"has type {kind}, which is transposed or not {' x '.join(map(str, shape))}"
 
 
-def name_in_file(column: Column, key: str, present: Collection[str], given: str | None) -> str:
-    """Return the name in a file of a task's column `key`: the given one, else a usual one."""
-    if given is not None:
-        return given
-    usual = column.names or (key,)
-    return next((name for name in usual if name in present), usual[0])
+class ColumnError(ValueError):
+    """A file cannot be used for a task; the message names the column and the flag."""
+
+
+def find_columns(
+    columns: Mapping[str, Column],
+    schema: pa.Schema,
+    given: Mapping[str, str | None],
+    flag_of: Callable[[str], str],
+) -> dict[str, str]:
+    """Return which column of a file is read for which column of the task.
+
+    Args:
+        columns: the task's columns by name.
+        schema: names and types of the file's columns.
+        given: the file's name of a column, where a flag sets it.
+        flag_of: the flag that sets the name of a column, for messages.
+
+    Raises:
+        ColumnError: a column is missing or ambiguous, or has a type that cannot be decoded.
+    """
+    found: dict[str, str] = {}
+    for key, column in columns.items():
+        usual = column.names or (key,)
+        name = given.get(key) or next((one for one in usual if one in schema.names), usual[0])
+        flag, count = flag_of(key), schema.names.count(name)
+        if count != 1:
+            present = shortened(", ".join(schema.names))
+            how_many = f"{count} columns" if count else "no column"
+            raise ColumnError(f"has {how_many} {name!r} but {present}; {flag} names another")
+        if name in found.values():
+            raise ColumnError(
+                f"column {name!r} would be two columns of the task; {flag} names another"
+            )
+        problem = column.type_error(schema.field(name).type)
+        if problem:
+            raise ColumnError(f"column {name!r} {problem}; convert it, or {flag} names another")
+        found[key] = name
+    return found
 
 
 def decode_columns(

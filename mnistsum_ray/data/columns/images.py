@@ -1,4 +1,4 @@
-"""Columns of pictures: of one size (`Images`), or encoded and of any size (`Photos`)."""
+"""Pictures of one size, and what all pictures have in common."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Final, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, ImageOps
 
-from mnistsum_ray.data.columns import (
+from mnistsum_ray.data.columns.base import (
     LISTS,
     NULL,
     Array,
@@ -23,9 +23,12 @@ from mnistsum_ray.data.columns import (
     tensor_error,
 )
 
-_BYTES: Final = (pa.binary(), pa.large_binary(), pa.binary_view())
+BYTES: Final = (pa.binary(), pa.large_binary(), pa.binary_view())
 
 _FIRST_BYTES: Final = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff"}
+
+MOST_PIXELS: Final = 16_384
+"""Largest height and width of a picture in a batch."""
 
 _MODES: Final = {"L": "8-bit grayscale", "RGB": "8-bit colour"}
 
@@ -35,24 +38,34 @@ class UnusablePictureError(ValueError):
 
 
 @dataclass(frozen=True)
-class _Pictures(Column):
+class Pictures(Column):
+    """Base of the kinds of pictures. Scoring does not write them again."""
+
     dtype: ClassVar[str] = "uint8"
+    is_passed_on: ClassVar[bool] = False
 
     def random(self, rows: int, generator: np.random.Generator) -> Array:
         return generator.integers(256, size=(rows, *self.shape), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
-class Images(_Pictures):
+class Images(Pictures):
     """Pictures of one size: uint8[n, height, width] or, of mode RGB, uint8[n, height, width, 3].
 
     In files they are flat or nested lists of integers, an Arrow or Ray tensor, raw bytes, PNG or
-    JPEG bytes, or Hugging Face's struct {bytes, path}. Scoring does not write them again.
+    JPEG bytes, or Hugging Face's struct {bytes, path}.
     """
 
     height: int
     width: int
     mode: Literal["L", "RGB"] = "L"
+
+    def problem(self) -> str | None:
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= MOST_PIXELS:
+                return f"{name} is {value!r}, and must be an integer in 1..{MOST_PIXELS:,}"
+        return None if self.mode in _MODES else f"mode is {self.mode!r}, and must be L or RGB"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,8 +77,8 @@ class Images(_Pictures):
         return f"images of {self.width} x {self.height} pixels, {_MODES[self.mode]}"
 
     def type_error(self, kind: pa.DataType) -> str | None:
-        values = _of_struct(plain_type(kind))
-        if values in (pa.null(), *_BYTES) or pa.types.is_fixed_size_binary(values):
+        values = of_struct(plain_type(kind))
+        if values in (pa.null(), *BYTES) or pa.types.is_fixed_size_binary(values):
             return None
         depth = 0
         while isinstance(values, LISTS):
@@ -77,7 +90,7 @@ class Images(_Pictures):
         return f"has type {kind}, which holds no images ({known})"
 
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
-        column = _bytes_or_lists(column)
+        column = bytes_or_lists(column)
         if not column.null_count:
             with suppress(pa.ArrowException):
                 is_list = isinstance(column.type, LISTS)
@@ -86,7 +99,7 @@ class Images(_Pictures):
                     return pixels, {}
         # The slow way, value by value: some are pictures, or no images.
         images = self.zeros(len(column))
-        reasons = _each(column, name, lambda row, value: self._decode_one(images, row, value))
+        reasons = each_value(column, name, lambda row, value: self._decode_one(images, row, value))
         return images, reasons
 
     def view(self, column: pa.FixedSizeBinaryArray) -> Array:
@@ -134,7 +147,8 @@ class Images(_Pictures):
         images[row] = pixels.reshape(self.shape)
 
     def _decode_picture(self, data: bytes) -> Array:
-        with _picture(data, f"neither {self.row_bytes} pixels nor a readable") as picture:
+        with open_picture(data, f"neither {self.row_bytes} pixels nor a readable") as opened:
+            picture = upright(opened)
             if picture.size == (self.width, self.height) and picture.mode == self.mode:
                 return np.asarray(picture)
             form = f"{picture.width} x {picture.height} pixels of mode {picture.mode}"
@@ -142,63 +156,8 @@ class Images(_Pictures):
             raise UnusablePictureError(f"the picture has {form}, {wanted}; convert it")
 
 
-@dataclass(frozen=True)
-class Photos(_Pictures):
-    """PNG or JPEG files of any size, stretched to uint8[n, side, side, 3] in a batch.
-
-    Each is decoded when it is read, to check it, but stays encoded in the object store, and is
-    decoded again for each batch: 20,000 photos of 224 x 224 pixels are 3 GB, and encoded 0.4 GB.
-    Scoring does not write them again.
-    """
-
-    side: int
-
-    stays_encoded: ClassVar[bool] = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.side, self.side, 3)
-
-    @property
-    def form(self) -> str:
-        return "PNG or JPEG files of any size"
-
-    def type_error(self, kind: pa.DataType) -> str | None:
-        is_known = _of_struct(kind) in (pa.null(), *_BYTES)
-        return None if is_known else f"has type {kind}, which holds no PNG or JPEG bytes"
-
-    def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
-        """Check each file; returns an array of bytes, which are empty for a rejected row."""
-        column = _bytes_or_lists(column)
-        stored = self.zeros(len(column))
-
-        def check(row: int, value: bytes) -> None:
-            self._load_one(value)
-            stored[row] = value
-
-        return stored, _each(column, name, check)
-
-    def _load_one(self, data: bytes) -> Array:
-        with _picture(data, "no readable") as picture:
-            picture.draft("RGB", (self.side, self.side))  # a JPEG is decoded to a smaller size
-            return np.asarray(picture.convert("RGB").resize((self.side, self.side)))
-
-    def load(self, stored: Array) -> Array:
-        pixels = np.zeros((len(stored), *self.shape), np.uint8)
-        for row, data in enumerate(stored):
-            if data:  # a rejected row has none
-                pixels[row] = self._load_one(data)
-        return pixels
-
-    def zeros(self, rows: int) -> Array:
-        return np.full(rows, b"", object)
-
-    def to_arrow(self, values: Array) -> pa.Array:
-        return pa.array(values, pa.binary())
-
-
 @contextmanager
-def _picture(data: bytes, problem: str) -> Iterator[Image.Image]:
+def open_picture(data: bytes, problem: str) -> Iterator[Image.Image]:
     """Yield an open PNG or JPEG. If the block fails, raise UnusablePictureError with `problem`."""
     try:
         # Pillow reads only the header until pixels are asked for: a bomb is never unpacked.
@@ -211,21 +170,27 @@ def _picture(data: bytes, problem: str) -> Iterator[Image.Image]:
         raise UnusablePictureError(f"{said}; save it again") from None
 
 
-def _of_struct(kind: pa.DataType) -> pa.DataType:
+def upright(picture: Image.Image) -> Image.Image:
+    """Return a picture as viewers show it, where its EXIF or XMP data say that it is turned."""
+    may_be_turned = {"exif", "xmp", "XML:com.adobe.xmp"} & picture.info.keys()
+    return ImageOps.exif_transpose(picture) if may_be_turned else picture
+
+
+def of_struct(kind: pa.DataType) -> pa.DataType:
     """Return the type of `bytes` in Hugging Face's struct; of another type itself."""
     is_struct = pa.types.is_struct(kind) and "bytes" in kind.names
     return kind.field("bytes").type if is_struct else kind
 
 
-def _bytes_or_lists(column: ArrowColumn) -> pa.Array:
+def bytes_or_lists(column: ArrowColumn) -> pa.Array:
     """Return a column as one array of lists or bytes."""
     column = plain(column)
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "bytes")
-    return column.cast(pa.binary()) if column.type in _BYTES else column
+    return column.cast(pa.binary()) if column.type in BYTES else column
 
 
-def _each(column: pa.Array, name: str, take: Callable[[int, Any], None]) -> Reasons:
+def each_value(column: pa.Array, name: str, take: Callable[[int, Any], None]) -> Reasons:
     """Call `take` with the index of each row and its value; the reasons for rows it refuses."""
     reasons: Reasons = {}
     for row, value in enumerate(column):
