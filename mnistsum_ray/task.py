@@ -17,6 +17,12 @@ from pydantic import BaseModel, ConfigDict
 
 from mnistsum_ray.data.columns.base import Arrays, Column
 from mnistsum_ray.data.randomness import RowRandom
+from mnistsum_ray.task_defaults import (
+    default_loss,
+    default_outputs,
+    default_predictions,
+    default_row_metrics,
+)
 
 if TYPE_CHECKING:  # they take seconds to import, and `--help` does not need them
     from matplotlib.figure import Figure
@@ -71,12 +77,21 @@ class Task(ABC):
     labels: ClassVar[Mapping[str, Column]]
     """Columns to learn. Training reads all; scoring reads those that a flag names."""
     outputs: ClassVar[pa.Schema]
-    """Columns that scoring adds. It adds lists only with `--probabilities`."""
+    """Columns that scoring adds, lists only with `--probabilities`. Default: `default_outputs`.
+
+    Text may be `pred_LABEL` of a label of Classes: `predict` returns the class's number.
+    """
     Settings: ClassVar[type[Settings]] = Settings
     data_names: ClassVar[Mapping[str, str]] = {}
     """Values of `--data` that `named_data` knows, with their meanings; the first is the default."""
     bf16: ClassVar[bool] = True
     """Whether bfloat16, which keeps three decimals, is precise enough."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "outputs" not in own and isinstance(own.get("labels"), dict):
+            cls.outputs = default_outputs(cls.labels)
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = self.Settings() if settings is None else settings
@@ -95,20 +110,20 @@ class Task(ABC):
         faster; its outputs are then converted to float32.
         """
 
-    @abstractmethod
     def loss(self, outputs: Any, batch: Batch) -> "Tensor":
-        """Return the loss of each row, float32[n]."""
+        """Return the loss of each row, float32[n]. Default: see task_defaults.py."""
+        return default_loss(self.labels, outputs, batch)
 
-    @abstractmethod
     def predict(self, outputs: Any, batch: Batch) -> "dict[str, Tensor]":
         """Return predictions by column of `outputs`: [n], or [n, length] for a list column."""
+        return default_predictions(self.labels, outputs)
 
-    @abstractmethod
     def row_metrics(self, predicted: "dict[str, Tensor]", batch: Batch) -> "dict[str, Tensor]":
-        """Return metrics by name, as numbers or booleans [n].
+        """Return metrics by name, as numbers or booleans [n]. Default: accuracy, absolute error.
 
         Metrics whose names end in `accuracy` are shown in percent.
         """
+        return default_row_metrics(self.labels, predicted, batch)
 
     def augment(self, batch: Arrays, draws: RowRandom) -> Arrays:
         """Return the training batch, changed or with more columns. Override this for augmentation.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mnistsum_ray.data.columns.base import Column
+from mnistsum_ray.data.columns import Classes, Column
 from mnistsum_ray.errors import RequestError, did_you_mean, one_line, shortened
 from mnistsum_ray.task import BUILT_IN, Settings, Task
 
@@ -98,7 +98,6 @@ def _problem(task: type[Task]) -> str | None:
         "name": (str, "a text"),
         "inputs": (dict, "a dict of columns"),
         "labels": (dict, "a dict of columns"),
-        "outputs": (pa.Schema, "a pyarrow.schema with a field or more"),
     }
     for name, (kind, meaning) in wanted.items():
         value = getattr(task, name, None)
@@ -115,9 +114,16 @@ def _problem(task: type[Task]) -> str | None:
         return f"column {min(both)!r} is there twice, in inputs and in labels"
     if {"row_id", "reason", "path"} & columns.keys():
         return "no column may be row_id, reason or path, which the training adds"
+    if not isinstance(task.outputs, pa.Schema) or not task.outputs.names:
+        return "outputs must be a pyarrow.schema with a field or more"
     for field in task.outputs:
         kind = field.type.value_type if pa.types.is_list(field.type) else field.type
         is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if pa.types.is_string(field.type):
+            if isinstance(task.labels.get(field.name.removeprefix("pred_")), Classes):
+                continue
+            text = "may be text only if it is pred_LABEL of a label of Classes"
+            return f"outputs has {field.name!r}, which {text}"
         if not is_number and not pa.types.is_boolean(kind):
             known = "an integer, a float, a bool, or pa.list_ of one"
             return f"outputs has {field.name!r} of type {field.type}, and must be {known}"

@@ -117,7 +117,7 @@ def changed(**attributes: Any) -> Any:
 
 TASKS: list[tuple[Any, str]] = [
     (NoTask, "is not a subclass of mnistsum_ray.Task"),
-    (Task, "lacks the method loss"),
+    (Task, "lacks the method network"),
     ("Points", "must be file.py:Class or module:Class"),
     ("no.py:Points", "there is no file no.py"),
     ("no.module:Points", "cannot be imported: ModuleNotFoundError: No module named 'no'"),
@@ -133,6 +133,10 @@ TASKS: list[tuple[Any, str]] = [
     (changed(labels={"path": Integers(2)}), "no column may be row_id, reason or path, which"),
     (changed(outputs=pa.schema({})), "must be a pyarrow.schema with a field or more"),
     (changed(outputs=pa.schema({"reason": pa.int8()})), "outputs has 'reason', which scoring adds"),
+    (
+        changed(outputs=pa.schema({"pred_side": pa.string()})),
+        "outputs has 'pred_side', which may be text only if it is pred_LABEL of a label of Classes",
+    ),
     (changed(Settings=dict), "Settings must be a subclass of mnistsum_ray.Settings"),
     (changed(Settings=Clash), "two flags are --epochs; rename one"),
     (changed(labels={"data": Numbers(flag="data")}), "two flags are --data; rename one"),

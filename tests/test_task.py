@@ -102,7 +102,7 @@ def test_a_broken_promise_is_refused_before_anything_is_written(
 
 
 CHANGED: list[tuple[str, str, str]] = [
-    ("    def row_metrics(", "    def row_metric(", "task.py:Plain: lacks the method row_metrics"),
+    ("    def network(", "    def networks(", "task.py:Plain: lacks the method network"),
     ("import pyarrow", "import no_such_module as", "cannot be imported: SyntaxError: "),
     ('"x": Numbers(3)', '"z": Numbers(3)', "z"),  # a column that no file has
 ]

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnistsum_ray import Batch, Images, Integers, RowRandom, Settings, Task
+from mnistsum_ray import Batch, Classes, Images, RowRandom, Settings, Task
 
 SHAPES = ("disc", "ring", "square", "diamond", "cross")
 
@@ -35,8 +34,7 @@ class Pixels(nn.Module):
 class Shapes(Task):
     name = "shapes"
     inputs = {"image": Images(32, 32, "RGB")}
-    labels = {"shape": Integers(len(SHAPES))}
-    outputs = pa.schema({"pred_shape": pa.int8(), "shape_prob": pa.float32()})
+    labels = {"shape": Classes(SHAPES)}
     Settings = ShapeSettings
 
     def network(self) -> nn.Module:
@@ -50,16 +48,6 @@ class Shapes(Task):
             is_flipped = draws.whole("flip", 2) == 1  # the same again when the run is resumed
             batch["image"][is_flipped] = batch["image"][is_flipped, :, ::-1]
         return batch
-
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(outputs, batch["shape"], reduction="none")  # of each row
-
-    def predict(self, outputs: Tensor, batch: Batch) -> Batch:
-        probability, shape = outputs.softmax(1).max(1)
-        return {"pred_shape": shape, "shape_prob": probability}
-
-    def row_metrics(self, predicted: Batch, batch: Batch) -> Batch:
-        return {"accuracy": predicted["pred_shape"] == batch["shape"]}
 
 
 def draw(shape: int, random: np.random.Generator) -> bytes:
@@ -78,4 +66,5 @@ if __name__ == "__main__":
     shapes = random.integers(len(SHAPES), size=rows)
     images = [draw(shape, random) for shape in shapes]
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"image": images, "shape": shapes}), folder / "shapes.parquet")
+    names = [SHAPES[shape] for shape in shapes]
+    pq.write_table(pa.table({"image": images, "shape": names}), folder / "shapes.parquet")

@@ -52,6 +52,9 @@ def append_predictions(
         if field.name not in predictions:  # lists that nobody has asked for
             continue
         values = predictions[field.name]
+        if pa.types.is_string(field.type):
+            names = task.labels[field.name.removeprefix("pred_")].class_names
+            values = np.array(names, object)[values]
         if values.dtype.kind == "f" and not np.isfinite(values[~mask]).all():
             problem = f"{field.name} is infinite or NaN for some row; train again"
             raise RunError(f"task {task.name}: {problem}")

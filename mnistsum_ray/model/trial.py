@@ -117,6 +117,9 @@ def _check_predicted(task: Task, predicted: Any) -> None:
     _check(task, "predict", is_whole, f"must return the columns of outputs: {names}")
     for field in task.outputs:
         is_list = pa.types.is_list(field.type)
+        if pa.types.is_string(field.type):  # the number of a class
+            _check_rows(task, f"predict[{field.name!r}]", predicted[field.name], "i")
+            continue
         kind = np.dtype((field.type.value_type if is_list else field.type).to_pandas_dtype()).kind
         kind = "i" if kind == "u" else kind
         what = f"predict[{field.name!r}]"
