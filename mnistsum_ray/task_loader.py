@@ -53,6 +53,8 @@ def _find(text: str) -> type:
         module = _load_file(Path(place)) if place.endswith(".py") else import_module(place)
     except Exception as error:  # of anybody's code
         problem = f"{type(error).__name__}: {shortened(one_line(error))}"
+        if isinstance(error, ModuleNotFoundError) and place.endswith(".py"):
+            problem += "; install it, or put its folder on PYTHONPATH"
         raise RequestError(f"--task {text}: cannot be imported: {problem}") from error
     found = getattr(module, name, None)
     if not isinstance(found, type):

@@ -183,7 +183,7 @@ def facts() -> dict[str, list[str]]:
             f"{SIDE * SIDE} bytes",
             f"at most about {held_out:,}",
             "`test-00000`",
-            "`--max-rows 2000` uses only about 2,000 rows",
+            "`--max-rows 2000` uses at most about 2,000 rows",
             "at least 1",
             f"one per {per_gpu} rows",
             f"up to {shuffled // 2**20} MiB",
