@@ -56,8 +56,7 @@ _GROUPS: Final = {
     "most used": "picture number input model output data task name resume epochs num_workers "
     "storage_path seed max_rows recipe overwrite strict split rows files",
     "the data": "skip_bad_rows cache",
-    "the job": "batch_size learning_rate weight_decay precision init_from max_failures "
-    "changed_task",
+    "the job": "batch_size learning_rate weight_decay precision init_from max_failures",
     "the machine": "use_gpu threads wait_seconds",
     "the output": "probabilities max_rows_per_file",
     "the task's own": "",

@@ -216,8 +216,6 @@ class TrainConfig(TaskConfig):
     """name of the run and its folder [a new unique name]"""
     resume: bool | Literal["auto"] = False
     """resume run --name from its last checkpoint; auto: start it if new"""
-    changed_task: bool = False
-    """resume although the task's file has changed"""
 
     if TYPE_CHECKING:  # a task's settings are fields, too
 

@@ -25,7 +25,7 @@ from mnistsum_ray.training.rows import Rows
 
 HISTORY: Final = "history.jsonl"
 
-_NOT_OF_THE_RUN: Final = {"resume", "changed_task"}
+_NOT_OF_THE_RUN: Final = {"resume"}
 """Fields that say how a run is resumed, not what it is."""
 
 
@@ -55,7 +55,7 @@ class RunRecord:
         self.manifest = request.stored | {
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "task": {"name": request.task.name, "code": code_of(type(request.task))},
+            "task": self._describe_task(),
             "config": request.config.model_dump(mode="json", exclude=_NOT_OF_THE_RUN),
             "versions": versions(),
             "workers": str(plan),
@@ -82,6 +82,14 @@ class RunRecord:
         with suppress(MissingFileError):  # before the first epoch
             lines = (request.folder / HISTORY).read_bytes().splitlines()
             self.history = [json.loads(line) for line in lines]
+
+    def _describe_task(self) -> dict[str, Any]:
+        """Return name and code of the task; and codes that earlier parts of the run had."""
+        task, stored = type(self.request.task), self.request.stored.get("task", {})
+        codes = [*stored.get("earlier_codes", []), stored.get("code")]
+        earlier = [code for code in codes if code not in (None, code_of(task))]
+        described: dict[str, Any] = {"name": task.name, "code": code_of(task)}
+        return described | ({"earlier_codes": earlier} if earlier else {})
 
     def write_status(self, status: str) -> None:
         """Write how the run ends, unless it is finished; an error here must not hide the reason."""

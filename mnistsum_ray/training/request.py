@@ -81,7 +81,7 @@ def check_request(config: TrainConfig, start_progress: StartProgress | None = No
         resume = begun if config.resume == "auto" else config.resume
         if resume:
             stored, stored_config = _read_run(folder, config)
-            notice = _check_same_task(config, stored)
+            notice = _changed_task(config, stored)
             config = _resumed(config, stored_config)
         else:
             _check_free(folder, name, begun)
@@ -128,15 +128,12 @@ def _task_defaults(task: Task, config: TrainConfig, train_rows: int) -> dict[str
     return {key: value for key, value in defaults.items() if getattr(config, key) is None}
 
 
-def _check_same_task(config: TrainConfig, stored: dict[str, Any]) -> str:
-    """RequestError: the task's file is not that of the run. Returns a line if that is accepted."""
+def _changed_task(config: TrainConfig, stored: dict[str, Any]) -> str:
+    """Return a line if the task's file is not that of the run, else an empty one."""
     if stored["task"]["code"] == code_of(config.task_class):
         return ""
     changed = f"the file of the task {config.task_class.name} has changed since the run began"
-    if not config.changed_task:
-        advice = "--changed-task true continues, with numbers of both; or start another run"
-        raise RequestError(f"--resume: {changed}; {advice}")
-    return f"{changed}; the run continues with it"
+    return f"{changed}; the run continues, with metrics of both"
 
 
 def _check_free(folder: Location, name: str, begun: bool) -> None:
