@@ -18,6 +18,7 @@ from mnistsum_ray.errors import shortened
 
 NULL: Final = "is null; fill it in or drop the row"
 LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
+_OF_VIEWS: Final = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
 TEXTS: Final = (pa.string(), pa.large_string(), pa.string_view())
 
 ArrowColumn: TypeAlias = pa.Array | pa.ChunkedArray
@@ -136,7 +137,11 @@ def plain(column: ArrowColumn) -> pa.Array:
     column = one_chunk(column)
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    return column.cast(plain_type(column.type))
+    if isinstance(column, pa.DictionaryArray):
+        values = column.dictionary
+        large = _OF_VIEWS.get(values.type, values.type)  # Arrow cannot take from views
+        return values.cast(large).take(column.indices).cast(values.type)
+    return column
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

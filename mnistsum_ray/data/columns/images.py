@@ -114,7 +114,10 @@ class Images(Pictures):
         pixels = self.view(column.cast(pa.binary(self.row_bytes)))
         rows = pixels.reshape(len(pixels), self.row_bytes)
         for start in _FIRST_BYTES.values():
-            if (rows[:, : len(start)] == np.frombuffer(start, np.uint8)).all(axis=1).any():
+            if (
+                len(start) <= self.row_bytes
+                and (rows[:, : len(start)] == np.frombuffer(start, np.uint8)).all(axis=1).any()
+            ):
                 return None
         return pixels
 

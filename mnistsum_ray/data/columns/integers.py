@@ -73,6 +73,7 @@ def _whole(column: pa.Array) -> pa.Array:
         texts = pc.replace_substring_regex(texts, r"\..*$", "")
         return pc.if_else(is_whole, texts, None).cast(pa.int64())
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        column = column.cast(_computable(kind))
         numbers = column.cast(pa.float64(), safe=False)
         # Casts wrap what is too large, and cut fractions off.
         fits = pc.less(pc.abs(numbers), 2.0**63)
@@ -80,3 +81,11 @@ def _whole(column: pa.Array) -> pa.Array:
         column = pc.if_else(is_whole, column, None)
     # A uint64 above int64 becomes negative, and so is none.
     return column.cast(pa.int64(), safe=False)
+
+
+def _computable(kind: pa.DataType) -> pa.DataType:
+    """Return a type that Arrow computes with: neither float16 nor small decimals."""
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    is_small = pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind)
+    return pa.decimal128(kind.precision, kind.scale) if is_small else kind

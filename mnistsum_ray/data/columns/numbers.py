@@ -50,12 +50,11 @@ class Numbers(Column):
         return "numbers" if self.length is None else f"lists of {self.length} numbers"
 
     def type_error(self, kind: pa.DataType) -> str | None:
-        values = plain_type(kind)
-        is_list = isinstance(values, LISTS)
-        if is_list:
-            values = values.value_type
-        is_known = is_number(values) or pa.types.is_boolean(values) or pa.types.is_null(values)
-        if (is_known and is_list == (self.length is not None)) or pa.types.is_null(kind):
+        outer = plain_type(kind)
+        is_list = isinstance(outer, LISTS)
+        inner = outer.value_type if is_list else outer
+        is_known = is_number(inner) or pa.types.is_boolean(inner) or pa.types.is_null(inner)
+        if (is_known and is_list == (self.length is not None)) or pa.types.is_null(outer):
             return tensor_error(kind, self.shape)
         return f"has type {kind}, which holds no {self.form}"
 
@@ -66,7 +65,8 @@ class Numbers(Column):
             found[:] = self._float32(column)
             is_right = np.isfinite(found)
         else:
-            lists = column.cast(pa.large_list(_value_type(column.type)), safe=False)
+            # Arrow ends the process where a value of lists of nulls is looked at.
+            column = lists = column.cast(pa.large_list(_value_type(column.type)), safe=False)
             lengths = pc.list_value_length(lists)
             has_length = pc.equal(lengths, self.length).fill_null(fill_value=False)
             is_right = has_length.to_numpy(zero_copy_only=False)
@@ -94,5 +94,6 @@ class Numbers(Column):
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type of the values of a list, or that of all values of a null column."""
-    return pa.float64() if pa.types.is_null(kind) else kind.value_type
+    """Return the type of the values of lists; float64 for nulls."""
+    values = kind if pa.types.is_null(kind) else kind.value_type
+    return pa.float64() if pa.types.is_null(values) else values

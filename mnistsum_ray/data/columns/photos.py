@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from mnistsum_ray.data.columns.base import Array, ArrowColumn, Reasons
+from mnistsum_ray.data.columns.base import Array, ArrowColumn, Reasons, plain_type
 from mnistsum_ray.data.columns.images import (
     BYTES,
     MOST_PIXELS,
@@ -46,7 +46,7 @@ class Photos(Pictures):
         return "PNG or JPEG files of any size"
 
     def type_error(self, kind: pa.DataType) -> str | None:
-        is_known = of_struct(kind) in (pa.null(), *BYTES)
+        is_known = of_struct(plain_type(kind)) in (pa.null(), *BYTES)
         return None if is_known else f"has type {kind}, which holds no PNG or JPEG bytes"
 
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:

@@ -58,10 +58,9 @@ class Tokens(Column):
         return f"has type {kind}, which holds no lists of integers"
 
     def decode(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
-        column = plain(column)
-        lists = column.cast(pa.large_list(pa.int64()), safe=False)
+        lists = plain(column).cast(pa.large_list(pa.int64()), safe=False)
         lengths = pc.list_value_length(lists).fill_null(-1).to_numpy(zero_copy_only=False)
-        found = np.full((len(column), self.length), -1, np.int64)
+        found = np.full((len(lists), self.length), -1, np.int64)
         fits = (lengths >= 0) & (lengths <= self.length)
         values = lists.filter(pa.array(fits)).flatten().fill_null(-1)
         is_token = np.arange(self.length) < np.where(fits, lengths, 0)[:, None]
@@ -70,7 +69,7 @@ class Tokens(Column):
         is_right = fits & ~is_wrong.any(axis=1)
         found[~is_right] = 0
         wanted = f"not at most {self.length} whole numbers in 0..{self.below - 1}"
-        return found, reasons_of(column, name, is_right, wanted)
+        return found, reasons_of(lists, name, is_right, wanted)
 
     def random(self, rows: int, generator: np.random.Generator) -> Array:
         tokens = generator.integers(self.below, size=(rows, self.length))
