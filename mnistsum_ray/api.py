@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pyarrow as pa
 
 from mnistsum_ray.cluster.connection import connect, head_answers, send_by_value
 from mnistsum_ray.config import Place, ScoreConfig, TrainConfig
-from mnistsum_ray.data.columns.base import ColumnError, decode_columns, find_columns
+from mnistsum_ray.data.columns.base import ColumnError, decode_columns, find_columns, rows_in
 from mnistsum_ray.errors import RequestError, RunError, TryAgainError, one_line, shortened
 from mnistsum_ray.reporting.console import Console, Progress
 from mnistsum_ray.reporting.results import ScoreResult, TrainResult
@@ -31,6 +31,10 @@ if TYPE_CHECKING:  # torch and Ray take seconds to import
 
 TaskName: TypeAlias = type[Task] | str
 """A class of Task, or its name: `file.py:Class` or `module:Class`."""
+
+
+_DECODED_BYTES: Final = 64 * 2**20
+"""Rows that `predict_rows` decodes at once."""
 
 
 def fit(config: TrainConfig, callbacks: Sequence["UserCallback"] = ()) -> TrainResult:
@@ -205,10 +209,15 @@ def predict_rows(
     clashing = clashing_column(made, table.column_names, probabilities=probabilities)
     if clashing:
         raise RequestError(f"rows: column {clashing!r} would be added; rename it")
-    arrays, reasons = decode_columns(made.inputs, table, names)
     batch_size = 64  # to which a small table is padded: padding to 256 takes four times as long
-    found = predict_arrays(made, network, arrays, batch_size, probabilities=probabilities)
-    return append_predictions(made, table, found, reasons)
+    step = batch_size * max(1, rows_in(_DECODED_BYTES, made.inputs.values()) // batch_size)
+    done = []
+    for start in range(0, max(1, table.num_rows), step):
+        part = table.slice(start, step)
+        arrays, reasons = decode_columns(made.inputs, part, names, for_batch=True)
+        found = predict_arrays(made, network, arrays, batch_size, probabilities=probabilities)
+        done.append(append_predictions(made, part, found, reasons))
+    return pa.concat_tables(done)
 
 
 def _names_in(table: pa.Table, task: Task, given: dict[str, str]) -> dict[str, str]:

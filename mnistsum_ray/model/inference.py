@@ -92,8 +92,8 @@ class Predictor:
         self._bf16 = precision == "bf16"
         self.batch_size = batch_size or default_batch_size(task, device)
         # A device that does not work, or a batch too large for its memory, fails here.
-        rows = {key: column.zeros(self.batch_size) for key, column in task.inputs.items()}
-        self.predict(rows)
+        columns = task.inputs.items()
+        self.predict({key: column.load(column.zeros(self.batch_size)) for key, column in columns})
 
     def predict(self, rows: Arrays, *, probabilities: bool = False) -> Arrays:
         return predict_rows(
@@ -122,7 +122,7 @@ def predict_rows(
     probabilities: bool = False,
     bf16: bool = False,
 ) -> Arrays:
-    """Predict rows, inputs as their columns' `decode` returns them, by column of `outputs`.
+    """Predict rows, inputs as batches have them, by column of `outputs`.
 
     The last batch is filled up with zeros: kernels are chosen by the size of a batch, so a row has
     the same bits whatever rows are scored with it.
@@ -133,12 +133,13 @@ def predict_rows(
     found: dict[str, list[Array]] = {name: [] for name in names}
     for start in range(0, max(1, count), batch_size):
         batch = {}
-        for key, column in task.inputs.items():
+        for key in task.inputs:
             values = rows[key][start : start + batch_size]
             missing = batch_size - len(values)
             if missing:
-                values = np.concatenate([values, column.zeros(missing)])
-            batch[key] = array_to_device(column.load(values), device)
+                zeros = np.zeros((missing, *values.shape[1:]), values.dtype)
+                values = np.concatenate([values, zeros])
+            batch[key] = array_to_device(values, device)
         outputs = forward(task, network, batch, bf16=bf16)
         with calling(task, "predict"):
             predicted = task.predict(outputs, batch)
@@ -151,10 +152,7 @@ def sum_metrics(
     task: Task, predictions: Arrays, rows: Arrays, is_labelled: npt.NDArray[np.bool_]
 ) -> dict[str, float]:
     """Return sums of `row_metrics` over the labelled rows."""
-    columns = {**task.inputs, **task.labels}
-    batch = {}
-    for key, values in rows.items():
-        batch[key] = torch.from_numpy(columns[key].load(values[is_labelled]))
+    batch = {key: torch.from_numpy(values[is_labelled]) for key, values in rows.items()}
     predicted = {key: torch.from_numpy(values[is_labelled]) for key, values in predictions.items()}
     with calling(task, "row_metrics"):
         measured = task.row_metrics(predicted, batch)

@@ -132,12 +132,12 @@ def read_file(request: ScoreRequest, parts: Sequence[Part]) -> Iterator[DecodedP
 def decode_part(request: ScoreRequest, part: Part, table: pa.Table) -> DecodedPart:
     """Decode the inputs and labels of a part's rows."""
     names = request.names_in(table.schema)
-    arrays, reasons = decode_columns(request.task.inputs, table, names)
+    arrays, reasons = decode_columns(request.task.inputs, table, names, for_batch=True)
     is_scored = np.ones(part.rows, bool)
     is_scored[list(reasons)] = False
     is_labelled = is_scored & bool(request.labels)
     for key, column in request.labels.items():
-        arrays[key], unknown = column.decode(table[names[key]], key)
+        arrays[key], unknown = column.read(table[names[key]], key)
         is_labelled[list(unknown)] = False
     return DecodedPart(part, table, arrays, reasons, is_scored, is_labelled)
 
@@ -182,11 +182,10 @@ def count_rows(
     task: Task, predictions: Arrays, arrays: Arrays, is_counted: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Return what a task counts of some rows, if it counts and there are any."""
-    if type(task).count is Task.count or not is_counted.any():  # photos would be decoded again
+    if not is_counted.any():
         return {}
-    columns = {**task.inputs, **task.labels}
     predicted = {name: values[is_counted] for name, values in predictions.items()}
-    batch = {key: columns[key].load(values[is_counted]) for key, values in arrays.items()}
+    batch = {key: values[is_counted] for key, values in arrays.items()}
     numbers = {}
     with calling(task, "count"):
         for name, count in task.count(predicted, batch).items():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mnistsum_ray import predict_rows
 from mnistsum_ray.data.columns import Integers, Numbers, Photos
 from mnistsum_ray.data.columns.base import Arrays, Column
 from mnistsum_ray.errors import RequestError, TaskError
@@ -72,6 +73,25 @@ class Houses(Task):
     def describe(self, counts: Mapping[str, Any]) -> Findings:
         kinds = [(kind, f"{rows} of it") for kind, rows in enumerate(counts["kinds"])]
         return Findings(tables=[("Kinds", ("kind", "rows"), kinds)], notice="cheap houses")
+
+
+def test_each_photo_is_decoded_once_also_with_labels_and_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    load_one = Photos._load_one
+
+    def count(column: Photos, data: bytes) -> Any:
+        opened.append(len(data))
+        return load_one(column, data)
+
+    monkeypatch.setattr(Photos, "_load_one", count)
+    score_houses(folder, monkeypatch, **NAMED)
+    assert len(opened) == 2 * ROWS
+    opened.clear()
+    rows = pq.read_table(folder / "in" / "0.parquet")
+    assert predict_rows(Network(), rows, Houses)["reason"].null_count == ROWS - 2
+    assert len(opened) == ROWS
 
 
 @pytest.fixture

@@ -85,6 +85,10 @@ class Column(ABC):
         """Return decoded rows as a batch has them. Only encoded pictures differ."""
         return stored
 
+    def read(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
+        """Return rows as a batch has them, and why some cannot be used; see `decode`."""
+        return self.decode(column, name)
+
     def zeros(self, rows: int) -> Array:
         """Return rows of zeros, as `decode` returns rows."""
         return np.zeros((rows, *self.shape), self.dtype)
@@ -203,16 +207,21 @@ def find_columns(
 
 
 def decode_columns(
-    columns: Mapping[str, Column], rows: pa.Table | pa.RecordBatch, names: Mapping[str, str]
+    columns: Mapping[str, Column],
+    rows: pa.Table | pa.RecordBatch,
+    names: Mapping[str, str],
+    *,
+    for_batch: bool = False,
 ) -> tuple[Arrays, Reasons]:
-    """Decode columns of a table, where they have these names.
+    """Decode columns of a table, where they have these names; `for_batch`: by `read`.
 
     Returns the rows by the columns' names in the task, and one reason for each rejected row.
     """
     arrays: Arrays = {}
     joined: Reasons = {}
     for key, column in columns.items():
-        arrays[key], reasons = column.decode(one_chunk(rows[names[key]]), key)
+        decode = column.read if for_batch else column.decode
+        arrays[key], reasons = decode(one_chunk(rows[names[key]]), key)
         for row, reason in reasons.items():
             joined[row] = f"{joined[row]}; {reason}" if row in joined else reason
     return arrays, dict(sorted(joined.items()))

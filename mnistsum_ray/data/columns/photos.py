@@ -65,6 +65,15 @@ class Photos(Pictures):
             picture.draft("RGB", (self.side, self.side))  # a JPEG is decoded to a smaller size
             return np.asarray(_rgb(upright(picture)).resize((self.side, self.side)))
 
+    def read(self, column: ArrowColumn, name: str) -> tuple[Array, Reasons]:
+        column = bytes_or_lists(column)
+        pixels = np.zeros((len(column), *self.shape), np.uint8)
+
+        def take(row: int, value: bytes) -> None:
+            pixels[row] = self._load_one(value)
+
+        return pixels, each_value(column, name, take)
+
     def load(self, stored: Array) -> Array:
         pixels = np.zeros((len(stored), *self.shape), np.uint8)
         for row, data in enumerate(stored):
