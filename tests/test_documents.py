@@ -59,7 +59,7 @@ def test_the_task_on_the_page_is_that_of_its_file_and_keeps_its_promises() -> No
     of_examples: dict[str, Any] = {"__name__": "a_page"}
     exec(blocks_of(ROOT / "docs/examples.md")[0], of_examples)
     assert try_task(of_examples["WithAdamW"]())
-    (shown,) = [block for block in blocks_of(ROOT / "docs/task.md") if "(Task):" in block]
+    shown, table = [block for block in blocks_of(ROOT / "docs/task.md") if "(Task):" in block]
     in_file = (ROOT / "jobs/examples/shapes.py").read_text()
     task = in_file.partition('"""\n\n')[2].partition("\n\n\ndef draw(")[0] + "\n"
     of_drawing = ["import sys", "from pathlib import Path", ""]
@@ -69,6 +69,9 @@ def test_the_task_on_the_page_is_that_of_its_file_and_keeps_its_promises() -> No
     names: dict[str, Any] = {"__name__": "a_page"}
     exec(shown, names)
     assert try_task(names["Shapes"]()) == ("accuracy",)
+    imports = "import torch\nfrom mnistsum_ray import Integers, Numbers, Tokens"
+    exec(f"{imports}\nCITIES = ('Bern', 'Lyon')\n{table}", names)
+    assert try_task(names["Flats"]()) == ("accuracy",)
     (excerpt,) = blocks_of(ROOT / "README.md")
     of_file = {line.strip() for line in lines}
     omitted = "...  # any PyTorch network that treats each row alone (so no BatchNorm)"
