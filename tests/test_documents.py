@@ -69,8 +69,7 @@ def test_the_task_on_the_page_is_that_of_its_file_and_keeps_its_promises() -> No
     names: dict[str, Any] = {"__name__": "a_page"}
     exec(shown, names)
     assert try_task(names["Shapes"]()) == ("accuracy",)
-    imports = "import torch\nfrom mnistsum_ray import Integers, Numbers, Tokens"
-    exec(f"{imports}\nCITIES = ('Bern', 'Lyon')\n{table}", names)
+    exec(table, names)
     assert try_task(names["Flats"]()) == ("accuracy",)
     (excerpt,) = blocks_of(ROOT / "README.md")
     of_file = {line.strip() for line in lines}

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from nbclient import NotebookClient
 
+from mnistsum_ray import ScoreConfig, TrainConfig, fit, score
 from mnistsum_ray.cli import COMMANDS, config_from_args
-from mnistsum_ray.config import TrainConfig
 from tests import record
 from tests.integration.test_tasks import write_rows
 from tests.jobs import ROOT
@@ -145,9 +146,27 @@ def test_the_task_of_the_guide_trains_and_scores_in_python(
     code, written = "".join(programs_of(GUIDE)), "dropout=0.2)"
     assert written in code
     # As in a notebook, whose classes are those of `__main__`.
-    exec(code.replace(written, "dropout=0.2, epochs=1, threads=1)"), {"__name__": "__main__"})
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(code.replace(written, "dropout=0.2, epochs=1, threads=1)"), names)
     columns = pq.read_schema("out-again/predictions/shapes.parquet").names
     assert columns == ["shape", "pred_shape", "shape_prob", "reason"]
+
+    rooms = [1, 2, 3, 4] * 100
+    flats = {
+        "city": ["Bern", "Lyon"] * 200,
+        "area": [30 * n + row / 100 if n < 4 else None for row, n in enumerate(rooms)],
+        "words": [[*range(n), row + 9] for row, n in enumerate(rooms)],
+        "rooms": rooms,
+    }
+    pq.write_table(pa.table(flats), tmp_path / "flats.parquet")
+    settings: dict[str, Any] = {"epochs": 20, "learning_rate": 0.05, "threads": 1, "name": "flats"}
+    trained = fit(TrainConfig(task=names["Flats"], data="flats.parquet", **settings))
+    assert trained.line()["test"]["accuracy"] > 0.9
+    request: dict[str, Any] = {"model": trained.run, "input": "flats.parquet", "output": "rooms"}
+    scored = score(ScoreConfig(task=names["Flats"], rooms_column="rooms", **request))
+    assert scored.scored_rows == 400
+    predicted = pq.read_table("rooms/predictions/flats.parquet").to_pandas()
+    assert (predicted["pred_rooms"] == predicted["rooms"]).mean() > 0.9
 
 
 def read_notebook() -> nbformat.NotebookNode:
