@@ -182,7 +182,7 @@ def count_rows(
     task: Task, predictions: Arrays, arrays: Arrays, is_counted: npt.NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Return what a task counts of some rows, if it counts and there are any."""
-    if not is_counted.any():
+    if type(task).count is Task.count or not is_counted.any():  # pictures would be copied
         return {}
     predicted = {name: values[is_counted] for name, values in predictions.items()}
     batch = {key: values[is_counted] for key, values in arrays.items()}

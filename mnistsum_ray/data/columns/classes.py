@@ -42,9 +42,6 @@ class Classes(Column):
         twice = [name for name in self.classes if self.classes.count(name) > 1]
         return f"has {twice[0]!r} twice" if twice else None
 
-    def __len__(self) -> int:
-        return len(self.classes)
-
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(self.classes)
